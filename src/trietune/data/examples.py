@@ -1,0 +1,89 @@
+"""What data is once it has been read: examples as text, then token sequences with labels.
+
+    Example(prompt="Review: fine\\nOutput:", completion=' {"label": "positive"}')
+
+    input_ids     <bos> Review : fine \\n Output :  {" label ": " positive "}  <eos>
+    labels         -100  -100 ...            -100  {" label ": " positive "}  <eos>
+
+`labels[i]` belongs to `input_ids[i]`, as everywhere in the field: it is predicted from the tokens before `i`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training or validation example as text.
+
+    `messages` is set instead of `prompt` and `completion` for conversations; then labels are on every assistant turn.
+    `answers` are all gold answers of a question (empty for an unanswerable one), for exact match and F1.
+    `id` is unique within a split and names the place in the source: `train.tsv:17`, or the data set's own id.
+    """
+
+    id: str
+    prompt: str
+    completion: str
+    answers: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a right answer is, and so how to measure it.
+
+    `labels`: classification; `labels` are the completions to choose from, in the order of the data set's label
+    numbers, `label_names` their short names. `answers`: question answering, exact match and F1. `text`: anything
+    else, loss and perplexity alone.
+    """
+
+    kind: Literal["labels", "answers", "text"]
+    labels: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
+
+
+class ExampleSource(Protocol):
+    """Random access to examples as text, for printing and evaluation."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequences:
+    """Token sequences with labels, flat, so that a million examples are three arrays (memory-mapped when cached).
+
+    Sequence `i` is `input_ids[offsets[i] : offsets[i + 1]]`, with `labels` alike.
+
+    Attributes:
+        input_ids: int32 [total tokens].
+        labels: int32 [total tokens]; `IGNORED_LABEL` where a token is not to be learnt.
+        offsets: int64 [number of sequences + 1].
+        ids: the example id of each sequence.
+        examples: the text that sequence `i` was made of, at the same index.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    ids: Sequence[str]
+    examples: ExampleSource
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1

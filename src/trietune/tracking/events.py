@@ -1,0 +1,127 @@
+"""What happens in a run, as small frozen records; console, files and trackers consume them.
+
+A consumer never asks the run for anything and imports no stage: whatever it shows is in the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Metrics = Mapping[str, float | int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """Emitted once, before any slow work that belongs to training itself.
+
+    `config` holds resolved settings without secrets; `environment` versions, device and fingerprints; `plan` the
+    lines that describe what will run, as (name, value) pairs in the order to print.
+    """
+
+    name: str
+    directory: Path
+    num_steps: int
+    first_step: int
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    plan: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One line for the user: a count, a fall-back, a decision."""
+
+    text: str
+    level: Literal["info", "warning"] = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Working:
+    """A phase with a bar of its own (tokenizing, evaluating, loading): `done` of `total`; `total` None if unknown."""
+
+    phase: str
+    done: int
+    total: int | None
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    """One optimizer step.
+
+    `metrics` carries `train/loss`, `learning_rate`, `grad_norm`, `examples_per_second`, `tokens_per_second` (distinct
+    tokens), `sharing_factor` (label-relevant tokens over distinct tokens), `memory_bytes`. `is_logged` is true every
+    `steps_freq` steps: only then do files and trackers record it, while the progress bar moves at each step.
+    """
+
+    step: int
+    epoch: float
+    metrics: Metrics
+    example_ids: Sequence[str]
+    is_logged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """One evaluation, named `eval/...`; `when` is `before`, `during` or `after` training."""
+
+    step: int
+    epoch: float
+    metrics: Metrics
+    num_examples: int
+    when: Literal["before", "during", "after"]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Histograms:
+    """Values of the adapter's tensors or gradients, flattened NumPy float32 arrays by name, for `wandb_watch_mode`."""
+
+    step: int
+    arrays: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint or the final adapter is whole on disk. `kind` is `checkpoint` or `adapter`."""
+
+    kind: Literal["checkpoint", "adapter"]
+    step: int
+    directory: Path
+    metrics: Metrics
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Retention took a checkpoint away."""
+
+    step: int
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """`status` is `finished`, `stopped` (a signal or `max_time`) or `failed`; `summary` is for trackers and the end."""
+
+    status: Literal["finished", "stopped", "failed"]
+    step: int
+    seconds: float
+    summary: Mapping[str, Any]
+    next_commands: Sequence[str] = ()
+
+
+Event = RunStarted | Said | Working | StepFinished | Evaluated | Histograms | Saved | Removed | RunFinished
+
+
+class Consumer(Protocol):
+    """Something that shows or keeps events. It may raise: it is then dropped, once, aloud, and the run goes on."""
+
+    name: str
+
+    def handle(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
