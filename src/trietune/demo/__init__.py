@@ -1,0 +1,21 @@
+"""What `make train` runs on: sample data that ships with the package, and where the sample model lies."""
+
+from trietune.demo.locations import (
+    DEMO_MODEL,
+    DEMO_QUESTIONS,
+    DEMO_REVIEWS,
+    demo_config,
+    demo_questions,
+    demo_reviews,
+    smollm2_gguf,
+)
+
+__all__ = [
+    "DEMO_MODEL",
+    "DEMO_QUESTIONS",
+    "DEMO_REVIEWS",
+    "demo_config",
+    "demo_questions",
+    "demo_reviews",
+    "smollm2_gguf",
+]
