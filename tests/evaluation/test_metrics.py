@@ -31,7 +31,7 @@ ROUNDING = 1e-14
         ("the-end", "theend"),  # so an article at a hyphen is no word of its own any more
         ("U.S.A.", "usa"),
         ("The", ""),
-        ("«quoted» – dashed", "«quoted» – dashed"),  # string.punctuation is ASCII: these stay
+        ("«quoted» \u2013 dashed", "«quoted» \u2013 dashed"),  # string.punctuation is ASCII: these stay
         ("A.", ""),
         ("theatre another", "theatre another"),
         ("tea\u00a0time", "tea time"),  # str.split knows this space
@@ -131,7 +131,7 @@ def test_scores_equal_the_published_definitions(questions: list[tuple[str, list[
 def test_accuracy_is_the_share_that_is_right_with_its_interval() -> None:
     measured = metrics.measure_accuracy([True] * 763 + [False] * 109)
     assert measured.metrics == {"accuracy": 763 / 872}
-    assert measured.intervals["accuracy"] == pytest.approx((0.85139, 0.89529), abs=1e-5)
+    assert measured.intervals["accuracy"] == pytest.approx((0.8514, 0.8953), abs=5e-5)
 
 
 @given(st.integers(1, 3000), st.floats(0, 1))
@@ -191,7 +191,7 @@ def test_a_loss_without_label_tokens_is_not_a_number_but_absent() -> None:
 
 @pytest.mark.parametrize(("loss", "perplexity"), [(math.inf, math.inf), (1e6, math.inf), (math.nan, math.nan)])
 def test_a_broken_model_is_reported_and_does_not_end_the_evaluation(loss: float, perplexity: float) -> None:
-    measured = metrics.measure_loss([loss], [1])
+    measured = metrics.measure_loss([loss, loss], [1, 1])
     assert measured.metrics == {
         "loss": pytest.approx(loss, nan_ok=True),
         "perplexity": pytest.approx(perplexity, nan_ok=True),

@@ -54,7 +54,7 @@ def measure_loss(losses: Sequence[float] | np.ndarray, weights: Sequence[float] 
     loss = float(losses.sum() / total_weight)
     metrics = {"loss": loss, "perplexity": _exp(loss)}
     num_examples = int((weights > 0).sum())
-    if num_examples < 2:
+    if num_examples < 2 or not math.isfinite(loss):
         return Measured(metrics)
     residuals = losses - loss * weights
     standard_error = math.sqrt(float(residuals @ residuals) * num_examples / (num_examples - 1)) / float(total_weight)
