@@ -1,0 +1,447 @@
+"""Every configuration key: its type, its range, its default, and what changes when it changes.
+
+The keys are flat and keep the spelling of the original experiment. The first sentence below a key is the short
+phrase that messages use ("`lora_r` (rank of the adapter)"); the rest says what changes. The reference in
+`docs/configuration.md`, the comments of `trietune init` and the JSON Schema are all made from here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
+
+from trietune.config import normalise
+from trietune.config.secrets import without_secrets
+
+Count = Annotated[int, BeforeValidator(normalise.whole_number), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(normalise.whole_number), Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Auto = Literal["auto"]
+PathText = Annotated[str, BeforeValidator(normalise.path_text)]
+NonEmpty = Annotated[str, BeforeValidator(normalise.path_text), Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(normalise.list_of_names)]
+
+
+def _check_run_name(name: str) -> str:
+    if name in {".", ".."} or not re.fullmatch(r"[^/\\\x00-\x1f]{1,200}", name) or name != name.strip():
+        raise ValueError("it also names the run's folder: no slash, line break, or space at its ends, 200 characters")
+    return name
+
+
+def _check_target_modules(modules: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(modules, str):
+        try:
+            re.compile(modules)
+        except re.error as error:
+            raise ValueError(f"as a pattern it does not compile: {error}") from error
+    elif "all-linear" in modules:
+        raise ValueError("`all-linear` stands alone: with it, every linear layer is a target already")
+    elif not modules or not all(modules):
+        raise ValueError("an adapter needs at least one target")
+    return modules
+
+
+def _check_metric(name: str) -> str:
+    if not re.fullmatch(r"eval/[\w.-]+", name):
+        raise ValueError("metrics of evaluation begin with `eval/`")
+    return name
+
+
+def _check_warmup_steps(steps: float) -> float:
+    if steps >= 1 and not float(steps).is_integer():
+        raise ValueError("a number of steps is whole, and a share of all steps is below 1")
+    return steps
+
+
+class Settings(BaseModel):
+    """All settings of a run, resolved and frozen; made by `load_config`, which also knows where each came from."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, title="TrieTune"
+    )
+
+    # Data
+
+    dataset_id: NonEmpty = "stanfordnlp/sst2"
+    """Data set that is trained on. `stanfordnlp/sst2` (also `sst2`, `glue/sst2`, `nyu-mll/glue`) and
+    `rajpurkar/squad_v2` (also `squad_v2`, `squadv2`) bring their prompts; any other hub id, file or folder is read
+    by its columns or by the templates below."""
+
+    train_file: NonEmpty | None = None
+    """Local training data in place of the hub's: a file, a glob, or a folder of splits (GLUE TSV, SQuAD JSON, JSONL,
+    JSON, CSV, parquet)."""
+
+    validation_file: NonEmpty | None = None
+    """Local validation data, in the same formats. Without it, the data set's own validation split is used."""
+
+    dataset_split: NonEmpty | None = None
+    """Split that is trained on, `train` unless set. Validation keeps its own split."""
+
+    max_train_examples: Positive | None = None
+    """Number of training examples that are used, the first ones of the data. Without it, all are."""
+
+    max_length: Annotated[int, BeforeValidator(normalise.whole_number), Field(ge=2)] = 32
+    """Longest sequence in tokens, begin and end tokens included. Longer examples follow `overlong`. Nothing is padded
+    to this length, so a large value costs nothing by itself."""
+
+    overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
+    """Fate of training examples longer than `max_length`: dropped and counted, prompt shortened from the left, or an
+    error. Validation never drops an example."""
+
+    prompt_template: str | None = None
+    """Text of the prompt, with columns in braces: `Review: {sentence}\\nOutput:`. It replaces the data set's own."""
+
+    completion_template: str | None = None
+    """Text that the model learns to write after the prompt, with columns in braces. Needed with `prompt_template`."""
+
+    chat_template: NonEmpty | None = None
+    """Chat template (Jinja text, or a file that holds it) for data with `messages`. Without it, the tokenizer's own is
+    used."""
+
+    ignored_index: int = -100
+    """Label that counts for nothing, in data that brings labels of its own."""
+
+    print_examples: bool = True
+    """Whether examples are shown: three with their label tokens marked before training, and ten validation examples
+    with what the model now says after it."""
+
+    # Base model
+
+    model_name: Annotated[NonEmpty, BeforeValidator(normalise.published_model)] = "google/gemma-1.1-2b-it"
+    """Base model: a hub id (a revision may follow after `@`), a folder, or a `.gguf` file."""
+
+    dtype: Annotated[Literal["auto", "bfloat16", "float32", "float16"], BeforeValidator(normalise.dtype)] = "bfloat16"
+    """Number format of the base model's weights. The adapter and the optimizer keep float32 in any case. `auto` takes
+    what this device multiplies fastest; `float16` needs CUDA."""
+
+    framework: Literal["pytorch"] = "pytorch"
+    """Framework that trains."""
+
+    # Adapter
+
+    training_type: Literal["lora"] = "lora"
+    """Kind of training. A LoRA adapter is trained and the base model stays as it is."""
+
+    training_model_type: Literal["lora"] = "lora"
+    """Later name of `training_type`."""
+
+    lora_r: Positive = 4
+    """Rank of the adapter. More rank can learn more, and the adapter's size grows with it."""
+
+    lora_alpha: Annotated[int | float, Field(gt=0)] = 8
+    """Strength of the adapter: its output is scaled by `lora_alpha / lora_r`."""
+
+    lora_target_modules: Annotated[
+        str | tuple[str, ...], BeforeValidator(normalise.target_modules), AfterValidator(_check_target_modules)
+    ] = "all-linear"
+    """Layers that get an adapter: names, one regular expression over full names, or `all-linear` for every linear
+    layer but the output head."""
+
+    lora_task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    """PEFT's task type."""
+
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that is dropped at random. It is drawn once a node, so branches share the mask of
+    the text that they share."""
+
+    use_rslora: bool = False
+    """Whether the adapter is scaled by `lora_alpha / sqrt(lora_r)`, which suits high ranks."""
+
+    use_dora: bool = False
+    """Whether magnitude and direction are learnt apart (DoRA). Slower; several servers do not load it."""
+
+    lora_bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that are trained: none, all, or those of adapted layers."""
+
+    modules_to_save: Names = ()
+    """Modules trained whole and saved with the adapter, such as `lm_head`. The adapter grows by their size, and several
+    servers do not load it."""
+
+    # Optimization
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 6e-5
+    """Step size of the optimizer. Constant, unless `lr_scheduler_type` says otherwise."""
+
+    batch_size: Positive = 4
+    """Examples in a batch, over all devices. The last, smaller batch of an epoch is kept."""
+
+    gradient_accumulation_steps: Positive = 1
+    """Batches that make one optimizer step. One divisor serves them all, so the step equals that of one large batch."""
+
+    num_epochs: Count = 1
+    """Passes over the training data. 0 evaluates and trains nothing."""
+
+    max_steps: Annotated[Positive | None, BeforeValidator(normalise.none_if_minus_one)] = None
+    """Optimizer steps after which training ends, even within an epoch. Without it, `num_epochs` decides."""
+
+    max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalise.duration_s)] = None
+    """Time after which the run ends, early enough to save, such as `55m`, `1h30m` or `01:30:00`. Seconds if a number."""
+
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw", "sgd", "adafactor", "rmsprop", "adagrad",
+        "adamw_8bit", "paged_adamw_8bit",
+    ] = "adamw_torch"  # fmt: skip
+    """Optimizer. The 8-bit ones need bitsandbytes."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Pull of the adapter's weights towards zero. 0.01 is AdamW's own default in PyTorch."""
+
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalise.none_if_zero)] = None
+    """Length to which longer gradients are shortened. Without it (or with 0), gradients stay as they are."""
+
+    lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], BeforeValidator(normalise.schedule)] = (
+        "constant"
+    )
+    """Course of the learning rate after warm-up: it stays, or falls to zero in a line or along a cosine."""
+
+    warmup_ratio: Fraction = 0.0
+    """Share of all steps over which the learning rate rises from zero."""
+
+    warmup_steps: Annotated[int | float, Field(ge=0), AfterValidator(_check_warmup_steps)] = 0
+    """Steps over which the learning rate rises from zero. Below 1 it is a share of all steps, as with `warmup_ratio`."""
+
+    seed: Annotated[int, BeforeValidator(normalise.whole_number), Field(ge=0, lt=2**32)] = 23
+    """Seed of the data order, of the adapter's first weights and of dropout."""
+
+    deterministic: bool = False
+    """Whether only algorithms with reproducible results are used. Two runs then give the same bytes; some devices are
+    slower."""
+
+    gradient_checkpointing: bool = False
+    """Whether activations are computed a second time in the backward pass. Same gradients, less memory, slower."""
+
+    # Shared prefixes
+
+    batching: Literal["trie", "packed", "padded"] = "trie"
+    """Layout of a batch: `trie` computes a shared beginning once, `packed` shares nothing, `padded` is plain rows with
+    the model's own attention, for models whose attention cannot be replaced."""
+
+    attention: Literal["auto", "rows", "varlen", "flex", "mask"] = "auto"
+    """Way in which a trie attends. `auto` takes the fastest that this device and model allow; the plan names it."""
+
+    group_by_prefix: bool | Auto = "auto"
+    """Whether examples with a long common beginning meet in a batch. `auto` does it where it saves much."""
+
+    max_tokens_per_micro_batch: Positive | Auto = "auto"
+    """Bound of memory: a batch is cut into parts of at most this many tokens, with the same gradients."""
+
+    self_check: bool = True
+    """Whether the first batch is compared with plain padded rows. A difference stops the run."""
+
+    # Evaluation
+
+    val_steps_freq: Positive = 50
+    """Steps between validations. Another one precedes the first step, and another follows the last."""
+
+    eval_max_examples: Positive | Auto = "auto"
+    """Examples of a periodic validation, always the same random ones. The last validation takes all. `auto` keeps
+    validation a small part of the time."""
+
+    eval_batch_size: Positive | Auto = "auto"
+    """Examples computed at once in evaluation. It changes speed and memory, no result."""
+
+    # Log and trackers
+
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(normalise.upper_case)
+    ] = "INFO"
+    """Least level of the diagnostic messages on stderr."""
+
+    steps_freq: Positive = 10
+    """Steps between two entries of training metrics. With `save_strategy: step`, also between two checkpoints."""
+
+    use_wandb: bool = True
+    """Whether Weights & Biases is told. If it is not installed, not logged in or not reachable, one line says so and
+    the run goes on without it."""
+
+    tracker: Literal["auto", "wandb", "tensorboard", "trackio", "none"] = "auto"
+    """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none."""
+
+    wandb_project: NonEmpty = "gemma11-finetuning"
+    """Project that the run belongs to in the tracker."""
+
+    wandb_run_name: Annotated[str, AfterValidator(_check_run_name)] = "tt-gemma11-sst2"
+    """Name of the run, in the tracker and as its folder. If the folder exists, `-2`, `-3` is added, unless the run is
+    resumed."""
+
+    wandb_tags: Names = ("test",)
+    """Tags of the run in the tracker."""
+
+    wandb_watch_mode: Literal["all", "gradients", "parameters"] | None = "all"
+    """Histograms of the adapter's tensors that the tracker gets: gradients, parameters, all, or (null) none."""
+
+    wandb_log_freq: Positive = 1000
+    """Steps between two histograms."""
+
+    model_to_wandb: bool = False
+    """Whether the final adapter and each kept checkpoint are uploaded to W&B as artifacts."""
+
+    # Checkpoints
+
+    project_dir: NonEmpty = "blacksmith/experiments/torch/gemma11"
+    """Folder that holds the folders of runs."""
+
+    save_strategy: Literal["epoch", "step", "no"] = "epoch"
+    """Occasion of a checkpoint: after epochs (`epoch_freq`), after steps (`steps_freq`), or none but the final
+    adapter."""
+
+    epoch_freq: Positive = 1
+    """Epochs between two checkpoints, with `save_strategy: epoch`."""
+
+    save_optim: bool = False
+    """Whether checkpoints hold the optimizer's state. With it, a resumed run equals one that was never stopped, bit for
+    bit; without it, the optimizer's moments start anew."""
+
+    keep_last_n: Count = 3
+    """Newest checkpoints that are kept. What neither this nor `keep_best_n` keeps is removed, but never the last whole
+    one."""
+
+    keep_best_n: Count = 3
+    """Best checkpoints that are kept, by `checkpoint_metric`."""
+
+    checkpoint_metric: Annotated[str, BeforeValidator(normalise.metric), AfterValidator(_check_metric)] = "eval/loss"
+    """Metric that ranks checkpoints. `val/loss` is another name of `eval/loss`. A checkpoint whose own weights were not
+    evaluated is not ranked."""
+
+    checkpoint_metric_mode: Literal["min", "max"] = "min"
+    """Direction in which `checkpoint_metric` is better."""
+
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """Reaction to a checkpoint that cannot be written: go on and try again at the next one, or stop."""
+
+    resume_from_checkpoint: bool | Auto = False
+    """Whether training goes on from a checkpoint of this run. `auto` goes on if there is one and starts if there never
+    was one."""
+
+    resume_option: Literal["last", "best", "path"] = "last"
+    """Checkpoint to go on from: the newest, the best, or `checkpoint_path`."""
+
+    checkpoint_path: PathText = ""
+    """Folder of the checkpoint to go on from, with `resume_option: path`."""
+
+    # Remote storage
+
+    storage_backend: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*$")] = "local"
+    """Kind of storage that `remote_path` lies in: `local` (a second folder), `s3`, `gcs`, `azure`, `hf`, or any fsspec
+    protocol."""
+
+    remote_path: PathText = ""
+    """Place of the copies: a folder, or an address such as `s3://bucket/run`."""
+
+    sync_to_storage: bool = False
+    """Whether each checkpoint is copied to `remote_path`, in the background."""
+
+    load_from_storage: bool = False
+    """Whether a resume reads `remote_path`, so that an empty machine can go on."""
+
+    # Devices
+
+    use_tt: bool = True
+    """Whether a Tenstorrent device comes first. If there is none, CUDA is used, else the CPU, and one line says so."""
+
+    device: Literal["auto", "cpu", "cuda", "mps", "tt", "xla"] = "auto"
+    """Device that trains. Anything but `auto` insists and overrides `use_tt`."""
+
+    parallelism_strategy: Literal["single", "data_parallel", "fsdp", "tensor_parallel"] = "single"
+    """Way in which several devices share the work."""
+
+    mesh_shape: Annotated[tuple[Positive, ...] | None, BeforeValidator(normalise.mesh_shape)] = None
+    """Shape of the device mesh, as a list or as text such as `8,1`."""
+
+    mesh_axis_names: Annotated[tuple[str, ...] | None, BeforeValidator(normalise.list_of_names)] = None
+    """Names of the mesh's axes."""
+
+    tp_sharding_specs: dict[str, Any] | list[Any] | None = None
+    """Axes over which parameters are split, by a pattern of their names."""
+
+    model_sharding_patterns: dict[str, Any] | list[Any] | None = None
+    """Later name of `tp_sharding_specs`."""
+
+    input_sharding_dim: Count | None = None
+    """Dimension of the input that is split over the data axis."""
+
+    enable_trace: bool = False
+    """Whether the device records its commands once and replays them (Tenstorrent)."""
+
+    trace_region_size_mb: Positive | None = None
+    """Device memory set aside for `enable_trace`, in MB."""
+
+    # Seen in later files of the original
+
+    custom_dataset: dict[str, Any] | None = None
+    """Files, format and columns of one's own data, as one block. Here these are keys of their own: `train_file`,
+    `validation_file`, `prompt_template`, `completion_template`."""
+
+    prompt_format: str | None = None
+    """Prompt style by name. Here `prompt_template` or `chat_template` give the text itself."""
+
+    chat_system_prompt: str | None = None
+    """System message in front of each example. Here it is a part of `prompt_template`, or the first of `messages`."""
+
+    unfreeze_embeddings: bool = False
+    """Whether the embeddings are trained, too. Here `modules_to_save` names them."""
+
+    adapter_layers: Any = None
+    """Layers that get a bottleneck adapter. LoRA takes `lora_target_modules`."""
+
+    adapter_bottleneck_dim: int | None = None
+    """Width of a bottleneck adapter. LoRA takes `lora_r`."""
+
+    run_decode_example: bool = False
+    """Whether an example is generated after training. Here `print_examples` does that."""
+
+    test_config: Any = None
+    """Bounds of the original's own tests. Here `max_steps` limits a run."""
+
+    _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _note_replacements(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        settings = handler(values)
+        given = values.get("model_name") if isinstance(values, Mapping) else None
+        if isinstance(given, str) and normalise.published_model(given) != given:
+            settings._notes = (f"`{given}` was never published; `{settings.model_name}` is used instead",)
+        return settings
+
+    def where(self, key: str) -> str:
+        """Where the value comes from: `sst2.yaml, line 4`, `--set`, `TRIETUNE_LORA_R`, `argument`, or `default`."""
+        if key not in type(self).model_fields:
+            raise KeyError(key)
+        return self._origins.get(key, "argument" if key in self.model_fields_set else "default")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should be told once about these settings, one line each."""
+        return self._notes
+
+    @property
+    def dataset_name(self) -> str:
+        """`dataset_id` under its canonical name, so that `sst2` and `glue/sst2` are one data set."""
+        return normalise.DATASET_SPELLINGS.get(self.dataset_id.lower(), self.dataset_id)
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Steps of warm-up in a run of `num_steps`, from `warmup_steps` or `warmup_ratio`."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil((self.warmup_steps or self.warmup_ratio) * num_steps)
+
+    def dump_public(self) -> dict[str, Any]:
+        """Every key with a value that JSON and YAML can hold, passwords and tokens in addresses masked."""
+        public = without_secrets(self.model_dump(mode="json"))
+        assert isinstance(public, dict)
+        return public
