@@ -203,7 +203,7 @@ def _padded(batch: _Batch) -> MicroBatch:
     shape = (len(lengths), width)
     return MicroBatch(
         input_ids=input_ids.reshape(shape),
-        position_ids=np.broadcast_to(np.arange(width, dtype=np.int32), shape),
+        position_ids=np.tile(np.arange(width, dtype=np.int32), (len(lengths), 1)),
         label_index=at[packed.label_index].astype(np.int32),
         labels=packed.labels,
         label_weight=packed.label_weight,

@@ -1,0 +1,48 @@
+"""Cross-entropy at label positions alone.
+
+A batch of 32 SQuAD questions has some 1,300 nodes and 180 labels; with a vocabulary of 256,000 the other logits would
+be a fifth of the work and most of the memory.
+
+Letters: N (node, label) pairs, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Logits kept at once, in elements; more labels than fit are taken in chunks whose logits are computed again in the
+# backward. 2 GB in fp32.
+MAX_LOGITS = 500_000_000
+
+
+def label_losses(
+    hidden_ND: Float[Tensor, "N D"],
+    labels: Int64[Tensor, " N"],
+    project: Callable[[Float[Tensor, "n D"]], Float[Tensor, "n V"]],
+    vocabulary_size: int,
+) -> Float[Tensor, " N"]:
+    """`-log p(label)` of each pair, in fp32 (fp64 for fp64 hidden states).
+
+    Args:
+        hidden_ND: last hidden states, after the final norm, at the predicting positions.
+        labels: token to predict.
+        project: the model's head, soft-capping included.
+        vocabulary_size: V, to bound the memory.
+    """
+    chunk = max(1, MAX_LOGITS // vocabulary_size)
+    if len(labels) <= chunk:
+        return _losses(hidden_ND, labels, project)
+    parts = [
+        checkpoint(_losses, hidden_nD, labels_n, project, use_reentrant=False)
+        for hidden_nD, labels_n in zip(hidden_ND.split(chunk), labels.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _losses(hidden_nD: Tensor, labels_n: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    logits_nV = project(hidden_nD)
+    accumulate = torch.promote_types(logits_nV.dtype, torch.float32)
+    return torch.nn.functional.cross_entropy(logits_nV.to(accumulate), labels_n, reduction="none")
