@@ -66,7 +66,11 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """One evaluation, named `eval/...`; `when` is `before`, `during` or `after` training."""
+    """One evaluation, named `eval/...`; `when` is `before`, `during` or `after` training.
+
+    Shares (`eval/accuracy`, `eval/exact_match`, `eval/f1`, ...) are fractions from 0 to 1. `intervals` are 95 %
+    intervals in the unit of their metric, under the same names.
+    """
 
     step: int
     epoch: float
@@ -77,8 +81,47 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class MarkedExample:
+    """A training example as its tokens: (text, whether the token is a label), in order."""
+
+    id: str
+    pieces: Sequence[tuple[str, bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class ExamplesShown:
+    """Training examples as the model reads them, for `print_examples`."""
+
+    examples: Sequence[MarkedExample]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model says about one evaluation example; `is_right` is None where there is no right answer."""
+
+    id: str
+    prompt: str
+    expected: str
+    predicted: str
+    is_right: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What the model says about some evaluation examples, `before` or `after` training."""
+
+    step: int
+    when: Literal["before", "after"]
+    predictions: Sequence[Prediction]
+
+
+@dataclass(frozen=True, slots=True)
 class Histograms:
-    """Values of the adapter's tensors or gradients, flattened NumPy float32 arrays by name, for `wandb_watch_mode`."""
+    """Values of the adapter's tensors or gradients, flattened NumPy float32 arrays by name, for `wandb_watch_mode`.
+
+    Names begin with `gradients/` or `parameters/`. A consumer may read the arrays later, in another thread: hand over
+    copies.
+    """
 
     step: int
     arrays: Mapping[str, Any]
@@ -114,11 +157,23 @@ class RunFinished:
     next_commands: Sequence[str] = ()
 
 
-Event = RunStarted | Said | Working | StepFinished | Evaluated | Histograms | Saved | Removed | RunFinished
+Event = (
+    RunStarted
+    | Said
+    | Working
+    | ExamplesShown
+    | StepFinished
+    | Evaluated
+    | Predicted
+    | Histograms
+    | Saved
+    | Removed
+    | RunFinished
+)
 
 
 class Consumer(Protocol):
-    """Something that shows or keeps events. It may raise: it is then dropped, once, aloud, and the run goes on."""
+    """Something that shows or keeps events. It may raise: `trietune.tracking.dispatch` says what happens then."""
 
     name: str
 

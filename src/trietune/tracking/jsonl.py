@@ -1,0 +1,345 @@
+"""Keep a run in plain files: what was measured, which examples met in each step, settings and environment.
+
+    metrics.jsonl       {"event": "step", "step": 10, "epoch": 0.25, "time": 1764000000.123, "train/loss": 0.61, ...}
+                        {"event": "evaluation", "step": 50, "when": "during", "eval/loss": 0.44, "intervals": {...}}
+    batches.jsonl       {"step": 10, "epoch": 0.25, "ids": ["train.tsv:17", ...]}
+    predictions.jsonl   {"step": 400, "when": "after", "id": "dev.tsv:3", "predicted": "positive", ...}
+    config.yaml, environment.json
+
+Lines are strict JSON (a number that is not finite becomes null), appended whole and flushed one by one. A process
+that dies in the middle of a line leaves a torn one: opening the file cuts it off. A resume moves what lies beyond its
+checkpoint into `metrics.abandoned-1.jsonl` with `rewind`, so a file tells one story from its first line to its last.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from trietune.tracking.dispatch import StillTrying
+from trietune.tracking.events import (
+    Evaluated,
+    Event,
+    Predicted,
+    Removed,
+    RunFinished,
+    RunStarted,
+    Said,
+    Saved,
+    StepFinished,
+)
+
+METRICS = "metrics.jsonl"
+BATCHES = "batches.jsonl"
+PREDICTIONS = "predictions.jsonl"
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+LINE_FILES = (METRICS, BATCHES, PREDICTIONS)
+
+
+class FilesConsumer:
+    """Writes a run's files. Without space or permission it keeps the lines and tries again at the next event."""
+
+    name = "run files"
+
+    def __init__(self, say: Callable[[str], None], *, now: Callable[[], float] = time.time) -> None:
+        self._say = say
+        self._now = now
+        self._step = 0
+        self._early: list[Said] = []
+        self._started: RunStarted | None = None
+        self._has_written_settings = False
+        self._files: dict[str, LineFile] = {}
+
+    def handle(self, event: Event) -> None:
+        """Append the lines of `event`. Raises `StillTrying` when the disk takes nothing."""
+        if self._started is None and not isinstance(event, RunStarted):
+            if isinstance(event, Said):
+                self._early.append(event)  # the run's folder has no name yet
+            return
+        if isinstance(event, RunStarted):
+            self._start(event)
+        for name, record in self._lines_of(event):
+            self._files[name].add(to_json_line(record))
+        self._write(flush_to_disk=isinstance(event, (Saved, RunFinished)))
+
+    def close(self) -> None:
+        """Write what is still waiting. Raises OSError when that fails."""
+        try:
+            for file in self._files.values():
+                file.write(flush_to_disk=True)
+        finally:
+            for file in self._files.values():
+                file.close()
+
+    def _start(self, event: RunStarted) -> None:
+        self._started = event
+        self._step = event.first_step
+        self._files = {name: LineFile(event.directory / name, self._say) for name in LINE_FILES}
+        for said in self._early:
+            self._files[METRICS].add(to_json_line(self._said(said)))
+        self._early.clear()
+
+    def _write(self, *, flush_to_disk: bool) -> None:
+        assert self._started is not None
+        try:
+            if not self._has_written_settings:
+                self._started.directory.mkdir(parents=True, exist_ok=True)
+                write_settings(self._started.directory, self._started.config, self._started.environment)
+                self._has_written_settings = True
+            for file in self._files.values():
+                file.write(flush_to_disk=flush_to_disk)
+        except OSError as error:
+            num_waiting = sum(file.num_waiting for file in self._files.values())
+            raise StillTrying(f"{error.strerror or error} ({num_waiting} lines wait in memory)") from error
+
+    def _said(self, said: Said) -> dict[str, Any]:
+        return {"event": said.level, "step": self._step, "time": self._time(), "text": said.text}
+
+    def _time(self) -> float:
+        return round(self._now(), 3)
+
+    def _lines_of(self, event: Event) -> list[tuple[str, dict[str, Any]]]:
+        head: dict[str, Any]
+        stamp = {"time": self._time()}
+        match event:
+            case RunStarted():
+                head = {"event": "start", "step": event.first_step, **stamp, "name": event.name}
+                return [(METRICS, {**head, "num_steps": event.num_steps, "plan": [list(row) for row in event.plan]})]
+            case Said():
+                return [(METRICS, self._said(event))]
+            case StepFinished():
+                self._step = event.step
+                lines = [(BATCHES, {"step": event.step, "epoch": event.epoch, "ids": list(event.example_ids)})]
+                if event.is_logged:
+                    head = {"event": "step", "step": event.step, "epoch": event.epoch, **stamp}
+                    lines.append((METRICS, {**head, **event.metrics}))
+                return lines
+            case Evaluated():
+                head = {"event": "evaluation", "step": event.step, "epoch": event.epoch, **stamp, "when": event.when}
+                body = {**head, **event.metrics, "num_examples": event.num_examples}
+                return [(METRICS, {**body, "intervals": {name: list(pair) for name, pair in event.intervals.items()}})]
+            case Predicted():
+                head = {"step": event.step, "when": event.when}
+                return [(PREDICTIONS, {**head, **asdict(prediction)}) for prediction in event.predictions]
+            case Saved():
+                head = {"event": "saved", "step": event.step, **stamp, "kind": event.kind, **event.metrics}
+                return [(METRICS, {**head, "directory": self._relative(event.directory), "seconds": event.seconds})]
+            case Removed():
+                directory = self._relative(event.directory)
+                return [(METRICS, {"event": "removed", "step": event.step, **stamp, "directory": directory})]
+            case RunFinished():
+                head = {"event": "end", "step": event.step, **stamp, "status": event.status, "seconds": event.seconds}
+                return [(METRICS, {**head, "summary": dict(event.summary)})]
+            case _:
+                return []
+
+    def _relative(self, directory: Path) -> str:
+        """As seen from the run's folder, so that a run can be moved."""
+        assert self._started is not None
+        try:
+            return directory.relative_to(self._started.directory).as_posix()
+        except ValueError:
+            return str(directory)
+
+
+class LineFile:
+    """A file of lines that only grows; a failed write leaves nothing half-written and loses nothing."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path = path
+        self._say = say
+        self._waiting: list[bytes] = []
+        self._descriptor: int | None = None
+        self._size_bytes = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, line: bytes) -> None:
+        """Queue one line; `write` takes it to the file."""
+        self._waiting.append(line)
+
+    def write(self, *, flush_to_disk: bool = False) -> None:
+        """Append every waiting line. Raises OSError; the lines then still wait."""
+        if not self._waiting and self._descriptor is None:
+            return  # a file without a line is not made
+        if self._descriptor is None:
+            self._open()
+        assert self._descriptor is not None
+        content = memoryview(b"".join(self._waiting))
+        try:
+            while content:
+                content = content[os.write(self._descriptor, content) :]
+        except OSError:
+            os.ftruncate(self._descriptor, self._size_bytes)  # a full disk takes a part of a line, then refuses
+            raise
+        self._size_bytes += sum(map(len, self._waiting))
+        self._waiting.clear()
+        if flush_to_disk:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> None:
+        if self._path.exists():
+            num_cut_bytes = repair_last_line(self._path)
+            if num_cut_bytes:
+                self._say(f"{self._path.name}: cut off a torn last line of {num_cut_bytes:,} bytes")
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+        self._descriptor = os.open(self._path, flags, 0o666)
+        self._size_bytes = os.fstat(self._descriptor).st_size
+
+
+def to_json_line(record: Mapping[str, Any]) -> bytes:
+    """`record` as one line of strict JSON: what is not finite becomes null, what JSON does not know becomes text."""
+    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types; NumPy numbers become numbers, paths and anything else text."""
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if hasattr(value, "tolist"):  # a NumPy scalar or array
+        return plain(value.tolist())
+    return str(value)
+
+
+def repair_last_line(path: Path) -> int:
+    """Cut off a last line that was not written whole, and say how many bytes that took.
+
+    After a power failure the end of a file can be zero bytes, or a line that ends but is no JSON: both are cut.
+    """
+    size = path.stat().st_size
+    end = size
+    with path.open("r+b") as file:
+        while end > 0:
+            begin = _begin_of_last_line(file, end)
+            file.seek(begin)
+            line = file.read(end - begin)
+            if line.endswith(b"\n") and _is_json(line):
+                break
+            if _is_json(line):  # only the line break is missing
+                file.seek(end)
+                file.write(b"\n")
+                return size - end
+            end = begin
+        if end < size:
+            file.truncate(end)
+    return size - end
+
+
+def rewind(directory: Path, step: int) -> dict[str, int]:
+    """Move the lines beyond `step` of a run's files aside, and say how many left each file.
+
+    `metrics.jsonl` keeps its lines up to and including `step`; the others go to `metrics.abandoned-<n>.jsonl`, which is
+    whole on disk before the file itself is replaced. A crash in between leaves the lines in both; the next call finds
+    the same content set aside already and does not keep it twice.
+    """
+    num_moved: dict[str, int] = {}
+    for name in LINE_FILES:
+        path = directory / name
+        if not path.exists():
+            continue
+        repair_last_line(path)
+        kept: list[bytes] = []
+        surplus: list[bytes] = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            (surplus if _step_of(line) > step else kept).append(line)
+        if not surplus:
+            continue
+        _set_aside(path, b"".join(surplus))
+        write_atomically(path, b"".join(kept))
+        num_moved[name] = len(surplus)
+    return num_moved
+
+
+def write_settings(directory: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    """Write `config.yaml` and `environment.json`, each whole or not at all."""
+    from ruamel.yaml import YAML
+
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the order of the settings
+    yaml.dump(plain(config), text)
+    write_atomically(directory / CONFIG, text.getvalue().encode())
+    content = json.dumps(plain(environment), ensure_ascii=False, allow_nan=False, indent=2)
+    write_atomically(directory / ENVIRONMENT, content.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` so that a reader, or a crash, finds the old file or the new one."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with staged.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _begin_of_last_line(file: io.BufferedRandom, end: int, block_bytes: int = 1 << 16) -> int:
+    """Where the line begins whose last byte is at `end - 1`."""
+    place = end - 1  # that byte may itself be the line break
+    while place > 0:
+        begin = max(0, place - block_bytes)
+        file.seek(begin)
+        found = file.read(place - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        place = begin
+    return 0
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a line; a line that is no record of ours belongs to the beginning and stays."""
+    try:
+        step = json.loads(line).get("step", 0)
+    except (ValueError, AttributeError):
+        return 0
+    return step if isinstance(step, int) else 0
+
+
+def _set_aside(path: Path, content: bytes) -> None:
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.abandoned-{number}{path.suffix}")).exists():
+        if aside.read_bytes() == content:
+            return
+        number += 1
+    write_atomically(aside, content)
