@@ -1,0 +1,1 @@
+"""The training loop, the order of the data and the optimizer."""

@@ -1,0 +1,166 @@
+"""The training loop: batches in, finished steps out.
+
+    for each step:  its batches -> micro-batches -> one divisor -> forward, backward each -> clip -> optimizer -> Step
+
+The divisor of a step is the number of its labels over all micro-batches and batches that it accumulates, known before
+the first forward. So the loss is the mean over label tokens of one large padded batch, however the step is cut.
+
+Whoever iterates decides what a finished step means: log it, evaluate, save, stop. No file, bar or signal here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trietune.model.causal_lm import TrieModel
+from trietune.training.optimizer import Schedule
+from trietune.training.sampler import Sampler
+from trietune.trie import MicroBatch, total_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step that has been taken.
+
+    Attributes:
+        number: steps taken so far, this one included; the first is 1.
+        epoch: passes over the data so far, as a fraction.
+        loss: mean `-log p` over the labels of the step, before the update.
+        learning_rate: of this update.
+        grad_norm: length of the gradient before clipping.
+        sequence_indices: the step's examples, in the order drawn.
+        num_labels: label tokens, repeated ones counted each time.
+        num_tokens: positions of plain rows without padding.
+        num_positions: positions computed: distinct tokens on a trie.
+        num_micro_batches: forward and backward passes.
+    """
+
+    number: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    sequence_indices: np.ndarray
+    num_labels: int
+    num_tokens: int
+    num_positions: int
+    num_micro_batches: int
+
+
+class LossNotFiniteError(Exception):
+    """The loss or the gradient of a step is NaN or infinite; the weights are those of the step before."""
+
+    def __init__(self, number: int, loss: float, grad_norm: float, sequence_indices: np.ndarray) -> None:
+        super().__init__(f"step {number}: loss {loss}, gradient norm {grad_norm}")
+        self.number = number
+        self.loss = loss
+        self.grad_norm = grad_norm
+        self.sequence_indices = sequence_indices
+
+
+@dataclass(frozen=True, slots=True)
+class Schedules:
+    """What a run's steps are: how many, from where, and with which learning rate.
+
+    Attributes:
+        num_steps: steps of the whole run.
+        first_step: steps already taken (0 unless resumed).
+        batches_per_step: batches that one optimizer step accumulates.
+        learning_rate: of step `n`, counted from 0.
+    """
+
+    num_steps: int
+    first_step: int
+    batches_per_step: int
+    learning_rate: Schedule
+
+
+def train(
+    model: TrieModel,
+    optimizer: torch.optim.Optimizer,
+    sampler: Sampler,
+    schedules: Schedules,
+    make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]],
+    *,
+    seed: int,
+    max_grad_norm: float | None = None,
+    before_update: Callable[[int], None] | None = None,
+) -> Iterator[Step]:
+    """Take the steps `schedules.first_step + 1 .. num_steps`, yielding each.
+
+    Args:
+        make_micro_batches: cuts the sequences of one batch into micro-batches.
+        seed: of dropout, which is drawn anew from (seed, step) at each step, so that no random state outlives a step.
+        max_grad_norm: longer gradients are shortened to this length.
+        before_update: called with the step's number when all gradients are there, before the optimizer uses them.
+
+    Raises:
+        LossNotFiniteError: before the optimizer would have used such a gradient.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    steps_per_epoch = -(-sampler.batches_per_epoch // schedules.batches_per_step)
+    for number in range(schedules.first_step, schedules.num_steps):
+        epoch, step_in_epoch = divmod(number, steps_per_epoch)
+        first_batch = step_in_epoch * schedules.batches_per_step
+        last_batch = min(first_batch + schedules.batches_per_step, sampler.batches_per_epoch)
+        batches = [sampler.batch(epoch, b) for b in range(first_batch, last_batch)]
+        micro_batches = [micro_batch for batch in batches for micro_batch in make_micro_batches(batch)]
+        sequence_indices = np.concatenate(batches)
+
+        learning_rate = schedules.learning_rate(number)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        torch.manual_seed(step_seed(seed, number))
+        model.network.train()
+        loss = accumulate_gradients(model, micro_batches)
+        grad_norm = _clip(parameters, max_grad_norm)
+        if not np.isfinite(loss) or not np.isfinite(grad_norm):
+            optimizer.zero_grad(set_to_none=True)
+            raise LossNotFiniteError(number + 1, loss, grad_norm, sequence_indices)
+        if before_update is not None:
+            before_update(number + 1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        yield Step(
+            number=number + 1,
+            epoch=epoch + (step_in_epoch + 1) / steps_per_epoch,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            sequence_indices=sequence_indices,
+            num_labels=int(total_weight(micro_batches)),
+            num_tokens=sum(micro_batch.num_tokens for micro_batch in micro_batches),
+            num_positions=sum(micro_batch.num_positions for micro_batch in micro_batches),
+            num_micro_batches=len(micro_batches),
+        )
+
+
+def accumulate_gradients(model: TrieModel, micro_batches: Sequence[MicroBatch]) -> float:
+    """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss."""
+    divisor = total_weight(micro_batches)
+    parts = [_backward(model, micro_batch, divisor) for micro_batch in micro_batches]
+    return float(torch.stack(parts).sum()) if parts else 0.0
+
+
+def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float) -> Tensor:
+    losses = model.label_losses(micro_batch)
+    weight = torch.from_numpy(micro_batch.label_weight / divisor).to(losses.device, losses.dtype)
+    part = torch.dot(losses, weight)
+    part.backward()  # type: ignore[no-untyped-call]
+    return part.detach()
+
+
+def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float | None) -> float:
+    bound = float("inf") if max_grad_norm is None else max_grad_norm
+    return float(nn.utils.clip_grad_norm_(parameters, bound))
+
+
+def step_seed(seed: int, number: int) -> int:
+    """A seed for what is random within step `number` (from 0)."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
