@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-UNANSWERABLE = "unanswerable"
-"""What the model is taught to say when the context holds no answer; it counts as SQuAD's empty prediction."""
+from trietune.data.templates import UNANSWERABLE
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 BOOTSTRAP_RESAMPLES = 10_000
