@@ -52,7 +52,7 @@ def write_error(error: OSError, place: Path) -> Exception:
         return UserError(
             f"the disk is full: `{place}` could not be written",
             where=f"{_free_bytes(place):,} bytes are free there",
-            next_step="free some space or choose another place, then run the same command again; nothing was left behind",
+            next_step="free some space or choose another place, then run the same command again",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(
