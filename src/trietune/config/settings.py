@@ -188,7 +188,7 @@ class Settings(BaseModel):
     """Optimizer steps after which training ends, even within an epoch. Without it, `num_epochs` decides."""
 
     max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalise.duration_s)] = None
-    """Time after which the run ends, early enough to save, such as `55m`, `1h30m` or `01:30:00`. Seconds if a number."""
+    """Time after which the run ends, early enough to save: `55m`, `1h30m`, `01:30:00`, or a number of seconds."""
 
     optim: Literal[
         "adamw_torch", "adamw_torch_fused", "adamw", "sgd", "adafactor", "rmsprop", "adagrad",
@@ -211,7 +211,7 @@ class Settings(BaseModel):
     """Share of all steps over which the learning rate rises from zero."""
 
     warmup_steps: Annotated[int | float, Field(ge=0), AfterValidator(_check_warmup_steps)] = 0
-    """Steps over which the learning rate rises from zero. Below 1 it is a share of all steps, as with `warmup_ratio`."""
+    """Steps over which the learning rate rises from zero. Below 1 it is a share of all steps, like `warmup_ratio`."""
 
     seed: Annotated[int, BeforeValidator(normalise.whole_number), Field(ge=0, lt=2**32)] = 23
     """Seed of the data order, of the adapter's first weights and of dropout."""

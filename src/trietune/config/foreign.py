@@ -1,0 +1,198 @@
+"""What other fine-tuning tools call things, and what to write here: answered, never silently accepted.
+
+A name means something else in another tool often enough (a batch size per device, labels on prompts) that taking it
+over without a word would train something else than the author had in mind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trietune.config.yaml12 import write_value
+
+HF = "transformers, TRL"
+AXOLOTL = "axolotl"
+FACTORY = "LLaMA-Factory"
+MLX = "mlx_lm"
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignName:
+    """A name of other tools: whose it is, the keys here that do its work, what to write, and what is different.
+
+    `write` may hold `{value}`, the value that the user gave; None where nothing needs to be written.
+    """
+
+    tools: str
+    keys: tuple[str, ...]
+    write: str | None
+    difference: str = ""
+
+
+def _same(tools: str, key: str, difference: str = "") -> ForeignName:
+    return ForeignName(tools, (key,), f"`{key}: {{value}}`", difference)
+
+
+_PER_DEVICE = "it counts one device, `batch_size` all of them before accumulation: multiply by the number of devices"
+_ALWAYS_COMPLETIONS = "labels are on completions alone, always"
+_NO_PACKING = "nothing is padded here: a trie computes each shared beginning once"
+_REVISION = '`model_name: "owner/name@{text}"`'
+_AFTER_NAME = "a revision follows the model's name after `@`"
+_NO_SECRETS = "a configuration is kept and shared, and a secret is not"
+_DTYPE_HERE = "the base model's number format is one key here, and the adapter is float32 in any case"
+
+FOREIGN_NAMES: Mapping[str, ForeignName] = {
+    # model
+    "model_name_or_path": _same(f"{HF}, {FACTORY}", "model_name"),
+    "base_model": _same(AXOLOTL, "model_name"),
+    "model": _same(MLX, "model_name"),
+    "model_id": _same("several tools", "model_name"),
+    "pretrained_model_name_or_path": _same("transformers", "model_name"),
+    "model_revision": ForeignName("TRL", ("model_name",), _REVISION, _AFTER_NAME),
+    "revision_of_model": ForeignName(AXOLOTL, ("model_name",), _REVISION, _AFTER_NAME),
+    "bf16": ForeignName(f"{HF}, {AXOLOTL}, {FACTORY}", ("dtype",), "`dtype: bfloat16`", _DTYPE_HERE),
+    "fp16": ForeignName(f"{HF}, {AXOLOTL}", ("dtype",), "`dtype: float16`", _DTYPE_HERE),
+    "fp32": ForeignName("several tools", ("dtype",), "`dtype: float32`", _DTYPE_HERE),
+    "tf32": ForeignName(f"transformers, {AXOLOTL}", ("dtype",), None, _DTYPE_HERE),
+    "torch_dtype": _same("transformers", "dtype"),
+    "precision": _same("several tools", "dtype"),
+    "load_in_4bit": ForeignName(f"TRL, {AXOLOTL}", ("dtype",), None, "the base model is not quantized here"),
+    "load_in_8bit": ForeignName(f"TRL, {AXOLOTL}", ("dtype",), None, "the base model is not quantized here"),
+    "quantization_bit": ForeignName(FACTORY, ("dtype",), None, "the base model is not quantized here"),
+    # data
+    "dataset_name": _same(HF, "dataset_id"),
+    "datasets": ForeignName(AXOLOTL, ("dataset_id", "train_file"), "`train_file: data.jsonl`", "one data set a run"),
+    "dataset": _same(FACTORY, "dataset_id", "a local file goes under `train_file`"),
+    "dataset_dir": _same(FACTORY, "train_file", "a folder of `train` and `validation` files is read as it is"),
+    "data": _same(MLX, "train_file", "a folder of `train.jsonl` and `valid.jsonl` is read as it is"),
+    "dataset_path": _same("several tools", "train_file"),
+    "train_data": _same("several tools", "train_file"),
+    "eval_dataset": _same(FACTORY, "validation_file"),
+    "validation_data": _same("several tools", "validation_file"),
+    "dataset_train_split": _same("TRL", "dataset_split"),
+    "max_samples": _same(FACTORY, "max_train_examples"),
+    "max_train_samples": _same("transformers' examples", "max_train_examples"),
+    "max_eval_samples": _same("transformers' examples", "eval_max_examples"),
+    "val_batches": ForeignName(MLX, ("eval_max_examples",), "`eval_max_examples: auto`", "it counts batches"),
+    "max_seq_length": _same(f"older TRL, {MLX}", "max_length"),
+    "max_seq_len": _same("several tools", "max_length"),
+    "sequence_len": _same(AXOLOTL, "max_length"),
+    "cutoff_len": _same(FACTORY, "max_length"),
+    "block_size": _same("several tools", "max_length"),
+    "model_max_length": _same("several tools", "max_length"),
+    "template": ForeignName(FACTORY, ("chat_template", "prompt_template"), None, "the tokenizer's own is used"),
+    "chat_template_jinja": _same(AXOLOTL, "chat_template"),
+    "completion_only_loss": ForeignName("TRL", (), None, _ALWAYS_COMPLETIONS),
+    "assistant_only_loss": ForeignName("TRL", (), None, _ALWAYS_COMPLETIONS),
+    "train_on_inputs": ForeignName(AXOLOTL, (), None, _ALWAYS_COMPLETIONS),
+    "train_on_prompt": ForeignName(FACTORY, (), None, _ALWAYS_COMPLETIONS),
+    "mask_prompt": ForeignName(MLX, (), None, _ALWAYS_COMPLETIONS),
+    "packing": ForeignName(f"TRL, {FACTORY}", ("batching",), None, _NO_PACKING),
+    "padding_free": ForeignName("TRL", ("batching",), None, _NO_PACKING),
+    "sample_packing": ForeignName(AXOLOTL, ("batching",), None, _NO_PACKING),
+    "neat_packing": ForeignName(FACTORY, ("batching",), None, _NO_PACKING),
+    "pad_to_sequence_len": ForeignName(AXOLOTL, ("batching",), None, _NO_PACKING),
+    "group_by_length": ForeignName("transformers", ("group_by_prefix",), None, _NO_PACKING),
+    # batches and steps
+    "per_device_train_batch_size": _same(f"{HF}, {FACTORY}", "batch_size", _PER_DEVICE),
+    "per_gpu_train_batch_size": _same("older transformers", "batch_size", _PER_DEVICE),
+    "micro_batch_size": _same(AXOLOTL, "batch_size", _PER_DEVICE),
+    "train_batch_size": _same("DeepSpeed", "batch_size", "DeepSpeed counts accumulation, too"),
+    "per_device_eval_batch_size": _same(f"{HF}, {FACTORY}", "eval_batch_size"),
+    "grad_accumulation_steps": _same(MLX, "gradient_accumulation_steps"),
+    "num_train_epochs": _same(f"{HF}, {FACTORY}", "num_epochs"),
+    "epochs": _same("several tools", "num_epochs"),
+    "iters": _same(MLX, "max_steps"),
+    "max_train_steps": _same("several tools", "max_steps"),
+    "num_steps": _same("several tools", "max_steps"),
+    # optimizer
+    "lr": _same("several tools", "learning_rate"),
+    "optimizer": _same(f"{AXOLOTL}, {MLX}", "optim"),
+    "lr_scheduler": _same(AXOLOTL, "lr_scheduler_type"),
+    "lr_schedule": ForeignName(MLX, ("lr_scheduler_type",), "`lr_scheduler_type: cosine`", "it is one word here"),
+    "warmup": _same(MLX, "warmup_steps"),
+    "max_gradient_norm": _same("several tools", "max_grad_norm"),
+    "gradient_clipping": _same("DeepSpeed", "max_grad_norm"),
+    "grad_checkpoint": _same(MLX, "gradient_checkpointing"),
+    "use_gradient_checkpointing": _same("several tools", "gradient_checkpointing"),
+    "full_determinism": _same("transformers", "deterministic"),
+    # adapter
+    "lora_rank": _same(FACTORY, "lora_r"),
+    "rank": _same(MLX, "lora_r"),
+    "r": _same("PEFT", "lora_r"),
+    "alpha": _same("several tools", "lora_alpha"),
+    "scale": ForeignName(MLX, ("lora_alpha",), "`lora_alpha: 8`", "its scale is our `lora_alpha / lora_r`"),
+    "lora_parameters": ForeignName(MLX, ("lora_r", "lora_alpha"), "`lora_r: 4`", "the keys are flat here"),
+    "dropout": _same(f"{MLX}, PEFT", "lora_dropout"),
+    "target_modules": _same("PEFT", "lora_target_modules"),
+    "lora_target": _same(FACTORY, "lora_target_modules", "`all` is `all-linear` here"),
+    "keys": _same(MLX, "lora_target_modules"),
+    "lora_target_linear": ForeignName(AXOLOTL, ("lora_target_modules",), "`lora_target_modules: all-linear`"),
+    "lora_modules_to_save": _same(AXOLOTL, "modules_to_save"),
+    "additional_target": _same(FACTORY, "modules_to_save"),
+    "peft_use_rslora": _same(AXOLOTL, "use_rslora"),
+    "peft_use_dora": _same(AXOLOTL, "use_dora"),
+    "adapter": ForeignName(AXOLOTL, ("training_type",), "`training_type: lora`"),
+    "finetuning_type": ForeignName(FACTORY, ("training_type",), "`training_type: lora`"),
+    "fine_tune_type": ForeignName(MLX, ("training_type",), "`training_type: lora`"),
+    "use_peft": ForeignName("TRL", ("training_type",), "`training_type: lora`"),
+    # intervals and checkpoints
+    "logging_steps": _same(f"{HF}, {AXOLOTL}, {FACTORY}", "steps_freq"),
+    "steps_per_report": _same(MLX, "steps_freq"),
+    "eval_steps": _same(f"{HF}, {AXOLOTL}, {FACTORY}", "val_steps_freq"),
+    "steps_per_eval": _same(MLX, "val_steps_freq"),
+    "eval_strategy": ForeignName(HF, ("val_steps_freq",), "`val_steps_freq: 50`", "validation goes by steps here"),
+    "evaluation_strategy": ForeignName("older transformers", ("val_steps_freq",), "`val_steps_freq: 50`"),
+    "evals_per_epoch": ForeignName(AXOLOTL, ("val_steps_freq",), "`val_steps_freq: 50`", "it counts steps here"),
+    "save_steps": ForeignName(
+        f"{HF}, {AXOLOTL}, {FACTORY}", ("save_strategy", "steps_freq"),
+        "`save_strategy: step` and `steps_freq: {value}`",
+        "`steps_freq` is also the interval of logged metrics",
+    ),
+    "save_every": ForeignName(MLX, ("save_strategy", "steps_freq"), "`save_strategy: step` and `steps_freq: {value}`"),
+    "saves_per_epoch": ForeignName(AXOLOTL, ("save_strategy", "epoch_freq"), "`save_strategy: epoch`"),
+    "save_total_limit": _same(f"{HF}, {AXOLOTL}", "keep_last_n", "the best ones are kept apart, by `keep_best_n`"),
+    "metric_for_best_model": _same(HF, "checkpoint_metric", "our metrics begin with `eval/`"),
+    "greater_is_better": ForeignName(HF, ("checkpoint_metric_mode",), "`checkpoint_metric_mode: max`"),
+    "load_best_model_at_end": ForeignName(HF, ("keep_best_n",), "`keep_best_n: 1`"),
+    "save_only_model": ForeignName(HF, ("save_optim",), "`save_optim: False`", "it is the opposite of `save_optim`"),
+    "output_dir": _same(f"{HF}, {AXOLOTL}, {FACTORY}", "project_dir", "a folder of the run's name is made in it"),
+    "adapter_path": _same(MLX, "project_dir", "a folder of the run's name is made in it"),
+    "overwrite_output_dir": ForeignName(HF, ("wandb_run_name",), None, "no run overwrites another one here"),
+    "resume_adapter_file": ForeignName(
+        MLX, ("resume_from_checkpoint", "resume_option", "checkpoint_path"),
+        "`resume_from_checkpoint: True`, `resume_option: path` and `checkpoint_path: {value}`",
+    ),
+    "auto_resume_from_checkpoints": ForeignName(AXOLOTL, ("resume_from_checkpoint",), "`resume_from_checkpoint: auto`"),
+    # trackers
+    "report_to": _same(f"{HF}, {FACTORY}, {MLX}", "tracker"),
+    "run_name": _same(HF, "wandb_run_name"),
+    "wandb_name": _same(AXOLOTL, "wandb_run_name"),
+    "wandb_watch": _same(AXOLOTL, "wandb_watch_mode"),
+    "wandb_log_model": ForeignName(AXOLOTL, ("model_to_wandb",), "`model_to_wandb: True`"),
+    "project_name": _same("several tools", "wandb_project"),
+    "logging_dir": ForeignName(HF, ("project_dir",), None, "metrics lie in the run's own folder"),
+    "data_seed": ForeignName(HF, ("seed",), "`seed: {value}`", "one seed serves data, adapter and dropout"),
+    # secrets
+    "hub_token": ForeignName("transformers", (), None, f"{_NO_SECRETS}: set the variable HF_TOKEN"),
+    "token": ForeignName("several tools", (), None, f"{_NO_SECRETS}: set the variable HF_TOKEN"),
+    "hf_token": ForeignName("several tools", (), None, f"{_NO_SECRETS}: set the variable HF_TOKEN"),
+    "wandb_api_key": ForeignName("several tools", (), None, f"{_NO_SECRETS}: set the variable WANDB_API_KEY"),
+    # devices
+    "use_cpu": ForeignName("transformers", ("device",), "`device: cpu`"),
+    "no_cuda": ForeignName("older transformers", ("device",), "`device: cpu`"),
+    "deepspeed": ForeignName(HF, ("parallelism_strategy",), None, "several devices share the work by `torchrun`"),
+    "fsdp": ForeignName(HF, ("parallelism_strategy",), None, "several devices share the work by `torchrun`"),
+    "attn_implementation": ForeignName(HF, ("attention",), "`attention: auto`", "the trie brings its own attention"),
+    "flash_attention": ForeignName(AXOLOTL, ("attention",), "`attention: auto`", "the trie brings its own attention"),
+    "flash_attn": ForeignName(FACTORY, ("attention",), "`attention: auto`", "the trie brings its own attention"),
+    "compile": ForeignName("the original's later versions", (), None, "the device decides what is compiled"),
+}  # fmt: skip
+
+
+def remedy_for(name: str, value: Any) -> str | None:
+    """What to write for a foreign name that was given with this value; None where there is nothing to write."""
+    write = FOREIGN_NAMES[name].write
+    return None if write is None else "write " + write.format(value=write_value(value), text=value)

@@ -1,0 +1,305 @@
+"""Read the settings of a run: the file, the environment, the command line, each value with its origin.
+
+    --set key=value   before   TRIETUNE_<KEY>   before   the file   before   the default
+
+Everything that is wrong is reported at once, with file and line, what is allowed, and what to write.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trietune.config.allowed import allowed_values, choices, takes_null, takes_text
+from trietune.config.checks import contradictions, without_effect
+from trietune.config.foreign import FOREIGN_NAMES, remedy_for
+from trietune.config.not_yet import refusals
+from trietune.config.problems import Problem, as_user_error
+from trietune.config.secrets import without_secrets
+from trietune.config.settings import Settings
+from trietune.config.yaml12 import YamlError, read_mapping, read_value, write_value
+from trietune.errors import UserError
+
+PREFIX = "TRIETUNE_"
+# Variables of the program that are no configuration keys.
+OTHER_VARIABLES = frozenset({"TRIETUNE_CACHE"})
+
+# A configuration has a few kilobytes; a model or a data set that is named by mistake has more.
+_MAX_BYTES = 1_000_000
+
+_REASONS: Mapping[tuple[str, str], str] = {
+    ("framework", "jax"): "training runs on PyTorch; the original's JAX setting trains nothing either",
+    ("training_type", "full"): "only adapters are trained here, and the base model is never changed",
+    ("training_type", "adapters"): "of adapters, only LoRA is trained here, no bottleneck layers",
+    ("training_model_type", "full"): "only adapters are trained here, and the base model is never changed",
+    ("training_model_type", "adapters"): "of adapters, only LoRA is trained here, no bottleneck layers",
+    ("save_strategy", "steps"): "the original's word is in the singular",
+    ("wandb_watch_mode", "none"): "none at all is null",
+}
+_BOOLEAN_WORDS = {
+    "yes": True,
+    "on": True,
+    "true": True,
+    "1": True,
+    "no": False,
+    "off": False,
+    "false": False,
+    "0": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    value: Any
+    origin: str
+
+
+def load_config(
+    path: Path | str | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    environ: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Settings of a run from a YAML file, the environment and overrides.
+
+    Args:
+        path: the file; None takes defaults, environment and overrides alone.
+        overrides: `key=value` texts as after `--set`, or a mapping of keys to Python values.
+        environ: where `TRIETUNE_<KEY>` variables are looked up.
+
+    Raises:
+        UserError: naming everything that is wrong, each with its place and a remedy.
+    """
+    problems: list[Problem] = []
+    given: dict[str, _Given] = {}
+    source = None if path is None else str(path)
+    if path is not None:
+        given |= _from_file(Path(path), problems)
+    given |= _from_environment(environ, problems)
+    given |= _from_overrides(overrides, problems)
+    known = _known_keys(given, problems)
+    settings = _validated(known, problems)
+    if problems:
+        command = f"`trietune train {source} --dry-run`" if source else "`trietune train --dry-run`"
+        problems.sort(key=lambda problem: problem.line)
+        raise as_user_error(problems, source=source, command=command)
+    return settings
+
+
+def show_config(settings: Settings) -> str:
+    """Each key with its value and where that comes from, one a line: what `--show-config` prints."""
+    rows = [(f"{key}: {write_value(value)}", settings.where(key)) for key, value in settings.dump_public().items()]
+    width = min(max(len(row) for row, _ in rows), 60)
+    return "\n".join(f"{row:<{width}}  # {origin}" for row, origin in rows) + "\n"
+
+
+# ---- the three sources
+
+
+def _from_file(path: Path, problems: list[Problem]) -> dict[str, _Given]:
+    text = _text_of(path)
+    try:
+        document = read_mapping(text)
+    except YamlError as error:
+        place = f"{path}, line {error.line}" if error.line else str(path)
+        raise UserError(f"{place}: {error.what}", next_step=error.remedy) from None
+    for refused in document.errors:
+        problems.append(Problem(f"{refused.what} in {path}, line {refused.line}", None, refused.remedy))
+    given: dict[str, _Given] = {}
+    lines: dict[str, int] = {}
+    for entry in document.entries:
+        if entry.key in lines:
+            what = f"repeated key `{entry.key}` in {path}, line {entry.line}"
+            problems.append(Problem(what, f"it is already in line {lines[entry.key]}", "remove one of the two"))
+            continue
+        lines[entry.key] = entry.line
+        given[entry.key] = _Given(entry.value, f"{path}, line {entry.line}")
+    return given
+
+
+def _text_of(path: Path) -> str:
+    if path.is_dir():
+        inside = sorted(path.glob("*.y*ml"))
+        step = f"name a file in it: {inside[0]}" if inside else "name a YAML file; `trietune init sst2` writes one"
+        raise UserError(f"{path} is a folder, not a configuration file", next_step=step)
+    if not path.exists():
+        raise UserError(f"there is no file {path}", next_step=_nearest_file(path))
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file", next_step="name a YAML file; `trietune init sst2` writes one")
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            what = f"{path} has {path.stat().st_size:,} bytes, too many for a configuration"
+            raise UserError(
+                what, next_step="name the YAML file; data goes under `train_file`, a model under `model_name`"
+            )
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text", next_step="save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", next_step="check its permissions") from None
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = sorted(entry.name for entry in folder.glob("*.y*ml")) if folder.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    if nearest:
+        return f"did you mean {' or '.join(str(folder / name) for name in nearest)}?"
+    return f"`trietune init sst2 > {path}` writes a commented one"
+
+
+def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> dict[str, _Given]:
+    given: dict[str, _Given] = {}
+    for variable in sorted(environ):
+        if variable.startswith(PREFIX) and variable not in OTHER_VARIABLES:
+            key = variable.removeprefix(PREFIX).lower()
+            _read_into(given, key, environ[variable], variable, problems)
+    return given
+
+
+def _from_overrides(overrides: Sequence[str] | Mapping[str, Any], problems: list[Problem]) -> dict[str, _Given]:
+    if isinstance(overrides, Mapping):
+        return {key: _Given(value, "argument") for key, value in overrides.items()}
+    given: dict[str, _Given] = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            problems.append(Problem(f"`--set {override}` has no `=`", None, f"write `--set {key}=VALUE`"))
+            continue
+        _read_into(given, key.strip(), text, "--set", problems)
+    return given
+
+
+def _read_into(given: dict[str, _Given], key: str, text: str, origin: str, problems: list[Problem]) -> None:
+    """Read one value from a command line or a variable, where text is seldom quoted and may hold colons and braces."""
+    is_text = key in Settings.model_fields and takes_text(key)
+    stripped = text.strip()
+    try:
+        if is_text and not stripped.startswith(("'", '"', "[")):
+            is_null = takes_null(key) and stripped in {"", "null", "~"}
+            given[key] = _Given(None if is_null else text, origin)
+        else:
+            given[key] = _Given(read_value(text), origin)
+    except YamlError as error:
+        shown = without_secrets(text)
+        problems.append(Problem(f"`{key}={shown}` ({origin}) cannot be read: {error.what}", None, error.remedy, (key,)))
+
+
+# ---- names
+
+
+def _known_keys(given: Mapping[str, _Given], problems: list[Problem]) -> dict[str, _Given]:
+    known = {}
+    for key, item in given.items():
+        if key in Settings.model_fields:
+            known[key] = item
+        else:
+            problems.append(_unknown(key, item))
+    return known
+
+
+def _unknown(key: str, item: _Given) -> Problem:
+    in_file = ", line " in item.origin
+    what = f"unknown key `{key}` {'in' if in_file else 'from'} {item.origin}"
+    remove = "remove the line" if in_file else "leave it out"
+    name = key.strip().lower().replace("-", "_")
+    if name in Settings.model_fields:
+        return Problem(what, "keys are written in small letters with `_`", f"write `{name}`")
+    if name in FOREIGN_NAMES:
+        foreign = FOREIGN_NAMES[name]
+        ours = " and ".join(f"`{ours}` ({summary(ours)})" for ours in foreign.keys)
+        why = f"a name in {foreign.tools}" + (f"; here it is {ours}" if ours else "; there is no such key here")
+        why += f"\n{foreign.difference}" if foreign.difference else ""
+        return Problem(what, why, remedy_for(name, without_secrets(item.value)) or remove)
+    nearest = nearest_key(name)
+    if nearest is not None:
+        return Problem(what, f"did you mean `{nearest}` ({summary(nearest)})?", f"write `{nearest}`, or {remove}")
+    return Problem(what, "docs/configuration.md describes every key, and `trietune init sst2` writes them", remove)
+
+
+def nearest_key(name: str) -> str | None:
+    """The key that is spelt most like `name`, its words in any order; None if none is near."""
+    by_spelling = {key: key for key in Settings.model_fields}
+    by_words = {_sorted_words(key): key for key in Settings.model_fields}
+    for spelling, keys in ((name, by_spelling), (_sorted_words(name), by_words)):
+        near = difflib.get_close_matches(spelling, keys, n=1, cutoff=0.75)
+        if near:
+            return keys[near[0]]
+    return None
+
+
+def _sorted_words(name: str) -> str:
+    return "_".join(sorted(name.split("_")))
+
+
+def summary(key: str) -> str:
+    """The first sentence of the key's description as a phrase: "rank of the adapter"."""
+    first = (Settings.model_fields[key].description or key).replace("\n", " ").split(". ")[0].split(": ")[0].rstrip(".")
+    return first if first[:2].isupper() else first[0].lower() + first[1:]
+
+
+# ---- values
+
+
+def _validated(given: Mapping[str, _Given], problems: list[Problem]) -> Settings:
+    values = {key: item.value for key, item in given.items()}
+    wrong: set[str] = {key for problem in problems for key in problem.keys}
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            key = str(detail["loc"][0])
+            if key not in wrong:
+                wrong.add(key)
+                problems.append(_wrong_value(key, given[key], detail.get("ctx", {}).get("error")))
+        settings = Settings(**{key: value for key, value in values.items() if key not in wrong})
+    settings._origins = {key: item.origin for key, item in given.items()}
+    settings._notes = (*settings._notes, *without_effect(settings))
+    problems += [
+        problem for problem in (*contradictions(settings), *refusals(settings)) if wrong.isdisjoint(problem.keys)
+    ]
+    return settings
+
+
+def _wrong_value(key: str, item: _Given, detail: Exception | None) -> Problem:
+    value = item.value
+    shown = write_value(without_secrets(value))
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    what = f"`{key}: {shown}` ({item.origin}) is not allowed"
+    if value is None:
+        what = f"`{key}` ({item.origin}) is empty"
+    reason = _REASONS.get((key, str(value).lower()))
+    why = f"allowed: {allowed_values(key)}" + "".join(f"\n{extra}" for extra in (reason, detail) if extra)
+    return Problem(what, why, f"write `{key}: {write_value(_suggested(key, value))}`", (key,))
+
+
+def _suggested(key: str, value: Any) -> Any:
+    """The legal value that is nearest to what was written, else the default."""
+    default = Settings.model_fields[key].default
+    words = choices(key)
+    if isinstance(value, str):
+        near = difflib.get_close_matches(value, words, n=1, cutoff=0.6)
+        if near:
+            return near[0]
+        if isinstance(default, bool) and value.lower() in _BOOLEAN_WORDS:
+            return _BOOLEAN_WORDS[value.lower()]
+        unquoted = read_value(value) if value.strip().replace(".", "").isdigit() else None
+        if unquoted is not None and _is_legal(key, unquoted):
+            return unquoted
+    if isinstance(default, bool) and value in (0, 1):
+        return bool(value)
+    return default
+
+
+def _is_legal(key: str, value: Any) -> bool:
+    try:
+        Settings(**{key: value})
+    except ValidationError:
+        return False
+    return True

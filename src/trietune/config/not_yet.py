@@ -1,0 +1,92 @@
+"""Keys that this build cannot honour: refused by name when they are set to something, never read and ignored.
+
+The table is the whole list. Whoever builds one of the features deletes its lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trietune.config.problems import Problem
+from trietune.config.settings import Settings
+from trietune.config.yaml12 import write_value
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a value is refused, and what to write in its place. `applies` is True of the values that are refused."""
+
+    applies: Callable[[Any], bool]
+    reason: str
+    remedy: str
+
+
+def _is_set(value: Any) -> bool:
+    return value not in (None, False, "", (), [], {})
+
+
+_ONE_DEVICE = "this build trains on one device"
+
+NOT_YET: Mapping[str, Refusal] = {
+    "parallelism_strategy": Refusal(
+        lambda value: value != "single", _ONE_DEVICE, "write `parallelism_strategy: single`"
+    ),
+    "mesh_shape": Refusal(_is_set, _ONE_DEVICE, "write `mesh_shape: null`"),
+    "mesh_axis_names": Refusal(_is_set, _ONE_DEVICE, "write `mesh_axis_names: null`"),
+    "tp_sharding_specs": Refusal(_is_set, _ONE_DEVICE, "remove it"),
+    "model_sharding_patterns": Refusal(_is_set, _ONE_DEVICE, "remove it"),
+    "input_sharding_dim": Refusal(lambda value: value is not None, _ONE_DEVICE, "remove it"),
+    "enable_trace": Refusal(_is_set, "this build records no traces", "write `enable_trace: False`"),
+    "trace_region_size_mb": Refusal(_is_set, "this build records no traces", "remove it"),
+    "device": Refusal(
+        lambda value: value in {"tt", "xla"},
+        "this build trains on cpu, cuda and mps",
+        "write `device: auto`, which takes what is there",
+    ),
+}
+
+# Features that have a key of their own here, under another name.
+ELSEWHERE: Mapping[str, Refusal] = {
+    "custom_dataset": Refusal(
+        _is_set,
+        "its parts are keys of their own here",
+        "write `train_file`, `validation_file`, `prompt_template` and `completion_template`",
+    ),
+    "prompt_format": Refusal(
+        _is_set, "the text of a prompt is given itself here", "write `prompt_template` or `chat_template`"
+    ),
+    "chat_system_prompt": Refusal(
+        _is_set,
+        "a system message is a part of the data here",
+        "put it into `prompt_template`, or in front of each example's `messages`",
+    ),
+    "unfreeze_embeddings": Refusal(
+        _is_set, "modules that are trained whole have names here", 'write `modules_to_save: ["embed_tokens"]`'
+    ),
+    "adapter_layers": Refusal(
+        _is_set, "there are no bottleneck adapters here, only LoRA", "remove it; `lora_target_modules` chooses layers"
+    ),
+    "adapter_bottleneck_dim": Refusal(
+        _is_set, "there are no bottleneck adapters here, only LoRA", "remove it; `lora_r` is the width of LoRA"
+    ),
+    "run_decode_example": Refusal(
+        _is_set, "examples are generated after training by another key here", "write `print_examples: True`"
+    ),
+    "test_config": Refusal(
+        _is_set, "the original's test harness is not a part of this", "remove it; `max_steps` bounds a run"
+    ),
+}
+
+
+def refusals(settings: Settings) -> list[Problem]:
+    """A problem for each key that is set to something that this build does not have."""
+    problems = []
+    for key, refusal in {**NOT_YET, **ELSEWHERE}.items():
+        value = getattr(settings, key)
+        if refusal.applies(value):
+            shown = f"`{key}: {write_value(value)}` ({settings.where(key)})"
+            what = f"{shown} is not there yet" if key in NOT_YET else f"{shown} has another name here"
+            problems.append(Problem(what, refusal.reason, refusal.remedy, (key,)))
+    return problems
