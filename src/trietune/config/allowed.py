@@ -13,6 +13,7 @@ from trietune.config.settings import Settings
 
 # Keys whose accepted spellings are more than their type.
 _IN_WORDS: Mapping[str, str] = {
+    "lora_alpha": "a number above 0",
     "dtype": "`auto`, `bfloat16`, `float32`, or `float16`, with or without `torch.`",
     "lora_target_modules": '`"all-linear"`, a list of names, or one regular expression',
     "max_time": "a time such as `55m`, `1h30m` or `01:30:00`, seconds as a number, or null",

@@ -26,12 +26,12 @@ from pydantic import (
 from trietune.config import normalise
 from trietune.config.secrets import without_secrets
 
-Count = Annotated[int, BeforeValidator(normalise.whole_number), Field(ge=0)]
-Positive = Annotated[int, BeforeValidator(normalise.whole_number), Field(ge=1)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(normalise.whole_number)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(normalise.whole_number)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Auto = Literal["auto"]
 PathText = Annotated[str, BeforeValidator(normalise.path_text)]
-NonEmpty = Annotated[str, BeforeValidator(normalise.path_text), Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1), BeforeValidator(normalise.path_text)]
 Names = Annotated[tuple[str, ...], BeforeValidator(normalise.list_of_names)]
 
 
@@ -93,7 +93,7 @@ class Settings(BaseModel):
     max_train_examples: Positive | None = None
     """Number of training examples that are used, the first ones of the data. Without it, all are."""
 
-    max_length: Annotated[int, BeforeValidator(normalise.whole_number), Field(ge=2)] = 32
+    max_length: Annotated[int, Field(ge=2), BeforeValidator(normalise.whole_number)] = 32
     """Longest sequence in tokens, begin and end tokens included. Longer examples follow `overlong`. Nothing is padded
     to this length, so a large value costs nothing by itself."""
 
@@ -213,7 +213,7 @@ class Settings(BaseModel):
     warmup_steps: Annotated[int | float, Field(ge=0), AfterValidator(_check_warmup_steps)] = 0
     """Steps over which the learning rate rises from zero. Below 1 it is a share of all steps, like `warmup_ratio`."""
 
-    seed: Annotated[int, BeforeValidator(normalise.whole_number), Field(ge=0, lt=2**32)] = 23
+    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(normalise.whole_number)] = 23
     """Seed of the data order, of the adapter's first weights and of dropout."""
 
     deterministic: bool = False

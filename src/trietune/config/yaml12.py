@@ -10,9 +10,11 @@ understood otherwise (`6e-5` as text, `no` as False).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 _MAX_DEPTH = 16
@@ -101,12 +103,20 @@ def write_value(value: Any) -> str:
     if isinstance(value, bool | int):
         return str(value)
     if isinstance(value, float):
-        return re.sub(r"e([-+])0(\d)$", r"e\1\2", repr(value)).replace("inf", ".inf").replace("nan", ".nan")
+        return _write_float(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(write_value(item) for item in value) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{write_value(key)}: {write_value(item)}" for key, item in value.items()) + "}"
     return json.dumps(str(value), ensure_ascii=False)
+
+
+def _write_float(value: float) -> str:
+    if not math.isfinite(value):
+        return f"{value}".replace("inf", ".inf").replace("nan", ".nan")
+    if 0 < abs(value) < 1e-3:
+        return f"{Decimal(repr(value)).normalize():e}"  # 6e-5, as people write a learning rate
+    return repr(value)
 
 
 class _Events:
