@@ -164,7 +164,7 @@ def _explain(repo: str, revision: str | None, error: Exception) -> NoReturn:
         raise UserError(
             f"`{repo}` is gated: its owner asks you to accept the terms first",
             where=f"at {_page(repo)}" + ("" if _has_token() else "; no token was sent, HF_TOKEN is not set"),
-            next_step="accept them there while logged in; then `hf auth login`, or HF_TOKEN, with a token that may read it",
+            next_step="accept them there, logged in; then `hf auth login`, or set HF_TOKEN to a token that may read it",
         ) from error
     if isinstance(error, RepositoryNotFoundError) or status == 401:
         if _has_token() and status == 401:
@@ -268,11 +268,11 @@ def _gigabytes(size_bytes: int) -> str:
 
 def _reporting_bar(phase: str, progress: Progress) -> type[Any]:
     """A bar that draws nothing and tells `progress` how many bytes have come."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # re-exported
 
-    class ReportingBar(tqdm):  # type: ignore[misc]  # tqdm is untyped
+    class ReportingBar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO(), "leave": False})
+            super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO(), "leave": False})  # type: ignore[no-untyped-call]
 
         def display(self, *args: Any, **kwargs: Any) -> None:
             if self.unit == "B":

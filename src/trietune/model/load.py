@@ -1,0 +1,234 @@
+"""A base model from a local folder into memory, and whether tries can be computed with it.
+
+Weights come from safetensors alone and code from transformers alone: what a folder brings as Python is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from trietune.errors import UserError
+from trietune.model.locate import ModelFolder
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+# Tries give the gradients of padded rows for these; a test a family, with windows, soft-capping and grouped heads.
+TESTED_FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+
+_ATTENTION_LAYERS = ("full_attention", "sliding_attention")
+# Their angles depend on the longest position of the call, which differs between a trie and padded rows.
+_CALL_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def load_network(
+    folder: ModelFolder,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Callable[[str], None] = lambda text: None,
+) -> PreTrainedModel:
+    """The causal language model of `folder`, in evaluation mode, all weights in `dtype` on `device`.
+
+    Raises:
+        UserError: needs code of its own, is no causal language model, is quantized, lacks weights, is damaged, does
+            not fit into memory.
+    """
+    if dtype not in SUPPORTED_DTYPES:
+        raise UserError(f"a base model cannot be held in {dtype}", next_step="dtype: bfloat16   (or float32)")
+    _check_config(folder)
+    _check_memory(folder.path, dtype, device)
+    try:
+        with _without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder.path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        network, info = loaded
+        network.to(device)
+    except SafetensorError as error:
+        raise UserError(
+            f"the weights of `{folder.name}` are damaged: {error}",
+            where=str(folder.path),
+            next_step="fetch or copy them again"
+            if folder.source != "gguf"
+            else f"delete {folder.path}, then run again",
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _too_large(folder.path, dtype, device) from error
+    _check_loaded(folder, info, report)
+    network.train(False)
+    return network  # type: ignore[no-any-return]  # the library gives a pair when it is asked for one
+
+
+def check_architecture(network: PreTrainedModel) -> str | None:
+    """Why tries cannot be computed with this network, as the end of a sentence; None if they can.
+
+    A family outside `TESTED_FAMILIES` passes if its attention goes through the library's interface and nothing in its
+    configuration speaks against it; the self-check of the first micro-batch has the last word.
+    """
+    config = network.config
+    family = str(config.model_type)
+    if getattr(config, "is_encoder_decoder", False):
+        return f"`{family}` has an encoder, and its decoder attends to it"
+    if config.get_text_config() is not config:
+        return f"`{family}` takes more than text, and masks its attention itself"
+    layers = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(layers - set(_ATTENTION_LAYERS)):
+        return f"`{family}` has layers of the kind `{other[0]}`, which carry a state from token to token"
+    if getattr(network, "_is_stateful", False):
+        return f"`{family}` has state-space layers, which carry a state from token to token"
+    if not getattr(network, "_supports_attention_backend", False):
+        return f"`{family}` computes attention in its own way, which cannot be replaced"
+    if (rope := _rope_types(config)) & set(_CALL_DEPENDENT_ROPE):
+        kind = sorted(rope & set(_CALL_DEPENDENT_ROPE))[0]
+        return f"`{family}` uses the rotary scaling `{kind}`, whose angles depend on the longest sequence of a call"
+    if getattr(config, "use_bidirectional_attention", None):
+        return f"`{family}` is configured to attend to later tokens"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"`{family}` is configured with dropout on attention weights"
+    if getattr(config, "output_router_logits", False):
+        return f"`{family}` adds a loss for its experts, which counts tokens and not labels"
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"`{family}` scales its logits by `{name}`"
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is the allocator's refusal, on any device, and no bug."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory", "RESOURCE_EXHAUSTED")
+    )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _check_config(folder: ModelFolder) -> None:
+    raw: dict[str, Any] = json.loads((folder.path / "config.json").read_bytes())
+    family = raw["model_type"]
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
+        raise UserError(
+            f"the weights of `{folder.name}` are quantized ({method}); TrieTune trains on plain weights",
+            next_step="take the model that this one was made from, often the same name without the suffix",
+        )
+    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    if "auto_map" in raw:
+        raise UserError(
+            f"`{folder.name}` needs Python code from its own folder, and TrieTune runs none that comes with weights",
+            where=f"config.json: model_type `{family}`, auto_map",
+            next_step="choose a model whose architecture transformers has, for example Gemma, Llama, Qwen or Mistral",
+        )
+    try:
+        AutoConfig.from_pretrained(folder.path, local_files_only=True)
+    except ValueError:
+        raise UserError(
+            f"the installed transformers does not know the architecture `{family}` of `{folder.name}`",
+            next_step="pip install --upgrade transformers",
+        ) from None
+    raise UserError(
+        f"`{folder.name}` is no causal language model: model_type `{family}`",
+        next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
+    )
+
+
+def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse before the machine begins to swap: Linux ends a process without a word where others raise."""
+    if device.type not in ("cpu", "cuda"):
+        return
+    if _needed_bytes(folder, dtype) > _available_bytes(device):
+        raise _too_large(folder, dtype, device)
+
+
+def _too_large(folder: Path, dtype: torch.dtype, device: torch.device) -> UserError:
+    needed = f"{_needed_bytes(folder, dtype) / 1e9:.1f} GB"
+    where = f"{_available_bytes(device) / 1e9:.1f} GB are free on {device}" if device.type in ("cpu", "cuda") else None
+    smaller = "a smaller model" if dtype.itemsize <= 2 else "dtype: bfloat16   (half the memory), or a smaller model"
+    return UserError(
+        f"the model needs {needed} for its weights alone in {_name(dtype)}", where=where, next_step=smaller
+    )
+
+
+def _needed_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of all weights once they are in `dtype`, from the headers of their files."""
+    return sum(_num_weights(file) for file in folder.glob("*.safetensors")) * dtype.itemsize
+
+
+def _num_weights(file: Path) -> int:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return sum(_count(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"`{file}` is damaged or only a part of a download: {error}",
+            where=f"{file.stat().st_size:,} bytes",
+            next_step="fetch or copy it again",
+        ) from error
+
+
+def _count(shape: list[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _check_loaded(folder: ModelFolder, info: dict[str, Any], report: Callable[[str], None]) -> None:
+    """The library fills what a file lacks with random numbers, and goes on."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if missing or mismatched:
+        what = f"lack {len(missing)} tensors of" if missing else f"have {len(mismatched)} tensors of other shapes than"
+        raise UserError(
+            f"the weights of `{folder.name}` {what} the model that its config.json describes",
+            where=f"the first is `{missing[0] if missing else mismatched[0][0]}`",
+            next_step="take config.json and weights from the same place and revision",
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        report(f"{len(unexpected)} tensors of {folder.name} belong to no part of the model, e.g. {unexpected[0]}")
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary scaling; a configuration has one, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return {str(one.get("rope_type", "default")) for one in nested}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
