@@ -1,0 +1,100 @@
+"""A linear layer and its LoRA adapter as one function with its own backward.
+
+    y = x W' + s (x A') B'        A [r, in] and B [out, r] in fp32, x and W in the base's dtype
+
+PEFT computes the adapter's branch in fp32, so it casts the whole of `x` up and the branch's output down again, at every
+layer, forward and backward. Here the small matrices are cast instead. What is kept for the backward is `x`, which the
+layer's neighbours keep too, and `x A'`, which is r numbers a node.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LoraLinear(torch.autograd.Function):
+    """Inputs: x [..., in], weight [out, in], bias [out] or None, A [r, in], B [out, r], scale; output [..., out].
+
+    Products run in `x`'s dtype and accumulate in fp32; the gradients of A and B are returned in their own dtype. The
+    base's weight and bias get none.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        a, scaled_b = a.to(x.dtype), (b * scale).to(x.dtype)
+        low_rank = rows @ a.t()
+        out = torch.nn.functional.linear(rows, weight, bias)
+        out.addmm_(low_rank, scaled_b.t())
+        context.save_for_backward(rows, weight, a, scaled_b, low_rank)
+        context.scale = scale
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(context: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, scaled_b, low_rank = context.saved_tensors
+        grad = grad_out.reshape(-1, grad_out.shape[-1])
+        grad_low_rank = grad @ scaled_b
+        grad_a = (grad_low_rank.t() @ rows).to(_adapter_dtype(rows))
+        grad_b = (grad.t() @ low_rank).to(_adapter_dtype(rows)) * context.scale
+        grad_x = None
+        if context.needs_input_grad[0]:
+            grad_x = grad @ weight
+            grad_x.addmm_(grad_low_rank, a)
+            grad_x = grad_x.view(*grad_out.shape[:-1], -1)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def _adapter_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def fuse_adapters(network: nn.Module) -> int:
+    """Let plain LoRA layers of `network` run as `LoraLinear`; returns how many do.
+
+    Layers with dropout, DoRA, adapter biases, trained base biases, several adapters, or a base that is no plain linear
+    layer keep PEFT's forward. Parameters and their names stay as they are.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    fused = 0
+    for module in network.modules():
+        if type(module) is Linear and _is_plain(module):
+            module.forward = _fused_forward(module)  # type: ignore[method-assign, assignment]
+            fused += 1
+    return fused
+
+
+def _is_plain(module: Any) -> bool:
+    if len(module.active_adapters) != 1 or type(module.get_base_layer()) is not nn.Linear:
+        return False
+    adapter = module.active_adapters[0]
+    base = module.get_base_layer()
+    return (
+        adapter in module.lora_A
+        and isinstance(module.lora_dropout[adapter], nn.Identity)
+        and not module.use_dora[adapter]
+        and module.lora_B[adapter].bias is None
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+    )
+
+
+def _fused_forward(module: Any) -> Any:
+    by_peft = module.forward
+    adapter = module.active_adapters[0]
+    base, a, b = module.get_base_layer(), module.lora_A[adapter], module.lora_B[adapter]
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or module.disable_adapters or module.merged or module.active_adapters != [adapter]:
+            out: Tensor = by_peft(x, *args, **kwargs)
+            return out
+        fused: Tensor = LoraLinear.apply(x, base.weight, base.bias, a.weight, b.weight, module.scaling[adapter])  # type: ignore[no-untyped-call]
+        return fused
+
+    return forward
