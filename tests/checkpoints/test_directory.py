@@ -56,13 +56,13 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     (written.path / name).unlink()
     with pytest.raises(Damaged) as caught:
         verify_directory(written.path)
-    assert (caught.value.file, caught.value.reason) == (name, "it is missing")
+    assert (caught.value.file, caught.value.reason) == (name, "is missing")
 
 
 def test_a_short_file_is_named_with_both_sizes(tmp_path: Path) -> None:
     written = write_directory(tmp_path / "adapter", CONTENTS, info=INFO)
     os.truncate(written.path / "adapter_model.safetensors", 1234)
-    with pytest.raises(Damaged, match=r"adapter_model\.safetensors: it has 1,234 of 7,000 bytes"):
+    with pytest.raises(Damaged, match=r"adapter_model\.safetensors has 1,234 of 7,000 bytes"):
         read_directory(written.path)
 
 

@@ -27,12 +27,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import psutil
 
 from trietune.checkpoints import files, manifest
 from trietune.checkpoints.manifest import MANIFEST_NAME, FileEntry, Manifest, ManifestInfo
+from trietune.errors import UserError
 
 Content = bytes | Callable[[BinaryIO], None]
 
@@ -47,10 +48,10 @@ _CHUNK_BYTES = 4 * 2**20
 
 
 class Damaged(Exception):  # noqa: N818  (a state of a directory, not a failure of ours)
-    """A directory is not whole: `file` is the culprit's name inside it, `reason` goes on after "it"."""
+    """A directory is not whole: `file` inside it is to blame, and `reason` is what a sentence about it goes on with."""
 
     def __init__(self, directory: Path, file: str, reason: str) -> None:
-        super().__init__(f"{directory.name} is not whole: {file}: {reason}")
+        super().__init__(f"{directory.name} is not whole: {file} {reason}")
         self.directory = directory
         self.file = file
         self.reason = reason
@@ -129,13 +130,17 @@ def verify_directory(directory: Path) -> Verified:
 def read_directory(directory: Path, *, without: Collection[str] = ()) -> tuple[Manifest, dict[str, bytes]]:
     """Read each file once and return the bytes that were verified; files named in `without` are left alone.
 
-    Raises `Damaged`; MemoryError when the files do not fit into the memory that is free.
+    Raises `Damaged`; `UserError` when the files do not fit into the memory that is free.
     """
     found = check_sizes(directory, without=without)
     wanted = {name: entry for name, entry in found.files.items() if name not in without}
     total = sum(entry.size for entry in wanted.values())
     if total > psutil.virtual_memory().available:
-        raise MemoryError(f"{directory} holds {total:,} bytes, more than the memory that is free")
+        raise UserError(
+            f"{directory.name} holds {total:,} bytes, more than the memory that is free",
+            where=str(directory),
+            next_step="stop other programs, or go on on a machine with more memory",
+        )
     contents = {}
     for name, entry in wanted.items():
         with _open_listed(directory, name, entry) as file:
@@ -148,13 +153,13 @@ def read_directory(directory: Path, *, without: Collection[str] = ()) -> tuple[M
 def read_manifest(directory: Path) -> Manifest:
     """The manifest alone, believed by its own digest. Raises `Damaged`."""
     if directory.is_symlink() or not directory.is_dir():
-        raise Damaged(directory, ".", "it is not a folder" if directory.exists() else "it is not there")
+        raise Damaged(directory, "it", "is not a folder" if os.path.lexists(directory) else "is not there")
     with _open_plain(directory, MANIFEST_NAME) as file:
         data = file.read(manifest.MAX_MANIFEST_BYTES + 1)
     try:
         return manifest.parse(data)
     except manifest.ManifestError as error:
-        raise Damaged(directory, MANIFEST_NAME, str(error)) from error
+        raise Damaged(directory, MANIFEST_NAME, f"is refused: {error}") from error
 
 
 def check_sizes(directory: Path, *, without: Collection[str] = ()) -> Manifest:
@@ -223,7 +228,8 @@ def _write_one(path: Path, content: Content) -> FileEntry:
         entry = FileEntry(len(content), hashlib.sha256(content).hexdigest())
         files.write_file(path, content)
         return entry
-    with _HashedFile(path) as raw, io.BufferedWriter(raw, _CHUNK_BYTES) as file:
+    raw = _HashedFile(path)
+    with io.BufferedWriter(cast(io.RawIOBase, raw), _CHUNK_BYTES) as file:
         content(file)
         file.flush()
         files.flush(raw.descriptor)
@@ -273,17 +279,17 @@ def _open_plain(directory: Path, name: str) -> Iterator[BinaryIO]:
     try:
         descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise Damaged(directory, name, "it is missing") from error
+        raise Damaged(directory, name, "is missing") from error
     except OSError as error:
-        reason = "it is a link" if error.errno == errno.ELOOP else f"it cannot be opened ({error.strerror})"
+        reason = "is a link" if error.errno == errno.ELOOP else f"cannot be opened ({error.strerror})"
         raise Damaged(directory, name, reason) from error
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Damaged(directory, name, "it is not a plain file")
+            raise Damaged(directory, name, "is not a plain file")
         try:
             yield io.BufferedReader(file)
         except OSError as error:
-            raise Damaged(directory, name, f"it cannot be read ({error.strerror})") from error
+            raise Damaged(directory, name, f"cannot be read ({error.strerror})") from error
 
 
 @contextmanager
@@ -291,10 +297,10 @@ def _open_listed(directory: Path, name: str, entry: FileEntry) -> Iterator[Binar
     with _open_plain(directory, name) as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry.size:
-            raise Damaged(directory, name, f"it has {size:,} of {entry.size:,} bytes")
+            raise Damaged(directory, name, f"has {size:,} of {entry.size:,} bytes")
         yield file
 
 
 def _check_digest(directory: Path, name: str, entry: FileEntry, sha256: str) -> None:
     if sha256 != entry.sha256:
-        raise Damaged(directory, name, "its bytes are not those that were written (SHA-256 differs)")
+        raise Damaged(directory, name, "does not hold the bytes that were written (its SHA-256 differs)")

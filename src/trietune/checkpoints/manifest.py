@@ -74,7 +74,7 @@ class Manifest:
 
 
 def serialise(manifest: Manifest) -> bytes:
-    """The bytes of `manifest.json`. Raises ValueError for names that a reader would refuse."""
+    """The bytes of `manifest.json`. Raises ValueError for names and details that a reader would refuse."""
     _check_names(manifest.files)
     info = manifest.info
     document: dict[str, Any] = {
@@ -87,7 +87,9 @@ def serialise(manifest: Manifest) -> bytes:
         "run_id": info.run_id,
         "step": info.step,
     }
-    return _with_digest(document)
+    data = _with_digest(document)
+    parse(data)  # what a reader would refuse must fail while the old checkpoint is still the newest
+    return data
 
 
 def parse(data: bytes) -> Manifest:

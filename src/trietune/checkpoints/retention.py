@@ -17,11 +17,19 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 Mode = Literal["min", "max"]
 
 STEP_NAME = re.compile(r"step-(?P<step>[0-9]{8,18})", re.ASCII)
+
+
+class Limits(TypedDict):
+    """The three settings of a run that the policy follows."""
+
+    keep_last_n: int
+    keep_best_n: int
+    mode: Mode
 
 
 @dataclass(frozen=True, slots=True)

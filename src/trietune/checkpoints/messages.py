@@ -1,0 +1,117 @@
+"""What a person reads when a checkpoint cannot be saved or resumed from: what, where, what to do."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+
+from trietune.checkpoints.directory import Damaged
+from trietune.errors import EXIT_RESUME_REFUSED, UserError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space on that disk; `keep_last_n` and `keep_best_n` bound what a run keeps",
+    errno.EDQUOT: "free some of your quota there; `keep_last_n` and `keep_best_n` bound what a run keeps",
+    errno.EFBIG: "raise the limit of file sizes (`ulimit -f unlimited`)",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n 4096`)",
+    errno.EACCES: "give this user the right to write there",
+    errno.EPERM: "give this user the right to write there",
+    errno.EROFS: "the file system went read-only: look into its log (`dmesg`), then mount it again",
+    errno.EIO: "the disk failed to keep the bytes: look into its log (`dmesg`) before you trust it again",
+}
+
+
+class SaveFailed(UserError):  # noqa: N818  (an event that a run survives)
+    """A save that the disk refused; what was saved before is as it was. `number` is the errno."""
+
+    def __init__(self, what: str, *, where: str, next_step: str, number: int) -> None:
+        super().__init__(what, where=where, next_step=next_step)
+        self.number = number
+
+
+def save_failed(error: OSError, target: Path, *, newest_whole: Path | None) -> SaveFailed:
+    """For `on_save_error`: continue or stop is the caller's business."""
+    reason = error.strerror or str(error)
+    kept = f"{newest_whole.name} is whole and stays" if newest_whole else "there is no earlier one"
+    remedy = _REMEDIES.get(error.errno or 0, "look at that folder and its disk")
+    return SaveFailed(
+        f"{target.name} was not saved: {reason}",
+        where=f"in {target.parent}; {kept}",
+        next_step=f"{remedy}; the next save tries again",
+        number=error.errno or 0,
+    )
+
+
+def removal_failed(error: OSError) -> str:
+    """One sentence: an old checkpoint could not be removed, which harms nothing but space."""
+    name = f" {Path(str(error.filename)).name}" if error.filename else ""
+    return f"an old checkpoint could not be removed:{name} {error.strerror or error}; the next save tries again"
+
+
+def nothing_to_resume(folder: Path, traces: Sequence[str]) -> UserError:
+    """No `step-*` at all."""
+    if traces:
+        return UserError(
+            f"no checkpoint is left in {folder}, but there were some",
+            where=f"found: {', '.join(traces[:3])}",
+            next_step="rename one of them back to `step-...` and look at it with `trietune verify`, "
+            "or start anew under another `wandb_run_name`",
+            exit_code=EXIT_RESUME_REFUSED,
+        )
+    return UserError(
+        f"there is no checkpoint to resume from in {folder}",
+        next_step="set `resume_from_checkpoint: auto` to start when there is none yet, or False to start anew",
+        exit_code=EXIT_RESUME_REFUSED,
+    )
+
+
+def all_damaged(folder: Path, damages: Sequence[Damaged]) -> UserError:
+    """Every checkpoint is damaged: never a silent fresh start."""
+    shown = "\n       ".join(str(damage) for damage in damages[:5])
+    more = f"\n       and {len(damages) - 5} more" if len(damages) > 5 else ""
+    return UserError(
+        f"none of the {len(damages)} checkpoints in {folder} is whole" if len(damages) > 1
+        else f"the one checkpoint in {folder} is not whole",
+        where=f"{shown}{more}\n       nothing was changed",
+        next_step=_offer_without_optimizer(damages)
+        or "look for a copy (`load_from_storage: True`), or start anew under another `wandb_run_name`",
+        exit_code=EXIT_RESUME_REFUSED,
+    )  # fmt: skip
+
+
+def path_is_empty(whole: Sequence[Path]) -> UserError:
+    return UserError(
+        "`resume_option: path` needs `checkpoint_path`, which is empty",
+        next_step=f"checkpoint_path: {whole[-1]}     (the newest whole one)" if whole else "resume_option: last",
+    )
+
+
+def path_is_not_ours(path: Path, folder: Path, whole: Sequence[Path]) -> UserError:
+    reason = "is not a checkpoint of this run" if path.exists() else "does not exist"
+    return UserError(
+        f"`checkpoint_path: {path}` {reason}",
+        where=f"`resume_option: path` takes one of the `step-...` folders in {folder}",
+        next_step=f"checkpoint_path: {whole[-1]}     (the newest whole one)" if whole else "resume_option: last",
+    )
+
+
+def path_is_damaged(damage: Damaged, others: Sequence[Path]) -> UserError:
+    whole = f"; {others[-1].name} is whole" if others else ""
+    otherwise = f"checkpoint_path: {others[-1]}" if others else "start anew under another `wandb_run_name`"
+    return UserError(
+        str(damage),
+        where=f"nothing was changed{whole}",
+        next_step=_offer_without_optimizer([damage]) or otherwise,
+        exit_code=EXIT_RESUME_REFUSED,
+    )
+
+
+def _offer_without_optimizer(damages: Sequence[Damaged]) -> str | None:
+    """Where the optimizer's state alone is damaged, the weights may still serve; only a person may decide that."""
+    for damage in damages:
+        if damage.file == "optimizer.safetensors":
+            return (
+                "its weights may be whole: set `resume_option: path`, "
+                f"`checkpoint_path: {damage.directory}`, `save_optim: False` to go on with a fresh optimizer"
+            )
+    return None

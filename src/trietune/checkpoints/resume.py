@@ -1,0 +1,223 @@
+"""Going on from a checkpoint: what differs between then and now, and log lines of steps that will be taken again.
+
+Differences come in three kinds. Some settings cannot change what is learned and are not mentioned. Some change it
+within rounding, or change only what is reported: they are said. All others, keys that nobody here knows included,
+refuse the resume unless the user allowed them by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trietune.checkpoints import files, strict_json
+from trietune.errors import EXIT_RESUME_REFUSED, UserError
+
+_NOT_MENTIONED = {
+    "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage", "log_level", "max_time",
+    "model_to_wandb", "on_save_error", "print_examples", "project_dir", "remote_path", "resume_from_checkpoint",
+    "resume_option", "run_decode_example", "save_optim", "save_strategy", "self_check", "steps_freq",
+    "storage_backend", "sync_to_storage", "test_config", "tracker", "use_wandb", "val_steps_freq", "wandb_log_freq",
+    "wandb_project", "wandb_run_name", "wandb_tags", "wandb_watch_mode",
+}  # fmt: skip
+
+_ROUNDING = "the same numbers up to rounding, not the same bits"
+_REPORTED = "only what is reported changes"
+_WARNED = {
+    "attention": _ROUNDING,
+    "batching": _ROUNDING,
+    "checkpoint_metric": "`best` now means another metric",
+    "checkpoint_metric_mode": "`best` now means the other end of the metric",
+    "deterministic": _ROUNDING,
+    "device": _ROUNDING,
+    "eval_batch_size": _ROUNDING,
+    "eval_max_examples": _REPORTED,
+    "gradient_checkpointing": _ROUNDING,
+    "max_tokens_per_micro_batch": _ROUNDING,
+    "mesh_axis_names": _ROUNDING,
+    "mesh_shape": _ROUNDING,
+    "num_threads": _ROUNDING,
+    "parallelism_strategy": _ROUNDING,
+    "use_tt": _ROUNDING,
+    "validation_file": _REPORTED,
+    "validation_fingerprint": _REPORTED,
+    "world_size": f"{_ROUNDING}; dropout masks are drawn by rank",
+}
+_WARNED_PREFIXES = {"versions.": "not promised to give the same bits", "machine.": _ROUNDING}
+_LENGTH_OF_RUN = {"num_epochs", "max_steps"}
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as it was. `verdict`: `warn` and `allowed` go on, `refuse` does not."""
+
+    key: str
+    saved: str
+    current: str
+    verdict: Literal["warn", "allowed", "refuse"]
+    effect: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonedLines:
+    """What `abandon_lines` did: lines beyond the step, lines that were no JSON (torn), and the file they went to."""
+
+    num_beyond: int
+    num_torn: int
+    path: Path | None
+
+
+def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Collection[str] = ()) -> list[Difference]:
+    """What differs, in the order of the keys.
+
+    Args:
+        saved: the `details` of a checkpoint: config keys as they are, and what surrounds them, such as
+            `data_fingerprint`, `base_model`, `base_revision`, `tokenizer`, `num_threads`, `world_size`,
+            `versions.torch`, `machine.cpu`.
+        current: the same of this start.
+        allowed: keys whose differences the user accepts.
+    """
+    differences = []
+    for key in sorted(saved.keys() | current.keys()):
+        before, now = saved.get(key, _MISSING), current.get(key, _MISSING)
+        if key in _NOT_MENTIONED or _plain(before) == _plain(now):
+            continue
+        effect = _effect_of_a_harmless_change(key, before, now, current)
+        verdict: Literal["warn", "allowed", "refuse"] = "warn"
+        if effect is None:
+            verdict = "allowed" if key in allowed else "refuse"
+            effect = "another training from here on"
+        differences.append(Difference(key, _shown(before), _shown(now), verdict, effect))
+    return differences
+
+
+def check_differences(differences: Sequence[Difference], checkpoint: Path) -> None:
+    """Raise `UserError` (exit code 6) with a table when any difference refuses; nothing was changed by then."""
+    refused = [item for item in differences if item.verdict == "refuse"]
+    if not refused:
+        return
+    table = "\n       ".join(table_lines(refused))
+    names = " ".join(f"--allow-change {item.key}" for item in refused)
+    raise UserError(
+        f"this is not the training that {checkpoint.name} belongs to: {len(refused)} "
+        f"{'setting differs' if len(refused) == 1 else 'settings differ'}",
+        where=f"{table}\n       nothing was changed",
+        next_step=f"set {'it' if len(refused) == 1 else 'them'} back, or accept it by name: `{names}`",
+        exit_code=EXIT_RESUME_REFUSED,
+    )
+
+
+def table_lines(differences: Sequence[Difference]) -> list[str]:
+    """A table for people: key, then, now, and what follows."""
+    rows = [("", "checkpoint", "now", "")]
+    rows += [(item.key, item.saved, item.current, item.effect) for item in differences]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return ["  ".join([*(row[column].ljust(widths[column]) for column in range(3)), row[3]]).rstrip() for row in rows]
+
+
+def abandon_lines(path: Path, after_step: int) -> AbandonedLines:
+    """Move the lines of a JSONL file whose `step` is beyond `after_step` to `<name>.abandoned-<n>.jsonl` beside it.
+
+    Lines that are no JSON object go too: a kill can tear the last one. Lines without a step stay. Both files change
+    at once or not at all; after a crash between the two, the next call finds its abandoned file and goes on.
+    """
+    if not path.exists():
+        return AbandonedLines(0, 0, None)
+    kept: list[bytes] = []
+    surplus: list[bytes] = []
+    num_torn = 0
+    data = path.read_bytes()
+    for line in data.splitlines(keepends=True):
+        event = _parse_line(line)
+        if event is None:
+            num_torn += 1
+            surplus.append(line.rstrip(b"\r\n") + b"\n")
+        elif isinstance(step := event.get("step"), int) and step > after_step:
+            surplus.append(line.rstrip(b"\r\n") + b"\n")
+        else:
+            kept.append(line.rstrip(b"\r\n") + b"\n")
+    repaired = b"".join(kept)
+    if repaired == data:
+        return AbandonedLines(0, 0, None)
+    abandoned = _keep_abandoned(path, b"".join(surplus)) if surplus else None
+    files.replace_file(path, _staging(path), repaired)
+    return AbandonedLines(len(surplus) - num_torn, num_torn, abandoned)
+
+
+def load_or_create_run_id(run_directory: Path, *, adopt: str | None = None) -> str:
+    """The id that ties checkpoints, adapter and remote copies to one run; made once, kept in `.run-id`.
+
+    `adopt` is an id found elsewhere, in a remote copy for a run directory that is still empty.
+    """
+    path = run_directory / ".run-id"
+    try:
+        text = path.read_text("ascii").strip()
+    except FileNotFoundError:
+        run_id = adopt or secrets.token_hex(16)
+        files.replace_file(path, _staging(path), f"{run_id}\n".encode())
+        return run_id
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable_id(path) from error
+    if not text.isalnum() or len(text) > 200:
+        raise _unreadable_id(path)
+    return text
+
+
+def _effect_of_a_harmless_change(key: str, before: object, now: object, current: Mapping[str, Any]) -> str | None:
+    if before is _MISSING or now is _MISSING:
+        return "known to one of the two alone, so it cannot be compared"
+    if key in _LENGTH_OF_RUN and current.get("lr_scheduler_type", "constant") == "constant":
+        return "the run ends elsewhere; up to there nothing changes"
+    for prefix, effect in _WARNED_PREFIXES.items():
+        if key.startswith(prefix):
+            return effect
+    return _WARNED.get(key)
+
+
+def _plain(value: object) -> object:
+    """As JSON would give it back, so that a tuple equals the list that it became."""
+    return value if value is _MISSING else json.loads(strict_json.serialise(strict_json.without_nan(value)))
+
+
+def _shown(value: object) -> str:
+    if value is _MISSING:
+        return "-"
+    text = value if isinstance(value, str) else json.dumps(strict_json.without_nan(value), ensure_ascii=False)
+    return text if len(text) <= 48 else f"{text[:22]}...{text[-22:]}"
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = strict_json.parse(line)
+    except strict_json.NotStrict:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _keep_abandoned(path: Path, data: bytes) -> Path:
+    number = 1
+    while os.path.lexists(abandoned := path.with_name(f"{path.stem}.abandoned-{number}{path.suffix}")):
+        if abandoned.is_file() and abandoned.read_bytes() == data:
+            return abandoned
+        number += 1
+    files.replace_file(abandoned, _staging(abandoned), data)
+    return abandoned
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".staging-{path.name}-{secrets.token_hex(6)}")
+
+
+def _unreadable_id(path: Path) -> UserError:
+    return UserError(
+        f"{path} does not hold the id of a run",
+        where="it ties checkpoints and remote copies to this run",
+        next_step="write into it the `run_id` of `checkpoints/step-.../manifest.json`, or remove it if there is none",
+        exit_code=EXIT_RESUME_REFUSED,
+    )

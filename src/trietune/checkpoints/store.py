@@ -1,0 +1,353 @@
+"""The checkpoints of one run: save, list, load, retain.
+
+    <run>/checkpoints/step-00000050/             whole or absent
+                      step-00000100/
+                      abandoned-1/step-.../      newer than the one a run went back to; kept for you, read by nothing
+                      .damaged-step-.../         stood in the way of a save and was not whole; kept for you
+                      .staging- .removed- .replaced-    of a write or a removal under way
+
+There is no pointer to the latest: what exists is read from disk each time, and order is by step, never by the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trietune.checkpoints import directory, files, messages, retention
+from trietune.checkpoints.directory import Content, Damaged
+from trietune.checkpoints.manifest import Manifest, ManifestInfo
+from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
+
+ResumeOption = Literal["last", "best", "path"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the disk says about one `step-*` folder; `damage` is None when the quick look found nothing wrong."""
+
+    path: Path
+    step: int
+    manifest: Manifest | None
+    damage: Damaged | None = None
+
+    @property
+    def metrics(self) -> Mapping[str, float | int | None]:
+        return self.manifest.info.metrics if self.manifest else {}
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """A save that is on disk for good; `warnings` are sentences about what else happened on the way."""
+
+    path: Path
+    step: int
+    seconds: float
+    size_bytes: int
+    removed: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint:
+    """A checkpoint whose bytes were verified as they were read; `notes` say what was passed over and why."""
+
+    path: Path
+    step: int
+    run_id: str
+    metrics: Mapping[str, float | int | None]
+    details: Mapping[str, Any]
+    contents: Mapping[str, bytes]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class CheckpointStore:
+    """The checkpoints of the run in `run_directory`; hold its `RunLock` to call anything that writes.
+
+    Args:
+        run_id: of this run; checkpoints that name another are shown as foreign and left alone.
+        metric: the key of a checkpoint's metrics that `keep_best_n` and `best` look at.
+    """
+
+    run_directory: Path
+    run_id: str
+    keep_last_n: int
+    keep_best_n: int
+    metric: str
+    mode: Mode
+    _pins: dict[int, int] = field(default_factory=dict)
+    _resumed_step: int | None = None
+    _known_whole: set[int] = field(default_factory=set)
+    _guard: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def folder(self) -> Path:
+        return self.run_directory / "checkpoints"
+
+    def save(
+        self,
+        step: int,
+        contents: Mapping[str, Content],
+        *,
+        metrics: Mapping[str, float | int | None] | None = None,
+        details: Mapping[str, Any] | None = None,
+        expected_bytes: int = 0,
+        flush_first: Sequence[Path] = (),
+    ) -> SavedCheckpoint:
+        """Write the checkpoint of `step`, then remove what the limits no longer keep.
+
+        Args:
+            metrics: measured on exactly these weights; NaN and infinities are kept as null and never rank.
+            details: what `resume.compare` looks at; plain JSON values.
+            expected_bytes: that the functions in `contents` will write.
+            flush_first: files, such as `metrics.jsonl`, that must reach the device before the checkpoint does.
+
+        Raises:
+            SaveFailed: the disk refused. Earlier checkpoints are as they were, and the next save starts anew.
+        """
+        started = time.perf_counter()
+        info = ManifestInfo(run_id=self.run_id, step=step, metrics=metrics or {}, details=details or {})
+        target = self.folder / step_name(step)
+        try:
+            files.make_folders(self.folder)
+            for path in flush_first:
+                if path.exists():
+                    files.flush_file(path)
+            written = directory.write_directory(target, contents, info=info, expected_bytes=expected_bytes)
+        except OSError as error:
+            raise messages.save_failed(error, target, newest_whole=self._newest_whole()) from error
+        warnings = []
+        if written.moved_aside:
+            warnings.append(f"{target.name} stood there and was not whole; it is now {written.moved_aside.name}")
+        self._known_whole.add(step)
+        self._resumed_step = None
+        removed: list[Path] = []
+        try:
+            self._retain(removed)
+        except OSError as error:
+            warnings.append(messages.removal_failed(error))
+        return SavedCheckpoint(
+            path=target,
+            step=step,
+            seconds=time.perf_counter() - started,
+            size_bytes=written.manifest.size_bytes,
+            removed=tuple(removed),
+            warnings=tuple(warnings),
+        )
+
+    def scan(self) -> list[Checkpoint]:
+        """Every `step-*` entry, oldest step first, after a quick look (manifest and sizes)."""
+        found = []
+        for path in _step_entries(self.folder):
+            step = step_of(path)
+            try:
+                manifest = directory.check_sizes(path)
+                self._check_identity(path, step, manifest)
+                found.append(Checkpoint(path, step, manifest))
+            except Damaged as damage:
+                if damage.file == "it" and not os.path.lexists(path):
+                    continue  # removed between the listing and the look
+                found.append(Checkpoint(path, step, None, damage))
+        return found
+
+    def best(self) -> Checkpoint | None:
+        """The best by `checkpoint_metric` among those that look whole."""
+        by_step = {item.step: item for item in self.scan()}
+        ranked = retention.best_first(self._ranked(list(by_step.values())), self.mode)
+        return by_step[ranked[0].step] if ranked else None
+
+    def load(
+        self,
+        option: ResumeOption = "last",
+        path: Path | None = None,
+        *,
+        fresh_if_none: bool = False,
+        without: Collection[str] = (),
+    ) -> LoadedCheckpoint | None:
+        """Read and verify the checkpoint to go on from; it stays pinned until the next save.
+
+        `last` and `best` pass over damaged ones, down to the newest whole one, and say so in `notes`; `path` takes
+        that one or refuses. Files named in `without` are neither verified nor read.
+
+        Returns:
+            None when no checkpoint was ever there and `fresh_if_none`.
+
+        Raises:
+            UserError: exit code 6 when what is there cannot be believed, 2 when `path` is not one of this run.
+        """
+        found = self.scan()
+        if option == "path":
+            return self._load_path(path, found, without)
+        if not found:
+            traces = _traces(self.folder)
+            if traces or not fresh_if_none:
+                raise messages.nothing_to_resume(self.folder, traces)
+            return None
+        order = list(reversed(found))
+        notes: list[str] = []
+        if option == "best":
+            order, notes = self._best_before_newest(found)
+        damages: list[Damaged] = []
+        for checkpoint in order:
+            passed_over = [f"{damage}; going on from {checkpoint.path.name}" for damage in damages]
+            try:
+                return self._read(checkpoint, without, notes=(*notes, *passed_over))
+            except Damaged as damage:
+                damages.append(damage)
+        raise messages.all_damaged(self.folder, damages)
+
+    def set_aside_newer(self, step: int) -> list[Path]:
+        """Move every `step-*` beyond `step` to `abandoned-<n>/`, newest first, so that `last` means this line of steps.
+
+        Returns where they went; nothing is deleted.
+        """
+        newer = [path for path in _step_entries(self.folder) if step_of(path) > step]
+        if not newer:
+            return []
+        number = 1
+        while os.path.lexists(aside := self.folder / f"abandoned-{number}"):
+            number += 1
+        files.make_folder(aside)
+        files.flush_folder(self.folder)
+        moved = []
+        for path in sorted(newer, key=step_of, reverse=True):
+            files.rename(path, aside / path.name)
+            files.flush_folder(self.folder)
+            moved.append(aside / path.name)
+        files.flush_folder(aside)
+        return moved
+
+    def clean_leftovers(self) -> list[Path]:
+        """Clean up after a killed process, under the lock; see `directory.clean_leftovers`."""
+        return directory.clean_leftovers(self.folder, STEP_NAME)
+
+    @contextlib.contextmanager
+    def pinned(self, step: int) -> Iterator[bool]:
+        """Keep retention off a checkpoint, from any thread; gives False when it is already gone."""
+        with self._guard:
+            self._pins[step] = self._pins.get(step, 0) + 1
+        try:
+            yield (self.folder / step_name(step)).is_dir()
+        finally:
+            with self._guard:
+                self._pins[step] -= 1
+                if not self._pins[step]:
+                    del self._pins[step]
+
+    def _retain(self, removed: list[Path]) -> None:
+        with self._guard:
+            found = self.scan()
+            ranked = self._ranked(found)
+            while (kept := self._kept(ranked)) and not kept & self._known_whole and not self._prove_whole(max(kept)):
+                ranked = [item for item in ranked if item.step != max(kept)]
+            pins = set(self._pins) if self._resumed_step is None else {*self._pins, self._resumed_step}
+            for step in retention.removable_steps(ranked, pinned=pins, **self._limits):
+                path = self.folder / step_name(step)
+                directory.remove_directory(path)
+                self._known_whole.discard(step)
+                removed.append(path)
+
+    def _kept(self, ranked: Sequence[Ranked]) -> set[int]:
+        return retention.kept_steps(ranked, **self._limits)
+
+    @property
+    def _limits(self) -> retention.Limits:
+        return {"keep_last_n": self.keep_last_n, "keep_best_n": self.keep_best_n, "mode": self.mode}
+
+    def _prove_whole(self, step: int) -> bool:
+        # The quick look cannot see rotten bytes. Before others go, one that stays must have been read in full.
+        try:
+            directory.verify_directory(self.folder / step_name(step))
+        except Damaged:
+            return False
+        self._known_whole.add(step)
+        return True
+
+    def _ranked(self, found: Sequence[Checkpoint]) -> list[Ranked]:
+        return [Ranked(item.step, item.metrics.get(self.metric), item.damage is None) for item in found]
+
+    def _best_before_newest(self, found: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[str]]:
+        newest_first = list(reversed(found))
+        ranked = retention.best_first(self._ranked(found), self.mode)
+        if not ranked:
+            return newest_first, [f"no whole checkpoint has a value of `{self.metric}`; taking the newest instead"]
+        best = next(item for item in found if item.step == ranked[0].step)
+        return [best, *(item for item in newest_first if item is not best)], []
+
+    def _load_path(self, path: Path | None, found: Sequence[Checkpoint], without: Collection[str]) -> LoadedCheckpoint:
+        whole = [item.path for item in found if item.damage is None]
+        if path is None:
+            raise messages.path_is_empty(whole)
+        chosen = next((item for item in found if item.path.resolve() == path.resolve()), None)
+        if chosen is None:
+            raise messages.path_is_not_ours(path, self.folder, whole)
+        try:
+            return self._read(chosen, without)
+        except Damaged as damage:
+            raise messages.path_is_damaged(damage, [other for other in whole if other != chosen.path]) from damage
+
+    def _read(self, checkpoint: Checkpoint, without: Collection[str], notes: tuple[str, ...] = ()) -> LoadedCheckpoint:
+        manifest, contents = directory.read_directory(checkpoint.path, without=without)
+        self._check_identity(checkpoint.path, checkpoint.step, manifest)
+        if not without:
+            self._known_whole.add(checkpoint.step)
+        self._resumed_step = checkpoint.step
+        info = manifest.info
+        return LoadedCheckpoint(
+            path=checkpoint.path,
+            step=info.step,
+            run_id=info.run_id,
+            metrics=info.metrics,
+            details=info.details,
+            contents=contents,
+            notes=notes,
+        )
+
+    def _check_identity(self, path: Path, step: int, manifest: Manifest) -> None:
+        info = manifest.info
+        if info.step != step:
+            raise Damaged(path, "manifest.json", f"says step {info.step:,}, its folder {step:,}")
+        if info.kind != "checkpoint":
+            raise Damaged(path, "manifest.json", f"says that this is an {info.kind}")
+        if info.run_id != self.run_id:
+            raise Damaged(path, "manifest.json", f"belongs to another run ({info.run_id[:40]})")
+
+    def _newest_whole(self) -> Path | None:
+        with contextlib.suppress(OSError):
+            return next((item.path for item in reversed(self.scan()) if item.damage is None), None)
+        return None
+
+
+def step_of(path: Path) -> int:
+    """The step that a folder's name says; ValueError for other names."""
+    match = STEP_NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name} is not the name of a checkpoint")
+    return int(match["step"])
+
+
+def _step_entries(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    # `step-0000000050` would be a second name of step 50: only the name that we write counts.
+    entries = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)]
+    return sorted((path for path in entries if path.name == step_name(step_of(path))), key=step_of)
+
+
+def _traces(folder: Path) -> list[str]:
+    """Names that say that a checkpoint once was here although no `step-*` is."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name.startswith("abandoned-") or directory.DAMAGED.fullmatch(path.name)
+        or directory.REMOVED.fullmatch(path.name)
+    )  # fmt: skip

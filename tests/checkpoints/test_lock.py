@@ -1,0 +1,76 @@
+"""One writer a run directory, named while it lives, forgotten when it dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trietune.checkpoints.lock import LOCK_NAME, RunLock
+from trietune.errors import UserError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from trietune.checkpoints.lock import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_holder(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), "--token=hunter2"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_second_writer_is_told_who_the_first_is_until_it_is_killed(tmp_path: Path) -> None:
+    process = start_holder(tmp_path)
+    try:
+        with pytest.raises(UserError, match="another process writes to") as caught, RunLock(tmp_path):
+            pass
+        assert f"process {process.pid} on {os.uname().nodename}, since" in str(caught.value)
+        assert "hunter2" not in (tmp_path / LOCK_NAME).read_text()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_a_lock_file_replaced_by_a_link_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("stays")
+    (tmp_path / LOCK_NAME).symlink_to(target)
+    with pytest.raises(UserError, match="cannot be written to"), RunLock(tmp_path):
+        pass
+    assert target.read_text() == "stays"
+
+
+def test_a_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path).__enter__()
+    to_child, from_child = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(from_child[1], b"!")
+        os.close(to_child[1])
+        os.read(to_child[0], 1)
+        os._exit(0)
+    os.read(from_child[0], 1)
+    lock._close()  # what the kernel does with a process that dies: no unlock, only a close
+    with RunLock(tmp_path):
+        pass
+    for descriptor in (*to_child, *from_child):
+        os.close(descriptor)
+    os.waitpid(child, 0)
