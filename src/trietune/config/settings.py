@@ -141,7 +141,7 @@ class Settings(BaseModel):
     lora_r: Positive = 4
     """Rank of the adapter. More rank can learn more, and the adapter's size grows with it."""
 
-    lora_alpha: Annotated[int | float, Field(gt=0)] = 8
+    lora_alpha: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] = 8
     """Strength of the adapter: its output is scaled by `lora_alpha / lora_r`."""
 
     lora_target_modules: Annotated[
@@ -210,7 +210,9 @@ class Settings(BaseModel):
     warmup_ratio: Fraction = 0.0
     """Share of all steps over which the learning rate rises from zero."""
 
-    warmup_steps: Annotated[int | float, Field(ge=0), AfterValidator(_check_warmup_steps)] = 0
+    warmup_steps: Annotated[
+        Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)], AfterValidator(_check_warmup_steps)
+    ] = 0
     """Steps over which the learning rate rises from zero. Below 1 it is a share of all steps, like `warmup_ratio`."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(normalise.whole_number)] = 23
