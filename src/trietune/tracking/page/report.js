@@ -1,0 +1,158 @@
+"use strict";
+// Draws every chart of the page from the JSON element beside it: lines with bands, a cursor that follows the pointer
+// or the arrow keys, and keys that hide a curve. No library; text from data only ever becomes text nodes.
+(() => {
+  const { runs, charts } = JSON.parse(document.getElementById("data").textContent);
+  const HEIGHT = 220, LEFT = 52, RIGHT = 12, TOP = 10, BOTTOM = 24;
+
+  const html = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
+  const svg = (name, attributes = {}, ...children) =>
+    fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+  function fill(element, attributes, children) {
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    element.append(...children);
+    return element;
+  }
+
+  function show(value, isShare) {
+    if (isShare) return (100 * value).toFixed(1) + " %";
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    if (size >= 1e6 || size < 1e-3) return Number(value.toPrecision(3)).toExponential().replace("e+", "e");
+    return value.toLocaleString("en", { maximumSignificantDigits: Math.max(4, Math.floor(Math.log10(size)) + 1) });
+  }
+
+  function ticks(low, high, count) {
+    const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
+    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
+    const found = [];
+    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step || 0);
+    return found;
+  }
+
+  // A noisy curve gets the mean of its neighbourhood over it. The window is centred, and narrows towards both ends, so
+  // that a steep beginning is not shown later than it was.
+  function smooth(points) {
+    const reach = Math.ceil(points.length / 40), sums = [0];
+    points.forEach(([, y], i) => sums.push(sums[i] + y));
+    return points.map(([x], i) => {
+      const side = Math.min(reach, i, points.length - 1 - i);
+      return [x, (sums[i + side + 1] - sums[i - side]) / (2 * side + 1)];
+    });
+  }
+
+  function extent(values, pad) {
+    let low = Math.min(...values), high = Math.max(...values);
+    if (low === high) { low -= Math.abs(low) * 0.1 || 1; high += Math.abs(high) * 0.1 || 1; }
+    return [low - pad * (high - low), high + pad * (high - low)];
+  }
+
+  function draw(chart) {
+    const isMixed = new Set(chart.series.map((series) => series.kind)).size > 1;
+    const series = chart.series.map((one) => ({
+      ...one,
+      color: "c" + ((runs.length === 1 && isMixed && one.kind === "eval" ? 1 : one.run) % 8),
+      isDashed: runs.length > 1 && isMixed && one.kind === "eval",
+      smoothed: one.kind === "train" && one.points.length > 50 ? smooth(one.points) : null,
+      isHidden: false,
+    }));
+    const tip = html("div", { class: "tip", hidden: "" });
+    const picture = svg("svg", { role: "img" });
+    const caption = html("figcaption", {}, chart.title);
+    const figure = html("figure", { tabindex: "0" }, caption, picture, tip);
+    if (series.length > 1) series.forEach((one) => {
+      const key = html("button", { class: "key", type: "button", "aria-pressed": "true" },
+        html("span", { class: "dot " + one.color }), one.name);
+      key.addEventListener("click", () => {
+        one.isHidden = !one.isHidden;
+        key.setAttribute("aria-pressed", String(!one.isHidden));
+        render();
+      });
+      caption.append(key);
+    });
+    const first = series[0].points[0], last = series[0].points.at(-1);
+    picture.setAttribute("aria-label",
+      `${chart.title}: from ${show(first[1], chart.is_share)} at step ${first[0]} to ${show(last[1], chart.is_share)} at step ${last[0]}`);
+
+    let steps = [], toX, toY, width, cursor, at = null;
+
+    function render() {
+      width = Math.max(200, figure.clientWidth - 34);
+      picture.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
+      const shown = series.filter((one) => !one.isHidden);
+      const all = (shown.length ? shown : series);
+      steps = [...new Set(all.flatMap((one) => one.points.map((point) => point[0])))].sort((a, b) => a - b);
+      const values = all.flatMap((one) => [...one.points.map((p) => p[1]), ...one.band.flatMap((p) => [p[1], p[2]])]);
+      const [x0, x1] = extent(steps, 0), [y0, y1] = extent(values, 0.06);
+      toX = (x) => LEFT + (x - x0) / (x1 - x0) * (width - LEFT - RIGHT);
+      toY = (y) => HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
+      picture.replaceChildren();
+      for (const y of ticks(y0, y1, 4)) picture.append(
+        svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: toY(y), y2: toY(y) }),
+        svg("text", { x: LEFT - 8, y: toY(y) + 4, "text-anchor": "end" }, tickText(y)));
+      for (const x of ticks(x0, x1, width / 110).filter(Number.isInteger)) picture.append(
+        svg("text", { x: toX(x), y: HEIGHT - 6, "text-anchor": "middle" }, x.toLocaleString("en")));
+      for (const one of shown) picture.append(curve(one));
+      cursor = svg("g");
+      picture.append(cursor);
+      point(at);
+    }
+
+    const tickText = (y) => chart.is_share ? Math.round(100 * y) + " %" : show(Number(y.toPrecision(6)), false);
+    const path = (points) => points.map(([x, y], i) => (i ? "L" : "M") + toX(x).toFixed(1) + " " + toY(y).toFixed(1)).join("");
+
+    function curve(one) {
+      const group = svg("g", { class: one.color });
+      if (one.band.length > 1) group.append(svg("path", { class: "band",
+        d: path([...one.band.map((p) => [p[0], p[2]]), ...one.band.map((p) => [p[0], p[1]]).reverse()]) + "Z" }));
+      group.append(svg("path", { d: path(one.points),
+        class: "curve" + (one.smoothed ? " raw" : "") + (one.isDashed ? " dashed" : "") }));
+      if (one.smoothed) group.append(svg("path", { class: "curve", d: path(one.smoothed) }));
+      if (one.points.length <= 50) for (const [x, y] of one.points)
+        group.append(svg("circle", { class: "mark", cx: toX(x), cy: toY(y), r: 3.2 }));
+      return group;
+    }
+
+    function point(step) {
+      at = step;
+      cursor.replaceChildren();
+      tip.hidden = step === null;
+      if (step === null) return;
+      const x = toX(step);
+      cursor.append(svg("line", { class: "cursor", x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM }));
+      tip.replaceChildren(html("b", {}, "step " + step.toLocaleString("en")));
+      for (const one of series.filter((candidate) => !candidate.isHidden)) {
+        const here = one.points.findLast((p) => p[0] === step);
+        if (!here) continue;
+        const band = one.band.findLast((p) => p[0] === step);
+        const range = band ? ` (${show(band[1], chart.is_share)} to ${show(band[2], chart.is_share)})` : "";
+        tip.append(html("div", {}, html("span", { class: "dot " + one.color }),
+          (series.length > 1 ? one.name + ": " : "") + show(here[1], chart.is_share) + range));
+        cursor.append(svg("g", { class: one.color }, svg("circle", { class: "mark", cx: x, cy: toY(here[1]), r: 4.5 })));
+      }
+      const scale = picture.clientWidth / width, left = picture.offsetLeft + x * scale;
+      tip.style.top = picture.offsetTop + 8 + "px";
+      tip.style.left = Math.max(8, left + 14 + tip.offsetWidth > figure.clientWidth ? left - 14 - tip.offsetWidth : left + 14) + "px";
+    }
+
+    picture.addEventListener("pointermove", (event) => {
+      const box = picture.getBoundingClientRect(), x = (event.clientX - box.left) * width / box.width;
+      point(steps.reduce((best, step) => Math.abs(toX(step) - x) < Math.abs(toX(best) - x) ? step : best, steps[0]));
+    });
+    picture.addEventListener("pointerleave", () => point(null));
+    figure.addEventListener("blur", () => point(null));
+    figure.addEventListener("keydown", (event) => {
+      const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!move || event.target !== figure) return;
+      event.preventDefault();
+      const index = at === null ? (move > 0 ? -1 : steps.length) : steps.indexOf(at);
+      point(steps[Math.min(steps.length - 1, Math.max(0, index + move))]);
+    });
+    document.getElementById("charts").append(figure);
+    new ResizeObserver(render).observe(figure);
+    render();
+  }
+
+  charts.filter((chart) => chart.series.some((series) => series.points.length)).forEach(draw);
+  if (!charts.length) document.getElementById("charts").append("No step has been logged yet.");
+})();

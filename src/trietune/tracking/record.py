@@ -1,0 +1,171 @@
+"""Read a run's folder back: what `FilesConsumer` wrote, as one frozen record.
+
+A run that is still going, was killed, or went on from a checkpoint reads like any other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trietune.errors import UserError
+from trietune.tracking.events import Evaluated, Prediction
+from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS
+
+_PLACE_KEYS = ("event", "step", "epoch", "time", "when", "num_examples", "intervals")
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run, as its files tell it.
+
+    Attributes:
+        status: of its last end: `finished`, `stopped`, `failed`; `running` where the file says nothing of an end.
+        seconds: of the last end; None while it runs.
+        steps: the logged steps, as lines of `metrics.jsonl`.
+        notes: (level, text) of what the run said.
+        predictions: the latest ones, and whether they are from before or after training.
+        num_unreadable: lines that are no records.
+    """
+
+    name: str
+    directory: Path
+    status: str
+    last_step: int
+    num_steps: int
+    seconds: float | None
+    plan: Sequence[tuple[str, str]]
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    steps: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Evaluated]
+    notes: Sequence[tuple[str, str]]
+    predictions: Sequence[Prediction]
+    predicted_when: Literal["before", "after"]
+    num_unreadable: int
+
+    def evaluation(self, when: str) -> Evaluated | None:
+        """The last evaluation `before`, `during` or `after` training."""
+        return next((evaluation for evaluation in reversed(self.evaluations) if evaluation.when == when), None)
+
+    def newest_evaluation(self) -> Evaluated | None:
+        """The one after training, or the last one so far of a run that has not come to its end."""
+        return self.evaluation("after") or self.evaluation("during")
+
+
+def read_run(directory: Path) -> RunRecord:
+    """Read the run in `directory`. Raises `UserError` if there is none."""
+    path = directory / METRICS
+    if not path.is_file():
+        raise UserError(
+            f"`{directory}` is no run: it has no {METRICS}", next_step=f"name a run's folder: {_near_runs(directory)}"
+        )
+    lines, num_unreadable = _read_lines(path)
+    of_kind: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        of_kind.setdefault(str(line.get("event")), []).append(line)
+    start = of_kind.get("start", [{}])[-1]
+    # An end that is followed by another start belongs to an earlier sitting of the same run.
+    end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") in ("start", "end")), {})
+    is_over = end.get("event") == "end"
+    predictions, when = _read_predictions(directory / PREDICTIONS)
+    return RunRecord(
+        name=directory.resolve().name,
+        directory=directory,
+        status=str(end.get("status", "failed")) if is_over else "running",
+        last_step=max((int(line.get("step") or 0) for line in lines), default=0),
+        num_steps=int(start.get("num_steps") or 0),
+        seconds=end.get("seconds") if is_over else None,
+        plan=[(str(name), str(value)) for name, value in start.get("plan", [])],
+        config=_read_yaml(directory / CONFIG),
+        environment=_read_json(directory / ENVIRONMENT),
+        steps=of_kind.get("step", []),
+        evaluations=[_evaluation(line) for line in of_kind.get("evaluation", [])],
+        notes=[
+            (str(line["event"]), str(line.get("text"))) for line in lines if line.get("event") in ("info", "warning")
+        ],
+        predictions=predictions,
+        predicted_when=when,
+        num_unreadable=num_unreadable,
+    )
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    records, num_unreadable = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            num_unreadable += 1
+    return records, num_unreadable
+
+
+def _evaluation(line: Mapping[str, Any]) -> Evaluated:
+    return Evaluated(
+        step=int(line.get("step") or 0),
+        epoch=float(line.get("epoch") or 0.0),
+        metrics={key: value for key, value in line.items() if key not in _PLACE_KEYS},
+        num_examples=int(line.get("num_examples") or 0),
+        when=line.get("when", "during"),
+        intervals={
+            key: (float(pair[0]), float(pair[1]))
+            for key, pair in (line.get("intervals") or {}).items()
+            if None not in pair
+        },
+    )
+
+
+def _read_predictions(path: Path) -> tuple[list[Prediction], Literal["before", "after"]]:
+    if not path.is_file():
+        return [], "after"
+    records, _ = _read_lines(path)
+    if not records:
+        return [], "after"
+    last = (records[-1].get("step"), records[-1].get("when"))
+    newest = [record for record in records if (record.get("step"), record.get("when")) == last]
+    return [_prediction(record) for record in _without_repeats(newest)], last[1] or "after"
+
+
+def _prediction(record: Mapping[str, Any]) -> Prediction:
+    texts = {name: str(record.get(name, "")) for name in ("id", "prompt", "expected", "predicted")}
+    return Prediction(**texts, is_right=record.get("is_right"))
+
+
+def _without_repeats(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A run that came to this step twice wrote twice; the later answer counts."""
+    return list({record.get("id"): record for record in records}.values())
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text())
+    except (OSError, YAMLError, UnicodeDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _near_runs(directory: Path) -> str:
+    """Runs below `directory`, or beside it: what was probably meant."""
+    for parent in (directory, directory.parent):
+        found = sorted(path.parent for path in parent.glob(f"*/{METRICS}")) if parent.is_dir() else []
+        if found:
+            return ", ".join(f"`{path}`" for path in found[-3:])
+    return "the one that `trietune train` printed"

@@ -1,0 +1,431 @@
+"""Send a run to W&B without ever asking, waiting or failing because of it.
+
+    training thread            thread `wandb`                    process of its own
+    handle(event)  --outbox--> decides, starts, feeds  --pipe--> wandb.init, log, finish
+
+`handle` only appends to a bounded outbox. When W&B is slow and the outbox is full, histograms leave it first; then,
+counted and told, the oldest measurements (a hundred thousand fit). When `wandb.init` fails although the host had
+answered, a second process records the same run offline: nothing has been sent before the first one was ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import string
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from trietune.tracking.events import Evaluated, Event, Histograms, RunFinished, RunStarted, Saved, StepFinished
+from trietune.tracking.jsonl import plain, write_atomically
+from trietune.tracking.wandb_access import Access, find_access
+from trietune.tracking.wandb_process import STEP_AXIS
+
+RUN_FILE = "wandb.json"
+MOST_MESSAGES = 100_000
+MOST_HISTOGRAMS = 2
+NUM_BINS = 64
+INIT_TIMEOUT_S = 20.0
+DRAIN_TIMEOUT_S = 30.0
+OFFLINE_TIMEOUT_S = 10.0
+WatchMode = Literal["all", "gradients", "parameters"] | None
+
+
+class WandbConsumer:
+    """One W&B run.
+
+    Args:
+        say: receives one line for the user at a time, and whether it is a warning; called within `handle` and `close`.
+        project, name, tags: of the W&B run; `name` None takes the run's own.
+        uploads_model: every saved checkpoint and the adapter become artifacts (`model_to_wandb`).
+        access: decides whether and how W&B is reached; called once, in the consumer's thread.
+        drain_timeout_s: how long `close` waits for W&B to take the rest.
+    """
+
+    name = "W&B"
+
+    def __init__(
+        self,
+        say: Callable[[str, bool], None],
+        *,
+        project: str | None,
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        uploads_model: bool = False,
+        access: Callable[[], Access] = lambda: find_access(os.environ),
+        drain_timeout_s: float = DRAIN_TIMEOUT_S,
+    ) -> None:
+        self._say = say
+        self._project = project
+        self._run_name = name
+        self._tags = list(tags)
+        self._uploads_model = uploads_model
+        self._access = access
+        self._drain_timeout_s = drain_timeout_s
+        self._outbox = Outbox()
+        self._told: deque[tuple[str, bool]] = deque()
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._has_given_up = False
+        self._directory: Path | None = None
+        self._config: Mapping[str, Any] = {}
+        self._finish: dict[str, Any] = {"do": "finish", "exit_code": 1, "summary": {}}
+
+    def handle(self, event: Event) -> None:
+        """Queue what W&B should hear of `event`; takes microseconds."""
+        self._pass_on_what_was_told()
+        match event:
+            case RunStarted():
+                self._start(event)
+            case StepFinished() if event.is_logged:
+                self._log(event.step, event.epoch, event.metrics)
+            case Evaluated():
+                self._log(event.step, event.epoch, event.metrics)
+            case Histograms():
+                self._outbox.put_histograms(event)
+            case Saved() if self._uploads_model:
+                self._outbox.put(artifact_message(event, self._config, self._run_id))
+            case RunFinished():
+                summary = {"status": event.status, "seconds": event.seconds, **plain(event.summary)}
+                exit_code = 1 if event.status == "failed" else 0
+                self._finish = {"do": "finish", "exit_code": exit_code, "summary": summary}
+            case _:
+                pass
+
+    def close(self) -> None:
+        """Finish the W&B run, within the time allowed; what it has not taken by then stays on disk for a sync."""
+        if self._thread is None:
+            return
+        self._outbox.put(self._finish)
+        self._outbox.close()
+        try:
+            self._thread.join(min(2.0, self._drain_timeout_s))
+            if self._thread.is_alive():
+                self._pass_on_what_was_told()
+                self._say(f"W&B: waiting up to {self._drain_timeout_s:g} s for the server to take the rest", False)
+                self._thread.join(max(0.0, self._drain_timeout_s - 2.0))
+            is_late = self._thread.is_alive() and self._outbox.is_begun
+            if self._thread.is_alive() and not self._outbox.is_begun:
+                self._end_process()  # still in `init`: the thread records everything offline instead
+                self._thread.join(OFFLINE_TIMEOUT_S)
+        finally:
+            self._has_given_up = True
+            self._end_process()
+        self._thread.join(5.0)
+        self._thread = None
+        self._pass_on_what_was_told()
+        if is_late:
+            self._say(f"W&B: the server has not taken everything; later: {sync_command(self._directory)}", True)
+        if self._outbox.num_dropped_histograms or self._outbox.num_dropped_messages:
+            self._say(f"W&B was too slow: {self._outbox.describe_dropped()}; the run's own files have all", True)
+
+    def _start(self, event: RunStarted) -> None:
+        self._directory = event.directory
+        self._config = plain(event.config)
+        self._run_id = keep_run_id(event.directory, os.environ)
+        self._run_name = self._run_name or event.name
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="wandb")
+        self._thread.start()
+
+    def _log(self, step: int, epoch: float, metrics: Mapping[str, float | int | None]) -> None:
+        known = {key: value for key, value in metrics.items() if value is not None}
+        self._outbox.put({"do": "log", "values": {STEP_AXIS: step, "epoch": epoch, **known}})
+
+    def _tell(self, text: str, *, is_warning: bool = False) -> None:
+        self._told.append((text, is_warning))
+
+    def _pass_on_what_was_told(self) -> None:
+        while self._told:
+            self._say(*self._told.popleft())
+
+    def _serve(self) -> None:
+        """The thread: decide, start the process, feed it. Ends when the run is finished or W&B is out of reach."""
+        try:
+            access = self._access()
+            if access.mode == "off":
+                self._outbox.discard()
+                self._tell(f"W&B: {access.reason}")
+                return
+            if access.reason:
+                self._tell(f"W&B: {access.reason}; later: {sync_command(self._directory)}", is_warning=True)
+            trouble = self._feed(access.mode, access.url)
+            if self._has_given_up:
+                return
+            if trouble and access.mode == "online" and not self._outbox.is_begun:
+                self._tell(f"W&B: {trouble}; recorded offline; later: {sync_command(self._directory)}", is_warning=True)
+                trouble = self._feed("offline", access.url)
+            if trouble:
+                self._outbox.discard()
+                self._tell(f"W&B: {trouble}; the run goes on without it", is_warning=True)
+        except Exception as error:  # nothing of W&B's may reach the run
+            self._outbox.discard()
+            self._tell(f"W&B: {type(error).__name__}: {error}; the run goes on without it", is_warning=True)
+
+    def _feed(self, mode: Literal["online", "offline"], url: str) -> str | None:
+        """Run one process to its end; returns what went wrong."""
+        assert self._directory is not None
+        process = start_process(self._directory)
+        self._process = process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            send(process.stdin, {"do": "start", "settings": self._settings(mode, url), "config": self._config})
+            first = self._read(process.stdout)
+            if first.get("told") != "started":
+                return str(first.get("reason", "its process ended at once"))
+            self._tell(f"W&B: {first['url']}" if first.get("url") else f"W&B: offline in {self._directory / 'wandb'}")
+            replies = threading.Thread(target=self._read_all, args=(process.stdout,), daemon=True)
+            replies.start()
+            while (message := self._outbox.take()) is not None:
+                send(process.stdin, message)
+            process.stdin.close()
+            process.wait()
+            replies.join()
+        except (BrokenPipeError, ConnectionResetError):
+            return None if self._outbox.is_closed else "its process ended"
+        finally:
+            for stream in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    stream.close()
+            process.kill()
+            process.wait()
+        return None
+
+    def _read(self, replies: IO[str]) -> dict[str, Any]:
+        line = replies.readline()
+        return dict(json.loads(line)) if line else {}
+
+    def _read_all(self, replies: IO[str]) -> None:
+        with contextlib.suppress(ValueError, OSError):  # closed by the end of the run
+            for line in replies:
+                reply = json.loads(line)
+                if reply["told"] == "warning":
+                    self._tell(f"W&B: {reply['text']}", is_warning=True)
+
+    def _settings(self, mode: str, url: str) -> dict[str, Any]:
+        """What `wandb.init` gets. Code, command line, machine and console stay out: they can carry secrets."""
+        return {
+            "project": self._project,
+            "name": self._run_name,
+            "id": self._run_id,
+            "tags": self._tags or None,
+            "dir": str(self._directory),
+            "mode": mode,
+            "resume": "allow" if mode == "online" else None,
+            "base_url": url,
+            "init_timeout": INIT_TIMEOUT_S,
+            "console": "off",
+            "silent": True,
+            "disable_git": True,
+            "disable_code": True,
+            "save_code": False,
+            "disable_job_creation": True,
+            "x_disable_meta": True,
+            "x_disable_machine_info": True,
+            "x_save_requirements": False,
+            "x_stats_pid": os.getpid(),
+        }
+
+    def _end_process(self) -> None:
+        process = self._process
+        if process is not None and process.poll() is None:
+            end_process_group(process)
+
+
+class Outbox:
+    """Messages on their way to W&B; bounded, and open about what it had to drop."""
+
+    def __init__(self, most_messages: int = MOST_MESSAGES, most_histograms: int = MOST_HISTOGRAMS) -> None:
+        self._messages: deque[dict[str, Any] | Histograms] = deque()
+        self._most_messages = most_messages
+        self._most_histograms = most_histograms
+        self._changed = threading.Condition()
+        self._is_discarding = False
+        self.is_closed = False
+        self.is_begun = False
+        self.num_dropped_histograms = 0
+        self.num_dropped_messages = 0
+
+    def put(self, message: dict[str, Any]) -> None:
+        """Queue a message; a full outbox gives up its histograms, then its oldest message."""
+        with self._changed:
+            if self._is_discarding:
+                return
+            if len(self._messages) >= self._most_messages:
+                self._make_room()
+            self._messages.append(message)
+            self._changed.notify()
+
+    def put_histograms(self, event: Histograms) -> None:
+        """Queue histograms, unless some are waiting already: they are large, and a later one says more."""
+        with self._changed:
+            if self._is_discarding:
+                return
+            num_waiting = sum(isinstance(message, Histograms) for message in self._messages)
+            if num_waiting >= self._most_histograms or len(self._messages) >= self._most_messages:
+                self.num_dropped_histograms += 1
+                return
+            self._messages.append(event)
+            self._changed.notify()
+
+    def take(self) -> dict[str, Any] | None:
+        """The next message, waiting for it; None when the outbox is closed and empty."""
+        with self._changed:
+            while not self._messages and not self.is_closed:
+                self._changed.wait()
+            if not self._messages:
+                return None
+            self.is_begun = True
+            message = self._messages.popleft()
+        return histograms_message(message) if isinstance(message, Histograms) else message
+
+    def close(self) -> None:
+        """No message follows."""
+        with self._changed:
+            self.is_closed = True
+            self._changed.notify_all()
+
+    def discard(self) -> None:
+        """Nobody will take these messages, nor any later one."""
+        with self._changed:
+            self._is_discarding = True
+            self._messages.clear()
+            self._changed.notify_all()
+
+    def describe_dropped(self) -> str:
+        """`3 histograms and 12 measurements were not sent`."""
+        parts = [
+            f"{number:,} {name}"
+            for number, name in (
+                (self.num_dropped_histograms, "sets of histograms"),
+                (self.num_dropped_messages, "measurements"),
+            )
+            if number
+        ]
+        return " and ".join(parts) + " were not sent"
+
+    def _make_room(self) -> None:
+        for index, message in enumerate(self._messages):
+            if isinstance(message, Histograms):
+                del self._messages[index]
+                self.num_dropped_histograms += 1
+                return
+        self._messages.popleft()
+        self.num_dropped_messages += 1
+
+
+def are_histograms_due(step: int, *, mode: WatchMode, every: int) -> bool:
+    """Whether histograms are wanted after `step`, counted from 1 (`wandb_watch_mode`, `wandb_log_freq`)."""
+    return mode is not None and step > 0 and step % every == 0
+
+
+def watched_kinds(mode: WatchMode) -> tuple[str, ...]:
+    """Which values of the adapter's tensors a watch mode asks for, as prefixes of their names."""
+    if mode is None:
+        return ()
+    return ("gradients", "parameters") if mode == "all" else (mode,)
+
+
+def histograms_message(event: Histograms) -> dict[str, Any]:
+    """Arrays as counts and edges of 64 bins; values that are not finite are left out and counted beside them."""
+    import numpy as np
+
+    histograms: dict[str, Any] = {}
+    num_not_finite = 0
+    for name, values in event.arrays.items():
+        finite = values[np.isfinite(values)]
+        num_not_finite += values.size - finite.size
+        if finite.size:
+            counts, edges = np.histogram(finite, bins=NUM_BINS)
+            histograms[name] = [counts.tolist(), edges.tolist()]
+    return {"do": "histograms", "step": event.step, "histograms": histograms, "num_not_finite": num_not_finite}
+
+
+def artifact_message(event: Saved, config: Mapping[str, Any], run_id: str) -> dict[str, Any]:
+    """A saved folder as a version of the run's artifact, with where it comes from."""
+    metadata = {
+        "step": event.step,
+        "base_model": config.get("model_name"),
+        "dataset": config.get("dataset_id"),
+        **{key: value for key, value in plain(event.metrics).items() if value is not None},
+    }
+    aliases = ["final", f"step-{event.step}"] if event.kind == "adapter" else [f"step-{event.step}"]
+    return {
+        "do": "artifact",
+        "name": f"{event.kind}-{run_id}",
+        "directory": str(event.directory),
+        "description": f"LoRA {event.kind} of {config.get('model_name')} after step {event.step}",
+        "metadata": metadata,
+        "aliases": aliases,
+    }
+
+
+def keep_run_id(directory: Path, environ: Mapping[str, str]) -> str:
+    """The W&B id of the run in `directory`: the one that it had before, so that a resume goes on with its curves."""
+    path = directory / RUN_FILE
+    try:
+        return str(json.loads(path.read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    run_id = environ.get("WANDB_RUN_ID") or "".join(
+        secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8)
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"id": run_id}).encode() + b"\n")
+    return run_id
+
+
+def sync_command(directory: Path | None) -> str:
+    """What uploads an offline run later."""
+    return f"`wandb sync {directory}/wandb/*run-*`"
+
+
+def start_process(directory: Path) -> subprocess.Popen[str]:
+    """Start W&B's process: out of reach of the terminal and of its Ctrl-C, its own output in a file of the run."""
+    environment = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", **os.environ}
+    environment.pop("WANDB_RUN_ID", None)
+    environment.pop("WANDB_MODE", None)
+    folder = directory / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    script = Path(__file__).with_name("wandb_process.py")
+    with (folder / "process.log").open("ab") as log:
+        return subprocess.Popen(  # noqa: S603  (our own script, no shell)
+            # -P keeps this folder off the path, where our wandb.py would hide the library's.
+            [sys.executable, "-P", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def send(stream: IO[str], message: Mapping[str, Any]) -> None:
+    stream.write(json.dumps(message) + "\n")
+    stream.flush()
+
+
+def end_process_group(process: subprocess.Popen[str], grace_s: float = 1.0) -> None:
+    """End the process and what it started; W&B's own helper leaves when its parent is gone."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL if os.name == "posix" else signal.SIGTERM):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.name == "posix":
+                os.killpg(process.pid, signal_number)
+            else:
+                process.terminate()
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                return
+            time.sleep(0.02)
