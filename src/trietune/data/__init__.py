@@ -1,0 +1,26 @@
+"""A source becomes token sequences with labels; owns the tokenizer, and knows nothing of models."""
+
+from trietune.data.counts import Count, DataCounts, SplitCounts
+from trietune.data.examples import IGNORED_LABEL, Example, ExampleSource, Message, Task, TokenSequences
+from trietune.data.load import Data, load_data, load_split
+from trietune.data.templates import PromptFormat
+from trietune.data.tokenizer import Encoder, load_tokenizer, make_encoder
+
+__all__ = [
+    "IGNORED_LABEL",
+    "Count",
+    "Data",
+    "DataCounts",
+    "Encoder",
+    "Example",
+    "ExampleSource",
+    "Message",
+    "PromptFormat",
+    "SplitCounts",
+    "Task",
+    "TokenSequences",
+    "load_data",
+    "load_split",
+    "load_tokenizer",
+    "make_encoder",
+]

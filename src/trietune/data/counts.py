@@ -1,0 +1,97 @@
+"""What was read, kept and left out of a data set, with places to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# Enough to see what kind of thing went wrong, few enough to read.
+SAMPLES_KEPT = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many, and the first few of them by place: `train.tsv:17`."""
+
+    number: int = 0
+    samples: tuple[str, ...] = ()
+
+    def plus(self, places: Sequence[str]) -> Count:
+        return Count(self.number + len(places), (*self.samples, *places[: SAMPLES_KEPT - len(self.samples)]))
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCounts:
+    """Of one split.
+
+    Attributes:
+        source: file or data set, as a person would name it.
+        read: rows that were read.
+        kept: sequences that they became.
+        num_tokens, num_labels, longest: of the kept sequences; `longest` in tokens.
+        overlong: longer than `max_length`; left out in training, kept in validation.
+        truncated: cut to `max_length` at the left of their prompt.
+        without_completion: nothing to learn but the end; left out in training, kept in validation.
+        without_prompt: a column of the prompt is empty; kept.
+        duplicates: equal to an earlier example; kept.
+        completions: how often each completion occurs, if there are few; else empty.
+    """
+
+    source: str
+    read: int = 0
+    kept: int = 0
+    num_tokens: int = 0
+    num_labels: int = 0
+    longest: int = 0
+    overlong: Count = field(default_factory=Count)
+    truncated: Count = field(default_factory=Count)
+    without_completion: Count = field(default_factory=Count)
+    without_prompt: Count = field(default_factory=Count)
+    duplicates: Count = field(default_factory=Count)
+    completions: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SplitCounts:
+        """The opposite of `dataclasses.asdict`, from JSON."""
+        counts = {
+            name: Count(value["number"], tuple(value["samples"])) for name, value in fields.items() if _is_count(value)
+        }
+        return cls(**{**fields, **counts})
+
+
+@dataclass(frozen=True, slots=True)
+class DataCounts:
+    """Of all data of a run; `held_out` tells that validation is a part of the training data, set aside."""
+
+    train: SplitCounts
+    validation: SplitCounts | None
+    held_out: bool = False
+
+
+def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list[str]:
+    """Lines for the user: what became of the split, each number with places where there is something to look at."""
+    split = "training" if is_training else "validation"
+    lines = [f"{split}: {counts.kept:,} of {counts.read:,} examples of {counts.source}, {counts.num_tokens:,} tokens"]
+    longer = f"longer than `max_length: {max_length}`"
+    left_out = "left out" if is_training else "kept: validation drops nothing"
+    for count, what in (
+        (counts.overlong, f"{longer}, {left_out}"),
+        (counts.truncated, f"{longer}, cut at the left of the prompt"),
+        (counts.without_completion, f"without a completion, {left_out}"),
+        (counts.without_prompt, "with an empty text in the prompt, kept"),
+        (counts.duplicates, "equal to an earlier one, kept"),
+    ):
+        if count.number:
+            lines.append(f"{split}: {count.number:,} {what} ({name_places(count.samples, count.number)})")
+    return lines
+
+
+def name_places(samples: Iterable[str], number: int, *, shown: int = 3) -> str:
+    """`train.tsv:4, train.tsv:9, ...`"""
+    first = list(samples)[:shown]
+    return ", ".join(first) + (", ..." if number > len(first) else "")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.keys() == {"number", "samples"}

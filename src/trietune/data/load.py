@@ -1,0 +1,371 @@
+"""Data for a run: find it, decide how it becomes text, tokenize it once, and tell what came of it.
+
+Memory stays bounded whatever the size of a file: rows pass in blocks, and the arrays are mapped from disk.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trietune.data.cache import CacheWriter, make_key, open_cached
+from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
+from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
+from trietune.data.recipes import REQUIRED_COLUMNS, Recipe, choose_recipe
+from trietune.data.sources import PlacedRow, Rows, Sources, SplitRole, find_sources
+from trietune.data.templates import PromptFormat, literal_text
+from trietune.data.tokenizer import (
+    check_tokenizer,
+    find_bos_id,
+    find_stop_ids,
+    hash_tokenizer,
+    make_encoder,
+)
+from trietune.data.tokenizing import COMPLETIONS_TALLIED, Rules, tokenize_rows
+from trietune.errors import UserError
+
+Report = Callable[[str], None]
+Progress = Callable[[str, int, int | None], None]
+CheckStop = Callable[[], None]
+
+# Custom data without validation data: this part of the training rows, at least one and at most so many. The draw does
+# not follow `seed`, so runs that differ in it are measured on the same examples.
+HELD_OUT_SHARE = 0.05
+HELD_OUT_AT_MOST = 1000
+HELD_OUT_SEED = 20_230_712
+# Custom data is a choice between labels if its completions are few, short, and each seen several times.
+LABEL_SEEN_AT_LEAST = 3
+LABEL_CHARACTERS_AT_MOST = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """All that a run needs of its data.
+
+    Attributes:
+        validation: None if the data is too small to hold any out.
+        fingerprint: changes whenever a token or a label of either split does.
+    """
+
+    train: TokenSequences
+    validation: TokenSequences | None
+    task: Task
+    prompt_format: PromptFormat
+    fingerprint: str
+    counts: DataCounts
+
+
+def load_data(
+    settings: Any,
+    tokenizer: Any,
+    *,
+    cache_folder: Path,
+    report: Report,
+    progress: Progress,
+    check_stop: CheckStop,
+) -> Data:
+    """The training and validation data that the settings name, as token sequences.
+
+    Args:
+        tokenizer: a fast `transformers` tokenizer, see `load_tokenizer`.
+        report: takes a line for the user.
+        progress: called after each block with phase, rows done, and rows in all (None if unknown).
+        check_stop: called before each block; whatever it raises passes through, and nothing half-written stays.
+
+    Raises:
+        UserError: the data cannot be found or read, has broken rows or wrong labels, or nothing of it is left.
+    """
+    sources = find_sources(settings)
+    recipe = _find_recipe(settings, sources)
+    prompt_format = make_prompt_format(settings, tokenizer, recipe)
+    loading = _Loading(
+        settings, tokenizer, recipe, prompt_format, _writable(cache_folder, report), report, progress, check_stop
+    )
+    held_out = None if sources.validation is not None else draw_held_out(sources.train.count())
+    if held_out is not None:
+        report(_describe_held_out(sources.train, held_out))
+    train, train_counts, train_key = loading.load(
+        sources.train, is_training=True, held_out=held_out, limit=settings.max_train_examples
+    )
+    validation, validation_counts, validation_key = None, None, ""
+    validation_rows = sources.validation or (sources.train if held_out is not None and held_out.any() else None)
+    if validation_rows is not None:
+        validation, validation_counts, validation_key = loading.load(
+            validation_rows, is_training=False, held_out=held_out
+        )
+    task = recipe.task
+    if recipe.kind in ("templates", "columns"):
+        task = find_label_task(train_counts, validation_counts)
+    if task.kind == "labels" and task != recipe.task:
+        report(
+            f"completions take {len(task.labels)} values ({', '.join(task.label_names)}): accuracy is measured on them"
+        )
+    return Data(
+        train=train,
+        validation=validation,
+        task=task,
+        prompt_format=replace(prompt_format, task=task),
+        fingerprint=make_key(train=train_key, validation=validation_key),
+        counts=DataCounts(train_counts, validation_counts, held_out=held_out is not None),
+    )
+
+
+def load_split(
+    settings: Any,
+    tokenizer: Any,
+    split: SplitRole,
+    *,
+    prompt_format: PromptFormat | None = None,
+    cache_folder: Path,
+    report: Report,
+    progress: Progress,
+    check_stop: CheckStop,
+) -> tuple[TokenSequences, PromptFormat]:
+    """One split to evaluate on, with nothing left out; in the prompt format of an adapter, if one is given.
+
+    Raises:
+        UserError: as `load_data`; or the data has no such split.
+    """
+    sources = find_sources(settings)
+    recipe = _find_recipe(settings, sources)
+    if prompt_format is None:
+        prompt_format = make_prompt_format(settings, tokenizer, recipe)
+    elif recipe.kind in ("sst2", "squad", "templates"):
+        recipe = replace(
+            recipe,
+            prompt_template=prompt_format.prompt_template,
+            completion_template=prompt_format.completion_template,
+        )
+    loading = _Loading(
+        settings, tokenizer, recipe, prompt_format, _writable(cache_folder, report), report, progress, check_stop
+    )
+    rows = {"train": sources.train, "validation": sources.validation, "test": sources.test}[split]
+    held_out = None
+    if rows is None and split == "validation":
+        rows = sources.train
+        held_out = draw_held_out(rows.count())
+        report(_describe_held_out(rows, held_out))
+    if rows is None or (held_out is not None and not held_out.any()):
+        raise UserError(
+            f"`{sources.train.name}` comes without a {split} split",
+            next_step="name a file with examples that were not trained on: `validation_file: ...`",
+        )
+    return loading.load(rows, is_training=False, held_out=held_out)[0], prompt_format
+
+
+def draw_held_out(num_rows: int) -> np.ndarray:
+    """Which rows are held out of the training data; bool [rows], the same for the same number of rows."""
+    number = 0 if num_rows < 2 else min(HELD_OUT_AT_MOST, max(1, round(num_rows * HELD_OUT_SHARE)))
+    is_held_out = np.zeros(num_rows, bool)
+    is_held_out[np.random.default_rng(HELD_OUT_SEED).choice(num_rows, number, replace=False)] = True
+    return is_held_out
+
+
+def find_label_task(train: SplitCounts, validation: SplitCounts | None) -> Task:
+    """A choice between labels, if the completions look like one; else plain text."""
+    seen = train.completions
+    unseen = set(validation.completions) - set(seen) if validation is not None else set()
+    tallied = validation is None or bool(validation.completions)
+    is_choice = (
+        2 <= len(seen) <= COMPLETIONS_TALLIED
+        and tallied
+        and not unseen
+        and all(number >= LABEL_SEEN_AT_LEAST for number in seen.values())
+        and all(text.strip() and len(text) <= LABEL_CHARACTERS_AT_MOST for text in seen)
+    )
+    if not is_choice:
+        return Task(kind="text")
+    labels = tuple(sorted(seen))
+    return Task(kind="labels", labels=labels, label_names=tuple(label.strip() for label in labels))
+
+
+def make_prompt_format(settings: Any, tokenizer: Any, recipe: Recipe) -> PromptFormat:
+    """The prompt format of a recipe; the task of custom data is told by the data later."""
+    check_tokenizer(tokenizer, name=str(tokenizer.name_or_path or "the model"))
+    template_text = literal_text(recipe.prompt_template) + literal_text(recipe.completion_template)
+    # Whole prompts that were made elsewhere, and templates that spell special tokens, mean those tokens.
+    may_mean_them = recipe.kind in ("messages", "columns", "text", "tokens")
+    spells_them = any(token in template_text for token in tokenizer.all_special_tokens)
+    prompt_format = PromptFormat(
+        kind="chat" if recipe.kind == "messages" else "tokens" if recipe.kind == "tokens" else "template",
+        prompt_template=recipe.prompt_template,
+        completion_template=recipe.completion_template,
+        chat_template=_find_chat_template(settings, tokenizer, recipe),
+        parses_special_tokens=may_mean_them or spells_them,
+        bos_id=find_bos_id(tokenizer),
+        eos_id=int(tokenizer.eos_token_id),
+        stop_ids=(int(tokenizer.eos_token_id),),
+        task=recipe.task,
+        tokenizer_hash=hash_tokenizer(tokenizer),
+    )
+    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format))
+
+
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """What the splits of one call share."""
+
+    settings: Any
+    tokenizer: Any
+    recipe: Recipe
+    prompt_format: PromptFormat
+    cache_folder: Path
+    report: Report
+    progress: Progress
+    check_stop: CheckStop
+
+    def load(
+        self, rows: Rows, *, is_training: bool, held_out: np.ndarray | None, limit: int | None = None
+    ) -> tuple[TokenSequences, SplitCounts, str]:
+        """A split from the cache, or made now; its counts; its key."""
+        self.check_stop()
+        rules = Rules(
+            max_length=self.settings.max_length,
+            overlong=self.settings.overlong if is_training else None,
+            keeps_empty=not is_training,
+            ignored_label=self.settings.ignored_index if self.recipe.kind == "tokens" else IGNORED_LABEL,
+        )
+        key = make_key(
+            rows=rows.fingerprint(),
+            recipe=asdict(self.recipe),
+            prompt_format=asdict(self.prompt_format),
+            rules=asdict(rules),
+            tokenizers=metadata.version("tokenizers"),
+            held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training],
+            limit=limit,
+        )
+        found = open_cached(self.cache_folder, key)
+        if found is None:
+            sequences, counts = self._tokenize(rows, rules, key, is_training, held_out, limit)
+        else:
+            sequences, counts = found[0], SplitCounts.from_dict(found[1])
+        for line in describe(counts, is_training=is_training, max_length=rules.max_length):
+            self.report(line)
+        if not len(sequences):
+            raise _nothing_left(counts, rules.max_length)
+        return sequences, counts, key
+
+    def _tokenize(
+        self, rows: Rows, rules: Rules, key: str, is_training: bool, held_out: np.ndarray | None, limit: int | None
+    ) -> tuple[TokenSequences, SplitCounts]:
+        total = rows.quick_count() if held_out is None else int((held_out != is_training).sum())
+        total = limit if total is None else min(total, limit or total)
+        phase = f"tokenizing {'training' if is_training else 'validation'} data"
+        with CacheWriter(self.cache_folder, key) as writer:
+            counts = tokenize_rows(
+                islice(_choose(rows.read(), held_out, takes_held_out=not is_training), limit),
+                writer,
+                source=rows.name,
+                recipe=self.recipe,
+                encoder=make_encoder(self.tokenizer, self.prompt_format),
+                rules=rules,
+                check_stop=self.check_stop,
+                progress=lambda done: self.progress(phase, done, total),
+            )
+            return writer.finish(asdict(counts)), counts
+
+
+def _find_recipe(settings: Any, sources: Sources) -> Recipe:
+    rows = sources.train
+    columns = rows.columns()
+    task_name = sources.task_name
+    if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
+        task_name = None
+    if not columns:
+        place, row = next(rows.read(), ("", None))
+        raise UserError(
+            f"`{rows.name}` holds no rows" if row is None else f"no row of `{rows.name}` can be read",
+            where=None if row is None else f"{place}: {getattr(row, 'reason', 'no columns')}",
+            next_step="check that the file is the one that you mean",
+        )
+    return choose_recipe(
+        columns,
+        task_name=task_name,
+        prompt_template=settings.prompt_template,
+        completion_template=settings.completion_template,
+        source=rows.name,
+    )
+
+
+def _find_chat_template(settings: Any, tokenizer: Any, recipe: Recipe) -> str:
+    """The Jinja source for conversations: the user's own text or file, or the tokenizer's."""
+    own = settings.chat_template
+    if recipe.kind != "messages":
+        if own:
+            raise UserError(
+                "`chat_template` is set, and the data has no conversations to use it on",
+                next_step="remove it, or give the data a column `messages`",
+            )
+        return ""
+    if own:
+        if "{{" in own or "{%" in own:
+            return str(own)
+        try:
+            return Path(own).expanduser().read_text()
+        except OSError as error:
+            raise UserError(
+                f"`chat_template: {own}` is neither a template nor a file that can be read",
+                where=str(error.strerror or error),
+                next_step="write the path of a .jinja file, or the template itself",
+            ) from None
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            "the data holds conversations, and the tokenizer of this model has no chat template",
+            next_step="chat_template: FILE.jinja, or take the instruction-tuned model of the family",
+        )
+    return str(template)
+
+
+def _choose(placed: Iterator[PlacedRow], held_out: np.ndarray | None, *, takes_held_out: bool) -> Iterator[PlacedRow]:
+    if held_out is None:
+        return placed
+    return (row for row, is_out in zip(placed, held_out.tolist(), strict=True) if is_out is takes_held_out)
+
+
+def _describe_held_out(rows: Rows, held_out: np.ndarray) -> str:
+    number = int(held_out.sum())
+    if not number:
+        return f"`{rows.name}` is too small to hold validation examples out: nothing will be validated"
+    return (
+        f"no validation data: {number:,} of {len(held_out):,} rows of `{rows.name}` are held out for it, "
+        "the same ones in every run"
+    )
+
+
+def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
+    if counts.overlong.number:
+        return UserError(
+            f"all {counts.read:,} examples of `{counts.source}` are longer than `max_length: {max_length}`",
+            where=name_places(counts.overlong.samples, counts.overlong.number),
+            next_step="raise `max_length`, or write `overlong: truncate_prompt`",
+        )
+    return UserError(
+        f"none of the {counts.read:,} rows of `{counts.source}` can be learnt from: their completions are empty",
+        where=name_places(counts.without_completion.samples, counts.without_completion.number),
+        next_step="check `completion_template` and the columns of the file",
+    )
+
+
+def _writable(cache_folder: Path, report: Report) -> Path:
+    """The cache folder; if nothing can be written there, a temporary one that lasts as long as the process."""
+    try:
+        (cache_folder / "tokens").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_folder / "tokens"):
+            return cache_folder
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix="trietune-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        report(f"the cache folder {cache_folder} cannot be written ({error.strerror}): tokens are not kept this time")
+        return folder

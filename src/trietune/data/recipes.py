@@ -1,0 +1,274 @@
+"""Which columns of a row make an example, and how.
+
+A recipe is chosen once a data set, from its columns, its name and the templates that the user wrote, and then applied
+to each row of it. The first of these that fits is taken:
+
+    prompt_template, completion_template     the user's own words
+    sentence, label                          SST-2
+    context, question, answers               SQuAD v2
+    input_ids, labels                        tokens that somebody else made
+    messages                                 a conversation
+    prompt, completion                       text as it is
+    text                                     text as it is, learnt from its first token on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, Literal
+
+from trietune.data.examples import Example, Task
+from trietune.data.templates import (
+    SQUAD_PROMPT,
+    SQUAD_TASK,
+    SST2_PROMPT,
+    SST2_TASK,
+    UNANSWERABLE,
+    fill_template,
+    find_columns,
+    read_messages,
+    to_text,
+)
+from trietune.errors import UserError
+
+TaskName = Literal["sst2", "squad"]
+RecipeKind = Literal["templates", "sst2", "squad", "tokens", "messages", "columns", "text"]
+
+REQUIRED_COLUMNS: dict[RecipeKind, tuple[str, ...]] = {
+    "sst2": ("sentence", "label"),
+    "squad": ("context", "question", "answers"),
+    "tokens": ("input_ids", "labels"),
+    "messages": ("messages",),
+    "columns": ("prompt", "completion"),
+    "text": ("text",),
+}
+_SST2_LABEL_OF: dict[object, int] = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "positive": 1}
+
+
+class WrongRow(Exception):  # noqa: N818  (a value of the data, counted and located)
+    """A row that was read, but cannot be an example; the text says why."""
+
+
+class Unlabelled(WrongRow):
+    """A row of a split that was published without its labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a row becomes an example; plain values, so that a cache can be named after them."""
+
+    kind: RecipeKind
+    prompt_template: str = ""
+    completion_template: str = ""
+
+    @property
+    def task(self) -> Task:
+        return {"sst2": SST2_TASK, "squad": SQUAD_TASK}.get(self.kind, Task(kind="text"))
+
+
+def choose_recipe(
+    columns: Sequence[str],
+    *,
+    task_name: TaskName | None,
+    prompt_template: str | None,
+    completion_template: str | None,
+    source: str,
+) -> Recipe:
+    """The recipe for data with these columns.
+
+    Args:
+        task_name: the task that `dataset_id` names, if it names one.
+        source: the file or data set, for messages.
+
+    Raises:
+        UserError: a template asks for a column that is not there, or nothing fits.
+    """
+    if prompt_template is not None or completion_template is not None:
+        return _from_templates(columns, task_name, prompt_template, completion_template, source)
+    if task_name is not None:
+        missing = [name for name in REQUIRED_COLUMNS[task_name] if name not in columns]
+        if missing:
+            raise UserError(
+                f"{_names(missing)} missing in `{source}`, which is to be read as {_TASK_IN_WORDS[task_name]}",
+                where=f"its columns are {_names(columns)}",
+                next_step=f"rename its columns to {_names(REQUIRED_COLUMNS[task_name])}, or name no known data set in "
+                "`dataset_id` and write `prompt_template` and `completion_template`",
+            )
+        return _built_in(task_name)
+    for kind, required in REQUIRED_COLUMNS.items():
+        if all(name in columns for name in required):
+            return _built_in(kind)
+    raise UserError(
+        f"it is not clear what to learn from `{source}`",
+        where=f"its columns are {_names(columns)}",
+        next_step=_advice(columns),
+    )
+
+
+def example_maker(recipe: Recipe) -> Callable[[Mapping[str, Any], str], Example]:
+    """The function from a row and its id to an example.
+
+    It raises `WrongRow` for a row that cannot be one. Rows of `tokens` are made elsewhere: they need the tokenizer.
+    """
+    makers: dict[RecipeKind, Callable[[Recipe, Mapping[str, Any], str], Example]] = {
+        "templates": _make_from_templates,
+        "sst2": _make_sst2,
+        "squad": _make_squad,
+        "messages": _make_conversation,
+        "columns": _make_pair,
+        "text": _make_text,
+    }
+    return partial(makers[recipe.kind], recipe)
+
+
+def _from_templates(
+    columns: Sequence[str],
+    task_name: TaskName | None,
+    prompt_template: str | None,
+    completion_template: str | None,
+    source: str,
+) -> Recipe:
+    for key, template in (("prompt_template", prompt_template), ("completion_template", completion_template)):
+        for name in find_columns(template or ""):
+            if name not in columns:
+                near = get_close_matches(name, columns, n=1)
+                raise UserError(
+                    f"`{key}` asks for the column `{name}`, which `{source}` has not",
+                    where=f"its columns are {_names(columns)}",
+                    next_step=f"did you mean `{{{near[0]}}}`?"
+                    if near
+                    else f"write `{{{{{name}}}}}` if it is plain text",
+                )
+    if completion_template is None:
+        # The built-in tasks keep their completions under another prompt, and a column of that name is one.
+        kind = next((k for k in ("sst2", "squad") if k == task_name or _has(columns, REQUIRED_COLUMNS[k])), None)
+        if kind is not None:
+            return Recipe(kind, prompt_template=prompt_template or "", completion_template="")
+        if "completion" not in columns:
+            raise UserError(
+                "`prompt_template` is set, and what to answer is not",
+                where=f"`{source}` has the columns {_names(columns)}",
+                next_step='completion_template: " {column}"     (with the column that holds the answer)',
+            )
+        completion_template = "{completion}"
+    if prompt_template is None:
+        prompt_template = _built_in(task_name).prompt_template if task_name else "{prompt}" * ("prompt" in columns)
+    if not find_columns(completion_template):
+        raise UserError(
+            "`completion_template` names no column, so every example would have the same answer",
+            where=f"`{source}` has the columns {_names(columns)}",
+            next_step='completion_template: " {column}"     (with the column that holds the answer)',
+        )
+    return Recipe("templates", prompt_template=prompt_template, completion_template=completion_template)
+
+
+def _built_in(kind: RecipeKind) -> Recipe:
+    return Recipe(kind, prompt_template={"sst2": SST2_PROMPT, "squad": SQUAD_PROMPT}.get(kind, ""))
+
+
+def _make_from_templates(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+    completion = _fill(recipe.completion_template, row)
+    return Example(id=example_id, prompt=_fill(recipe.prompt_template, row), completion=completion)
+
+
+def _make_sst2(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+    value = row.get("label")
+    label = _SST2_LABEL_OF.get(value.strip() if isinstance(value, str) else value)
+    if label is None:
+        if str(value).strip() in ("-1", "None", ""):
+            raise Unlabelled(f"label `{value}` stands for no label")
+        raise WrongRow(f"label `{value}` is neither 0 (negative) nor 1 (positive)")
+    return Example(id=example_id, prompt=_fill(recipe.prompt_template, row), completion=SST2_TASK.labels[label])
+
+
+def _make_squad(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+    answers = _read_answers(row.get("answers"))
+    completion = answers[0] if answers else UNANSWERABLE
+    own_id = row.get("id")
+    return Example(
+        id=own_id if isinstance(own_id, str) and own_id else example_id,
+        prompt=_fill(recipe.prompt_template, row),
+        completion=completion,
+        answers=answers,
+    )
+
+
+def _read_answers(value: Any) -> tuple[str, ...]:
+    """All gold answers: the hub's {"text": [...]}, the file's [{"text": ...}], a list of texts, or one text."""
+    if isinstance(value, Mapping):
+        value = value.get("text")
+    if isinstance(value, str):
+        return (value,) if value.strip() else ()
+    if not isinstance(value, Sequence):
+        raise WrongRow('`answers` is neither a list nor {"text": [...]}')
+    texts = [item.get("text") if isinstance(item, Mapping) else item for item in value]
+    if not all(isinstance(text, str) for text in texts):
+        raise WrongRow("`answers` holds something that is no text")
+    return tuple(texts)
+
+
+def _make_conversation(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+    try:
+        messages = read_messages(row.get("messages"))
+    except TypeError as error:
+        raise WrongRow(str(error)) from None
+    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
+    if last is None:
+        raise WrongRow("no message has the role `assistant`, so there is nothing to learn")
+    # What follows the last answer carries no label and changes nothing.
+    messages = messages[: last + 1]
+    return Example(id=example_id, prompt="", completion=messages[-1].content, messages=messages)
+
+
+def _make_pair(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+    return Example(id=example_id, prompt=_text(row, "prompt"), completion=_text(row, "completion"))
+
+
+def _make_text(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+    return Example(id=example_id, prompt="", completion=_text(row, "text"))
+
+
+def _fill(template: str, row: Mapping[str, Any]) -> str:
+    try:
+        return fill_template(template, row)
+    except KeyError as error:
+        raise WrongRow(f"no column `{error.args[0]}`") from None
+    except TypeError as error:
+        raise WrongRow(str(error)) from None
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    if column not in row:
+        raise WrongRow(f"no column `{column}`")
+    try:
+        return to_text(row[column], column)
+    except TypeError as error:
+        raise WrongRow(str(error)) from None
+
+
+def _advice(columns: Sequence[str]) -> str:
+    if "instruction" in columns and ("output" in columns or "response" in columns):
+        answer = "output" if "output" in columns else "response"
+        return f'prompt_template: "{{instruction}}\\n" and completion_template: "{{{answer}}}"'
+    if "question" in columns and "answer" in columns:
+        return 'prompt_template: "Question: {question}\\nAnswer:" and completion_template: " {answer}"'
+    if "conversations" in columns:
+        return 'rename `conversations` to `messages`, with "role" and "content" in each message'
+    return (
+        "write `prompt_template` and `completion_template` with {column} where a column belongs, or name the columns "
+        "`prompt` and `completion`, `messages`, or `text`"
+    )
+
+
+def _has(columns: Sequence[str], required: Sequence[str]) -> bool:
+    return all(name in columns for name in required)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+_TASK_IN_WORDS = {"sst2": "SST-2", "squad": "SQuAD v2"}

@@ -1,0 +1,164 @@
+"""The text that an example becomes, and the record of it that travels with an adapter (`prompt_format.json`).
+
+    "Review: {sentence}\\nOutput:"  +  {"sentence": "fine"}   ->   "Review: fine\\nOutput:"
+
+`{name}` is a column; `{{name}}` is that text itself; every other brace is a brace, so a template may hold JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from trietune.data.examples import Message, Task
+from trietune.errors import UserError
+
+SST2_PROMPT = "Review: {sentence}\nOutput:"
+SST2_LABELS = ("negative", "positive")
+SST2_TASK = Task(
+    kind="labels",
+    labels=tuple(f' {{"label": "{name}"}}' for name in SST2_LABELS),
+    label_names=SST2_LABELS,
+)
+
+SQUAD_PROMPT = "\nContext: {context}\n\nQuestion: {question}\n\nAnswer:\n"
+UNANSWERABLE = "unanswerable"
+SQUAD_TASK = Task(kind="answers")
+
+FORMAT_VERSION = 1
+_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFormat:
+    """How text becomes token ids: the same in training, evaluation and use.
+
+    Attributes:
+        kind: `template`: a prompt and a completion; `chat`: messages through `chat_template`; `tokens`: the data
+            brought its own token ids.
+        prompt_template: of a `template`; empty if the data holds whole prompts or none.
+        completion_template: of a `template`, empty for the built-in tasks, whose completions are not one template.
+        chat_template: Jinja source of a `chat`.
+        parses_special_tokens: whether the text of a special token, such as `<eos>`, becomes that token. Only where a
+            template, or data that was rendered elsewhere, may mean it; a review that says `<eos>` stays text.
+        bos_id: put before every prompt, exactly once; None if the tokenizer has none or says that it wants none.
+        eos_id: after every completion.
+        stop_ids: generation ends at any of them.
+        task: what a right answer is.
+        tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.tokenizer.hash_tokenizer`.
+    """
+
+    kind: Literal["template", "chat", "tokens"]
+    prompt_template: str
+    completion_template: str
+    chat_template: str
+    parses_special_tokens: bool
+    bos_id: int | None
+    eos_id: int
+    stop_ids: tuple[int, ...]
+    task: Task
+    tokenizer_hash: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names that the prompt template asks for, in its order."""
+        return find_columns(self.prompt_template)
+
+    def to_json(self) -> str:
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, ensure_ascii=False, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "prompt_format.json") -> PromptFormat:
+        """The opposite of `to_json`.
+
+        Raises:
+            UserError: not such a record, or one of a later version.
+        """
+        try:
+            fields = json.loads(text)
+            version = fields.pop("format_version")
+            if version == FORMAT_VERSION:
+                task = fields.pop("task")
+                return cls(
+                    **{**fields, "stop_ids": tuple(fields["stop_ids"])},
+                    task=Task(task["kind"], tuple(task["labels"]), tuple(task["label_names"])),
+                )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                "the prompt format cannot be read: it is not what TrieTune writes beside an adapter",
+                where=f"{where} ({error})",
+                next_step="take the adapter folder again from the run that made it",
+            ) from None
+        raise UserError(
+            f"the prompt format has version {version}; this TrieTune reads version {FORMAT_VERSION}",
+            where=where,
+            next_step="pip install --upgrade trietune",
+        )
+
+
+def fill_template(template: str, row: Mapping[str, Any]) -> str:
+    """The template with its columns put in; a missing value (None) is empty text.
+
+    Raises:
+        KeyError: the row has no such column; its argument is the name.
+        TypeError: the value is a list or an object.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        escaped, name = match.groups()
+        return f"{{{escaped}}}" if escaped is not None else to_text(row[name], name)
+
+    return _PLACEHOLDER.sub(replace, template)
+
+
+def find_columns(template: str) -> tuple[str, ...]:
+    """The columns that a template asks for, each once, in its order."""
+    return tuple(dict.fromkeys(name for _, name in _PLACEHOLDER.findall(template) if name))
+
+
+def literal_text(template: str) -> str:
+    """What of a template is text of its own."""
+    return _PLACEHOLDER.sub("", template)
+
+
+def to_text(value: Any, column: str) -> str:
+    """A cell as text: None is empty, numbers are written as JSON writes them; a list or an object is no text."""
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    raise TypeError(f"column `{column}` holds a {type(value).__name__}, and a text or number is needed")
+
+
+def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
+    """Messages of a conversation: a list of {"role": ..., "content": ...}.
+
+    Raises:
+        TypeError: it is something else; the text says what.
+    """
+    # Parquet and CSV have no lists of objects of mixed kind: some data sets keep them as JSON text.
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise TypeError(f"column `{column}` holds text that is no JSON list of messages") from None
+    if not isinstance(value, Sequence) or not value:
+        raise TypeError(f"column `{column}` is no list of messages, or an empty one")
+    return tuple(_read_message(item, number, column) for number, item in enumerate(value, start=1))
+
+
+def _read_message(item: Any, number: int, column: str) -> Message:
+    if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
+        hint = ' (it has ShareGPT\'s "from" and "value")' if isinstance(item, Mapping) and "from" in item else ""
+        raise TypeError(f'message {number} of `{column}` has no "role"{hint}')
+    content = item.get("content")
+    if not isinstance(content, str):
+        raise TypeError(f'"content" of message {number} of `{column}` is no text')
+    if item.get("tool_calls"):
+        raise TypeError(f"message {number} of `{column}` calls tools, which is not supported")
+    return Message(role=item["role"], content=content)
