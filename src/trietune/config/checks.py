@@ -42,6 +42,10 @@ def without_effect(settings: Settings) -> list[str]:
         notes.append("`load_from_storage` matters to a resume alone: add `--resume`, or `resume_from_checkpoint: auto`")
     if settings.remote_path and not (settings.sync_to_storage or settings.load_from_storage):
         notes.append("`remote_path` is not used: `sync_to_storage` and `load_from_storage` are False")
+    if settings.tracker not in {"auto", "wandb"} and settings.use_wandb and settings.where("use_wandb") != "default":
+        notes.append(
+            f"`tracker: {settings.tracker}` decides: `use_wandb: True` ({settings.where('use_wandb')}) is not used"
+        )
     return notes
 
 

@@ -109,7 +109,8 @@ def _from_file(path: Path, problems: list[Problem]) -> dict[str, _Given]:
         place = f"{path}, line {error.line}" if error.line else str(path)
         raise UserError(f"{place}: {error.what}", next_step=error.remedy) from None
     for refused in document.errors:
-        problems.append(Problem(f"{refused.what} in {path}, line {refused.line}", None, refused.remedy))
+        keys = (refused.key,) if refused.key else ()
+        problems.append(Problem(f"{refused.what} in {path}, line {refused.line}", None, refused.remedy, keys))
     given: dict[str, _Given] = {}
     lines: dict[str, int] = {}
     for entry in document.entries:
@@ -151,7 +152,7 @@ def _nearest_file(path: Path) -> str:
     nearest = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if nearest:
         return f"did you mean {' or '.join(str(folder / name) for name in nearest)}?"
-    return f"`trietune init sst2 > {path}` writes a commented one"
+    return "`trietune init sst2` writes a commented one to start from"
 
 
 def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> dict[str, _Given]:
@@ -276,7 +277,15 @@ def _wrong_value(key: str, item: _Given, detail: Exception | None) -> Problem:
         what = f"`{key}` ({item.origin}) is empty"
     reason = _REASONS.get((key, str(value).lower()))
     why = f"allowed: {allowed_values(key)}" + "".join(f"\n{extra}" for extra in (reason, detail) if extra)
-    return Problem(what, why, f"write `{key}: {write_value(_suggested(key, value))}`", (key,))
+    return Problem(what, why, f"write `{_assignment(key, _suggested(key, value), item.origin)}`", (key,))
+
+
+def _assignment(key: str, value: Any, origin: str) -> str:
+    """How a value is written in the place where the wrong one stood."""
+    text = write_value(value)
+    if origin == "--set":
+        return f"--set {key}={text.strip(chr(34))}"
+    return f"{origin}={text.strip(chr(34))}" if origin.startswith(PREFIX) else f"{key}: {text}"
 
 
 def _suggested(key: str, value: Any) -> Any:

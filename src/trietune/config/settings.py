@@ -270,7 +270,8 @@ class Settings(BaseModel):
     the run goes on without it."""
 
     tracker: Literal["auto", "wandb", "tensorboard", "trackio", "none"] = "auto"
-    """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none."""
+    """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value decides
+    alone."""
 
     wandb_project: NonEmpty = "gemma11-finetuning"
     """Project that the run belongs to in the tracker."""
@@ -435,6 +436,13 @@ class Settings(BaseModel):
     def dataset_name(self) -> str:
         """`dataset_id` under its canonical name, so that `sst2` and `glue/sst2` are one data set."""
         return normalise.DATASET_SPELLINGS.get(self.dataset_id.lower(), self.dataset_id)
+
+    @property
+    def tracker_name(self) -> Literal["wandb", "tensorboard", "trackio", "none"]:
+        """The tracker that `tracker` and `use_wandb` come to."""
+        if self.tracker == "auto":
+            return "wandb" if self.use_wandb else "none"
+        return self.tracker
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Steps of warm-up in a run of `num_steps`, from `warmup_steps` or `warmup_ratio`."""

@@ -31,13 +31,17 @@ _FALSE = {"false", "False", "FALSE"}
 
 
 class YamlError(Exception):
-    """Text that is no configuration: what is wrong, the line (from 1; None if it is about the whole), and a remedy."""
+    """Text that is no configuration: what is wrong, the line (from 1; None if it is about the whole), and a remedy.
+
+    `key` is the key whose value it is about, where the rest of the file could be read.
+    """
 
     def __init__(self, what: str, line: int | None, remedy: str) -> None:
         super().__init__(what)
         self.what = what
         self.line = line
         self.remedy = remedy
+        self.key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +75,14 @@ def read_mapping(text: str) -> Document:
     errors: list[YamlError] = []
     events.refuse_extras(first, errors)
     while type(event := events.next()).__name__ != "MappingEndEvent":
+        num_errors = len(errors)
         events.refuse_extras(event, errors)
         if type(event).__name__ != "ScalarEvent":
             raise YamlError("a key is a list or a mapping", _line(event), "keys are plain words: `batch_size: 4`")
         value = events.value(events.next(), errors, depth=0)
         entries.append(Entry(event.value, value, _line(event)))
+        for error in errors[num_errors:]:
+            error.key = event.value
     if type(event := events.next_after("DocumentEndEvent")).__name__ != "StreamEndEvent":
         raise YamlError("a second document begins", _line(event), "one file holds one configuration: remove `---`")
     return Document(tuple(entries), tuple(errors))
@@ -92,7 +99,7 @@ def read_value(text: str) -> Any:
     if errors:
         raise errors[0]
     if type(events.next_after("DocumentEndEvent")).__name__ != "StreamEndEvent":
-        raise YamlError("more than one value", None, "put quotes around it")
+        raise YamlError("it is more than one value", None, "put quotes around it")
     return value
 
 
@@ -212,7 +219,7 @@ def _explained(error: Exception, text: str) -> YamlError:
     line = mark.line + 1 if mark is not None else None
     source = text.splitlines()[mark.line] if mark is not None and mark.line < len(text.splitlines()) else ""
     if "\t" in source or "'\\t'" in problem:
-        return YamlError("a tab", line, "YAML indents with spaces")
+        return YamlError("a tab where YAML takes spaces alone", line, "put spaces in its place")
     if "mapping values are not allowed" in problem:
         return YamlError("a second colon", line, 'put text with a colon in quotes: `key: "a: b"`')
     if mark is not None and ("expected ',' or" in problem or "found unexpected end of stream" in problem):
