@@ -3,6 +3,7 @@
     google/gemma-1.1-2b-it            a hub id (`hub.py`); `...-it@REVISION` takes a branch, tag or commit
     models/gemma, ~/models/gemma      a folder
     SmolLM2-135M-Instruct.Q4_1.gguf   a GGUF file, converted once (`gguf.py`)
+    smollm2-135m-instruct             the sample model, a GGUF file inside a Python package (`demo`)
 
 Only data is fetched and read: configuration, safetensors, tokenizer files. A pickle (`.bin`, `.pt`, `.pth`) can run
 code when it is opened, so a model that has nothing else is refused.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trietune.demo import DEMO_MODEL, smollm2_gguf
 from trietune.errors import UserError
 
 Report = Callable[[str], None]
@@ -59,6 +61,8 @@ def locate_model(
     Raises:
         UserError: whatever keeps the model from being found, fetched or loaded safely.
     """
+    if model_name.lower() == DEMO_MODEL:
+        return _take_gguf(smollm2_gguf(), DEMO_MODEL, report)
     place = Path(model_name).expanduser()
     if place.is_dir():
         return _take_folder(place, model_name)
