@@ -3,6 +3,7 @@
 from trietune.data.counts import Count, DataCounts, SplitCounts
 from trietune.data.examples import IGNORED_LABEL, Example, ExampleSource, Message, Task, TokenSequences
 from trietune.data.load import Data, load_data, load_split
+from trietune.data.preview import ExamplePreview, TokenText, preview_examples
 from trietune.data.templates import PromptFormat
 from trietune.data.tokenizer import Encoder, load_tokenizer, make_encoder
 
@@ -13,14 +14,17 @@ __all__ = [
     "DataCounts",
     "Encoder",
     "Example",
+    "ExamplePreview",
     "ExampleSource",
     "Message",
     "PromptFormat",
     "SplitCounts",
     "Task",
     "TokenSequences",
+    "TokenText",
     "load_data",
     "load_split",
     "load_tokenizer",
     "make_encoder",
+    "preview_examples",
 ]

@@ -67,7 +67,9 @@ def _split_at_markers(
         )
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered, spans = render_jinja_template(
+    # Annotated as text there; with this flag it is a pair of lists, the texts and the spans of each.
+    render: Any = render_jinja_template
+    rendered, spans = render(
         conversations=[_to_dicts(messages)],
         chat_template=chat_template,
         return_assistant_tokens_mask=True,

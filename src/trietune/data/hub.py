@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from trietune.data.recipes import TaskName
 from trietune.errors import UserError
 
-# What a configuration may write, and where that data lies: (hub id, its configuration). The second place of SST-2
-# holds the same rows; one of them may be in the cache of a machine without network.
-_SST2_PLACES = (("stanfordnlp/sst2", None), ("nyu-mll/glue", "sst2"))
-_SQUAD_PLACES = (("rajpurkar/squad_v2", None),)
+
+class _Place(NamedTuple):
+    path: str
+    config: str | None
+
+
+# SST-2 lies in two places with the same rows; one of them may be in the cache of a machine without network.
+_SST2_PLACES = (_Place("stanfordnlp/sst2", None), _Place("nyu-mll/glue", "sst2"))
+_SQUAD_PLACES = (_Place("rajpurkar/squad_v2", None),)
 _ALIASES: dict[str, TaskName] = {
     "stanfordnlp/sst2": "sst2",
     "sst2": "sst2",
@@ -49,32 +55,36 @@ def load_from_hub(dataset_id: str) -> tuple[Any, str]:
         UserError: not found, gated, not reachable, not in the cache while offline, or several configurations.
     """
     name, _, revision = dataset_id.partition("@")
-    task = find_task(name)
-    places = {"sst2": _SST2_PLACES, "squad": _SQUAD_PLACES}.get(task or "")
-    if places is None:
-        path, _, config = name.partition(":")
-        places = ((path, config or None),)
-    elif name.lower() in ("glue/sst2", "nyu-mll/glue"):
-        places = tuple(reversed(places))
-    first_error: UserError | None = None
-    for path, config in places:
+    errors: list[UserError] = []
+    for place in _places(name):
         try:
-            return _load(path, config, revision or None, dataset_id), path if config is None else f"{path} ({config})"
+            splits = _load(place, revision or None, dataset_id)
         except UserError as error:
-            first_error = first_error or error
-    assert first_error is not None
-    raise first_error
+            errors.append(error)
+        else:
+            return splits, place.path if place.config is None else f"{place.path} ({place.config})"
+    raise errors[0]
 
 
-def _load(path: str, config: str | None, revision: str | None, dataset_id: str) -> Any:
+def _places(name: str) -> Sequence[_Place]:
+    match find_task(name):
+        case "sst2":
+            return _SST2_PLACES[::-1] if "glue" in name.lower() else _SST2_PLACES
+        case "squad":
+            return _SQUAD_PLACES
+    path, _, config = name.partition(":")
+    return [_Place(path, config or None)]
+
+
+def _load(place: _Place, revision: str | None, dataset_id: str) -> Any:
     import datasets
 
     shows_progress = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(path, config, revision=revision)
+        return datasets.load_dataset(place.path, place.config, revision=revision)
     except Exception as error:  # the library's errors, the hub's and the network's have no common base
-        raise _explain(error, path, dataset_id) from error
+        raise _explain(error, place.path, dataset_id) from error
     finally:
         if shows_progress:
             datasets.enable_progress_bars()

@@ -144,9 +144,10 @@ def _from_templates(
                 )
     if completion_template is None:
         # The built-in tasks keep their completions under another prompt, and a column of that name is one.
-        kind = next((k for k in ("sst2", "squad") if k == task_name or _has(columns, REQUIRED_COLUMNS[k])), None)
+        tasks: tuple[TaskName, ...] = ("sst2", "squad")
+        kind = next((one for one in tasks if one == task_name or _has(columns, REQUIRED_COLUMNS[one])), None)
         if kind is not None:
-            return Recipe(kind, prompt_template=prompt_template or "", completion_template="")
+            return Recipe(kind, prompt_template=prompt_template or "")
         if "completion" not in columns:
             raise UserError(
                 "`prompt_template` is set, and what to answer is not",
@@ -204,9 +205,12 @@ def _read_answers(value: Any) -> tuple[str, ...]:
         return (value,) if value.strip() else ()
     if not isinstance(value, Sequence):
         raise WrongRow('`answers` is neither a list nor {"text": [...]}')
-    texts = [item.get("text") if isinstance(item, Mapping) else item for item in value]
-    if not all(isinstance(text, str) for text in texts):
-        raise WrongRow("`answers` holds something that is no text")
+    texts: list[str] = []
+    for item in value:
+        text = item.get("text") if isinstance(item, Mapping) else item
+        if not isinstance(text, str):
+            raise WrongRow("`answers` holds something that is no text")
+        texts.append(text)
     return tuple(texts)
 
 

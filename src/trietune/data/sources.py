@@ -11,7 +11,7 @@ import glob
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -78,16 +78,17 @@ def find_sources(settings: Any) -> Sources:
         UserError: nothing is there, several things could be meant, or the hub does not give it.
     """
     task_name = find_task(settings.dataset_id or "")
+    split = settings.dataset_split or "train"
     if settings.train_file:
-        train: Rows = FileRows.of(_expand(settings.train_file, "train_file"))
-        if settings.dataset_split and settings.dataset_split != "train":
-            train = _select(train, _parse_split(settings.dataset_split))
-        found = Sources(train, None, None, task_name, is_task_certain=not _is_default(settings, "dataset_id"))
+        splits = _local_splits(settings.train_file, "train_file")
+        found = _from_splits(splits, task_name, split, f"`{settings.train_file}`")
+        found = replace(found, is_task_certain=not _is_default(settings, "dataset_id"))
     else:
-        found = _from_dataset_id(settings.dataset_id, task_name, settings.dataset_split or "train")
+        found = _from_dataset_id(settings.dataset_id, task_name, split)
     if settings.validation_file:
-        validation = FileRows.of(_expand(settings.validation_file, "validation_file"))
-        found = Sources(found.train, validation, found.test, found.task_name, found.is_task_certain)
+        splits = _local_splits(settings.validation_file, "validation_file")
+        name = _find_split(splits, "validation") or "train"
+        found = replace(found, validation=splits[name])
     return found
 
 
@@ -197,11 +198,8 @@ class SlicedRows:
 def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str) -> Sources:
     demo = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions}.get(dataset_id)
     path = demo() if demo else Path(dataset_id).expanduser()
-    if path.is_dir():
-        return _from_splits(_splits_of_folder(path), task_name, split, f"the folder `{dataset_id}`")
-    if path.is_file() or glob.has_magic(dataset_id):
-        files = FileRows.of(_expand(dataset_id, "dataset_id"))
-        return _from_splits({"train": files}, task_name, split, f"`{dataset_id}`")
+    if path.exists() or glob.has_magic(dataset_id):
+        return _from_splits(_local_splits(str(path), "dataset_id"), task_name, split, f"`{dataset_id}`")
     looks_like_a_path = path.suffix.lower() in FORMAT_OF_SUFFIX or dataset_id.startswith((".", "/", "~"))
     if looks_like_a_path or not is_hub_id(dataset_id):
         raise _no_such_path(path, "dataset_id")
@@ -272,6 +270,12 @@ def _select(rows: Rows, request: Mapping[str, str | None]) -> Rows:
     return SlicedRows(rows, first, last)
 
 
+def _local_splits(value: str, key: str) -> dict[str, Rows]:
+    """What a path stands for; a file, or files that a pattern finds, are one split called `train`."""
+    path = Path(value).expanduser()
+    return _splits_of_folder(path) if path.is_dir() else {"train": FileRows.of(_expand(path, key))}
+
+
 def _splits_of_folder(folder: Path) -> dict[str, Rows]:
     """Split names to files: `train.tsv`, shards such as `train-00000-of-00002.parquet`, or `train/anything.jsonl`."""
     # Data sets downloaded from the hub keep their files in `data`.
@@ -314,23 +318,17 @@ def _data_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMAT_OF_SUFFIX)
 
 
-def _expand(value: str | Path | Sequence[str], key: str) -> list[Path]:
-    """The files that a path, a pattern, a folder, or a list of those stands for."""
-    if not isinstance(value, str | Path):
-        return [path for one in value for path in _expand(one, key)]
-    path = Path(value).expanduser()
-    if path.is_dir():
-        paths = _data_files(path)
-    elif path.is_file():
-        paths = [path]
-    elif glob.has_magic(str(path)):
-        matches = glob.iglob(str(path), recursive=True)  # noqa: PTH207  (a pattern may begin at the root)
-        paths = sorted(match for match in map(Path, matches) if match.is_file())
-    else:
+def _expand(path: Path, key: str) -> list[Path]:
+    """The files that a path or a pattern stands for."""
+    if path.is_file():
+        return [path]
+    if not glob.has_magic(str(path)):
         raise _no_such_path(path, key)
+    matches = glob.iglob(str(path), recursive=True)  # noqa: PTH207  (a pattern may begin at the root)
+    paths = sorted(match for match in map(Path, matches) if match.is_file())
     if not paths:
         raise UserError(
-            f"`{key}: {value}` finds no file",
+            f"`{key}: {path}` finds no file",
             where=str(Path.cwd()),
             next_step=f"these can be read: {FORMATS_IN_WORDS}",
         )

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from trietune.data.sources import PlacedRow
 from trietune.data.templates import find_columns
 from trietune.data.tokenizer import EncodedExamples, Encoder
 from trietune.errors import UserError
+
+_T = TypeVar("_T")
 
 Overlong = Literal["drop", "truncate_prompt", "error"]
 ROWS_A_BLOCK = 4096
@@ -74,12 +76,16 @@ def tokenize_rows(
             _write_block(read, writer, recipe, encoder, rules, tally)
         progress(tally.read)
     tally.problems.raise_any(source, tally.read)
+    tally.too_long.raise_any(source, tally.read)
     return tally.finish(writer)
 
 
 @dataclass(slots=True)
 class Problems:
-    """Rows that are no examples, in the order that they were met."""
+    """Rows that stop the run, in the order that they were met."""
+
+    verdict: str
+    next_step: str
 
     number: int = 0
     num_unlabelled: int = 0
@@ -96,17 +102,13 @@ class Problems:
         if not self.number:
             return
         more = self.number - len(self.samples)
-        where = "\n       ".join([*self.samples, *([f"and {more:,} more"] if more else [])])
-        if self.num_unlabelled == self.number:
-            raise UserError(
-                f"{self.number:,} of {num_rows:,} rows of `{source}` have no label; test splits are published so",
-                where=where,
-                next_step="take the split with labels: `validation` (dev.tsv)",
-            )
+        is_test_split = self.num_unlabelled == self.number
         raise UserError(
-            f"{self.number:,} of {num_rows:,} rows of `{source}` cannot be used",
-            where=where,
-            next_step="correct or remove them; nothing is skipped in silence",
+            f"{self.number:,} of {num_rows:,} rows of `{source}` {'have no label' if is_test_split else self.verdict}",
+            where="\n       ".join([*self.samples, *([f"and {more:,} more"] if more else [])]),
+            next_step="test splits are published without labels: take `validation` (dev.tsv)"
+            if is_test_split
+            else self.next_step,
         )
 
 
@@ -128,7 +130,14 @@ class _Tally:
     source: str
     read: int = 0
     counts: SplitCounts = field(default_factory=lambda: SplitCounts(source=""))
-    problems: Problems = field(default_factory=Problems)
+    problems: Problems = field(
+        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped in silence")
+    )
+    too_long: Problems = field(
+        default_factory=lambda: Problems(
+            "are too long, and `overlong: error` is set", "raise `max_length`, or write `overlong: truncate_prompt`"
+        )
+    )
     hashes: array[int] = field(default_factory=lambda: array("q"))
     completions: Counter[str] | None = field(default_factory=Counter)
     own_ids: set[str] = field(default_factory=set)
@@ -148,9 +157,10 @@ class _Tally:
             longest=max(counts.longest, int(encoded.lengths.max(initial=0))),
         )
 
-    def count(self, name: str, examples: Sequence[Example]) -> None:
+    def count(self, name: str, places: Sequence[str]) -> None:
         counter: Count = getattr(self.counts, name)
-        self.counts = replace(self.counts, **{name: counter.plus([one.id for one in examples])})
+        changed: dict[str, Any] = {name: counter.plus(places)}
+        self.counts = replace(self.counts, **changed)
 
     def finish(self, writer: CacheWriter) -> SplitCounts:
         hashes = np.frombuffer(self.hashes, np.int64) if self.hashes else np.zeros(0, np.int64)
@@ -233,17 +243,17 @@ def _read_block(
 def _write_block(
     read: Sequence[_Read], writer: CacheWriter, recipe: Recipe, encoder: Encoder, rules: Rules, tally: _Tally
 ) -> None:
-    tally.count("without_prompt", [one.example for one in read if one.has_empty_text])
+    tally.count("without_prompt", [one.place for one in read if one.has_empty_text])
     if recipe.kind != "tokens":
         empty = [one for one in read if not one.example.completion.strip()]
-        tally.count("without_completion", [one.example for one in empty])
+        tally.count("without_completion", [one.place for one in empty])
         if empty and not rules.keeps_empty:
             read = [one for one in read if one.example.completion.strip()]
         encoded = encoder.encode_segments([one.segments for one in read])
     else:
         encoded = _encode_tokens([one.tokens for one in read if one.tokens is not None])
+    encoded, read = _fit(encoded, read, rules, encoder, tally)
     examples = [one.example for one in read]
-    encoded, examples = _fit(encoded, examples, rules, encoder, tally)
     tally.add(examples, encoded)
     writer.append(encoded, examples)
 
@@ -257,26 +267,26 @@ def _encode_tokens(tokens: Sequence[tuple[list[int], list[int]]]) -> EncodedExam
 
 
 def _fit(
-    encoded: EncodedExamples, examples: list[Example], rules: Rules, encoder: Encoder, tally: _Tally
-) -> tuple[EncodedExamples, list[Example]]:
+    encoded: EncodedExamples, read: Sequence[_Read], rules: Rules, encoder: Encoder, tally: _Tally
+) -> tuple[EncodedExamples, Sequence[_Read]]:
     """Apply `max_length`: leave out, cut or refuse what is longer."""
     is_long = encoded.lengths > rules.max_length
     if not is_long.any():
-        return encoded, examples
-    long = [examples[index] for index in np.flatnonzero(is_long).tolist()]
+        return encoded, read
+    places = [one.place for one in read]
     if rules.overlong == "error":
         lengths = encoded.lengths[is_long].tolist()
-        for example, length in zip(long, lengths, strict=True):
-            tally.problems.add(example.id, f"{length} tokens, and `max_length` is {rules.max_length}")
-        return _take(encoded, ~is_long), _kept(examples, ~is_long)
+        for place, length in zip(_chosen(places, is_long), lengths, strict=True):
+            tally.too_long.add(place, f"{length} tokens, and `max_length` is {rules.max_length}")
+        return _take(encoded, ~is_long), _chosen(read, ~is_long)
     if rules.overlong == "truncate_prompt":
         encoded, is_cut = _cut_prompts(encoded, rules.max_length, has_bos=encoder.prompt_format.bos_id is not None)
-        tally.count("truncated", _kept(examples, is_cut))
+        tally.count("truncated", _chosen(places, is_cut))
         is_long &= ~is_cut
-    tally.count("overlong", _kept(examples, is_long))
+    tally.count("overlong", _chosen(places, is_long))
     if rules.overlong is None:
-        return encoded, examples
-    return _take(encoded, ~is_long), _kept(examples, ~is_long)
+        return encoded, read
+    return _take(encoded, ~is_long), _chosen(read, ~is_long)
 
 
 def _cut_prompts(encoded: EncodedExamples, max_length: int, *, has_bos: bool) -> tuple[EncodedExamples, np.ndarray]:
@@ -307,5 +317,5 @@ def _take(encoded: EncodedExamples, mask: np.ndarray) -> EncodedExamples:
     return EncodedExamples(encoded.input_ids[of_token], encoded.labels[of_token], encoded.lengths[mask])
 
 
-def _kept(examples: Sequence[Example], mask: np.ndarray) -> list[Example]:
-    return [examples[index] for index in np.flatnonzero(mask).tolist()]
+def _chosen(values: Sequence[_T], mask: np.ndarray) -> list[_T]:
+    return [values[index] for index in np.flatnonzero(mask).tolist()]
