@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trietune.config import Settings, load_config, show_config
 from trietune.errors import UserError
@@ -106,12 +109,6 @@ def test_unpublished_model_of_the_originals_table_is_replaced_with_one_note(name
     assert settings.notes == (f"`{name}` was never published; `google/gemma-1.1-2b-it` is used instead",)
 
 
-@pytest.mark.parametrize("name", ["sst2", "glue/sst2", "nyu-mll/glue", "stanfordnlp/sst2", "SST2"])
-def test_data_set_is_kept_as_typed_and_known_by_one_name(name: str) -> None:
-    settings = load_config(None, [f"dataset_id={name}"], {})
-    assert (settings.dataset_id, settings.dataset_name) == (name, "stanfordnlp/sst2")
-
-
 def test_settings_without_effect_are_noted() -> None:
     settings = load_config(None, ["load_from_storage=true", "remote_path=/mirror"], {})
     assert settings.notes == (
@@ -184,6 +181,20 @@ def test_every_value_with_its_origin_is_shown() -> None:
         "--set",
     ]
     assert "learning_rate: 6e-5 " in text
+
+
+@given(st.sampled_from([*Settings.model_fields, "frobnicate"]), st.text(max_size=30))
+def test_any_text_for_any_key_is_taken_or_refused_and_never_a_crash(key: str, text: str) -> None:
+    with suppress(UserError):
+        load_config(None, [f"{key}={text}"], {})
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    path = write(tmp_path, '"\\e[31mseed": 1\n"\\e[31mseed": 2\noptim: "\\e[2J"\n')
+    with pytest.raises(UserError) as caught:
+        load_config(path, environ={})
+    assert "\x1b" not in str(caught.value)
+    assert "seed" in str(caught.value)
 
 
 SECRETS = [

@@ -18,11 +18,13 @@ from trietune.config.yaml12 import read_mapping
 
 ROOT = Path(__file__).parents[2]
 KEYS = sorted(Settings.model_fields)
+SCHEMA = json_schema()
+REFERENCE = render_documentation()
 
 
 def test_reference_in_the_repository_is_up_to_date() -> None:
     written = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
-    assert written == render_documentation(), "run `python -m trietune.config.documentation`"
+    assert written == REFERENCE, "run `python -m trietune.config.documentation`"
 
 
 def test_every_key_is_in_one_group() -> None:
@@ -42,7 +44,7 @@ def test_every_key_is_described(key: str) -> None:
     assert description.endswith(".")
     assert len(summary(key)) < 100
     assert allowed_values(key) not in {"", "any value"}
-    assert f"### `{key}`" in render_documentation()
+    assert f"### `{key}`" in REFERENCE
 
 
 def values_of(text: str) -> dict[str, Any]:
@@ -50,17 +52,16 @@ def values_of(text: str) -> dict[str, Any]:
 
 
 def test_schema_is_one_and_takes_the_originals_files() -> None:
-    schema = json_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    assert set(schema["properties"]) == set(KEYS)
-    assert not {"ge", "gt", "le", "lt"} & {name for entry in schema["properties"].values() for name in entry}
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert set(SCHEMA["properties"]) == set(KEYS)
+    assert not {"ge", "gt", "le", "lt"} & {name for entry in SCHEMA["properties"].values() for name in entry}
     for path in (Path(__file__).parent / "original").glob("*.yaml"):
-        jsonschema.validate(values_of(path.read_text()), schema)
+        jsonschema.validate(values_of(path.read_text()), SCHEMA)
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_schema_takes_every_default(key: str) -> None:
-    jsonschema.validate({key: Settings().dump_public()[key]}, json_schema())
+    jsonschema.validate({key: Settings().dump_public()[key]}, SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_schema_takes_every_default(key: str) -> None:
 )
 def test_schema_marks_mistakes(values: dict[str, Any]) -> None:
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(values, json_schema())
+        jsonschema.validate(values, SCHEMA)
 
 
 @pytest.mark.parametrize("kind", template_kinds())
@@ -80,7 +81,7 @@ def test_template_loads_as_it_stands(kind: TemplateKind, tmp_path: Path) -> None
     settings = load_config(path, environ={})
     assert settings.notes == ()
     assert not settings.use_wandb
-    jsonschema.validate(values_of(text), json_schema())
+    jsonschema.validate(values_of(text), SCHEMA)
     assert text.startswith("# yaml-language-server: $schema=trietune.schema.json\n")
 
 

@@ -115,7 +115,7 @@ def _from_file(path: Path, problems: list[Problem]) -> dict[str, _Given]:
     lines: dict[str, int] = {}
     for entry in document.entries:
         if entry.key in lines:
-            what = f"repeated key `{entry.key}` in {path}, line {entry.line}"
+            what = f"repeated key `{_printable(entry.key)}` in {path}, line {entry.line}"
             problems.append(Problem(what, f"it is already in line {lines[entry.key]}", "remove one of the two"))
             continue
         lines[entry.key] = entry.line
@@ -171,7 +171,8 @@ def _from_overrides(overrides: Sequence[str] | Mapping[str, Any], problems: list
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
-            problems.append(Problem(f"`--set {override}` has no `=`", None, f"write `--set {key}=VALUE`"))
+            name = _printable(key)
+            problems.append(Problem(f"`--set {name}` has no `=`", None, f"write `--set {name}=VALUE`"))
             continue
         _read_into(given, key.strip(), text, "--set", problems)
     return given
@@ -188,8 +189,10 @@ def _read_into(given: dict[str, _Given], key: str, text: str, origin: str, probl
         else:
             given[key] = _Given(read_value(text), origin)
     except YamlError as error:
-        shown = without_secrets(text)
-        problems.append(Problem(f"`{key}={shown}` ({origin}) cannot be read: {error.what}", None, error.remedy, (key,)))
+        shown = _printable(without_secrets(text))
+        problems.append(
+            Problem(f"`{_printable(key)}={shown}` ({origin}) cannot be read: {error.what}", None, error.remedy, (key,))
+        )
 
 
 # ---- names
@@ -207,7 +210,7 @@ def _known_keys(given: Mapping[str, _Given], problems: list[Problem]) -> dict[st
 
 def _unknown(key: str, item: _Given) -> Problem:
     in_file = ", line " in item.origin
-    what = f"unknown key `{key}` {'in' if in_file else 'from'} {item.origin}"
+    what = f"unknown key `{_printable(key)}` {'in' if in_file else 'from'} {item.origin}"
     remove = "remove the line" if in_file else "leave it out"
     name = key.strip().lower().replace("-", "_")
     if name in Settings.model_fields:
@@ -233,6 +236,12 @@ def nearest_key(name: str) -> str | None:
         if near:
             return keys[near[0]]
     return None
+
+
+def _printable(text: str) -> str:
+    """Text of a file or a command line as it can safely be shown on a terminal: one line, no control characters."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _sorted_words(name: str) -> str:

@@ -31,15 +31,6 @@ UNPUBLISHED_MODELS: Mapping[str, str] = {
     "google/gemma-1.1-1b-it": "google/gemma-1.1-2b-it",
     "gemma-1.1-1b-it": "google/gemma-1.1-2b-it",
 }
-DATASET_SPELLINGS: Mapping[str, str] = {
-    "sst2": "stanfordnlp/sst2",
-    "stanfordnlp/sst2": "stanfordnlp/sst2",
-    "glue/sst2": "stanfordnlp/sst2",
-    "nyu-mll/glue": "stanfordnlp/sst2",
-    "squadv2": "rajpurkar/squad_v2",
-    "squad_v2": "rajpurkar/squad_v2",
-    "rajpurkar/squad_v2": "rajpurkar/squad_v2",
-}
 
 _SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

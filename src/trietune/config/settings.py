@@ -77,18 +77,19 @@ class Settings(BaseModel):
 
     dataset_id: NonEmpty = "stanfordnlp/sst2"
     """Data set that is trained on. `stanfordnlp/sst2` (also `sst2`, `glue/sst2`, `nyu-mll/glue`) and
-    `rajpurkar/squad_v2` (also `squad_v2`, `squadv2`) bring their prompts; any other hub id, file or folder is read
-    by its columns or by the templates below."""
+    `rajpurkar/squad_v2` (also `squad_v2`, `squadv2`) bring their prompts. Any other hub id (`name:config@revision`),
+    file or folder is read by its columns, or by the templates below. Beside `train_file` it only names the task."""
 
     train_file: NonEmpty | None = None
     """Local training data in place of the hub's: a file, a glob, or a folder of splits (GLUE TSV, SQuAD JSON, JSONL,
     JSON, CSV, parquet)."""
 
     validation_file: NonEmpty | None = None
-    """Local validation data, in the same formats. Without it, the data set's own validation split is used."""
+    """Local validation data, in the same formats. Without it, the data set's own validation split is used; where there
+    is none, a part of the training data is held out."""
 
     dataset_split: NonEmpty | None = None
-    """Split that is trained on, `train` unless set. Validation keeps its own split."""
+    """Split that is trained on, `train` unless set, or a part of it: `train[:10%]`. Validation keeps its own split."""
 
     max_train_examples: Positive | None = None
     """Number of training examples that are used, the first ones of the data. Without it, all are."""
@@ -121,7 +122,8 @@ class Settings(BaseModel):
     # Base model
 
     model_name: Annotated[NonEmpty, BeforeValidator(normalise.published_model)] = "google/gemma-1.1-2b-it"
-    """Base model: a hub id (a revision may follow after `@`), a folder, or a `.gguf` file."""
+    """Base model: a hub id (a revision may follow after `@`), a folder, a `.gguf` file, or `smollm2-135m-instruct`, the
+    sample model."""
 
     dtype: Annotated[Literal["auto", "bfloat16", "float32", "float16"], BeforeValidator(normalise.dtype)] = "bfloat16"
     """Number format of the base model's weights. The adapter and the optimizer keep float32 in any case. `auto` takes
@@ -431,11 +433,6 @@ class Settings(BaseModel):
     def notes(self) -> tuple[str, ...]:
         """What a user should be told once about these settings, one line each."""
         return self._notes
-
-    @property
-    def dataset_name(self) -> str:
-        """`dataset_id` under its canonical name, so that `sst2` and `glue/sst2` are one data set."""
-        return normalise.DATASET_SPELLINGS.get(self.dataset_id.lower(), self.dataset_id)
 
     @property
     def tracker_name(self) -> Literal["wandb", "tensorboard", "trackio", "none"]:

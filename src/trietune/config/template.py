@@ -20,7 +20,7 @@ _HEADINGS: Mapping[TemplateKind, str] = {
     "chat": "Conversations of your own: one JSON object a line, with `messages` as chat services write them.",
     "jsonl": "Data of your own: one JSON object a line, columns put into a prompt and a completion.",
 }
-_SMALL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMALL_MODEL = "smollm2-135m-instruct"
 # What each kind sets; the keys of a group that are not here follow as comments, with their defaults.
 _VALUES: Mapping[TemplateKind, Mapping[str, Any]] = {
     "sst2": {"dataset_id": "stanfordnlp/sst2", "max_length": 64, "wandb_run_name": "sst2"},

@@ -18,6 +18,7 @@ from decimal import Decimal
 from typing import Any
 
 _MAX_DEPTH = 16
+_MAX_NUMBER = 100  # characters: Python refuses to print integers of thousands of digits
 
 _INT = re.compile(r"[-+]?[0-9]+")
 _OCTAL = re.compile(r"0o[0-7]+")
@@ -195,8 +196,10 @@ def _scalar(text: str) -> Any:
         return None
     if text in _TRUE or text in _FALSE:
         return text in _TRUE
+    if len(text) > _MAX_NUMBER:
+        return text
     if _INT.fullmatch(text):
-        return int(text) if len(text) <= 100 else text
+        return int(text)
     if _OCTAL.fullmatch(text):
         return int(text[2:], 8)
     if _HEX.fullmatch(text):
