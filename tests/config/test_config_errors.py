@@ -46,6 +46,7 @@ FILES: Mapping[str, str | bytes] = {
     "all-linear among others": 'lora_target_modules: ["all-linear", "q_proj"]\n',
     "pattern that does not compile": 'lora_target_modules: ".*(q_proj"\n',
     "run name with a slash": "wandb_run_name: a/b\n",
+    "nothing in a word of Python": "wandb_watch_mode: None\n",
     "time that is none": "max_time: soon\n",
     "path without a path": "resume_option: path\ncheckpoint_path: ''\n",
     "upload without a place": "sync_to_storage: True\n",

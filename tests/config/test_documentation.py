@@ -11,7 +11,7 @@ import pytest
 from trietune.config import Settings, load_config
 from trietune.config.allowed import allowed_values
 from trietune.config.documentation import LATER_ORIGINAL_KEYS, ORIGINAL_KEYS, groups, render_documentation
-from trietune.config.load import summary
+from trietune.config.names import summary
 from trietune.config.schema import json_schema
 from trietune.config.template import TemplateKind, render_template, template_kinds
 from trietune.config.yaml12 import read_mapping

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from trietune.config.allowed import allowed_values, choices, takes_null, takes_text
 from trietune.config.checks import contradictions, without_effect
-from trietune.config.foreign import FOREIGN_NAMES, remedy_for
+from trietune.config.names import printable, unknown_key
 from trietune.config.not_yet import refusals
 from trietune.config.problems import Problem, as_user_error
 from trietune.config.secrets import without_secrets
@@ -33,14 +33,12 @@ OTHER_VARIABLES = frozenset({"TRIETUNE_CACHE"})
 # A configuration has a few kilobytes; a model or a data set that is named by mistake has more.
 _MAX_BYTES = 1_000_000
 
-_REASONS: Mapping[tuple[str, str], str] = {
-    ("framework", "jax"): "training runs on PyTorch; the original's JAX setting trains nothing either",
-    ("training_type", "full"): "only adapters are trained here, and the base model is never changed",
-    ("training_type", "adapters"): "of adapters, only LoRA is trained here, no bottleneck layers",
-    ("training_model_type", "full"): "only adapters are trained here, and the base model is never changed",
-    ("training_model_type", "adapters"): "of adapters, only LoRA is trained here, no bottleneck layers",
-    ("save_strategy", "steps"): "the original's word is in the singular",
-    ("wandb_watch_mode", "none"): "none at all is null",
+# Why a key allows so little.
+_REASONS: Mapping[str, str] = {
+    "framework": "training runs on PyTorch; the original's JAX setting trains nothing either",
+    "training_type": "a LoRA adapter is trained, neither bottleneck layers nor the base model itself",
+    "training_model_type": "a LoRA adapter is trained, neither bottleneck layers nor the base model itself",
+    "lora_task_type": "the model learns to write text; labels are texts, too, and need no head of their own",
 }
 _BOOLEAN_WORDS = {
     "yes": True,
@@ -98,9 +96,6 @@ def show_config(settings: Settings) -> str:
     return "\n".join(f"{row:<{width}}  # {origin}" for row, origin in rows) + "\n"
 
 
-# ---- the three sources
-
-
 def _from_file(path: Path, problems: list[Problem]) -> dict[str, _Given]:
     text = _text_of(path)
     try:
@@ -115,7 +110,7 @@ def _from_file(path: Path, problems: list[Problem]) -> dict[str, _Given]:
     lines: dict[str, int] = {}
     for entry in document.entries:
         if entry.key in lines:
-            what = f"repeated key `{_printable(entry.key)}` in {path}, line {entry.line}"
+            what = f"repeated key `{printable(entry.key)}` in {path}, line {entry.line}"
             problems.append(Problem(what, f"it is already in line {lines[entry.key]}", "remove one of the two"))
             continue
         lines[entry.key] = entry.line
@@ -171,7 +166,7 @@ def _from_overrides(overrides: Sequence[str] | Mapping[str, Any], problems: list
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
-            name = _printable(key)
+            name = printable(key)
             problems.append(Problem(f"`--set {name}` has no `=`", None, f"write `--set {name}=VALUE`"))
             continue
         _read_into(given, key.strip(), text, "--set", problems)
@@ -189,13 +184,10 @@ def _read_into(given: dict[str, _Given], key: str, text: str, origin: str, probl
         else:
             given[key] = _Given(read_value(text), origin)
     except YamlError as error:
-        shown = _printable(without_secrets(text))
+        shown = printable(without_secrets(text))
         problems.append(
-            Problem(f"`{_printable(key)}={shown}` ({origin}) cannot be read: {error.what}", None, error.remedy, (key,))
+            Problem(f"`{printable(key)}={shown}` ({origin}) cannot be read: {error.what}", None, error.remedy, (key,))
         )
-
-
-# ---- names
 
 
 def _known_keys(given: Mapping[str, _Given], problems: list[Problem]) -> dict[str, _Given]:
@@ -204,57 +196,8 @@ def _known_keys(given: Mapping[str, _Given], problems: list[Problem]) -> dict[st
         if key in Settings.model_fields:
             known[key] = item
         else:
-            problems.append(_unknown(key, item))
+            problems.append(unknown_key(key, item.value, item.origin))
     return known
-
-
-def _unknown(key: str, item: _Given) -> Problem:
-    in_file = ", line " in item.origin
-    what = f"unknown key `{_printable(key)}` {'in' if in_file else 'from'} {item.origin}"
-    remove = "remove the line" if in_file else "leave it out"
-    name = key.strip().lower().replace("-", "_")
-    if name in Settings.model_fields:
-        return Problem(what, "keys are written in small letters with `_`", f"write `{name}`")
-    if name in FOREIGN_NAMES:
-        foreign = FOREIGN_NAMES[name]
-        ours = " and ".join(f"`{ours}` ({summary(ours)})" for ours in foreign.keys)
-        why = f"a name in {foreign.tools}" + (f"; here it is {ours}" if ours else "; there is no such key here")
-        why += f"\n{foreign.difference}" if foreign.difference else ""
-        return Problem(what, why, remedy_for(name, without_secrets(item.value)) or remove)
-    nearest = nearest_key(name)
-    if nearest is not None:
-        return Problem(what, f"did you mean `{nearest}` ({summary(nearest)})?", f"write `{nearest}`, or {remove}")
-    return Problem(what, "docs/configuration.md describes every key, and `trietune init sst2` writes them", remove)
-
-
-def nearest_key(name: str) -> str | None:
-    """The key that is spelt most like `name`, its words in any order; None if none is near."""
-    by_spelling = {key: key for key in Settings.model_fields}
-    by_words = {_sorted_words(key): key for key in Settings.model_fields}
-    for spelling, keys in ((name, by_spelling), (_sorted_words(name), by_words)):
-        near = difflib.get_close_matches(spelling, keys, n=1, cutoff=0.75)
-        if near:
-            return keys[near[0]]
-    return None
-
-
-def _printable(text: str) -> str:
-    """Text of a file or a command line as it can safely be shown on a terminal: one line, no control characters."""
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _sorted_words(name: str) -> str:
-    return "_".join(sorted(name.split("_")))
-
-
-def summary(key: str) -> str:
-    """The first sentence of the key's description as a phrase: "rank of the adapter"."""
-    first = (Settings.model_fields[key].description or key).replace("\n", " ").split(". ")[0].split(": ")[0].rstrip(".")
-    return first if first[:2].isupper() else first[0].lower() + first[1:]
-
-
-# ---- values
 
 
 def _validated(given: Mapping[str, _Given], problems: list[Problem]) -> Settings:
@@ -284,7 +227,7 @@ def _wrong_value(key: str, item: _Given, detail: Exception | None) -> Problem:
     what = f"`{key}: {shown}` ({item.origin}) is not allowed"
     if value is None:
         what = f"`{key}` ({item.origin}) is empty"
-    reason = _REASONS.get((key, str(value).lower()))
+    reason = _REASONS.get(key)
     why = f"allowed: {allowed_values(key)}" + "".join(f"\n{extra}" for extra in (reason, detail) if extra)
     return Problem(what, why, f"write `{_assignment(key, _suggested(key, value), item.origin)}`", (key,))
 
@@ -300,6 +243,8 @@ def _assignment(key: str, value: Any, origin: str) -> str:
 def _suggested(key: str, value: Any) -> Any:
     """The legal value that is nearest to what was written, else the default."""
     default = Settings.model_fields[key].default
+    if takes_null(key) and (value is False or str(value).lower() in {"none", "off", "no"}):
+        return None
     words = choices(key)
     if isinstance(value, str):
         near = difflib.get_close_matches(value, words, n=1, cutoff=0.6)

@@ -1,0 +1,58 @@
+"""Names of keys: which one was meant by a name that is none, and how a name is shown."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from trietune.config.foreign import FOREIGN_NAMES, remedy_for
+from trietune.config.problems import Problem
+from trietune.config.secrets import without_secrets
+from trietune.config.settings import Settings
+
+
+def unknown_key(key: str, value: Any, origin: str) -> Problem:
+    """What to say of a key that is none: it spelt well, ours for another tool's name, or the nearest one."""
+    in_file = ", line " in origin
+    what = f"unknown key `{printable(key)}` {'in' if in_file else 'from'} {origin}"
+    remove = "remove the line" if in_file else "leave it out"
+    name = key.strip().lower().replace("-", "_")
+    if name in Settings.model_fields:
+        return Problem(what, "keys are written in small letters with `_`", f"write `{name}`")
+    if name in FOREIGN_NAMES:
+        foreign = FOREIGN_NAMES[name]
+        ours = " and ".join(f"`{ours}` ({summary(ours)})" for ours in foreign.keys)
+        why = f"a name in {foreign.tools}" + (f"; here it is {ours}" if ours else "; there is no such key here")
+        why += f"\n{foreign.difference}" if foreign.difference else ""
+        return Problem(what, why, remedy_for(name, without_secrets(value)) or remove)
+    nearest = nearest_key(name)
+    if nearest is not None:
+        return Problem(what, f"did you mean `{nearest}` ({summary(nearest)})?", f"write `{nearest}`, or {remove}")
+    return Problem(what, "docs/configuration.md describes every key, and `trietune init sst2` writes them", remove)
+
+
+def nearest_key(name: str) -> str | None:
+    """The key that is spelt most like `name`, its words in any order; None if none is near."""
+    by_spelling = {key: key for key in Settings.model_fields}
+    by_words = {_sorted_words(key): key for key in Settings.model_fields}
+    for spelling, keys in ((name, by_spelling), (_sorted_words(name), by_words)):
+        near = difflib.get_close_matches(spelling, keys, n=1, cutoff=0.75)
+        if near:
+            return keys[near[0]]
+    return None
+
+
+def printable(text: str) -> str:
+    """Text of a file or a command line as it can safely be shown on a terminal: one line, no control characters."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _sorted_words(name: str) -> str:
+    return "_".join(sorted(name.split("_")))
+
+
+def summary(key: str) -> str:
+    """The first sentence of the key's description as a phrase: "rank of the adapter"."""
+    first = (Settings.model_fields[key].description or key).replace("\n", " ").split(". ")[0].split(": ")[0].rstrip(".")
+    return first if first[:2].isupper() else first[0].lower() + first[1:]
