@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.model.families import FAMILIES, VOCAB_SIZE, in_double
+
+from model.families import FAMILIES, VOCAB_SIZE, in_double
 
 # fp32 sums of a few hundred terms, through up to four layers; logits are of order one.
 FLOAT32_TOLERANCE = 2e-4

@@ -200,7 +200,7 @@ def _write_merged(
 
 
 def _merge(adapted: PeftModel) -> Any:
-    return adapted.merge_and_unload(safe_merge=True)  # type: ignore[operator]  # the tuner's own method
+    return adapted.merge_and_unload(safe_merge=True)
 
 
 def _checked_tokens(vocabulary_size: int) -> Tensor:
