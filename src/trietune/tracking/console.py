@@ -130,7 +130,7 @@ class ConsoleConsumer:
     def _write_example(self, example: MarkedExample) -> None:
         self._write(f"example {example.id}: what the model reads, with [label tokens] in brackets", "strong")
         if self._screen:
-            self._screen.print(marked_text(example))
+            self._screen.print_marked(example)
         else:
             self._write(marked_text(example).plain)
 
@@ -190,12 +190,16 @@ def can_encode(stream: TextIO, text: str) -> bool:
 
 
 def write_safely(stream: TextIO, text: str) -> None:
-    """Write and flush; characters that the stream's encoding lacks are written as escapes instead of failing."""
-    if not can_encode(stream, text):
-        encoding = stream.encoding
-        text = text.encode(encoding, "backslashreplace").decode(encoding)
-    stream.write(text)
+    """Write and flush, whatever the stream's encoding."""
+    stream.write(encodable(stream, text))
     stream.flush()
+
+
+def encodable(stream: TextIO, text: str) -> str:
+    """`text` with escapes for the characters that the stream's encoding lacks; writing them would fail."""
+    if can_encode(stream, text):
+        return text
+    return text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
 
 
 class _Screen:
@@ -206,6 +210,7 @@ class _Screen:
     def __init__(self, stream: TextIO, frame: Callable[[int], list[Text]]) -> None:
         from rich.console import Console
 
+        self._stream = stream
         self._console: Console = Console(file=stream, highlight=False, markup=False, emoji=False)
         self._frame = frame
         self._live: Live | None = None
@@ -236,12 +241,13 @@ class _Screen:
             self._live.stop()
             self._live = None
 
-    def print(self, text: Text) -> None:
-        self._console.print(text)
+    def print_marked(self, example: MarkedExample) -> None:
+        pieces = [(encodable(self._stream, piece), is_label) for piece, is_label in example.pieces]
+        self._console.print(marked_text(MarkedExample(example.id, pieces)), soft_wrap=True)
         self._refresh()
 
     def print_styled(self, text: str, style: str) -> None:
-        self._console.print(text, style=self._STYLES[style], soft_wrap=True)
+        self._console.print(encodable(self._stream, text), style=self._STYLES[style], soft_wrap=True)
         self._refresh()
 
     def _refresh(self) -> None:

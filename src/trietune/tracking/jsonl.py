@@ -204,7 +204,10 @@ class LineFile:
 
 def to_json_line(record: Mapping[str, Any]) -> bytes:
     """`record` as one line of strict JSON: what is not finite becomes null, what JSON does not know becomes text."""
-    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+    text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+    for char in "\x85\u2028\u2029":  # line breaks to some readers, though not to JSON
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def plain(value: Any) -> Any:

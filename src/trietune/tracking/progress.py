@@ -155,11 +155,11 @@ def _line(name: str, share: float | None, texts: list[str], width: int, is_ascii
     """Name, bar and numbers in one line; numbers leave from the right, then the bar, where there is no room."""
     from rich.text import Text
 
-    head = f"{name:<8}"
+    head = f"{name[: max(8, width // 3)]:<8}"[: max(1, width - 1)]
     while len(texts) > 1 and len(head) + 2 + len("  ".join(texts)) >= width:
         texts = texts[:-1]
     tail = "  ".join(texts)
-    line = Text(head[: max(0, width - 1)], style="bold", no_wrap=True, overflow="crop")
+    line = Text(head, style="bold", no_wrap=True, overflow="crop")
     bar_width = min(WIDEST_BAR, width - 1 - len(head) - len(tail) - 4)
     if share is not None and bar_width >= NARROWEST_BAR:
         line.append("  ")

@@ -109,7 +109,7 @@ def subject(prompt: str, width: int) -> str:
 
     Prompts end with a line such as `Output:` that asks for the answer; the line before carries the review or question.
     """
-    filled = [line.strip() for line in prompt.splitlines() if line.strip()]
+    filled = [line.strip() for line in prompt.split("\n") if line.strip()]
     asked = filled[:-1] if len(filled) > 1 and filled[-1].endswith(":") else filled
     last = asked[-1] if asked else ""
     name, colon, rest = last.partition(": ")

@@ -27,13 +27,11 @@ from typing import IO, Any, Literal
 
 from trietune.tracking.events import Evaluated, Event, Histograms, RunFinished, RunStarted, Saved, StepFinished
 from trietune.tracking.jsonl import plain, write_atomically
+from trietune.tracking.outbox import Outbox
 from trietune.tracking.wandb_access import Access, find_access
 from trietune.tracking.wandb_process import STEP_AXIS
 
 RUN_FILE = "wandb.json"
-MOST_MESSAGES = 100_000
-MOST_HISTOGRAMS = 2
-NUM_BINS = 64
 INIT_TIMEOUT_S = 20.0
 DRAIN_TIMEOUT_S = 30.0
 OFFLINE_TIMEOUT_S = 10.0
@@ -48,6 +46,7 @@ class WandbConsumer:
         project, name, tags: of the W&B run; `name` None takes the run's own.
         uploads_model: every saved checkpoint and the adapter become artifacts (`model_to_wandb`).
         access: decides whether and how W&B is reached; called once, in the consumer's thread.
+        init_timeout_s: how long W&B's process waits for the server to open the run; training does not wait.
         drain_timeout_s: how long `close` waits for W&B to take the rest.
     """
 
@@ -62,6 +61,7 @@ class WandbConsumer:
         tags: Sequence[str] = (),
         uploads_model: bool = False,
         access: Callable[[], Access] = lambda: find_access(os.environ),
+        init_timeout_s: float = INIT_TIMEOUT_S,
         drain_timeout_s: float = DRAIN_TIMEOUT_S,
     ) -> None:
         self._say = say
@@ -70,12 +70,14 @@ class WandbConsumer:
         self._tags = list(tags)
         self._uploads_model = uploads_model
         self._access = access
+        self._init_timeout_s = init_timeout_s
         self._drain_timeout_s = drain_timeout_s
         self._outbox = Outbox()
         self._told: deque[tuple[str, bool]] = deque()
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._has_given_up = False
+        self._trouble: str | None = None
         self._directory: Path | None = None
         self._config: Mapping[str, Any] = {}
         self._finish: dict[str, Any] = {"do": "finish", "exit_code": 1, "summary": {}}
@@ -131,7 +133,7 @@ class WandbConsumer:
     def _start(self, event: RunStarted) -> None:
         self._directory = event.directory
         self._config = plain(event.config)
-        self._run_id = keep_run_id(event.directory, os.environ)
+        self._run_id = find_run_id(event.directory, os.environ)
         self._run_name = self._run_name or event.name
         self._thread = threading.Thread(target=self._serve, daemon=True, name="wandb")
         self._thread.start()
@@ -149,6 +151,7 @@ class WandbConsumer:
 
     def _serve(self) -> None:
         """The thread: decide, start the process, feed it. Ends when the run is finished or W&B is out of reach."""
+        assert self._directory is not None
         try:
             access = self._access()
             if access.mode == "off":
@@ -157,6 +160,9 @@ class WandbConsumer:
                 return
             if access.reason:
                 self._tell(f"W&B: {access.reason}; later: {sync_command(self._directory)}", is_warning=True)
+            elif access.mode == "offline":
+                self._tell(f"W&B: offline, as its own settings say; later: {sync_command(self._directory)}")
+            keep_run_id(self._directory, self._run_id)
             trouble = self._feed(access.mode, access.url)
             if self._has_given_up:
                 return
@@ -165,7 +171,10 @@ class WandbConsumer:
                 trouble = self._feed("offline", access.url)
             if trouble:
                 self._outbox.discard()
-                self._tell(f"W&B: {trouble}; the run goes on without it", is_warning=True)
+                self._tell(
+                    f"W&B: {trouble}; the run goes on without it; what it had: {sync_command(self._directory)}",
+                    is_warning=True,
+                )
         except Exception as error:  # nothing of W&B's may reach the run
             self._outbox.discard()
             self._tell(f"W&B: {type(error).__name__}: {error}; the run goes on without it", is_warning=True)
@@ -177,39 +186,40 @@ class WandbConsumer:
         self._process = process
         assert process.stdin is not None
         assert process.stdout is not None
+        replies = threading.Thread(target=self._hear, args=(process.stdout,), daemon=True, name="wandb-replies")
         try:
             send(process.stdin, {"do": "start", "settings": self._settings(mode, url), "config": self._config})
-            first = self._read(process.stdout)
+            first = read(process.stdout)
             if first.get("told") != "started":
-                return str(first.get("reason", "its process ended at once"))
-            self._tell(f"W&B: {first['url']}" if first.get("url") else f"W&B: offline in {self._directory / 'wandb'}")
-            replies = threading.Thread(target=self._read_all, args=(process.stdout,), daemon=True)
+                return str(first.get("reason", f"its process ended; see {self._directory / 'wandb' / 'process.log'}"))
+            if first.get("url"):
+                self._tell(f"W&B: {first['url']}")
             replies.start()
             while (message := self._outbox.take()) is not None:
                 send(process.stdin, message)
             process.stdin.close()
             process.wait()
-            replies.join()
         except (BrokenPipeError, ConnectionResetError):
-            return None if self._outbox.is_closed else "its process ended"
+            self._trouble = self._trouble or "its process has ended"
         finally:
+            end_process_group(process)
+            if replies.ident is not None:
+                replies.join()
             for stream in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
                     stream.close()
-            process.kill()
-            process.wait()
-        return None
+        return self._trouble
 
-    def _read(self, replies: IO[str]) -> dict[str, Any]:
-        line = replies.readline()
-        return dict(json.loads(line)) if line else {}
-
-    def _read_all(self, replies: IO[str]) -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed by the end of the run
-            for line in replies:
-                reply = json.loads(line)
-                if reply["told"] == "warning":
-                    self._tell(f"W&B: {reply['text']}", is_warning=True)
+    def _hear(self, replies: IO[str]) -> None:
+        """Pass on what the process tells, until it ends."""
+        while reply := read(replies):
+            if reply["told"] == "warning":
+                self._tell(f"W&B: {reply['text']}", is_warning=True)
+            elif reply["told"] == "failed":
+                self._trouble = reply["reason"]
+            elif sum(reply["num_failures"].values()) > 1:
+                counts = ", ".join(f"{number:,} x {name}" for name, number in reply["num_failures"].items())
+                self._tell(f"W&B: in all, not recorded: {counts}", is_warning=True)
 
     def _settings(self, mode: str, url: str) -> dict[str, Any]:
         """What `wandb.init` gets. Code, command line, machine and console stay out: they can carry secrets."""
@@ -222,7 +232,7 @@ class WandbConsumer:
             "mode": mode,
             "resume": "allow" if mode == "online" else None,
             "base_url": url,
-            "init_timeout": INIT_TIMEOUT_S,
+            "init_timeout": self._init_timeout_s,
             "console": "off",
             "silent": True,
             "disable_git": True,
@@ -236,91 +246,8 @@ class WandbConsumer:
         }
 
     def _end_process(self) -> None:
-        process = self._process
-        if process is not None and process.poll() is None:
-            end_process_group(process)
-
-
-class Outbox:
-    """Messages on their way to W&B; bounded, and open about what it had to drop."""
-
-    def __init__(self, most_messages: int = MOST_MESSAGES, most_histograms: int = MOST_HISTOGRAMS) -> None:
-        self._messages: deque[dict[str, Any] | Histograms] = deque()
-        self._most_messages = most_messages
-        self._most_histograms = most_histograms
-        self._changed = threading.Condition()
-        self._is_discarding = False
-        self.is_closed = False
-        self.is_begun = False
-        self.num_dropped_histograms = 0
-        self.num_dropped_messages = 0
-
-    def put(self, message: dict[str, Any]) -> None:
-        """Queue a message; a full outbox gives up its histograms, then its oldest message."""
-        with self._changed:
-            if self._is_discarding:
-                return
-            if len(self._messages) >= self._most_messages:
-                self._make_room()
-            self._messages.append(message)
-            self._changed.notify()
-
-    def put_histograms(self, event: Histograms) -> None:
-        """Queue histograms, unless some are waiting already: they are large, and a later one says more."""
-        with self._changed:
-            if self._is_discarding:
-                return
-            num_waiting = sum(isinstance(message, Histograms) for message in self._messages)
-            if num_waiting >= self._most_histograms or len(self._messages) >= self._most_messages:
-                self.num_dropped_histograms += 1
-                return
-            self._messages.append(event)
-            self._changed.notify()
-
-    def take(self) -> dict[str, Any] | None:
-        """The next message, waiting for it; None when the outbox is closed and empty."""
-        with self._changed:
-            while not self._messages and not self.is_closed:
-                self._changed.wait()
-            if not self._messages:
-                return None
-            self.is_begun = True
-            message = self._messages.popleft()
-        return histograms_message(message) if isinstance(message, Histograms) else message
-
-    def close(self) -> None:
-        """No message follows."""
-        with self._changed:
-            self.is_closed = True
-            self._changed.notify_all()
-
-    def discard(self) -> None:
-        """Nobody will take these messages, nor any later one."""
-        with self._changed:
-            self._is_discarding = True
-            self._messages.clear()
-            self._changed.notify_all()
-
-    def describe_dropped(self) -> str:
-        """`3 histograms and 12 measurements were not sent`."""
-        parts = [
-            f"{number:,} {name}"
-            for number, name in (
-                (self.num_dropped_histograms, "sets of histograms"),
-                (self.num_dropped_messages, "measurements"),
-            )
-            if number
-        ]
-        return " and ".join(parts) + " were not sent"
-
-    def _make_room(self) -> None:
-        for index, message in enumerate(self._messages):
-            if isinstance(message, Histograms):
-                del self._messages[index]
-                self.num_dropped_histograms += 1
-                return
-        self._messages.popleft()
-        self.num_dropped_messages += 1
+        if self._process is not None:
+            end_process_group(self._process)
 
 
 def are_histograms_due(step: int, *, mode: WatchMode, every: int) -> bool:
@@ -333,21 +260,6 @@ def watched_kinds(mode: WatchMode) -> tuple[str, ...]:
     if mode is None:
         return ()
     return ("gradients", "parameters") if mode == "all" else (mode,)
-
-
-def histograms_message(event: Histograms) -> dict[str, Any]:
-    """Arrays as counts and edges of 64 bins; values that are not finite are left out and counted beside them."""
-    import numpy as np
-
-    histograms: dict[str, Any] = {}
-    num_not_finite = 0
-    for name, values in event.arrays.items():
-        finite = values[np.isfinite(values)]
-        num_not_finite += values.size - finite.size
-        if finite.size:
-            counts, edges = np.histogram(finite, bins=NUM_BINS)
-            histograms[name] = [counts.tolist(), edges.tolist()]
-    return {"do": "histograms", "step": event.step, "histograms": histograms, "num_not_finite": num_not_finite}
 
 
 def artifact_message(event: Saved, config: Mapping[str, Any], run_id: str) -> dict[str, Any]:
@@ -369,19 +281,19 @@ def artifact_message(event: Saved, config: Mapping[str, Any], run_id: str) -> di
     }
 
 
-def keep_run_id(directory: Path, environ: Mapping[str, str]) -> str:
+def find_run_id(directory: Path, environ: Mapping[str, str]) -> str:
     """The W&B id of the run in `directory`: the one that it had before, so that a resume goes on with its curves."""
-    path = directory / RUN_FILE
     try:
-        return str(json.loads(path.read_text())["id"])
+        return str(json.loads((directory / RUN_FILE).read_text())["id"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    run_id = environ.get("WANDB_RUN_ID") or "".join(
-        secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8)
-    )
+        letters = string.ascii_lowercase + string.digits
+        return environ.get("WANDB_RUN_ID") or "".join(secrets.choice(letters) for _ in range(8))
+
+
+def keep_run_id(directory: Path, run_id: str) -> None:
+    """Let a resume find this id."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"id": run_id}).encode() + b"\n")
-    return run_id
+    write_atomically(directory / RUN_FILE, json.dumps({"id": run_id}).encode() + b"\n")
 
 
 def sync_command(directory: Path | None) -> str:
@@ -411,6 +323,12 @@ def start_process(directory: Path) -> subprocess.Popen[str]:
         )
 
 
+def read(stream: IO[str]) -> dict[str, Any]:
+    """The next reply; empty when the process is gone."""
+    line = stream.readline()
+    return dict(json.loads(line)) if line else {}
+
+
 def send(stream: IO[str], message: Mapping[str, Any]) -> None:
     stream.write(json.dumps(message) + "\n")
     stream.flush()
@@ -418,6 +336,8 @@ def send(stream: IO[str], message: Mapping[str, Any]) -> None:
 
 def end_process_group(process: subprocess.Popen[str], grace_s: float = 1.0) -> None:
     """End the process and what it started; W&B's own helper leaves when its parent is gone."""
+    if process.poll() is not None:
+        return
     for signal_number in (signal.SIGTERM, signal.SIGKILL if os.name == "posix" else signal.SIGTERM):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.name == "posix":

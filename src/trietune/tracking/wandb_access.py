@@ -15,8 +15,6 @@ import netrc
 import os
 import ssl
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +94,9 @@ def probe(url: str, timeout_s: float) -> str | None:
 
 
 def _ask(url: str, timeout_s: float) -> str | None:
+    import urllib.error
+    import urllib.request
+
     if not url.startswith(("http://", "https://")):
         return "is no http address"
     try:

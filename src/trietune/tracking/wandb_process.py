@@ -7,7 +7,7 @@ and writes one a line to stdout:
     {"do": "log", "values": {"trainer/step": 10, ...}}       {"told": "failed", "reason": ...}
     {"do": "histograms", "step": 10, "histograms": {name: [counts, edges]}, "num_not_finite": 0}
     {"do": "artifact", "name": ..., "directory": ..., ...}   {"told": "warning", "text": ...}
-    {"do": "finish", "exit_code": 0, "summary": {...}}       {"told": "finished"}
+    {"do": "finish", "exit_code": 0, "summary": {...}}       {"told": "finished", "num_failures": {}}
 
 The end of stdin without `finish` means that the run died: W&B then hears of a failed run.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +29,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever W&B prints is no reply
     run: Any = None
+    num_failures: Counter[str] = Counter()
     for line in sys.stdin:
         message = json.loads(line)
         if message["do"] == "start":
@@ -37,15 +39,20 @@ def main() -> None:
                 reply(replies, "failed", reason=describe(error))
                 return
             reply(replies, "started", url=run.url if message["settings"]["mode"] == "online" else None)
-        elif message["do"] == "finish":
-            run.summary.update(message["summary"])
-            run.finish(exit_code=message["exit_code"])
-            reply(replies, "finished")
-            return
-        else:
-            try:
-                record(run, message)
-            except Exception as error:
+            continue
+        try:
+            if message["do"] == "finish":
+                run.summary.update(message["summary"])
+                run.finish(exit_code=message["exit_code"])
+                reply(replies, "finished", num_failures=num_failures)
+                return
+            record(run, message)
+        except Exception as error:
+            if is_end_of_service(error):
+                reply(replies, "failed", reason=f"its service has ended ({describe(error)})")
+                return
+            num_failures[message["do"]] += 1
+            if num_failures[message["do"]] == 1:  # the rest is counted
                 reply(replies, "warning", text=f"{message['do']} not recorded: {describe(error)}")
     if run is not None:
         run.finish(exit_code=1)
@@ -93,6 +100,11 @@ def record(run: Any, message: dict[str, Any]) -> None:
         raise ValueError(f"unknown message {message['do']!r}")
 
 
+def is_end_of_service(error: Exception) -> bool:
+    """Whether W&B's helper `wandb-core` is gone, so that every further call would fail alike."""
+    return isinstance(error, ConnectionError) or type(error).__name__ in ("MailboxClosedError", "HandleAbandonedError")
+
+
 def reply(replies: TextIO, told: str, **content: Any) -> None:
     """Write one reply; a run that is gone reads none."""
     try:
@@ -104,7 +116,7 @@ def reply(replies: TextIO, told: str, **content: Any) -> None:
 def describe(error: BaseException) -> str:
     """The exception in one line."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]
+    return f"{type(error).__name__}: {text}".removesuffix(": ")[:300]
 
 
 if __name__ == "__main__":

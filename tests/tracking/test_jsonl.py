@@ -1,0 +1,254 @@
+"""The files of a run: strict lines, whole after a crash, one story after a resume."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trietune.tracking import jsonl
+from trietune.tracking.dispatch import StillTrying, Tracker
+from trietune.tracking.events import Event, RunStarted, Said, StepFinished
+
+Events = Callable[..., Iterator[Event]]
+
+
+def write_run(events: Iterator[Event]) -> list[str]:
+    said: list[str] = []
+    consumer = jsonl.FilesConsumer(said.append, now=lambda: 1764000000.1234)
+    tracker = Tracker([consumer])
+    for event in events:
+        tracker.emit(event)
+    tracker.close()
+    return said
+
+
+def lines_of(path: Path) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no strict JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_file_of_the_design_is_there_with_its_keys(tmp_path: Path, events: Events) -> None:
+    write_run(events(tmp_path / "sst2"))
+    metrics = lines_of(tmp_path / "sst2" / "metrics.jsonl")
+    steps = [line for line in metrics if line["event"] == "step"]
+    assert [line["step"] for line in steps] == [2, 4, 6, 8, 10, 12]
+    assert steps[0]["train/loss"] == 1.0
+    assert steps[0]["epoch"] == 2 / 6
+    wanted = {"learning_rate", "grad_norm", "examples_per_second", "tokens_per_second", "sharing_factor"}
+    assert wanted <= steps[0].keys()
+    evaluations = [line for line in metrics if line["event"] == "evaluation"]
+    assert [line["when"] for line in evaluations] == ["before", "during", "during", "after"]
+    assert evaluations[-1]["eval/accuracy"] == 0.875
+    assert evaluations[-1]["num_examples"] == 200
+    assert evaluations[-1]["intervals"] == {"eval/accuracy": [0.825, 0.925]}
+    assert [line["directory"] for line in metrics if line["event"] == "saved"] == [
+        "checkpoints/step-00000006",
+        "checkpoints/step-00000012",
+        "adapter",
+    ]
+    assert metrics[-1] == {
+        "event": "end",
+        "step": 12,
+        "time": 1764000000.123,
+        "status": "finished",
+        "seconds": 93.4,
+        "summary": {"eval/accuracy": 0.875},
+    }
+    batches = lines_of(tmp_path / "sst2" / "batches.jsonl")
+    assert [line["step"] for line in batches] == list(range(1, 13))  # every step, logged or not
+    assert batches[2] == {"step": 3, "epoch": 0.5, "ids": ["reviews.tsv:3", "reviews.tsv:53"]}
+    assert [line["is_right"] for line in lines_of(tmp_path / "sst2" / "predictions.jsonl")] == [True, False]
+
+
+def test_what_was_said_before_the_folder_had_a_name_is_kept(tmp_path: Path, events: Events) -> None:
+    write_run(events(tmp_path / "sst2"))
+    first, second = lines_of(tmp_path / "sst2" / "metrics.jsonl")[:2]
+    assert first["event"] == "info"
+    assert first["text"].startswith("reviews.tsv: 800 read")
+    assert second["event"] == "warning"
+
+
+def test_settings_come_back_as_they_were(tmp_path: Path, events: Events) -> None:
+    from ruamel.yaml import YAML
+
+    write_run(events(tmp_path / "sst2"))
+    config = YAML(typ="safe", pure=True).load((tmp_path / "sst2" / "config.yaml").read_text())
+    assert list(config) == [
+        "model_name",
+        "dataset_id",
+        "learning_rate",
+        "lora_target_modules",
+        "wandb_tags",
+        "max_steps",
+    ]
+    assert config["learning_rate"] == 2e-4
+    assert config["wandb_tags"] == ["a", "b"]
+    assert config["max_steps"] is None
+    assert json.loads((tmp_path / "sst2" / "environment.json").read_text())["device"] == "cpu"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_becomes_null(value: float) -> None:
+    assert jsonl.to_json_line({"train/loss": value}) == b'{"train/loss": null}\n'
+
+
+def test_numpy_paths_and_lone_surrogates_become_json() -> None:
+    import numpy as np
+
+    record = {"a": np.float32(0.5), "b": np.arange(2), "c": Path("x/y"), "d": "\udcff\u2028", "e": np.float64("nan")}
+    line = jsonl.to_json_line(record)
+    assert line.count(b"\n") == 1
+    assert json.loads(line) == {"a": 0.5, "b": [0, 1], "c": "x/y", "d": "\udcff\u2028", "e": None}
+
+
+GOOD = b'{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("tail", "num_cut"),
+    [(b"", 0), (b'{"step": 3', 10), (b"\0" * 70_000, 70_000), (b'{"st\n', 5), (b"\xff\xfe", 2), (b"[3]\n", 4)],
+)
+def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes, num_cut: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(GOOD + tail)
+    assert jsonl.repair_last_line(path) == num_cut
+    assert path.read_bytes() == GOOD
+
+
+def test_a_whole_line_without_its_break_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(GOOD + b'{"step": 3}')
+    assert jsonl.repair_last_line(path) == 0
+    assert path.read_bytes() == GOOD + b'{"step": 3}\n'
+
+
+@given(st.integers(0, len(GOOD) + 200_000), st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_a_file_cut_anywhere_keeps_every_whole_line(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, big: int
+) -> None:
+    path = tmp_path_factory.mktemp("torn") / "metrics.jsonl"
+    lines = [jsonl.to_json_line({"step": number, "text": "x" * 30_000 * big}) for number in range(4)]
+    content = b"".join(lines)[:cut]
+    path.write_bytes(content)
+    jsonl.repair_last_line(path)
+    whole = [line for number, line in enumerate(lines) if len(content) >= sum(map(len, lines[: number + 1])) - 1]
+    assert path.read_bytes() == b"".join(whole)
+
+
+def test_opening_says_what_it_cut(tmp_path: Path, events: Events) -> None:
+    directory = tmp_path / "sst2"
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_bytes(GOOD + b'{"step": 3, "tr')
+    said = write_run(events(directory))
+    assert said == ["metrics.jsonl: cut off a torn last line of 15 bytes"]
+    assert (directory / "metrics.jsonl").read_bytes().startswith(GOOD)
+
+
+def test_rewinding_moves_what_lies_beyond_the_step(tmp_path: Path, events: Events) -> None:
+    directory = tmp_path / "sst2"
+    write_run(events(directory))
+    before = (directory / "metrics.jsonl").read_bytes()
+    assert jsonl.rewind(directory, 6) == {"metrics.jsonl": 8, "batches.jsonl": 6, "predictions.jsonl": 2}
+    kept = (directory / "metrics.jsonl").read_bytes()
+    aside = (directory / "metrics.abandoned-1.jsonl").read_bytes()
+    assert max(line["step"] for line in lines_of(directory / "metrics.jsonl")) == 6
+    assert min(line["step"] for line in lines_of(directory / "metrics.abandoned-1.jsonl")) == 8
+    assert sorted((kept + aside).splitlines()) == sorted(before.splitlines())
+    assert jsonl.rewind(directory, 6) == {}
+    assert [line["step"] for line in lines_of(directory / "batches.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_rewind_gets_a_second_file(tmp_path: Path, events: Events) -> None:
+    directory = tmp_path / "sst2"
+    write_run(events(directory))
+    jsonl.rewind(directory, 6)
+    write_run(events(directory, first_step=6, learning_rate=1e-4))
+    jsonl.rewind(directory, 6)
+    assert (directory / "metrics.abandoned-1.jsonl").exists()
+    assert (directory / "metrics.abandoned-2.jsonl").exists()
+
+
+def test_a_crash_between_the_two_writes_loses_and_doubles_nothing(
+    tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "sst2"
+    write_run(events(directory))
+    before = (directory / "metrics.jsonl").read_bytes()
+    real = jsonl.write_atomically
+
+    def die_at_the_second(path: Path, content: bytes) -> None:
+        if path.name == "metrics.jsonl":
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(jsonl, "write_atomically", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        jsonl.rewind(directory, 6)
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    monkeypatch.setattr(jsonl, "write_atomically", real)
+    jsonl.rewind(directory, 6)
+    assert not (directory / "metrics.abandoned-2.jsonl").exists()
+    assert len(lines_of(directory / "metrics.jsonl")) + len(lines_of(directory / "metrics.abandoned-1.jsonl")) == len(
+        before.splitlines()
+    )
+
+
+def test_a_full_disk_delays_lines_and_tears_none(
+    tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes half a line, then nothing for a while."""
+    said: list[str] = []
+    consumer = jsonl.FilesConsumer(said.append)
+    is_full = False
+    real_write = os.write
+
+    def write(descriptor: int, content: bytes) -> int:
+        if not is_full:
+            return real_write(descriptor, content)
+        if len(content) > 20:
+            return real_write(descriptor, bytes(content[:20]))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", write)
+    refusals: list[str] = []
+    for number, event in enumerate(events(tmp_path / "sst2")):
+        is_full = 8 <= number < 14
+        try:
+            consumer.handle(event)
+        except StillTrying as trouble:
+            refusals.append(str(trouble))
+        path = tmp_path / "sst2" / "metrics.jsonl"
+        if path.exists():
+            assert path.read_bytes()[-1:] in (b"\n", b"")
+            lines_of(path)
+    consumer.close()
+    assert len(refusals) > 2
+    assert all("No space left on device" in refusal for refusal in refusals)
+    assert [line["step"] for line in lines_of(tmp_path / "sst2" / "batches.jsonl")] == list(range(1, 13))
+    assert len([line for line in lines_of(tmp_path / "sst2" / "metrics.jsonl") if line["event"] == "step"]) == 6
+
+
+def test_a_folder_that_cannot_be_written_is_tried_again(tmp_path: Path, events: Events) -> None:
+    directory = tmp_path / "taken"
+    directory.write_text("a file where the folder should be")
+    consumer = jsonl.FilesConsumer(lambda text: None)
+    stream = events(directory)
+    started = next(event for event in stream if isinstance(event, RunStarted))
+    with pytest.raises(StillTrying):
+        consumer.handle(started)
+    directory.unlink()
+    consumer.handle(Said("the folder is free now"))
+    consumer.handle(StepFinished(1, 0.1, {"train/loss": 1.0}, ["a"], True))
+    consumer.close()
+    assert [line["event"] for line in lines_of(directory / "metrics.jsonl")] == ["start", "info", "step"]
+    assert (directory / "config.yaml").exists()
