@@ -143,7 +143,7 @@ def _training_lines(progress: Progress, width: int, is_ascii: bool) -> list[Text
     row = ""
     for measure in progress.measures():
         if row and len(indent) + len(row) + 3 + len(measure) >= width:
-            lines.append(Text(indent + row, style="dim"))
+            lines.append(Text((indent + row)[: width - 1], style="dim"))
             row = ""
         row = f"{row}   {measure}" if row else measure
     if row:
@@ -155,7 +155,7 @@ def _line(name: str, share: float | None, texts: list[str], width: int, is_ascii
     """Name, bar and numbers in one line; numbers leave from the right, then the bar, where there is no room."""
     from rich.text import Text
 
-    head = f"{name[: max(8, width // 3)]:<8}"[: max(1, width - 1)]
+    head = f"{name[: max(10, width // 3)]:<8}"[: max(1, width - 1)]
     while len(texts) > 1 and len(head) + 2 + len("  ".join(texts)) >= width:
         texts = texts[:-1]
     tail = "  ".join(texts)
