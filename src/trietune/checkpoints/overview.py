@@ -1,0 +1,107 @@
+"""What `trietune checkpoints` lists and `trietune verify` proves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trietune.checkpoints import directory, retention
+from trietune.checkpoints.directory import Damaged
+from trietune.checkpoints.manifest import MANIFEST_NAME
+from trietune.checkpoints.remote import RemoteRun
+from trietune.checkpoints.retention import STEP_NAME, Ranked
+from trietune.checkpoints.store import CheckpointStore
+from trietune.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow:
+    """One step, wherever it is. `damage` is None for a whole one; `metric` is the value of `checkpoint_metric`."""
+
+    step: int
+    metric: float | int | None
+    size_bytes: int
+    damage: str | None
+    place: Literal["local", "remote", "both"]
+    is_best: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`; one flat object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The verdict on one directory: `damage` is None when every byte fits its manifest."""
+
+    path: Path
+    step: int | None
+    size_bytes: int
+    damage: str | None
+    extra: tuple[str, ...] = ()
+
+
+def list_checkpoints(store: CheckpointStore, remote: RemoteRun | None = None) -> list[CheckpointRow]:
+    """Every step that the disk or the storage knows, oldest first; local ones are read and verified in full."""
+    rows: dict[int, CheckpointRow] = {}
+    for copy in remote.scan() if remote else []:
+        metrics = copy.manifest.info.metrics if copy.manifest else {}
+        size = sum(copy.keys.values())
+        rows[copy.step] = CheckpointRow(copy.step, metrics.get(store.metric), size, copy.damage, "remote", False)
+    for item in store.scan():
+        damage = item.damage or _damage_of(item.path)
+        reason = f"{damage.file} {damage.reason}" if damage else None
+        size = item.manifest.size_bytes if item.manifest else 0
+        place: Literal["local", "both"] = "both" if item.step in rows and not rows[item.step].damage else "local"
+        rows[item.step] = CheckpointRow(item.step, item.metrics.get(store.metric), size, reason, place, False)
+    ranked = [Ranked(row.step, row.metric, row.damage is None) for row in rows.values()]
+    best = {item.step for item in retention.best_first(ranked, store.mode)[:1]}
+    return [replace(rows[step], is_best=step in best) for step in sorted(rows)]
+
+
+def verify_path(path: Path) -> list[Proof]:
+    """Prove a checkpoint, an adapter, or all that a run directory holds. Raises `UserError` when nothing is there."""
+    path = path.resolve()
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder", next_step="trietune verify RUN, or one of its checkpoints")
+    folders = sorted(
+        entry
+        for parent in (path, path / "checkpoints")
+        if parent.is_dir()
+        for entry in parent.iterdir()
+        if STEP_NAME.fullmatch(entry.name) or (entry.name == "adapter" and entry.is_dir())
+    )
+    if (path / MANIFEST_NAME).exists() or STEP_NAME.fullmatch(path.name) or not folders:
+        folders = [path]
+    return [_prove(folder) for folder in folders]
+
+
+def read_run_id(run_directory: Path) -> str:
+    """The id of an existing run, for commands that only read; empty when it never had one."""
+    try:
+        return (run_directory / ".run-id").read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _prove(folder: Path) -> Proof:
+    try:
+        verified = directory.verify_directory(folder)
+    except Damaged as damage:
+        return Proof(folder, None, 0, f"{damage.file} {damage.reason}")
+    info = verified.manifest.info
+    match = STEP_NAME.fullmatch(folder.name)
+    if match and int(match["step"]) != info.step:
+        return Proof(
+            folder, info.step, 0, f"{MANIFEST_NAME} says step {info.step:,}, its folder {int(match['step']):,}"
+        )
+    return Proof(folder, info.step, verified.manifest.size_bytes, None, verified.extra)
+
+
+def _damage_of(path: Path) -> Damaged | None:
+    try:
+        directory.verify_directory(path)
+    except Damaged as damage:
+        return damage
+    return None

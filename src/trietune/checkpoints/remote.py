@@ -1,0 +1,182 @@
+"""One run's copies in a storage: upload, list, download, retain.
+
+    <remote_path>/<run name>/checkpoints/step-00000050/...     as on disk
+                             adapter/...
+
+The payload goes first, sizes are checked, the manifest goes last; a removal takes the manifest first. So a manifest
+that can be seen implies its payload, whatever was cut off when. The manifest's run id says whose copy it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from trietune.checkpoints import attempts, directory, manifest
+from trietune.checkpoints.attempts import Patience
+from trietune.checkpoints.directory import Damaged
+from trietune.checkpoints.manifest import MANIFEST_NAME, Manifest
+from trietune.checkpoints.retention import STEP_NAME, step_name
+from trietune.checkpoints.storage import Storage, names_below
+from trietune.errors import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteCopy:
+    """What the storage holds under one `step-*` name; `damage` says why it cannot be used, None when it looks whole."""
+
+    step: int
+    manifest: Manifest | None
+    keys: Mapping[str, int]
+    damage: str | None = None
+
+
+class UploadDamaged(Exception):  # noqa: N818  (what the store did to the bytes)
+    """After an upload the store holds other sizes than were sent; worth another attempt."""
+
+    status_code = 500
+
+
+class RemoteRun:
+    """The copies of the run called `name`, below `remote_path`. Every request is tried again as `patience` says."""
+
+    def __init__(self, storage: Storage, name: str, patience: Patience) -> None:
+        self.storage = storage
+        self.name = name
+        self.patience = patience
+
+    @property
+    def location(self) -> str:
+        return f"{self.storage.location}/{self.name}"
+
+    def scan(self) -> list[RemoteCopy]:
+        """Every `step-*` that has any key, oldest first. Asks for one listing and each manifest."""
+        prefix = f"{self.name}/checkpoints"
+        sizes = self._try(lambda: self.storage.list(prefix))
+        copies = []
+        for folder, names in names_below(sizes, prefix).items():
+            match = STEP_NAME.fullmatch(folder)
+            if match and folder == step_name(int(match["step"])):
+                keys = {name: sizes[f"{prefix}/{folder}/{name}"] for name in names}
+                copies.append(self._look(int(match["step"]), keys))
+        return sorted(copies, key=lambda copy: copy.step)
+
+    def check_owner(self, run_id: str, copies: list[RemoteCopy] | None = None) -> None:
+        """Raise `UserError` when another run's copies lie here; nothing of theirs is ever overwritten or removed."""
+        for copy in self.scan() if copies is None else copies:
+            if copy.manifest and copy.manifest.info.run_id != run_id:
+                raise UserError(
+                    f"{self.location} holds checkpoints of another run",
+                    where=f"{step_name(copy.step)} there belongs to run {copy.manifest.info.run_id[:12]}, "
+                    f"this is run {run_id[:12]}",
+                    next_step="give this run another `wandb_run_name` or `remote_path`",
+                )
+
+    def find_run_id(self) -> str | None:
+        """Whose copies these are, for a run directory that is still empty."""
+        return next((copy.manifest.info.run_id for copy in reversed(self.scan()) if copy.manifest), None)
+
+    def upload(self, path: Path) -> None:
+        """Copy a checkpoint or the final adapter; a copy of the same bytes is left as it is.
+
+        Raises:
+            Damaged: the local directory is not whole, so it is not worth a copy.
+            Exception: the storage's last word, see `attempts`.
+        """
+        local = directory.verify_directory(path).manifest
+        prefix = self._prefix(path)
+        sizes = self._try(lambda: self.storage.list(prefix))
+        expected = {f"{prefix}/{name}": entry.size for name, entry in local.files.items()}
+        text = manifest.serialise(local)
+        key = f"{prefix}/{MANIFEST_NAME}"
+        payload = [(f"{prefix}/{name}", path / name) for name in sorted(local.files)]
+        if key in sizes:
+            same = self._try(lambda: self.storage.get(key, len(text) + 1)) == text
+            if same and expected == {name: sizes.get(name) for name in expected}:
+                return
+        if self.storage.is_atomic:
+            self._try(lambda: self.storage.put([*payload, (key, path / MANIFEST_NAME)]))
+            return
+        if key in sizes:
+            # Otherwise the old manifest would vouch for a mixture while the new payload arrives.
+            self._try(lambda: self.storage.delete([key]))
+        for source in payload:
+            self._try(lambda source=source: self.storage.put([source]))  # type: ignore[misc]  # bound per turn
+        self._try(lambda: self._check_arrived(prefix, expected, payload))
+        self._try(lambda: self.storage.put([(key, path / MANIFEST_NAME)]))
+
+    def download(self, copy: RemoteCopy) -> tuple[Manifest, dict[str, bytes]]:
+        """The verified bytes of a copy. Raises `Damaged` when they are not those that were uploaded."""
+        where = Path(step_name(copy.step))
+        if copy.manifest is None or copy.damage:
+            raise Damaged(where, MANIFEST_NAME, copy.damage or "is missing")
+        contents = {}
+        for name, entry in copy.manifest.files.items():
+            key = f"{self.name}/checkpoints/{where.name}/{name}"
+            data = self._fetch(key, entry.size, entry.sha256)
+            if len(data) != entry.size:
+                raise Damaged(where, name, f"has {len(data):,} of {entry.size:,} bytes in the storage")
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise Damaged(where, name, "does not hold the bytes that were uploaded (its SHA-256 differs)")
+            contents[name] = data
+        return copy.manifest, contents
+
+    def remove(self, step: int) -> None:
+        """Remove a copy, its manifest first."""
+        prefix = f"{self.name}/checkpoints/{step_name(step)}"
+        keys = self._try(lambda: self.storage.list(prefix))
+        first = f"{prefix}/{MANIFEST_NAME}"
+        order = sorted(keys, key=lambda key: (key != first, key))
+        self._try(lambda: self.storage.delete(order))
+
+    def discard_unfinished(self) -> int:
+        """Drop the invisible remains of killed uploads of this run."""
+        return self._try(lambda: self.storage.discard_unfinished(self.name))
+
+    def upload_plain(self, paths: list[Path]) -> None:
+        """Copy files of the run directory that have no manifest, such as `metrics.jsonl`, for people to read."""
+        for path in paths:
+            self._try(lambda path=path: self.storage.put([(f"{self.name}/{path.name}", path)]))  # type: ignore[misc]
+
+    def _try(self, action: Callable[[], Result]) -> Result:
+        return attempts.attempt(action, self.patience)
+
+    def _prefix(self, path: Path) -> str:
+        return f"{self.name}/checkpoints/{path.name}" if STEP_NAME.fullmatch(path.name) else f"{self.name}/{path.name}"
+
+    def _look(self, step: int, keys: Mapping[str, int]) -> RemoteCopy:
+        if MANIFEST_NAME not in keys:
+            return RemoteCopy(step, None, keys, "its upload did not finish")
+        key = f"{self.name}/checkpoints/{step_name(step)}/{MANIFEST_NAME}"
+        try:
+            text = self._try(lambda: self.storage.get(key, manifest.MAX_MANIFEST_BYTES + 1))
+            found = manifest.parse(text)
+        except FileNotFoundError:
+            return RemoteCopy(step, None, keys, "it was removed a moment ago")
+        except manifest.ManifestError as error:
+            return RemoteCopy(step, None, keys, f"its manifest is refused: {error}")
+        if found.info.step != step or found.info.kind != "checkpoint":
+            return RemoteCopy(step, found, keys, f"its manifest says {found.info.kind} of step {found.info.step:,}")
+        for name, entry in found.files.items():
+            if keys.get(name) != entry.size:
+                return RemoteCopy(step, found, keys, f"{name} has {keys.get(name, 0):,} of {entry.size:,} bytes")
+        return RemoteCopy(step, found, keys)
+
+    def _fetch(self, key: str, size: int, sha256: str) -> bytes:
+        # A cut connection can look like a short file, so wrong bytes are asked for once more before they are believed.
+        data = self._try(lambda: self.storage.get(key, size + 1))
+        if len(data) == size and hashlib.sha256(data).hexdigest() == sha256:
+            return data
+        return self._try(lambda: self.storage.get(key, size + 1))
+
+    def _check_arrived(self, prefix: str, expected: Mapping[str, int], payload: list[tuple[str, Path]]) -> None:
+        sizes = self.storage.list(prefix)
+        wrong = [source for source in payload if sizes.get(source[0]) != expected[source[0]]]
+        if wrong:
+            self.storage.put(wrong)
+            raise UploadDamaged(f"{len(wrong)} files did not arrive whole")
