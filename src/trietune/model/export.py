@@ -22,7 +22,7 @@ from trietune.checkpoints.tensors import RawTensor, from_numpy, parse, serialise
 from trietune.errors import UserError
 from trietune.model.adapter import WEIGHTS_FILE, load_adapter_files, read_adapter
 from trietune.model.adapter_config import CONFIG_FILE, config_for_file, parse_config
-from trietune.model.load import load_network
+from trietune.model.load import load_network, quiet_library
 from trietune.model.locate import ModelFolder, locate_model
 from trietune.model.staging import whole_folder
 
@@ -187,7 +187,8 @@ def _write_merged(
     if dtype != torch.float32:
         differences[str(dtype).removeprefix("torch.")] = _difference(_logits(merged, tokens), expected)
     with whole_folder(out) as staging:
-        merged.save_pretrained(staging)
+        with quiet_library():
+            merged.save_pretrained(staging)
         for name in _TOKENIZER_FILES:
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, staging / name)

@@ -35,7 +35,7 @@ def convert_gguf(file: Path, *, report: Callable[[str], None] = lambda text: Non
         UserError: not a GGUF file, damaged, one part of several, an architecture that is not read, a full disk.
     """
     digest = _check_and_hash(file)
-    folder = cache_folder() / "gguf" / f"{file.stem}-{digest[:16]}-{_LAYOUT}"
+    folder = cache_folder() / "gguf" / f"{digest[:32]}-{_LAYOUT}"
     if not folder.is_dir():
         report(f"converting {file.name} to safetensors, once; kept in {folder}")
         with whole_folder(folder) as staging:

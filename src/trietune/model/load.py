@@ -49,7 +49,7 @@ def load_network(
     _check_config(folder)
     _check_memory(folder.path, dtype, device)
     try:
-        with _without_bars():
+        with quiet_library():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder.path,
                 dtype=dtype,
@@ -57,6 +57,7 @@ def load_network(
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # counted below, with the name of the first
             )
         network, info = loaded
         network.to(device)
@@ -122,13 +123,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    were_on = logging.is_progress_bar_enabled()
+def quiet_library() -> Iterator[None]:
+    """Keep the library's bars and its report on weights off the terminal: what matters in it is raised by us."""
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        if were_on:
+        logging.set_verbosity(verbosity)
+        if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 

@@ -1,0 +1,240 @@
+"""Loading a base model: dtype, what is refused before it is loaded, and which architectures take a trie."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from model.families import FAMILIES
+from trietune.errors import UserError
+from trietune.model import load
+from trietune.model.load import TESTED_FAMILIES, check_architecture, is_out_of_memory, load_network
+from trietune.model.locate import ModelFolder, locate_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with load.quiet_library():
+        FAMILIES["llama"]().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def _change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def _load(folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
+    return load_network(locate_model(str(folder)), dtype=dtype, device=CPU, **more)
+
+
+def _error(folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    with pytest.raises(UserError) as caught:
+        _load(folder, dtype)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_back_as_it_was_saved(family: str, tmp_path: Path) -> None:
+    network = FAMILIES[family]()
+    network.save_pretrained(tmp_path)
+    loaded = _load(tmp_path)
+    assert not loaded.training
+    tokens = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, network(tokens).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_all_weights_are_in_the_dtype_that_was_asked_for(folder: Path, dtype: torch.dtype) -> None:
+    assert {parameter.dtype for parameter in _load(folder, dtype).parameters()} == {dtype}
+
+
+def test_no_other_dtype(folder: Path) -> None:
+    assert "cannot be held in torch.int8" in _error(folder, torch.int8)
+
+
+def test_the_librarys_bars_are_as_they_were(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    _load(folder)
+    assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == before
+    assert capfd.readouterr().err == ""
+
+
+def test_code_in_the_folder_is_never_run(folder: Path) -> None:
+    trap = folder / "modeling_own.py"
+    trap.write_text(f"open({str(folder / 'was-run')!r}, 'w')\nclass Own: pass\n")
+    _change_config(folder, model_type="own", auto_map={"AutoConfig": "modeling_own.Own"})
+    error = _error(folder)
+    assert "needs Python code from its own folder, and TrieTune runs none" in error
+    assert not (folder / "was-run").exists()
+
+
+def test_code_beside_a_known_architecture_is_not_run_either(folder: Path) -> None:
+    (folder / "modeling_own.py").write_text(f"open({str(folder / 'was-run')!r}, 'w')\nclass Own: pass\n")
+    _change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    assert type(_load(folder)).__name__ == "LlamaForCausalLM"
+    assert not (folder / "was-run").exists()
+
+
+def test_an_architecture_of_the_future(folder: Path) -> None:
+    _change_config(folder, model_type="llama9")
+    error = _error(folder)
+    assert "does not know the architecture `llama9`" in error
+    assert "pip install --upgrade transformers" in error
+
+
+def test_no_causal_language_model(folder: Path) -> None:
+    _change_config(folder, model_type="t5")
+    assert "is no causal language model: model_type `t5`" in _error(folder)
+
+
+def test_quantized_weights(folder: Path) -> None:
+    _change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "are quantized (gptq)" in _error(folder)
+
+
+def test_weights_that_are_not_all_there(folder: Path) -> None:
+    """The library fills the gap with random numbers and goes on."""
+    _change_config(folder, num_hidden_layers=3)
+    error = _error(folder)
+    assert "lack 9 tensors of the model that its config.json describes" in error
+    assert "the first is `model.layers.2." in error
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    _change_config(folder, intermediate_size=96)
+    assert "tensors of other shapes than" in _error(folder)
+
+
+def test_weights_too_many_are_reported(folder: Path) -> None:
+    _change_config(folder, num_hidden_layers=1)
+    said: list[str] = []
+    _load(folder, report=said.append)
+    assert len(said) == 1
+    assert "9 tensors" in said[0]
+
+
+@pytest.mark.parametrize("kept", [4, 200, -10])
+def test_a_damaged_file(folder: Path, kept: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    error = _error(folder)
+    assert "is damaged or only a part of a download" in error
+
+
+def test_a_model_too_large_is_refused_before_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_available_bytes", lambda device: 1000)
+    error = _error(folder)
+    assert "for its weights alone in float32" in error
+    assert "dtype: bfloat16" in error
+    assert "0.0 GB are free on cpu" in error
+    assert "dtype: bfloat16" not in _error(folder, torch.bfloat16)
+
+
+def test_an_allocators_refusal_is_an_error_for_people(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    assert "for its weights alone" in _error(folder)
+
+
+def test_what_is_out_of_memory_and_what_is_not() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+# ---- architectures -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tested_family_takes_a_trie(family: str) -> None:
+    network = FAMILIES[family]()
+    assert network.config.model_type in TESTED_FAMILIES
+    assert check_architecture(network) is None
+
+
+def test_the_list_of_families_is_what_is_tested() -> None:
+    assert {FAMILIES[family]().config.model_type for family in FAMILIES} == set(TESTED_FAMILIES)
+
+
+def _tiny(model_type: str, **changes: Any) -> PreTrainedModel:
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(model_type, **{**sizes, **changes})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_config(config)
+
+
+REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "state-space": (lambda: _tiny("mamba"), "carry a state from token to token"),
+    "linear attention": (
+        lambda: _tiny("qwen3_next", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16),
+        "`linear_attention`, which carry a state",
+    ),
+    "own attention": (lambda: _tiny("bloom"), "computes attention in its own way"),
+    "dynamic rope": (
+        lambda: _tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "the rotary scaling `dynamic`",
+    ),
+    "attention dropout": (lambda: _tiny("llama", attention_dropout=0.1), "dropout on attention weights"),
+    "losses of experts": (
+        lambda: _tiny("mixtral", num_local_experts=2, num_experts_per_tok=1, output_router_logits=True),
+        "adds a loss for its experts",
+    ),
+    "scaled logits": (lambda: _tiny("cohere", logit_scale=0.5), "scales its logits by `logit_scale`"),
+    "both directions": (lambda: _tiny("gemma", use_bidirectional_attention=True), "attend to later tokens"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_take_a_trie_is_refused_with_its_reason(name: str) -> None:
+    make, expected = REFUSED[name]
+    reason = check_architecture(make())
+    assert reason is not None
+    assert expected in reason
+
+
+def test_experts_without_a_loss_of_their_own_take_a_trie() -> None:
+    assert check_architecture(_tiny("mixtral", num_local_experts=2, num_experts_per_tok=1)) is None
+
+
+def test_a_model_of_text_and_images_is_refused() -> None:
+    text = FAMILIES["gemma3"]()
+    text.config.get_text_config = lambda: object()
+    reason = check_architecture(text)
+    assert reason is not None
+    assert "takes more than text" in reason
+
+
+def test_the_name_of_the_folder_is_in_errors() -> None:
+    folder = ModelFolder(Path("/nowhere"), "owner/name", "hub")
+    with pytest.raises(UserError, match="int8"):
+        load_network(folder, dtype=torch.int8, device=CPU)
