@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -24,17 +23,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trietune.checkpoints import strict_json
-from trietune.checkpoints.tensors import RawTensor, TensorError, check_names, parse, serialise
+from trietune.checkpoints.tensors import TensorError, check_names, parse, serialise
 from trietune.errors import UserError
 from trietune.model.adapter_config import CONFIG_FILE, config_for_file, parse_config
 from trietune.model.locate import ModelFolder
+from trietune.model.raw_tensors import from_raw, to_raw
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 # An adapter of rank 256 on every layer of a 70B model has 7 GB; what is larger is no adapter of ours.
 MAX_WEIGHTS_BYTES = 16 * 2**30
 
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
-_TORCH_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_DTYPES.items()}
+_FLOATING_POINT = ("F64", "F32", "F16", "BF16")
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -72,8 +71,8 @@ def add_adapter(
         )
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     _check_matches("lora_target_modules", network, targets)
-    _check_matches("modules_to_save", network, list(modules_to_save or ()))
-    _check_not_tied(network, modules_to_save or ())
+    saved_whole = _full_names(network, modules_to_save or ())
+    _check_not_tied(network, saved_whole)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions, its annotation does not
@@ -82,7 +81,7 @@ def add_adapter(
         use_rslora=use_rslora,
         use_dora=use_dora,
         bias=bias,
-        modules_to_save=list(modules_to_save) if modules_to_save else None,
+        modules_to_save=saved_whole or None,
         task_type="CAUSAL_LM",
     )
     return _wrap(network, config, base=base, seed=seed, where="lora_target_modules")
@@ -93,7 +92,7 @@ def adapter_files(peft_model: PeftModel, base: ModelFolder) -> dict[str, bytes]:
     lora_config = peft_model.peft_config["default"]
     assert isinstance(lora_config, LoraConfig)
     config = config_for_file(lora_config, base_name=base.name, revision=base.revision)
-    tensors = {name: _to_raw(tensor) for name, tensor in adapter_tensors(peft_model).items()}
+    tensors = {name: to_raw(tensor) for name, tensor in adapter_tensors(peft_model).items()}
     return {
         CONFIG_FILE: strict_json.serialise(config),
         WEIGHTS_FILE: serialise(tensors, metadata={"format": "pt"}),
@@ -115,6 +114,8 @@ def load_adapter_files(
 ) -> PeftModel:
     """As `load_adapter`, from bytes that have been read and verified already; `where` is named in errors."""
     config = parse_config(files[CONFIG_FILE], where=f"{where}/{CONFIG_FILE}")
+    # PEFT freezes what is for inference at once, and what is frozen would not be made fp32.
+    config.inference_mode = False
     base = ModelFolder(Path(), str(config.base_model_name_or_path or ""), "folder", revision=config.revision)
     peft_model = _wrap(network, config, base=base, seed=0, where=f"{where}/{CONFIG_FILE}")
     set_adapter_tensors(peft_model, files[WEIGHTS_FILE], where=f"{where}/{WEIGHTS_FILE}")
@@ -160,7 +161,7 @@ def set_adapter_tensors(peft_model: PeftModel, data: bytes, *, where: str) -> No
                 raise TensorError(
                     f"`{name}` has the shape {list(raw.shape)}, this model's has {list(live[name].shape)}"
                 )
-            if raw.dtype not in _TORCH_DTYPES:
+            if raw.dtype not in _FLOATING_POINT:
                 raise TensorError(f"`{name}` holds {raw.dtype}, not floating-point numbers")
     except TensorError as error:
         raise UserError(
@@ -169,7 +170,7 @@ def set_adapter_tensors(peft_model: PeftModel, data: bytes, *, where: str) -> No
         ) from error
     with torch.no_grad():
         for name, raw in tensors.items():
-            live[name].copy_(_from_raw(raw))
+            live[name].copy_(from_raw(raw))
 
 
 def linear_modules(network: nn.Module) -> list[str]:
@@ -246,13 +247,20 @@ def _check_matches(key: str, network: nn.Module, targets: str | list[str]) -> No
             )
 
 
+def _full_names(network: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """The modules meant: PEFT would take `norm` for every name that ends in these letters, `input_layernorm` too."""
+    _check_matches("modules_to_save", network, list(modules_to_save))
+    names = [name for name, _ in network.named_modules()]
+    return [name for name in names if any(name == meant or name.endswith(f".{meant}") for meant in modules_to_save)]
+
+
 def _check_not_tied(network: PreTrainedModel, modules_to_save: Sequence[str]) -> None:
     head: Any = network.get_output_embeddings()  # type: ignore[no-untyped-call]
     embedding: Any = network.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return
     for name, module in network.named_modules():
-        if module in (head, embedding) and any(name.rpartition(".")[2] == saved for saved in modules_to_save):
+        if module in (head, embedding) and name in modules_to_save:
             raise UserError(
                 f"`modules_to_save` names `{name}`, which shares its weights with another module of this model",
                 where="the embedding and the output head are one tensor; a copy of one would part them",
@@ -262,21 +270,6 @@ def _check_not_tied(network: PreTrainedModel, modules_to_save: Sequence[str]) ->
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
-
-
-def _to_raw(tensor: torch.Tensor) -> RawTensor:
-    # A copy, also on CPU: training goes on while the bytes are hashed and written.
-    plain = tensor.detach().to("cpu", copy=True).contiguous()
-    data = plain.view(-1).view(torch.uint8).numpy().data
-    return RawTensor(_SAFETENSORS_DTYPES[plain.dtype], tuple(plain.shape), data)
-
-
-def _from_raw(raw: RawTensor) -> torch.Tensor:
-    data = raw.data() if callable(raw.data) else raw.data
-    if not raw.size_bytes:
-        return torch.empty(raw.shape, dtype=_TORCH_DTYPES[raw.dtype])
-    array = np.frombuffer(data, dtype=np.uint8).copy()
-    return torch.from_numpy(array).view(_TORCH_DTYPES[raw.dtype]).view(raw.shape)
 
 
 def _name(dtype: torch.dtype) -> str:
