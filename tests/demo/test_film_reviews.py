@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from trietune.config.load import load_config
 from trietune.demo import locations
 from trietune.errors import UserError
 
@@ -125,12 +126,11 @@ def test_a_folder_inside_a_zip_file_is_refused(monkeypatch: pytest.MonkeyPatch, 
             locations.demo_reviews()
 
 
-def test_the_configuration_names_the_sample_model_and_data() -> None:
-    from ruamel.yaml import YAML
-
-    values = YAML(typ="safe").load(locations.demo_config())
-    assert values["model_name"] == locations.DEMO_MODEL
-    assert values["dataset_id"] == locations.DEMO_REVIEWS
+def test_the_configuration_loads_and_names_the_sample_model_and_data() -> None:
+    settings = load_config(locations.demo_config(), environ={})
+    assert settings.model_name == locations.DEMO_MODEL
+    assert settings.dataset_id == locations.DEMO_REVIEWS
+    assert settings.use_wandb is False
 
 
 def test_every_line_of_the_configuration_says_what_it_does() -> None:
