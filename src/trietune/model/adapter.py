@@ -185,6 +185,8 @@ def _wrap(network: PreTrainedModel, config: LoraConfig, *, base: ModelFolder, se
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 under a name that the latter is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        # It trains and loads; merging it is what fails, and `export` refuses that by comparing logits.
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
         torch.manual_seed(seed)
         try:
             peft_model: PeftModel = get_peft_model(network, config, autocast_adapter_dtype=False)

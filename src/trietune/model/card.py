@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -25,6 +24,17 @@ _HUB_METRICS = {
     "eval/f1": "f1",
     "eval/perplexity": "perplexity",
 }
+_PROMPT_LINE = "prompt = "
+_LOAD_MERGED = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "import torch",
+    "",
+    'folder = "."  # where this README lies',
+    "model = AutoModelForCausalLM.from_pretrained(folder)",
+    "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    "model.eval()",
+    "",
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -76,28 +86,11 @@ def model_card(facts: CardFacts) -> str:
 
 def usage_code(facts: CardFacts) -> str:
     """Python that loads the model from the card's own folder and answers the example prompt."""
-    if facts.is_merged:
-        imports, load = ["from transformers import AutoModelForCausalLM, AutoTokenizer"], []
-        load = ['folder = "."  # where this README lies', "model = AutoModelForCausalLM.from_pretrained(folder)"]
-        load.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
-    else:
-        names = "AutoModelForCausalLM, AutoTokenizer" + (", GgufConfig" if facts.base.source == "gguf" else "")
-        finder = ["from importlib.metadata import files", ""] if facts.base.name == DEMO_MODEL else []
-        imports = [*finder, "from peft import PeftModel", f"from transformers import {names}"]
-        load = [
-            *_load_base(facts.base),
-            'model = PeftModel.from_pretrained(model, ".")  # the folder where this README lies',
-        ]
     special = "" if facts.parses_special_tokens else ", split_special_tokens=True"
     bos = f"[{facts.bos_id}] + " if facts.bos_id is not None else ""
     lines = [
-        *imports,
-        "import torch",
-        "",
-        *load,
-        "model.eval()",
-        "",
-        f"prompt = {facts.example_prompt!r}",
+        *(_LOAD_MERGED if facts.is_merged else _load_adapter(facts.base)),
+        _PROMPT_LINE + repr(facts.example_prompt),
         f"tokens = {bos}tokenizer(prompt, add_special_tokens=False{special}).input_ids",
         "output = model.generate(",
         "    input_ids=torch.tensor([tokens]),",
@@ -110,6 +103,20 @@ def usage_code(facts: CardFacts) -> str:
         "print(tokenizer.decode(output[0, len(tokens):], skip_special_tokens=True))",
     ]
     return "\n".join(lines) + "\n"
+
+
+def merged_card(card: str) -> str:
+    """The card of an adapter, as `model_card` wrote it, turned into that of the merged model.
+
+    A card that somebody rewrote is kept as far as it is theirs: only the lines that load the adapter and the front
+    matter's library and tag are exchanged.
+    """
+    load = re.compile(r"(?<=```python\n).*?(?=^" + re.escape(_PROMPT_LINE) + ")", re.DOTALL | re.MULTILINE)
+    card = load.sub(lambda match: "\n".join(_LOAD_MERGED) + "\n", card, count=1)
+    card = card.replace("A LoRA adapter for `", "A merged model, made from `", 1)
+    head, separator, body = card.partition("\n---\n")
+    head = head.replace("library_name: peft", "library_name: transformers").replace("- lora\n", "")
+    return head + separator + body
 
 
 def base_license(base: ModelFolder) -> str | None:
@@ -127,29 +134,34 @@ def base_license(base: ModelFolder) -> str | None:
 
 def _metadata(facts: CardFacts) -> ModelCardData:
     # The hub refuses a base or a data set that is no id of its own, such as a local path.
-    is_on_hub = facts.base.source == "hub"
+    dataset = facts.dataset if facts.dataset and _is_dataset_of_the_hub(facts.dataset) else None
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=facts.dataset or "unknown",
-            dataset_name=facts.dataset or "unknown",
+            dataset_type=dataset,
+            dataset_name=dataset,
             metric_type=_HUB_METRICS[score.name],
             metric_value=round(score.after, 6),
         )
         for score in facts.scores
-        if score.name in _HUB_METRICS
+        if dataset and score.name in _HUB_METRICS
     ]
     return ModelCardData(
-        base_model=facts.base.name if is_on_hub else None,
+        base_model=facts.base.name if facts.base.source == "hub" else None,
         library_name="transformers" if facts.is_merged else "peft",
         license=base_license(facts.base),
-        datasets=[facts.dataset] if facts.dataset and _HUB_ID.fullmatch(facts.dataset) else None,
+        datasets=[dataset] if dataset else None,
         metrics=sorted({result.metric_type for result in results}) or None,
         pipeline_tag="text-generation",
         tags=["trietune"] if facts.is_merged else ["lora", "trietune"],
         model_name=facts.title if results else None,
         eval_results=results or None,
     )
+
+
+def _is_dataset_of_the_hub(name: str) -> bool:
+    is_path = Path(name).exists() or Path(name).suffix in (".tsv", ".csv", ".json", ".jsonl", ".parquet", ".txt")
+    return _HUB_ID.fullmatch(name) is not None and not is_path and not name.startswith("demo/")
 
 
 def _summary(facts: CardFacts) -> str:
@@ -178,21 +190,36 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return "\n".join(["## Settings", "", "| key | value |", "|---|---|", *rows])
 
 
-def _load_base(base: ModelFolder) -> list[str]:
+def _load_adapter(base: ModelFolder) -> list[str]:
+    imports = ["from peft import PeftModel"]
     if base.name == DEMO_MODEL:
+        imports = ["from importlib.metadata import files", "", *imports]
+    elif base.source == "gguf":
+        imports = ["from pathlib import Path", "", *imports]
+    names = "AutoModelForCausalLM, AutoTokenizer" + (", GgufConfig" if base.source == "gguf" else "")
+    return [
+        *imports,
+        f"from transformers import {names}",
+        "import torch",
+        "",
+        *_load_base(base),
+        'model = PeftModel.from_pretrained(model, ".")  # the folder where this README lies',
+        "model.eval()",
+        "",
+    ]
+
+
+def _load_base(base: ModelFolder) -> list[str]:
+    if base.source == "gguf":
+        find = f"gguf = Path({base.name!r})"
+        if base.name == DEMO_MODEL:
+            find = f'gguf = next(file.locate() for file in files("{MODEL_PACKAGE}") if file.suffix == ".gguf")'
         return [
-            f"# {INSTALL_MODEL}",
-            f'gguf = next(file.locate() for file in files("{MODEL_PACKAGE}") if file.suffix == ".gguf")',
-            "where = {'pretrained_model_name_or_path': str(gguf.parent), 'gguf_file': gguf.name}",
+            *([f"# {INSTALL_MODEL}"] if base.name == DEMO_MODEL else []),
+            find,
+            'where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}',
             "model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))",
             "tokenizer = AutoTokenizer.from_pretrained(**where)",
-        ]
-    if base.source == "gguf":
-        file = Path(base.name)
-        where = f"{str(file.parent)!r}, gguf_file={file.name!r}"
-        return [
-            f"model = AutoModelForCausalLM.from_pretrained({where}, quantization_config=GgufConfig(dequantize=True))",
-            f"tokenizer = AutoTokenizer.from_pretrained({where})",
         ]
     revision = f", revision={base.revision!r}" if base.revision else ""
     return [

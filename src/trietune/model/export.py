@@ -7,6 +7,7 @@ those of base and adapter, in fp32 and in the dtype that is saved.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from trietune.checkpoints.tensors import RawTensor, from_numpy, parse, serialise
 from trietune.errors import UserError
 from trietune.model.adapter import WEIGHTS_FILE, load_adapter_files, read_adapter
 from trietune.model.adapter_config import CONFIG_FILE, config_for_file, parse_config
+from trietune.model.card import merged_card
 from trietune.model.load import load_network, quiet_library
 from trietune.model.locate import ModelFolder, locate_model
 from trietune.model.staging import whole_folder
@@ -96,7 +98,7 @@ def export_adapter(
         merge: write a whole model, in the dtype of the base's own weights; it needs the base.
         plain: fold the scale into the weights (`lora_alpha` = `r`, no rsLoRA), for programs that ignore either.
         base: where the base model is; by default it is located by the name in the adapter's configuration.
-        readme: another model card than the one beside the adapter.
+        readme: another model card than the one beside the adapter, or than what is made of it for a merged model.
 
     Raises:
         UserError: no adapter, `out` is taken, an adapter that cannot be folded, a full disk, or a merge that would
@@ -112,6 +114,8 @@ def export_adapter(
         companions["README.md"] = readme.encode()
     if merge:
         base = base or locate_model(base_name_of(folder), report=report)
+        if "README.md" in companions and readme is None:
+            companions["README.md"] = merged_card(companions["README.md"].decode(errors="replace")).encode()
         return _write_merged(files, companions, base, out, where=str(folder), report=report)
     if plain:
         files = fold_scale(files, where=str(folder))
@@ -201,7 +205,10 @@ def _write_merged(
 
 
 def _merge(adapted: PeftModel) -> Any:
-    return adapted.merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        # What it warns about, on a model whose embedding is its head, is measured by the caller.
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`", category=UserWarning)
+        return adapted.merge_and_unload(safe_merge=True)
 
 
 def _checked_tokens(vocabulary_size: int) -> Tensor:
