@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from trietune.errors import StopRequested
-from trietune.evaluation import decoding as decoding_module
-from trietune.evaluation import generation
-from trietune.evaluation.generation import generate
-from trietune.model.causal_lm import TrieModel
 from tests.model.families import FAMILIES, VOCAB_SIZE
 
-STOP_IDS = tuple(range(1, 120, 8))
+from trietune.evaluation.generation import GenerationLimits, generate
+from trietune.model.causal_lm import TrieModel
+
+STOP_IDS = frozenset(range(1, 120, 8))
 
 
 def talkative(family: str) -> Any:
@@ -62,5 +59,5 @@ def test_tokens_are_those_of_one_prompt_at_a_time(family: str, attention: Any) -
     expected = [decode_alone(network, prompt, max_new_tokens=10) for prompt in prompts]
     assert len({len(tokens) for tokens in expected}) > 2, "answers of several lengths make rows leave at several steps"
     model = TrieModel(network, device=torch.device("cpu"), attention=attention)
-    answers = generate(model, prompts, stop_ids=STOP_IDS, max_new_tokens=10, max_nodes=120, batch_size=6)
+    answers = generate(model, prompts, GenerationLimits(STOP_IDS, max_new_tokens=10, max_nodes=120, batch_size=6))
     assert answers == expected

@@ -219,7 +219,7 @@ class Decoding:
             scores[..., : bias.shape[1]] += bias
             scores[..., bias.shape[1] :] += new_bias[rows]
             weights = scores.softmax(dim=-1).to(query.dtype)
-            on_nodes, on_new = weights.split((bias.shape[1], self._width), dim=3)
+            on_nodes, on_new = weights[..., : bias.shape[1]], weights[..., bias.shape[1] :]
             seen = (on_nodes.reshape(num_key_heads, -1, bias.shape[1]) @ group.values[layer]).view(
                 num_key_heads, -1, group.num_rows, head_size
             )

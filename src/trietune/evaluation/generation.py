@@ -1,17 +1,21 @@
 """Greedy generation for many prompts at once, every distinct prefix computed once.
 
-    sorted prompts -> chunks -> prefill as one trie -> decode all rows together -> token ids
+    sorted prompts -> tries of about `batch_size` prompts -> prefill -> decode all rows together -> token ids
 
-Decoding steps are cheaper the more rows they have, so a new chunk is prefilled as soon as half of the rows have
-finished, and what is left of older chunks decodes along with it. The tokens are those of greedy decoding one prompt at
-a time. Models whose attention cannot be replaced go through the library's `generate` on padded rows instead.
+Decoding steps are cheaper the more rows they have, so the next trie is prefilled as soon as half of the rows have
+finished, and what is left of the older ones decodes along with it. The tokens are those of greedy decoding one prompt
+at a time. Where the gold completions are known, they are branches of the same tries, so that an evaluation gets its
+loss and its answers from one computation of each context.
+
+Models whose attention cannot be replaced go through the library's `generate` on padded rows instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -21,87 +25,165 @@ from torch import Tensor
 
 from trietune.data.examples import IGNORED_LABEL
 from trietune.evaluation.decoding import Decoding, Prefill, register
-from trietune.evaluation.scoring import CheckStop, FlatSequences, Progress, inference
+from trietune.evaluation.scoring import (
+    CheckStop,
+    FlatSequences,
+    Progress,
+    add_up,
+    find_prompt_lengths,
+    inference,
+    no_progress,
+    no_stop,
+    sequence_losses,
+)
 from trietune.model.causal_lm import TrieModel
-from trietune.trie import MicroBatch, common_prefix_lengths, make_micro_batches, sort_sequences
+from trietune.model.loss import label_losses
+from trietune.trie import MicroBatch, Sequences, common_prefix_lengths, make_micro_batches, sort_sequences
+
+OnToken = Callable[[np.ndarray, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationLimits:
+    """Where answers end, and how much is computed at once.
+
+    Attributes:
+        stop_ids: tokens that end an answer; they are not part of it.
+        max_new_tokens: an answer without a stop token ends here.
+        max_nodes: most positions that are prefilled at once.
+        batch_size: about how many prompts decode together.
+    """
+
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    max_nodes: int
+    batch_size: int
 
 
 @dataclass(slots=True)
 class _Row:
-    """One distinct prompt while it decodes: `prompts` are the places of the equal prompts that it stands for."""
+    """A distinct prompt while it decodes, and the sequences that it stands for: those with this very prompt."""
 
-    prompts: np.ndarray
-    prompt_length: int
+    sequences: np.ndarray
     tokens: list[int] = field(default_factory=list)
 
 
 def generate(
     model: TrieModel,
     prompts: Sequence[Sequence[int] | np.ndarray],
+    limits: GenerationLimits,
     *,
-    stop_ids: Collection[int],
-    max_new_tokens: int,
-    max_nodes: int,
-    batch_size: int,
-    check_stop: CheckStop = lambda: None,
-    progress: Progress = lambda phase, done, total: None,
+    check_stop: CheckStop = no_stop,
+    progress: Progress = no_progress,
+    on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """The most likely next token of each prompt, again and again, up to a stop token.
 
     Args:
         prompts: token ids, at least one each.
-        stop_ids: tokens that end an answer; they are not part of it.
-        max_new_tokens: an answer without a stop token ends here.
-        max_nodes: most positions that are prefilled at once.
-        batch_size: about how many prompts decode together.
+        on_token: called with the places of equal prompts and their next token, stop tokens included, as they come.
 
     Returns:
         The new tokens of each prompt, in the order given.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
-    if max_new_tokens < 1 or not prompts:
-        return [[] for _ in prompts]
-    run = _generate_padded if model.attention is None else _generate_by_trie
-    answers: list[list[int]] = [[] for _ in prompts]
-    num_done = 0
+    if not prompts:
+        return []
+    sequences = _end_in_a_label(prompts)
+    run = _run_padded if model.attention is None else _run_tries
     with inference(model.network):
-        for finished, tokens in run(
+        finished = run(model, sequences, np.arange(len(prompts)), limits, check_stop=check_stop, on_token=on_token)
+        return _collect(finished, len(prompts), limits, progress)
+
+
+def generate_and_score(
+    model: TrieModel,
+    sequences: Sequences,
+    indices: np.ndarray,
+    limits: GenerationLimits,
+    *,
+    check_stop: CheckStop = no_stop,
+    progress: Progress = no_progress,
+) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
+    """Answers to the prompts of `sequences[indices]`, and how likely their gold completions are, in one pass.
+
+    A prompt ends before the first labelled token, and every sequence has one.
+
+    Returns:
+        New tokens of each, the summed loss of its label tokens (float64 [B]), and their number (float64 [B]).
+    """
+    if model.attention is None:
+        losses, weights = sequence_losses(
             model,
-            prompts,
-            stop_ids=frozenset(stop_ids),
-            max_new_tokens=max_new_tokens,
-            max_nodes=max_nodes,
-            batch_size=batch_size,
+            sequences,
+            indices,
+            batching="padded",
+            max_nodes=limits.max_nodes,
             check_stop=check_stop,
-        ):
-            for prompt in finished:
-                answers[prompt] = _before_stop(tokens, stop_ids)
-            num_done += len(finished)
-            progress("answers", num_done, len(prompts))
+            progress=progress,
+        )
+        with inference(model.network):
+            finished = _run_padded(model, sequences, indices, limits, check_stop=check_stop)
+            return _collect(finished, len(indices), limits, progress), losses, weights
+    losses, weights = np.zeros(len(indices)), np.zeros(len(indices))
+    with inference(model.network):
+        finished = _run_tries(
+            model, sequences, indices, limits, check_stop=check_stop, on_losses=partial(add_up, losses, weights)
+        )
+        return _collect(finished, len(indices), limits, progress), losses, weights
+
+
+def _end_in_a_label(prompts: Sequence[Sequence[int] | np.ndarray]) -> FlatSequences:
+    """Each prompt followed by one labelled token, which is never computed: a trie ends where its last label begins."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+    offsets = np.concatenate(([0], np.cumsum(lengths + 1)))
+    is_prompt = np.ones(offsets[-1], bool)
+    is_prompt[offsets[1:] - 1] = False
+    input_ids = np.zeros(offsets[-1], np.int32)
+    input_ids[is_prompt] = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
+    return FlatSequences(input_ids, np.where(is_prompt, np.int32(IGNORED_LABEL), np.int32(0)), offsets)
+
+
+def _collect(
+    finished: Iterator[tuple[np.ndarray, list[int]]], num_sequences: int, limits: GenerationLimits, progress: Progress
+) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in range(num_sequences)]
+    num_done = 0
+    for places, tokens in finished:
+        answer = list(takewhile(lambda token: token not in limits.stop_ids, tokens))
+        for place in places:
+            answers[place] = answer
+        num_done += len(places)
+        progress("answers", num_done, num_sequences)
     return answers
 
 
-def _generate_by_trie(
+def _run_tries(
     model: TrieModel,
-    prompts: Sequence[Sequence[int] | np.ndarray],
+    sequences: Sequences,
+    indices: np.ndarray,
+    limits: GenerationLimits,
     *,
-    stop_ids: frozenset[int],
-    max_new_tokens: int,
-    max_nodes: int,
-    batch_size: int,
     check_stop: CheckStop,
+    on_losses: Callable[[MicroBatch, np.ndarray, np.ndarray], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Yield the places of equal prompts and their new tokens, as soon as they have finished."""
-    waiting = _prompt_tries(prompts, max_nodes=max_nodes, batch_size=batch_size)
-    decoding = Decoding(max_new_tokens=max_new_tokens, device=model.device)
+    """Yield the places in `indices` of sequences with one prompt, and their new tokens, as soon as these have ended."""
+    place = np.zeros(len(sequences.offsets) - 1, np.int64)
+    place[indices] = np.arange(len(indices))
+    waiting = _plan_tries(sequences, indices, limits)
+    decoding = Decoding(max_new_tokens=limits.max_new_tokens, device=model.device)
     rows: list[_Row] = []
     with _attention(model.network, register()):
         while True:
             check_stop()
-            micro_batch = next(waiting, None) if len(rows) <= batch_size // 2 else None
+            micro_batch = next(waiting, None) if len(rows) <= limits.batch_size // 2 else None
             if micro_batch is not None:
-                joining, next_tokens = _prefill(model, decoding, micro_batch)
+                joining, hidden_ND, ends_of_prompts = _prefill(model, decoding, micro_batch, place)
+                if on_losses is not None:
+                    on_losses(micro_batch, place[micro_batch.sequence_indices], _losses(model, micro_batch, hidden_ND))
+                next_tokens = _most_likely(model, hidden_ND[ends_of_prompts])
                 rows += joining
                 changed = joining
             elif rows:
@@ -111,59 +193,60 @@ def _generate_by_trie(
                 return
             for row, token in zip(changed, next_tokens, strict=True):
                 row.tokens.append(token)
-            has_finished = [row.tokens[-1] in stop_ids or len(row.tokens) == max_new_tokens for row in rows]
-            decoding.keep(~np.array(has_finished))
-            yield from ((row.prompts, row.tokens) for row, done in zip(rows, has_finished, strict=True) if done)
-            rows = [row for row, done in zip(rows, has_finished, strict=True) if not done]
+                if on_token is not None:
+                    on_token(row.sequences, token)
+            has_ended = [row.tokens[-1] in limits.stop_ids or len(row.tokens) == limits.max_new_tokens for row in rows]
+            decoding.keep(~np.array(has_ended))
+            yield from ((row.sequences, row.tokens) for row, ended in zip(rows, has_ended, strict=True) if ended)
+            rows = [row for row, ended in zip(rows, has_ended, strict=True) if not ended]
 
 
-def _prompt_tries(
-    prompts: Sequence[Sequence[int] | np.ndarray], *, max_nodes: int, batch_size: int
-) -> Iterator[MicroBatch]:
-    """Tries of about `batch_size` neighbours each, in sorted order; prompts of one paragraph stay together if they can.
-
-    A trie ends with the node that predicts the last label. So each prompt is followed by one token, which is never
-    computed, and the nodes that predict it are the ends of the prompts.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-    offsets = np.concatenate(([0], np.cumsum(lengths + 1)))
-    ends = offsets[1:] - 1
-    input_ids = np.zeros(offsets[-1], np.int32)
-    labels = np.full(offsets[-1], IGNORED_LABEL, np.int32)
-    labels[ends] = 0
-    is_prompt = np.ones(offsets[-1], bool)
-    is_prompt[ends] = False
-    input_ids[is_prompt] = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
-    sequences = FlatSequences(input_ids, labels, offsets)
-    order = sort_sequences(input_ids, offsets[:-1], lengths)
-    shared = common_prefix_lengths(input_ids, offsets[:-1][order], lengths[order])
+def _plan_tries(sequences: Sequences, indices: np.ndarray, limits: GenerationLimits) -> Iterator[MicroBatch]:
+    """Tries of about `batch_size` neighbours in sorted order, cut where neighbouring prompts share least."""
+    input_ids, starts = np.asarray(sequences.input_ids), np.asarray(sequences.offsets)[indices]
+    lengths = find_prompt_lengths(sequences)[indices]
+    order = sort_sequences(input_ids, starts, lengths)
+    shared = common_prefix_lengths(input_ids, starts[order], lengths[order])
     first = 0
     while first < len(order):
-        last = first + batch_size
+        last = first + limits.batch_size
         if last < len(order):
-            # The cut that repeats least, in the second half of the batch; the latest of several.
-            candidates = np.arange(last, first + batch_size // 2, -1)
+            # Anywhere in the second half of the batch; the latest of several equal cuts.
+            candidates = np.arange(last, first + limits.batch_size // 2, -1)
             last = int(candidates[shared[candidates].argmin()])
-        yield from make_micro_batches(sequences, order[first:last], batching="trie", max_nodes=max_nodes)
+        yield from make_micro_batches(
+            sequences, indices[order[first:last]], batching="trie", max_nodes=limits.max_nodes
+        )
         first = last
 
 
-def _prefill(model: TrieModel, decoding: Decoding, micro_batch: MicroBatch) -> tuple[list[_Row], list[int]]:
-    """Compute a trie of prompts; its distinct prompts join the decoding rows. Returns them with their first tokens."""
+def _prefill(
+    model: TrieModel, decoding: Decoding, micro_batch: MicroBatch, place: np.ndarray
+) -> tuple[list[_Row], Tensor, Tensor]:
+    """Compute a trie; its distinct prompts join the rows that decode.
+
+    Returns:
+        Their rows, the hidden states at all labels [N, D], and which of these end a prompt, in the order of the rows.
+    """
     trie = micro_batch.trie
     assert trie is not None
-    ends = micro_batch.label_index
+    # A sequence's labels are listed from its first to its last, and the first is predicted where the prompt ends.
+    sequence, first_label = np.unique(micro_batch.sequence_of_label, return_index=True)
+    end_of_sequence = micro_batch.label_index[micro_batch.pair_of_label[first_label]]
+    ends, row_of_sequence = np.unique(end_of_sequence, return_inverse=True)
     prefill = Prefill(trie, ends, model.layout(trie), model.device)
     hidden = _hidden_states(model, micro_batch.input_ids, micro_batch.position_ids, attends=prefill)
-    prompt_lengths = trie.position_ids[ends].astype(np.int64) + 1
-    decoding.join(prefill.groups, prompt_lengths)
-    row_of_prompt = np.empty(len(micro_batch.sequence_indices), np.int64)
-    row_of_prompt[micro_batch.sequence_of_label] = micro_batch.pair_of_label
-    rows = [
-        _Row(micro_batch.sequence_indices[row_of_prompt == number], int(length))
-        for number, length in enumerate(prompt_lengths)
-    ]
-    return rows, _most_likely(model, hidden[0, torch.from_numpy(ends.astype(np.int64)).to(model.device)])
+    decoding.join(prefill.groups, trie.position_ids[ends].astype(np.int64) + 1)
+    places = place[micro_batch.sequence_indices[sequence]]
+    rows = [_Row(places[row_of_sequence == number]) for number in range(len(ends))]
+    at_labels = hidden[0, torch.from_numpy(micro_batch.label_index.astype(np.int64)).to(model.device)]
+    return rows, at_labels, torch.from_numpy(np.searchsorted(micro_batch.label_index, ends)).to(model.device)
+
+
+def _losses(model: TrieModel, micro_batch: MicroBatch, hidden_ND: Tensor) -> np.ndarray:
+    labels = torch.from_numpy(micro_batch.labels.astype(np.int64)).to(model.device)
+    losses = label_losses(hidden_ND, labels, model.project, model.vocabulary_size)
+    return np.asarray(losses.double().cpu().numpy())
 
 
 def _decode(model: TrieModel, decoding: Decoding, tokens: list[int]) -> list[int]:
@@ -205,27 +288,22 @@ def _attention(network: Any, name: str) -> Iterator[None]:
         network.set_attn_implementation(before)
 
 
-def _generate_padded(
+def _run_padded(
     model: TrieModel,
-    prompts: Sequence[Sequence[int] | np.ndarray],
+    sequences: Sequences,
+    indices: np.ndarray,
+    limits: GenerationLimits,
     *,
-    stop_ids: frozenset[int],
-    max_new_tokens: int,
-    max_nodes: int,
-    batch_size: int,
     check_stop: CheckStop,
+    on_token: OnToken | None = None,
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """The library's `generate` on rows padded at the left, prompts of similar length together."""
     from transformers import GenerationConfig
 
-    def stop_between_tokens(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        check_stop()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
     # Whatever a model's own file asks for besides, such as a repetition penalty: greedy is greedy.
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stop_ids),
+    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=limits.max_new_tokens,
+        eos_token_id=sorted(limits.stop_ids),
         pad_token_id=0,
         do_sample=False,
         num_beams=1,
@@ -234,27 +312,31 @@ def _generate_padded(
         temperature=1.0,
         top_p=1.0,
     )
-    lengths = np.array([len(prompt) for prompt in prompts])
+    starts, lengths = np.asarray(sequences.offsets)[indices], find_prompt_lengths(sequences)[indices]
     order, first = np.argsort(-lengths, kind="stable"), 0
     while first < len(order):
-        check_stop()
         width = int(lengths[order[first]])
-        batch = order[first : first + max(1, min(batch_size, max_nodes // width))]
+        batch = order[first : first + max(1, min(limits.batch_size, limits.max_nodes // width))]
         first += len(batch)
-        input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-        is_real = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, prompt in enumerate(batch):
-            input_ids[row, width - lengths[prompt] :] = torch.as_tensor(np.asarray(prompts[prompt], np.int64))
-            is_real[row, width - lengths[prompt] :] = 1
-        output = model.network.generate(  # type: ignore[operator]  # of transformers, which is untyped
-            input_ids=input_ids.to(model.device),
-            attention_mask=is_real.to(model.device),
-            generation_config=greedy,
-            stopping_criteria=[stop_between_tokens],
+        input_ids = np.zeros((len(batch), width), np.int64)
+        is_real = np.arange(width) >= width - lengths[batch, None]
+        input_ids[is_real] = np.concatenate(
+            [sequences.input_ids[starts[at] : starts[at] + lengths[at]] for at in batch]
         )
-        for prompt, tokens in zip(batch, output[:, width:].tolist(), strict=True):
-            yield np.array([prompt]), tokens
 
+        def between_tokens(so_far: Tensor, scores: Tensor, batch: np.ndarray = batch, **_: Any) -> Tensor:
+            check_stop()
+            if on_token is not None:
+                for at, token in zip(batch, so_far[:, -1].tolist(), strict=True):
+                    on_token(np.array([at]), token)
+            return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)
 
-def _before_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
-    return list(takewhile(lambda token: token not in stop_ids, tokens))
+        check_stop()
+        output = model.network.generate(  # type: ignore[operator]  # of transformers, which is untyped
+            input_ids=torch.from_numpy(input_ids).to(model.device),
+            attention_mask=torch.from_numpy(is_real.astype(np.int64)).to(model.device),
+            generation_config=greedy,
+            stopping_criteria=[between_tokens],
+        )
+        for at, tokens in zip(batch, output[:, width:].tolist(), strict=True):
+            yield np.array([at]), tokens

@@ -30,6 +30,14 @@ CheckStop = Callable[[], None]
 Progress = Callable[[str, int, int], None]
 
 
+def no_stop() -> None:
+    """For callers whom nobody stops."""
+
+
+def no_progress(phase: str, num_done: int, num_examples: int) -> None:
+    """For callers whom nobody watches."""
+
+
 class ScoringModel(Protocol):
     """What scoring needs of a model; `trietune.model.causal_lm.TrieModel` is one."""
 
@@ -146,6 +154,20 @@ def branch(
     )
 
 
+def add_up(
+    losses: np.ndarray, weights: np.ndarray, micro_batch: MicroBatch, places: np.ndarray, pair_losses: np.ndarray
+) -> None:
+    """Add what a micro-batch found to `losses` and `weights`, float64 [B], in place.
+
+    Args:
+        places: where in them each sequence of the micro-batch belongs.
+        pair_losses: float64 [N], of each (position, label) pair.
+    """
+    place_of_label = places[micro_batch.sequence_of_label]
+    losses += np.bincount(place_of_label, weights=pair_losses[micro_batch.pair_of_label], minlength=len(losses))
+    weights += np.bincount(place_of_label, minlength=len(weights))
+
+
 @contextmanager
 def inference(network: torch.nn.Module) -> Iterator[None]:
     """No gradients and no dropout inside; each module's own mode comes back afterwards, also after an error."""
@@ -175,9 +197,7 @@ def _score(
     for micro_batch in make_micro_batches(sequences, indices, batching=batching, max_nodes=max_nodes):
         check_stop()
         pair_losses = model.label_losses(micro_batch).double().cpu().numpy()
-        owner = place[micro_batch.sequence_indices][micro_batch.sequence_of_label]
-        losses += np.bincount(owner, weights=pair_losses[micro_batch.pair_of_label], minlength=len(indices))
-        weights += np.bincount(owner, minlength=len(indices))
+        add_up(losses, weights, micro_batch, place[micro_batch.sequence_indices], pair_losses)
     return losses, weights
 
 

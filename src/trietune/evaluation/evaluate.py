@@ -1,0 +1,204 @@
+"""Measure a model on a data set: its loss, and what its task asks for.
+
+    labels     every label of every example scored in one trie      loss, accuracy
+    answers    greedy generation on one trie, and the loss with it  loss, exact match, F1
+    text       the loss                                             loss, perplexity
+
+Before, during and after training the same function measures, so that its numbers can stand side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trietune.data.examples import Task, TokenSequences
+from trietune.data.tokenizer import Encoder
+from trietune.evaluation.generation import GenerationLimits, generate_and_score
+from trietune.evaluation.metrics import Measured, join, measure_accuracy, measure_answers, measure_loss
+from trietune.evaluation.scoring import (
+    CheckStop,
+    Progress,
+    find_prompt_lengths,
+    label_log_probabilities,
+    label_probabilities,
+    no_progress,
+    no_stop,
+    sequence_losses,
+)
+from trietune.model.causal_lm import TrieModel
+from trietune.trie import Batching
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model says to one example.
+
+    Attributes:
+        index: of the example in its data set.
+        id: its id.
+        text: the label's short name, or the generated answer.
+        gold: the right ones; empty for an unanswerable question.
+        probabilities: of each label by its short name; empty for generated answers.
+    """
+
+    index: int
+    id: str
+    text: str
+    gold: tuple[str, ...]
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The outcome of `evaluate`; names of metrics and intervals begin with `eval/`."""
+
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    num_examples: int
+    predictions: Sequence[Prediction]
+
+
+def evaluate(
+    model: TrieModel,
+    sequences: TokenSequences,
+    encoder: Encoder,
+    *,
+    batching: Batching,
+    max_nodes: int,
+    batch_size: int,
+    max_examples: int | None = None,
+    seed: int = 0,
+    generate: bool = True,
+    max_new_tokens: int | None = None,
+    check_stop: CheckStop = no_stop,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Measure `model` on `sequences` by the task of the encoder's prompt format.
+
+    Args:
+        max_nodes: most positions computed at once, which bounds memory.
+        batch_size: about how many answers are generated together.
+        max_examples: of a larger set, a random subset that depends on `seed` alone; None takes all.
+        generate: False leaves generated answers out, and their metrics.
+        max_new_tokens: of a generated answer; None: as many as the longest gold completion of the whole set has.
+        check_stop: called between micro-batches and decoding steps; what it raises ends the evaluation.
+        progress: called with a phase (`loss`, `labels`, `answers`), and the examples done and in all.
+    """
+    indices = choose_examples(len(sequences), max_examples, seed=seed)
+    predictions: list[Prediction] = []
+    task = encoder.prompt_format.task
+    if task.kind == "labels":
+        completions = [np.array(encoder.encode_completion(label), np.int32) for label in task.labels]
+        log_probabilities = label_log_probabilities(
+            model,
+            sequences,
+            indices,
+            completions,
+            batching=batching,
+            max_nodes=max_nodes,
+            check_stop=check_stop,
+            progress=progress,
+        )
+        gold = find_labels(sequences, indices, completions)
+        measured = _measure_labels(log_probabilities, gold, completions)
+        predictions = _label_predictions(sequences, indices, task, log_probabilities, gold)
+    elif task.kind == "answers" and generate:
+        limits = GenerationLimits(
+            stop_ids=frozenset(encoder.prompt_format.stop_ids),
+            max_new_tokens=longest_completion(sequences) if max_new_tokens is None else max_new_tokens,
+            max_nodes=max_nodes,
+            batch_size=batch_size,
+        )
+        answers, losses, weights = generate_and_score(
+            model, sequences, indices, limits, check_stop=check_stop, progress=progress
+        )
+        predictions = _answer_predictions(sequences, indices, encoder, answers)
+        texts, gold_answers = [p.text for p in predictions], [p.gold for p in predictions]
+        measured = [measure_loss(losses, weights), measure_answers(texts, gold_answers, seed=seed)]
+    else:
+        losses, weights = sequence_losses(
+            model,
+            sequences,
+            indices,
+            batching=batching,
+            max_nodes=max_nodes,
+            check_stop=check_stop,
+            progress=progress,
+        )
+        measured = [measure_loss(losses, weights)]
+    joined = join(measured, prefix="eval/")
+    return Evaluation(joined.metrics, joined.intervals, len(indices), predictions)
+
+
+def choose_examples(num_examples: int, max_examples: int | None, *, seed: int) -> np.ndarray:
+    """Indices of the examples to evaluate, ascending: all, or a subset drawn without replacement; int64."""
+    if max_examples is None or max_examples >= num_examples:
+        return np.arange(num_examples)
+    return np.sort(np.random.default_rng(seed).choice(num_examples, max_examples, replace=False))
+
+
+def longest_completion(sequences: TokenSequences) -> int:
+    """Tokens of the longest gold completion, its end-of-sequence token included; at least 1."""
+    lengths = np.diff(np.asarray(sequences.offsets)) - find_prompt_lengths(sequences)
+    return max(1, int(lengths.max(initial=0)))
+
+
+def find_labels(sequences: TokenSequences, indices: np.ndarray, completions: Sequence[np.ndarray]) -> np.ndarray:
+    """Which of the labels' completions each example has; int64 [B].
+
+    Raises:
+        ValueError: one has none of them.
+    """
+    number_of = {completion.tobytes(): number for number, completion in enumerate(completions)}
+    starts = np.asarray(sequences.offsets)[:-1] + find_prompt_lengths(sequences)
+    found = np.zeros(len(indices), np.int64)
+    for at, index in enumerate(indices):
+        completion = np.asarray(sequences.input_ids[starts[index] : sequences.offsets[index + 1]], np.int32)
+        number = number_of.get(completion.tobytes())
+        if number is None:
+            raise ValueError(f"the completion of example `{sequences.ids[index]}` is none of the task's labels")
+        found[at] = number
+    return found
+
+
+def _measure_labels(
+    log_probabilities: np.ndarray, gold: np.ndarray, completions: Sequence[np.ndarray]
+) -> list[Measured]:
+    losses = -log_probabilities[np.arange(len(gold)), gold]
+    lengths = np.array([len(completion) for completion in completions])
+    return [measure_loss(losses, lengths[gold]), measure_accuracy(log_probabilities.argmax(axis=1) == gold)]
+
+
+def _label_predictions(
+    sequences: TokenSequences, indices: np.ndarray, task: Task, log_probabilities: np.ndarray, gold: np.ndarray
+) -> list[Prediction]:
+    probabilities = label_probabilities(log_probabilities).tolist()
+    return [
+        Prediction(
+            index=int(index),
+            id=sequences.ids[index],
+            text=task.label_names[predicted],
+            gold=(task.label_names[right],),
+            probabilities=dict(zip(task.label_names, row, strict=True)),
+        )
+        for index, predicted, right, row in zip(
+            indices, log_probabilities.argmax(axis=1), gold, probabilities, strict=True
+        )
+    ]
+
+
+def _answer_predictions(
+    sequences: TokenSequences, indices: np.ndarray, encoder: Encoder, answers: Sequence[Sequence[int]]
+) -> list[Prediction]:
+    return [
+        Prediction(
+            index=int(index),
+            id=sequences.ids[index],
+            text=encoder.decode_completion(tokens).strip(),
+            gold=sequences.examples[int(index)].answers,
+        )
+        for index, tokens in zip(indices, answers, strict=True)
+    ]
