@@ -221,12 +221,12 @@ def test_going_back_sets_newer_ones_aside_and_deletes_none(tmp_path: Path) -> No
     for step in (50, 100, 150):
         save(store, step)
     moved = store.set_aside_newer(50)
-    assert [path.name for path in moved] == ["step-00000150", "step-00000100"]
+    assert [path.name for path in moved] == ["abandoned-1-step-00000150", "abandoned-1-step-00000100"]
     assert steps(store) == [50]
-    directory.verify_directory(store.folder / "abandoned-1" / "step-00000100")
+    directory.verify_directory(moved[1])
     assert store.set_aside_newer(50) == []
     save(store, 100)
-    assert store.set_aside_newer(50)[0].parent.name == "abandoned-2"
+    assert store.set_aside_newer(50)[0].name == "abandoned-2-step-00000100"
 
 
 @pytest.mark.parametrize(

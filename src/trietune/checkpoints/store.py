@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step-00000050/             whole or absent
                       step-00000100/
-                      abandoned-1/step-.../      newer than the one a run went back to; kept for you, read by nothing
+                      abandoned-1-step-.../      newer than the one a run went back to; kept for you, read by nothing
                       .damaged-step-.../         stood in the way of a save and was not whole; kept for you
                       .staging- .removed- .replaced-    of a write or a removal under way
 
@@ -204,24 +204,21 @@ class CheckpointStore:
         raise messages.all_damaged(self.folder, damages)
 
     def set_aside_newer(self, step: int) -> list[Path]:
-        """Move every `step-*` beyond `step` to `abandoned-<n>/`, newest first, so that `last` means this line of steps.
+        """Rename every `step-*` beyond `step` to `abandoned-<n>-step-*`, so that `last` means this line of steps.
 
+        Newest first: stopped half-way, what is left still ends with the newest of the line that is given up.
         Returns where they went; nothing is deleted.
         """
         newer = [path for path in _step_entries(self.folder) if step_of(path) > step]
-        if not newer:
-            return []
         number = 1
-        while os.path.lexists(aside := self.folder / f"abandoned-{number}"):
+        while any(self.folder.glob(f"abandoned-{number}-*")):
             number += 1
-        files.make_folder(aside)
-        files.flush_folder(self.folder)
         moved = []
         for path in sorted(newer, key=step_of, reverse=True):
-            files.rename(path, aside / path.name)
+            aside = self.folder / f"abandoned-{number}-{path.name}"
+            files.rename(path, aside)
             files.flush_folder(self.folder)
-            moved.append(aside / path.name)
-        files.flush_folder(aside)
+            moved.append(aside)
         return moved
 
     def clean_leftovers(self) -> list[Path]:

@@ -277,7 +277,7 @@ def _candidates(
 def _given_up_here(store: CheckpointStore) -> list[tuple[int, manifest.Manifest]]:
     """Checkpoints that this directory went back behind, though the storage may still hold them."""
     found = []
-    for path in store.folder.glob("abandoned-*/step-*"):
+    for path in store.folder.glob("abandoned-*-step-*"):
         with contextlib.suppress(Damaged, OSError):
             known = directory.read_manifest(path)
             found.append((known.info.step, known))
