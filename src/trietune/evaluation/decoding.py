@@ -120,7 +120,7 @@ class Decoding:
         self._values: list[Tensor] = []
         self._num_new = torch.zeros(0, dtype=torch.long, device=device)
         self._depths = torch.zeros(0, dtype=torch.long, device=device)
-        self._biases: dict[int | None, tuple[list[Tensor], Tensor]] = {}
+        self._biases: dict[int | None, list[Tensor]] = {}
         self._row = torch.zeros(0, dtype=torch.long, device=device)
         self._width = 0
 
@@ -192,60 +192,46 @@ class Decoding:
         """query [1, H, B, d], key and value [1, G, B, d] -> [1, B, H, d]."""
         layer = int(module.layer_idx)  # type: ignore[arg-type]  # every decoder layer of transformers has it
         num_key_heads, num_rows, head_size = key.shape[1:]
-        scale = head_size**-0.5 if scaling is None else scaling
-        new_keys, new_values = self._keys[layer], self._values[layer]
-        new_keys[self._row, :, self._num_new] = key[0].transpose(0, 1)
-        new_values[self._row, :, self._num_new] = value[0].transpose(0, 1)
-        new_keys, new_values = new_keys[:, :, : self._width], new_values[:, :, : self._width]
-
+        self._keys[layer][self._row, :, self._num_new] = key[0].transpose(0, 1)
+        self._values[layer][self._row, :, self._num_new] = value[0].transpose(0, 1)
+        new_keys, new_values = (new[layer][:, :, : self._width] for new in (self._keys, self._values))
         query = query[0].view(num_key_heads, -1, num_rows, head_size)  # heads of one key head are neighbours
-        query_BGhd = query.permute(2, 0, 1, 3)
-        group_biases, new_bias = self._biases_of(sliding_window)
-        new_scores = query_BGhd @ new_keys.transpose(2, 3)  # [B, G, h, S]
-        out = torch.empty_like(query_BGhd, memory_format=torch.contiguous_format)
-        first = 0
-        for group, bias in zip(self._groups, group_biases, strict=True):
-            rows = slice(first, first + group.num_rows)
-            first += group.num_rows
-            # All of the group's rows and heads as one matrix a key head: [G, h * R, d] with [G, d, K].
-            stacked = query[:, :, rows].reshape(num_key_heads, -1, head_size)
-            scores = (stacked @ group.keys[layer].transpose(1, 2)).view(
-                num_key_heads, -1, group.num_rows, bias.shape[1]
+        query = query * (head_size**-0.5 if scaling is None else scaling)
+        on_new = query.permute(2, 0, 1, 3) @ new_keys.transpose(2, 3)  # [B, G, H/G, S]
+        outputs, first = [], 0
+        for group, bias in zip(self._groups, self._biases_of(sliding_window), strict=True):
+            rows, first = slice(first, first + group.num_rows), first + group.num_rows
+            keys, values = group.keys[layer], group.values[layer]
+            # The group's rows and heads are one matrix a key head: [G, H/G * R, d] with [G, d, K].
+            on_nodes = query[:, :, rows].reshape(num_key_heads, -1, head_size) @ keys.transpose(1, 2)
+            scores = torch.cat(
+                (on_nodes.view(*query.shape[:2], group.num_rows, -1), on_new[rows].permute(1, 2, 0, 3)), 3
             )
-            scores = torch.cat((scores, new_scores[rows].permute(1, 2, 0, 3)), dim=3) * scale
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
-            scores = scores.to(bias.dtype)
-            scores[..., : bias.shape[1]] += bias
-            scores[..., bias.shape[1] :] += new_bias[rows]
-            weights = scores.softmax(dim=-1).to(query.dtype)
-            on_nodes, on_new = weights[..., : bias.shape[1]], weights[..., bias.shape[1] :]
-            seen = (on_nodes.reshape(num_key_heads, -1, bias.shape[1]) @ group.values[layer]).view(
-                num_key_heads, -1, group.num_rows, head_size
-            )
-            out[rows] = seen.permute(2, 0, 1, 3) + on_new.permute(2, 0, 1, 3) @ new_values[rows]
-        return out.view(1, num_rows, -1, head_size)
+            weights = (scores + bias).softmax(dim=-1).to(query.dtype)
+            of_nodes, of_new = weights[..., : keys.shape[1]], weights[..., keys.shape[1] :]
+            seen = (of_nodes.reshape(num_key_heads, -1, keys.shape[1]) @ values).view(*query.shape[:2], -1, head_size)
+            outputs.append(seen.permute(2, 0, 1, 3) + of_new.permute(2, 0, 1, 3) @ new_values[rows])
+        return torch.cat(outputs).view(1, num_rows, -1, head_size)
 
-    def _biases_of(self, window: int | None) -> tuple[list[Tensor], Tensor]:
-        """0 where a row sees, -inf elsewhere: [R, K] for each group's nodes, [B, S] for new tokens."""
+    def _biases_of(self, window: int | None) -> list[Tensor]:
+        """For each group [R, K + S]: 0 where a row sees a node or new token, -inf elsewhere; made once a step."""
         if window not in self._biases:
-            accumulate = torch.promote_types(self._keys[0].dtype, torch.float32)
-            new = torch.arange(self._width, device=self._device)
-            back = self._num_new[:, None] - new
-            sees_new = (back >= 0) if window is None else (back >= 0) & (back < window)
+            # In fp32 at least: adding it takes the scores there, and softmax is computed in what it is given.
+            dtype = torch.promote_types(self._keys[0].dtype, torch.float32)
+            back = self._num_new[:, None] - torch.arange(self._width, device=self._device)
+            is_new = back >= 0 if window is None else (back >= 0) & (back < window)
             biases, first = [], 0
             for group in self._groups:
+                rows, first = slice(first, first + group.num_rows), first + group.num_rows
                 sees = group.sees
                 if window is not None:
-                    sees = sees & (self._depths[first : first + group.num_rows, None] - group.depths < window)
-                first += group.num_rows
-                biases.append(_bias(sees, accumulate))
-            self._biases[window] = (biases, _bias(sees_new, accumulate))
+                    sees = sees & (self._depths[rows, None] - group.depths < window)
+                sees = torch.cat((sees, is_new[rows]), dim=1)
+                biases.append(torch.zeros(sees.shape, dtype=dtype, device=self._device).masked_fill_(~sees, -torch.inf))
+            self._biases[window] = biases
         return self._biases[window]
-
-
-def _bias(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf)
 
 
 def decoding_attention(

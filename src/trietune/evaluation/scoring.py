@@ -55,6 +55,12 @@ class FlatSequences:
     labels: np.ndarray
     offsets: np.ndarray
 
+    @classmethod
+    def without_labels(cls, input_ids: np.ndarray, lengths: np.ndarray) -> FlatSequences:
+        """Sequences of these lengths, laid end to end in `input_ids` (int32), none of whose tokens is labelled."""
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+        return cls(input_ids, np.full(len(input_ids), IGNORED_LABEL, np.int32), offsets)
+
 
 def sequence_losses(
     model: ScoringModel,

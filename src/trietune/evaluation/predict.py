@@ -1,0 +1,238 @@
+"""Use a trained model: labels with their probabilities, answers, and a conversation.
+
+"a fine film"                               -> positive 0.98, negative 0.02        a task with labels
+{"context": "...", "question": "..."}       -> "in 1066"                           answers, from columns
+"Once upon a time"                          -> " there was ..."                    any other text, as it is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trietune.data.examples import Example, Message
+from trietune.data.recipes import WrongRow
+from trietune.data.templates import PromptFormat, fill_template, read_messages
+from trietune.data.tokenizer import Encoder
+from trietune.errors import UserError
+from trietune.evaluation.generation import GenerationLimits, generate
+from trietune.evaluation.scoring import (
+    CheckStop,
+    FlatSequences,
+    Progress,
+    label_log_probabilities,
+    label_probabilities,
+    no_progress,
+    no_stop,
+)
+from trietune.model.causal_lm import TrieModel
+from trietune.trie import Batching
+
+Input = str | Mapping[str, Any]
+"""A text, or a row with the columns that the prompt template names."""
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LabelPrediction:
+    """The most likely label by its short name, and the probability of each."""
+
+    label: str
+    probabilities: Mapping[str, float]
+
+
+def predict_labels(
+    model: TrieModel,
+    encoder: Encoder,
+    inputs: Sequence[Input],
+    *,
+    batching: Batching,
+    max_nodes: int,
+    check_stop: CheckStop = no_stop,
+    progress: Progress = no_progress,
+) -> list[LabelPrediction]:
+    """The label of each input, for a prompt format whose task has labels.
+
+    Raises:
+        UserError: an input does not have what the prompt template asks for.
+    """
+    task = encoder.prompt_format.task
+    prompts = [encoder.encode_prompt(example) for example in make_examples(encoder.prompt_format, inputs)]
+    if not prompts:
+        return []
+    lengths = np.array([len(prompt) for prompt in prompts])
+    input_ids = np.concatenate([np.array(prompt, np.int32) for prompt in prompts])
+    probabilities = label_probabilities(
+        label_log_probabilities(
+            model,
+            FlatSequences.without_labels(input_ids, lengths),
+            np.arange(len(prompts)),
+            [np.array(encoder.encode_completion(label), np.int32) for label in task.labels],
+            batching=batching,
+            max_nodes=max_nodes,
+            check_stop=check_stop,
+            progress=progress,
+        )
+    )
+    return [
+        LabelPrediction(task.label_names[int(row.argmax())], dict(zip(task.label_names, row.tolist(), strict=True)))
+        for row in probabilities
+    ]
+
+
+def predict_text(
+    model: TrieModel,
+    encoder: Encoder,
+    inputs: Sequence[Input],
+    *,
+    max_nodes: int,
+    batch_size: int,
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    check_stop: CheckStop = no_stop,
+    progress: Progress = no_progress,
+) -> list[str]:
+    """What the model says to each input, greedily; spaces at both ends are left out.
+
+    Raises:
+        UserError: an input does not have what the prompt template asks for, or is empty.
+    """
+    prompts = [encoder.encode_prompt(example) for example in make_examples(encoder.prompt_format, inputs)]
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise UserError(
+                f"input {number} is empty, and a model needs something to go on from", next_step="give it a text"
+            )
+    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_nodes=max_nodes, batch_size=batch_size)
+    answers = generate(model, prompts, limits, check_stop=check_stop, progress=progress)
+    return [encoder.decode_completion(tokens).strip() for tokens in answers]
+
+
+def answer_turn(
+    model: TrieModel,
+    encoder: Encoder,
+    messages: Sequence[Message],
+    *,
+    max_nodes: int,
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    check_stop: CheckStop = no_stop,
+    on_text: Callable[[str], None] | None = None,
+) -> Message:
+    """The assistant's next turn in a conversation.
+
+    Args:
+        messages: all turns so far; the last one is not the assistant's.
+        on_text: called with each new piece of text as it is generated; the pieces together are the turn.
+
+    Raises:
+        UserError: the chat template refuses the conversation.
+    """
+    try:
+        prompt = encoder.encode_prompt(_conversation(messages))
+    except WrongRow as error:
+        raise UserError(f"this conversation cannot go on: {error}", next_step="begin a new one") from None
+    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_nodes=max_nodes, batch_size=1)
+    stream = _TextStream(encoder, on_text or (lambda piece: None))
+    [answer] = generate(model, [prompt], limits, check_stop=check_stop, on_token=lambda _, token: stream.add(token))
+    text = encoder.decode_completion(answer).strip()
+    stream.finish(text)
+    return Message("assistant", text)
+
+
+def make_examples(prompt_format: PromptFormat, inputs: Sequence[Input]) -> list[Example]:
+    """The prompts of inputs that have no completion yet.
+
+    A template with one column takes a text as that column, a chat as the user's turn; data without a template takes it
+    as the whole prompt. A row is read by the names of its columns.
+
+    Raises:
+        UserError: a text for a template with several columns, or a row that lacks a column.
+    """
+    return [_make_example(prompt_format, value, f"input {number}") for number, value in enumerate(inputs, start=1)]
+
+
+def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Example:
+    if prompt_format.kind == "chat":
+        if isinstance(value, str):
+            return _conversation([Message("user", value)])
+        if "messages" in value:
+            try:
+                return _conversation(read_messages(value["messages"]))
+            except TypeError as error:
+                raise UserError(f"{name} cannot be read: {error}", next_step=_ADVICE_MESSAGES) from None
+        raise UserError(f"{name} has no `messages`, and this adapter was trained on chats", next_step=_ADVICE_MESSAGES)
+    columns = prompt_format.columns
+    if isinstance(value, str):
+        if not prompt_format.prompt_template:
+            return Example(id=name, prompt=value, completion="")
+        if len(columns) != 1:
+            raise UserError(
+                f"{name} is a text, and the prompt of this adapter has {len(columns)} columns: {_named(columns)}",
+                next_step=f"give JSON with them: {_sample_row(columns)}",
+            )
+        value = {columns[0]: value}
+    if not prompt_format.prompt_template:
+        columns = ("prompt",)
+    missing = [column for column in columns if column not in value]
+    if missing:
+        raise UserError(
+            f"{name} has no {_named(missing)}, which the prompt of this adapter asks for",
+            where=f"it has {_named(list(value)) or 'no columns'}",
+            next_step=f"give JSON with all of them: {_sample_row(columns)}",
+        )
+    try:
+        return Example(id=name, prompt=fill_template(prompt_format.prompt_template or "{prompt}", value), completion="")
+    except TypeError as error:
+        raise UserError(f"{name} cannot be read: {error}", next_step="give text or a number there") from None
+
+
+_ADVICE_MESSAGES = 'give a text, or JSON such as {"messages": [{"role": "user", "content": "..."}]}'
+
+
+def _conversation(messages: Sequence[Message]) -> Example:
+    return Example(id="", prompt="", completion="", messages=tuple(messages))
+
+
+def _named(columns: Sequence[str]) -> str:
+    return ", ".join(f"`{column}`" for column in columns)
+
+
+def _sample_row(columns: Sequence[str]) -> str:
+    return "{" + ", ".join(f'"{column}": "..."' for column in columns) + "}"
+
+
+def _limits(encoder: Encoder, *, max_new_tokens: int, max_nodes: int, batch_size: int) -> GenerationLimits:
+    return GenerationLimits(
+        stop_ids=frozenset(encoder.prompt_format.stop_ids),
+        max_new_tokens=max_new_tokens,
+        max_nodes=max_nodes,
+        batch_size=batch_size,
+    )
+
+
+class _TextStream:
+    """Tokens become text as they come: a piece is passed on once it cannot change any more."""
+
+    def __init__(self, encoder: Encoder, on_text: Callable[[str], None]) -> None:
+        self._encoder = encoder
+        self._on_text = on_text
+        self._tokens: list[int] = []
+        self._num_passed_on = 0
+
+    def add(self, token: int) -> None:
+        self._tokens.append(token)
+        text = self._encoder.decode_completion(self._tokens).lstrip()
+        # A character of several tokens decodes to U+FFFD until it is whole; trailing spaces may yet be cut off.
+        end = len(text.rstrip("\ufffd").rstrip())
+        self._pass_on(text[:end])
+
+    def finish(self, text: str) -> None:
+        self._pass_on(text)
+
+    def _pass_on(self, text: str) -> None:
+        if len(text) > self._num_passed_on:
+            self._on_text(text[self._num_passed_on :])
+            self._num_passed_on = len(text)
