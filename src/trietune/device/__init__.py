@@ -1,0 +1,7 @@
+"""The machine: which device, which number format, how much memory."""
+
+from trietune.device.choose import Device, choose_device
+from trietune.device.memory import bytes_per_position, micro_batch_bound
+from trietune.device.precision import choose_dtype
+
+__all__ = ["Device", "bytes_per_position", "choose_device", "choose_dtype", "micro_batch_bound"]

@@ -1,0 +1,54 @@
+"""What a model will be, from its config alone: no weight is read, so mistakes are found before the slow part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trietune.model.adapter import add_adapter
+from trietune.model.load import check_architecture
+from trietune.model.locate import ModelFolder
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkShape:
+    """Counts of a network with its adapter, and whether a trie can be computed with it.
+
+    Attributes:
+        config: its text config, of transformers.
+        num_parameters: of the base model, tied ones once.
+        num_trainable: of the adapter.
+        refusal: why tries cannot be computed, as the end of a sentence; None if they can.
+    """
+
+    config: Any
+    num_parameters: int
+    num_trainable: int
+    refusal: str | None
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Of the base model's weights in `dtype`."""
+        return self.num_parameters * torch.finfo(dtype).bits // 8
+
+
+def describe_network(base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[str, Any]) -> NetworkShape:
+    """Build the network without weights, put the adapter on it, and count.
+
+    Args:
+        adapter: keyword arguments of `add_adapter`.
+
+    Raises:
+        UserError: the adapter's targets are not in this model.
+    """
+    config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        refusal = check_architecture(network)
+        num_parameters = sum(p.numel() for p in network.parameters())
+        peft_model = add_adapter(network, base=base, **adapter)
+    num_trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    return NetworkShape(network.config.get_text_config(), num_parameters, num_trainable, refusal)

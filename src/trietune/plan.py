@@ -1,0 +1,104 @@
+"""What a run will do, every `auto` resolved: `--dry-run` prints this object, `train` executes the same one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from trietune.device import Device
+    from trietune.model.attention import AttentionKind
+    from trietune.trie import Batching
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What tries save on this data, measured on a few batches drawn as training will draw them.
+
+    Attributes:
+        tokens_per_example: positions that plain rows without padding would compute.
+        positions_per_example: positions that this run computes.
+    """
+
+    tokens_per_example: float
+    positions_per_example: float
+
+    @property
+    def factor(self) -> float:
+        return self.tokens_per_example / max(self.positions_per_example, 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run with nothing left open.
+
+    Attributes:
+        directory: the run's folder; its name is the run's.
+        dtype: of the base model; adapter and optimizer are fp32.
+        attention: how tries attend; None for padded rows, which keep the library's attention.
+        is_grouped: whether examples with a long common prefix meet in a batch.
+        max_positions: most positions of a micro-batch.
+        num_steps: optimizer steps of the whole run.
+        eval_max_examples: examples of a periodic validation; None takes all.
+        eval_batch_size: answers generated together.
+    """
+
+    directory: Path
+    model_name: str
+    model_revision: str | None
+    num_parameters: int
+    num_trainable: int
+    device: Device
+    dtype: torch.dtype
+    batching: Batching
+    attention: AttentionKind | None
+    is_grouped: bool
+    max_positions: int
+    num_train: int
+    num_validation: int
+    batch_size: int
+    batches_per_step: int
+    steps_per_epoch: int
+    num_steps: int
+    num_warmup_steps: int
+    eval_max_examples: int | None
+    eval_batch_size: int
+    sharing: Sharing
+    position_bytes: int
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The plan for people: (name, value), in the order in which things happen."""
+        revision = f" at {self.model_revision[:12]}" if self.model_revision else ""
+        batch = f"{self.batch_size} examples" + (
+            f" x {self.batches_per_step} accumulated" if self.batches_per_step > 1 else ""
+        )
+        epochs = self.num_steps / self.steps_per_epoch
+        attention = self.attention or "the model's own"
+        validation = "all" if self.eval_max_examples is None else f"{self.eval_max_examples:,}"
+        memory = self.max_positions * self.position_bytes / 2**30
+        return [
+            ("model", f"{self.model_name}{revision}, {_millions(self.num_parameters)} parameters"),
+            ("adapter", f"{self.num_trainable:,} trained parameters, in float32"),
+            ("device", f"{self.device.name}, base in {str(self.dtype).removeprefix('torch.')}"),
+            ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
+            ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
+            ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
+            (
+                "sharing",
+                f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens an example "
+                f"are computed ({self.sharing.factor:.2f}x)",
+            ),
+            ("micro-batch", f"at most {self.max_positions:,} tokens, about {memory:.1f} GB"),
+            ("validation", f"{validation} examples while training, all before and after"),
+        ]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _grouping(is_grouped: bool) -> str:
+    return "examples with a common beginning meet" if is_grouped else "shuffled plainly"

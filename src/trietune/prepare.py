@@ -1,0 +1,246 @@
+"""From settings to a plan: the model is found, the data read, every `auto` resolved. Nothing is written but caches."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trietune.demo import DEMO_MODEL, DEMO_QUESTIONS, DEMO_REVIEWS, demo_questions, demo_reviews, smollm2_gguf
+from trietune.errors import UserError
+from trietune.plan import Plan, Sharing
+from trietune.tracking.events import Working
+
+if TYPE_CHECKING:
+    from trietune.config.settings import Settings
+    from trietune.data.load import Data
+    from trietune.model.locate import ModelFolder
+    from trietune.tracking.dispatch import Tracker
+    from trietune.trie.groups import PrefixGroups
+
+# Grouping pays if it saves this much of the positions that plain shuffling computes.
+GROUPING_SAVES = 0.25
+# Batches that are laid out to measure what is shared.
+SAMPLED_BATCHES = 8
+# With `eval_max_examples: auto`, a periodic validation takes about a tenth of the training between two of them; a
+# training example costs three forward passes.
+VALIDATION_SHARE = 0.1
+FEWEST_VALIDATED = 32
+DEFAULT_EVAL_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan and all that was read to make it."""
+
+    settings: Settings
+    plan: Plan
+    base: ModelFolder
+    tokenizer: Any
+    data: Data
+    groups: PrefixGroups | None
+
+
+def prepare(
+    settings: Settings, hub: Tracker, check_stop: Callable[[], None], *, directory: Path | None = None
+) -> Prepared:
+    """Find the model, read the data, choose device and layout; writes nothing but caches.
+
+    Args:
+        directory: of the run; by default the one that the settings name.
+    """
+    from trietune.data.load import load_data
+    from trietune.data.tokenizer import load_tokenizer
+    from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
+    from trietune.model.gguf import cache_folder
+    from trietune.model.describe import describe_network
+
+    for note in settings.notes:
+        hub.say(note, is_warning=True)
+    if settings.deterministic:
+        make_deterministic()
+    device = choose_device(settings.device, use_tt=settings.use_tt, where=settings.where)
+    if device.reason:
+        hub.say(device.reason)
+    dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
+
+    base = locate_base(settings.model_name, hub)
+    tokenizer = load_tokenizer(base.path)
+    shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings))
+    if settings.batching != "padded" and shape.refusal is not None:
+        raise UserError(
+            f"batches of `{base.name}` cannot be computed as a trie: {shape.refusal}",
+            where=f"`batching: {settings.batching}` ({settings.where('batching')})",
+            next_step="`--set batching=padded`, which trains it on plain rows",
+        )
+
+    data = load_data(
+        with_demo_data(settings),
+        tokenizer,
+        cache_folder=cache_folder() / "data",
+        report=hub.say,
+        progress=progress_of(hub, "examples"),
+        check_stop=check_stop,
+    )
+    num_train = len(data.train)
+    groups = choose_groups(settings, data.train, hub)
+    batches_per_epoch = math.ceil(num_train / settings.batch_size)
+    steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
+    num_steps = steps_per_epoch * settings.num_epochs
+    if settings.max_steps is not None:
+        num_steps = min(settings.max_steps, num_steps)
+    position_bytes = bytes_per_position(shape.config, dtype, gradient_checkpointing=settings.gradient_checkpointing)
+    max_positions = settings.max_tokens_per_micro_batch
+    if max_positions == "auto":
+        max_positions = micro_batch_bound(device.free_memory_bytes() - shape.num_bytes(dtype), position_bytes)
+    plan = Plan(
+        directory=directory or run_directory(settings),
+        model_name=base.name,
+        model_revision=base.revision,
+        num_parameters=shape.num_parameters,
+        num_trainable=shape.num_trainable,
+        device=device,
+        dtype=dtype,
+        batching=settings.batching,
+        attention=choose_attention(settings),
+        is_grouped=groups is not None,
+        max_positions=max_positions,
+        num_train=num_train,
+        num_validation=len(data.validation) if data.validation is not None else 0,
+        batch_size=settings.batch_size,
+        batches_per_step=settings.gradient_accumulation_steps,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        num_warmup_steps=settings.num_warmup_steps(num_steps),
+        eval_max_examples=validation_bound(settings, data),
+        eval_batch_size=DEFAULT_EVAL_BATCH if settings.eval_batch_size == "auto" else settings.eval_batch_size,
+        sharing=measure_sharing(settings, data.train, groups, max_positions),
+        position_bytes=position_bytes,
+    )
+    return Prepared(settings, plan, base, tokenizer, data, groups)
+
+
+def adapter_arguments(settings: Settings) -> dict[str, Any]:
+    """Keyword arguments of `add_adapter`."""
+    return {
+        "r": settings.lora_r,
+        "alpha": settings.lora_alpha,
+        "dropout": settings.lora_dropout,
+        "target_modules": settings.lora_target_modules,
+        "use_rslora": settings.use_rslora,
+        "use_dora": settings.use_dora,
+        "bias": settings.lora_bias,
+        "modules_to_save": settings.modules_to_save or None,
+        "seed": settings.seed,
+    }
+
+
+def locate_base(model_name: str, hub: Tracker) -> ModelFolder:
+    """The base model's folder; the sample model's name stands for the file in its Python package."""
+    from trietune.model.locate import locate_model
+
+    if model_name == DEMO_MODEL:
+        folder = locate_model(str(smollm2_gguf()), report=hub.say, progress=progress_of(hub, "bytes"))
+        return replace(folder, name=DEMO_MODEL)
+    return locate_model(model_name, report=hub.say, progress=progress_of(hub, "bytes"))
+
+
+def with_demo_data(settings: Settings) -> Settings:
+    """The settings with the sample data's name replaced by its folder."""
+    folder = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions}.get(settings.dataset_id)
+    return settings if folder is None else settings.model_copy(update={"dataset_id": str(folder())})
+
+
+def progress_of(hub: Tracker, unit: str) -> Callable[[str, int, int | None], None]:
+    """A progress callback that emits `Working`."""
+    def progress(phase: str, done: int, total: int | None) -> None:
+        hub.emit(Working(phase, done, total, unit))
+
+    return progress
+
+
+def make_deterministic() -> None:
+    """PyTorch's deterministic algorithms; cuBLAS needs its variable before the first product."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def choose_attention(settings: Settings) -> Any:
+    """How tries attend; only the ways that this build has are accepted."""
+    if settings.batching == "padded":
+        return None
+    if settings.attention in ("varlen", "flex"):
+        raise UserError(
+            f"`attention: {settings.attention}` needs a CUDA device and is not in this build yet",
+            where=settings.where("attention"),
+            next_step="`--set attention=auto`",
+        )
+    return "rows" if settings.attention == "auto" else settings.attention
+
+
+def choose_groups(settings: Settings, sequences: Any, hub: Tracker) -> PrefixGroups | None:
+    """Prefix groups if `group_by_prefix` asks for them, or, with `auto`, if they save much."""
+    from trietune.trie.groups import find_prefix_groups
+
+    if settings.group_by_prefix is False or settings.batching != "trie":
+        return None
+    if settings.batch_size * settings.gradient_accumulation_steps == 1:
+        groups = find_prefix_groups(sequences, batch_size=32)
+        if groups.num_distinct < (1 - GROUPING_SAVES) * groups.num_tokens:
+            hub.say(
+                "`batch_size: 1` computes every example alone; the examples share "
+                f"{1 - groups.num_distinct / groups.num_tokens:.0%} of their tokens. `--set batch_size=32` computes "
+                "shared beginnings once (compare the learning rate: docs/batches.md)"
+            )
+        return None
+    groups = find_prefix_groups(sequences, batch_size=settings.batch_size)
+    if settings.group_by_prefix is True:
+        return groups
+    shuffled = measure_sharing(settings, sequences, None, 2**31).positions_per_example
+    grouped = measure_sharing(settings, sequences, groups, 2**31).positions_per_example
+    return groups if grouped < (1 - GROUPING_SAVES) * shuffled else None
+
+
+def measure_sharing(settings: Settings, sequences: Any, groups: PrefixGroups | None, max_positions: int) -> Sharing:
+    """Lay out a few batches of the first epoch as training will."""
+    from trietune.training.sampler import Sampler
+    from trietune.trie import make_micro_batches
+
+    sampler = Sampler(len(sequences), batch_size=settings.batch_size, seed=settings.seed, groups=groups)
+    num_examples = num_tokens = num_positions = 0
+    for number in range(min(SAMPLED_BATCHES, sampler.batches_per_epoch)):
+        indices = sampler.batch(0, number)
+        for micro_batch in make_micro_batches(
+            sequences, indices, batching=settings.batching, max_nodes=max_positions
+        ):
+            num_tokens += micro_batch.num_tokens
+            num_positions += micro_batch.num_positions
+        num_examples += len(indices)
+    return Sharing(num_tokens / num_examples, num_positions / num_examples)
+
+
+def validation_bound(settings: Settings, data: Data) -> int | None:
+    """Examples of a periodic validation; None takes all."""
+    if settings.eval_max_examples != "auto":
+        return settings.eval_max_examples
+    between = settings.val_steps_freq * settings.batch_size * settings.gradient_accumulation_steps
+    bound = max(FEWEST_VALIDATED, int(3 * VALIDATION_SHARE * between))
+    return None if data.validation is None or bound >= len(data.validation) else bound
+
+
+def run_directory(settings: Settings) -> Path:
+    """`<project_dir>/<run name>`; a name that exists gets `-2`, `-3`, unless the run is resumed."""
+    first = Path(settings.project_dir).expanduser() / settings.wandb_run_name
+    if settings.resume_from_checkpoint:
+        return first
+    directory, number = first, 1
+    while directory.exists():
+        number += 1
+        directory = first.with_name(f"{first.name}-{number}")
+    return directory
