@@ -47,7 +47,7 @@ NumberedRow = tuple[int, Row | BrokenRow]
 
 
 def read_rows(path: Path) -> Iterator[NumberedRow]:
-    """The rows of one file in order, each with its line number, counted from 1 (parquet: its row number).
+    """The rows of one file in order, each with its line number, counted from 1 (parquet: its row, SQuAD: its question).
 
     Memory stays bounded, except for `.json` files, which are read as a whole.
 
@@ -199,16 +199,18 @@ def _read_json_list(path: Path) -> Iterator[NumberedRow]:
 
 
 def _read_squad(path: Path) -> Iterator[NumberedRow]:
-    """One row a question, in the columns that the data set has on the hub. Lines are not known: JSON is one value."""
+    """One row a question, counted from 1, in the columns of the hub: lines of one JSON value tell nobody anything."""
+    number = 0
     try:
         articles = json.loads(_read_text(path))["data"]
         for article in articles:
             for paragraph in article["paragraphs"]:
                 context = paragraph["context"]
                 for qa in paragraph["qas"]:
+                    number += 1
                     answers = [] if qa.get("is_impossible") else [answer["text"] for answer in qa["answers"]]
                     row = {"context": context, "question": qa["question"], "answers": {"text": answers}}
-                    yield 0, row if qa.get("id") is None else {"id": str(qa["id"]), **row}
+                    yield number, row if qa.get("id") is None else {"id": str(qa["id"]), **row}
     except json.JSONDecodeError as error:
         raise UserError(
             f"`{path.name}` is not JSON: {error.msg}",

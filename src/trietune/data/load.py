@@ -8,10 +8,10 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from trietune.data.cache import CacheWriter, make_key, open_cached
 from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
 from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
 from trietune.data.recipes import REQUIRED_COLUMNS, Recipe, choose_recipe
-from trietune.data.sources import PlacedRow, Rows, Sources, SplitRole, find_sources
+from trietune.data.sources import Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat, literal_text
 from trietune.data.tokenizer import (
     check_tokenizer,
@@ -260,9 +260,12 @@ class _Loading:
         total = rows.quick_count() if held_out is None else int((held_out != is_training).sum())
         total = limit if total is None else min(total, limit or total)
         phase = f"tokenizing {'training' if is_training else 'validation'} data"
+        placed = rows.read()
+        if held_out is not None and not is_training:
+            placed = compress(placed, held_out)
         with CacheWriter(self.cache_folder, key) as writer:
             counts = tokenize_rows(
-                islice(_choose(rows.read(), held_out, takes_held_out=not is_training), limit),
+                islice(placed, _last_row(held_out, limit)),
                 writer,
                 source=rows.name,
                 recipe=self.recipe,
@@ -270,6 +273,7 @@ class _Loading:
                 rules=rules,
                 check_stop=self.check_stop,
                 progress=lambda done: self.progress(phase, done, total),
+                left_out=held_out if is_training else None,
             )
             return writer.finish(asdict(counts)), counts
 
@@ -328,10 +332,12 @@ def _find_chat_template(settings: Any, tokenizer: Any, recipe: Recipe) -> str:
     return str(template)
 
 
-def _choose(placed: Iterator[PlacedRow], held_out: np.ndarray | None, *, takes_held_out: bool) -> Iterator[PlacedRow]:
-    if held_out is None:
-        return placed
-    return (row for row, is_out in zip(placed, held_out.tolist(), strict=True) if is_out is takes_held_out)
+def _last_row(held_out: np.ndarray | None, limit: int | None) -> int | None:
+    """How many rows hold the first `limit` that are not held out."""
+    if held_out is None or limit is None:
+        return limit
+    taken = np.flatnonzero(~held_out)
+    return int(taken[limit - 1]) + 1 if limit <= len(taken) else None
 
 
 def _describe_held_out(rows: Rows, held_out: np.ndarray) -> str:

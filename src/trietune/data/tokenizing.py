@@ -60,8 +60,12 @@ def tokenize_rows(
     rules: Rules,
     check_stop: Callable[[], None],
     progress: Callable[[int], None],
+    left_out: np.ndarray | None = None,
 ) -> SplitCounts:
     """Write the examples of these rows and count them.
+
+    Args:
+        left_out: rows that belong to another split, bool [rows or more]; they are checked, and not written.
 
     Raises:
         UserError: rows are broken or labels wrong; all of them are counted, the first ten are named.
@@ -70,13 +74,13 @@ def tokenize_rows(
     to_example = _example_reader(recipe, encoder, rules)
     while block := list(islice(placed, ROWS_A_BLOCK)):
         check_stop()
-        read = _read_block(block, to_example, encoder, tally)
+        read = _read_block(block, to_example, left_out, tally)
         # After a first broken row nothing will be written: the rest is only read to be counted.
         if not tally.problems.number:
             _write_block(read, writer, recipe, encoder, rules, tally)
         progress(tally.read)
-    tally.problems.raise_any(source, tally.read)
-    tally.too_long.raise_any(source, tally.read)
+    tally.problems.raise_any(source, tally.seen)
+    tally.too_long.raise_any(source, tally.seen)
     return tally.finish(writer)
 
 
@@ -128,6 +132,7 @@ class _Tally:
     """Counts that grow with the blocks. Examples are remembered by an 8-byte hash each, never by their text."""
 
     source: str
+    seen: int = 0
     read: int = 0
     counts: SplitCounts = field(default_factory=lambda: SplitCounts(source=""))
     problems: Problems = field(
@@ -218,11 +223,15 @@ def _read_tokens(row: Row, place: str, encoder: Encoder, rules: Rules) -> _Read:
 
 
 def _read_block(
-    block: Sequence[PlacedRow], to_example: Callable[[Row, str], _Read], encoder: Encoder, tally: _Tally
+    block: Sequence[PlacedRow], to_example: Callable[[Row, str], _Read], left_out: np.ndarray | None, tally: _Tally
 ) -> list[_Read]:
+    skipped = [False] * len(block)
+    if left_out is not None:
+        skipped = left_out[tally.seen : tally.seen + len(block)].tolist()
+    tally.seen += len(block)
+    tally.read += len(block) - sum(skipped)
     read: list[_Read] = []
-    for place, row in block:
-        tally.read += 1
+    for (place, row), is_skipped in zip(block, skipped, strict=True):
         if isinstance(row, BrokenRow):
             tally.problems.add(place, row.reason)
             continue
@@ -230,6 +239,8 @@ def _read_block(
             one = to_example(row, place)
         except WrongRow as error:
             tally.problems.add(place, str(error), is_unlabelled=isinstance(error, Unlabelled))
+            continue
+        if is_skipped:
             continue
         if one.example.id != place:
             # Ids that the data brings may repeat, for instance over two files; a place never does.

@@ -1,0 +1,479 @@
+"""From settings to token sequences: sources, counts, rules and the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from trietune.data import Data, load_data, load_split, preview_examples
+from trietune.data.examples import IGNORED_LABEL, Message
+from trietune.data.load import draw_held_out
+from trietune.errors import StopRequested, UserError
+
+Load = Callable[..., Data]
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What the last calls of `load` reported."""
+    return []
+
+
+@pytest.fixture
+def load(tokenizer: Any, make_settings: Any, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Load:
+    """`load(**settings)` in a folder of its own, with a cache of its own."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def call(*, progress: Any = lambda *_: None, check_stop: Any = lambda: None, **changes: Any) -> Data:
+        return load_data(
+            make_settings(**changes),
+            tokenizer,
+            cache_folder=tmp_path / "cache",
+            report=said.append,
+            progress=progress,
+            check_stop=check_stop,
+        )
+
+    return call
+
+
+def tsv(name: str, *rows: str) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("sentence\tlabel\n" + "".join(row + "\n" for row in rows))
+    return name
+
+
+def jsonl(name: str, rows: list[Any]) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def texts(data: Data, tokenizer: Any) -> list[str]:
+    train = data.train
+    pairs = zip(train.offsets[:-1], train.offsets[1:], strict=True)
+    return [tokenizer.decode(train.input_ids[a:b], skip_special_tokens=True) for a, b in pairs]
+
+
+def test_sst2_from_local_files(load: Load, tokenizer: Any) -> None:
+    data = load(
+        dataset_id="stanfordnlp/sst2",
+        train_file=tsv("train.tsv", "a fine film\t1", "dull\t0"),
+        validation_file=tsv("dev.tsv", "fine\t1"),
+    )
+    assert texts(data, tokenizer) == [
+        'Review: a fine film\nOutput: {"label": "positive"}',
+        'Review: dull\nOutput: {"label": "negative"}',
+    ]
+    assert list(data.train.ids) == ["train.tsv:2", "train.tsv:3"]
+    assert data.train.examples[1].prompt == "Review: dull\nOutput:"
+    assert data.train.examples[-1].id == "train.tsv:3"
+    assert data.task.labels == (' {"label": "negative"}', ' {"label": "positive"}')
+    assert data.task.label_names == ("negative", "positive")
+    assert data.validation is not None
+    assert len(data.validation) == 1
+    assert not data.counts.held_out
+    assert (data.train.input_ids.dtype, data.train.labels.dtype) == (np.int32, np.int32)
+    assert data.train.offsets.dtype == np.int64
+
+
+def squad_file(name: str, num_questions: int = 2) -> str:
+    qas = [
+        {"id": f"{name}-{i}", "question": f"question {i}?", "answers": [{"text": f"the {i}"}], "is_impossible": i % 2}
+        for i in range(num_questions)
+    ]
+    Path(name).write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "C.", "qas": qas}]}]}))
+    return name
+
+
+def test_squad_from_local_files_by_any_name(load: Load, tokenizer: Any) -> None:
+    train, dev = squad_file("a.json"), squad_file("b.json")
+    expected = [
+        "\nContext: C.\n\nQuestion: question 0?\n\nAnswer:\nthe 0",
+        "\nContext: C.\n\nQuestion: question 1?\n\nAnswer:\nunanswerable",
+    ]
+    for dataset_id in ("squadv2", "squad_v2", "rajpurkar/squad_v2"):
+        data = load(dataset_id=dataset_id, train_file=train, validation_file=dev)
+        assert texts(data, tokenizer) == expected
+    # The default of `dataset_id` is SST-2: it does not count against what the file itself says.
+    assert texts(load(train_file=train, validation_file=dev), tokenizer) == expected
+    assert data.task.kind == "answers"
+    assert data.train.examples[0].answers == ("the 0",)
+    assert data.train.examples[1].answers == ()
+    assert list(data.train.ids) == ["a.json-0", "a.json-1"]
+
+
+def test_ids_stay_unique_where_the_data_repeats_them(load: Load) -> None:
+    Path("parts").mkdir()
+    for name in ("one", "two"):
+        squad_file(f"parts/{name}.json")
+        Path(f"parts/{name}.json").write_text(Path(f"parts/{name}.json").read_text().replace(f"parts/{name}", "same"))
+    data = load(dataset_id="squadv2", train_file="parts/*.json", validation_file=squad_file("dev.json"))
+    assert list(data.train.ids) == ["same.json-0", "same.json-1", "two.json, question 1", "two.json, question 2"]
+
+
+def test_a_file_that_is_not_the_named_data_set_is_refused(load: Load) -> None:
+    with pytest.raises(UserError, match=r"`sentence`, `label` missing in `a.json`"):
+        load(dataset_id="sst2", train_file=squad_file("a.json"))
+
+
+@pytest.mark.parametrize("form", ["tsv", "csv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize("names", [("train", "validation"), ("train", "valid"), ("train-00000-of-00001", "dev")])
+def test_a_folder_of_splits(load: Load, form: str, names: tuple[str, str]) -> None:
+    rows = [{"sentence": f"film {i}", "label": i % 2} for i in range(4)]
+    Path("folder").mkdir()
+    for name in (*names, "test"):
+        path = Path(f"folder/{name}.{form}")
+        if form in ("tsv", "csv"):
+            mark = "\t" if form == "tsv" else ","
+            path.write_text(f"sentence{mark}label\n" + "".join(f"{r['sentence']}{mark}{r['label']}\n" for r in rows))
+        elif form == "jsonl":
+            jsonl(str(path), rows)
+        elif form == "json":
+            path.write_text(json.dumps(rows))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+    Path("folder/README.md").write_text("not data")
+    for key in ("dataset_id", "train_file"):
+        data = load(**{key: "folder"})
+        assert data.validation is not None
+        assert (len(data.train), len(data.validation)) == (4, 4)
+        assert data.train.examples[1].prompt == "Review: film 1\nOutput:"
+        assert not data.counts.held_out
+
+
+def test_a_folder_with_a_folder_for_each_split(load: Load) -> None:
+    jsonl("d/train/a.jsonl", [{"text": "a"}])
+    jsonl("d/train/b.jsonl", [{"text": "b"}])
+    jsonl("d/dev/a.jsonl", [{"text": "c"}])
+    data = load(dataset_id="d")
+    assert list(data.train.ids) == ["a.jsonl:1", "b.jsonl:1"]
+    assert data.counts.train.source == "a.jsonl and 1 more"
+
+
+def test_a_split_in_two_forms_is_ambiguous(load: Load) -> None:
+    tsv("d/train.tsv", "fine\t1")
+    jsonl("d/train.jsonl", [{"text": "x"}])
+    with pytest.raises(UserError, match=r"several forms: \.jsonl, \.tsv"):
+        load(dataset_id="d")
+
+
+def test_files_of_one_name_are_told_apart(load: Load) -> None:
+    jsonl("a/x.jsonl", [{"text": "a"}])
+    jsonl("b/x.jsonl", [{"text": "b"}])
+    assert list(load(train_file="*/x.jsonl", validation_file="a/x.jsonl").train.ids) == ["a/x.jsonl:1", "b/x.jsonl:1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "advice"),
+    [
+        ({"train_file": "trian.tsv"}, "no file or folder `trian.tsv`", "did you mean `train.tsv`?"),
+        ({"train_file": "nothing/*.tsv"}, "finds no file", "GLUE TSV"),
+        ({"dataset_id": "./missing"}, "no file or folder `missing`", "check the path"),
+        ({"dataset_id": "missing.jsonl"}, "no file or folder `missing.jsonl`", "check the path"),
+        ({"dataset_id": "empty"}, "holds no data files", "GLUE TSV"),
+        ({"dataset_id": "sst-2"}, "no data set `sst-2`", "did you mean `sst2`?"),
+        ({"dataset_id": "squad2"}, "no data set `squad2`", "did you mean `squad"),
+        ({"train_file": "train.tsv", "dataset_split": "tain"}, "has no split `tain`", "dataset_split: train"),
+        ({"train_file": "train.tsv", "dataset_split": "train[9:]"}, "holds no rows", "lies inside"),
+        ({"train_file": "train.tsv", "dataset_split": "train[a:b]"}, "is not a split", "train"),
+        ({"train_file": "header.tsv"}, "`header.tsv` holds no rows", "check that the file"),
+        ({"train_file": "train.tsv", "chat_template": "{{ x }}"}, "no conversations", "messages"),
+    ],
+)
+def test_a_source_that_is_not_there(load: Load, changes: Any, message: str, advice: str) -> None:
+    tsv("train.tsv", "fine\t1")
+    tsv("header.tsv")
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=message) as caught:
+        load(**changes)
+    assert advice in str(caught.value)
+
+
+def test_a_slice_of_the_training_split(load: Load) -> None:
+    rows = [f"film {i}\t1" for i in range(10)]
+    dev = tsv("dev.tsv", "fine\t1")
+    for split, expected in (("train[:2]", [2, 3]), ("train[50%:70%]", [7, 8]), ("train[8:]", [10, 11])):
+        data = load(train_file=tsv("t.tsv", *rows), validation_file=dev, dataset_split=split)
+        assert list(data.train.ids) == [f"t.tsv:{line}" for line in expected]
+
+
+def test_only_the_first_training_examples_are_taken(load: Load) -> None:
+    train = tsv("t.tsv", *(f"film {i}\t1" for i in range(10)))
+    data = load(train_file=train, validation_file=tsv("dev.tsv", "fine\t1"), max_train_examples=3)
+    assert list(data.train.ids) == ["t.tsv:2", "t.tsv:3", "t.tsv:4"]
+    assert data.counts.train.read == 3
+
+
+def test_validation_is_held_out_of_custom_data_and_never_trained_on(load: Load, said: list[str]) -> None:
+    train = jsonl("t.jsonl", [{"text": f"text {i}"} for i in range(100)])
+    data = load(dataset_id=train)
+    assert data.validation is not None
+    assert len(data.validation) == 5
+    assert set(data.train.ids).isdisjoint(data.validation.ids)
+    assert len(data.train) == 95
+    assert data.counts.held_out
+    assert any("5 of 100 rows of `t.jsonl` are held out" in line for line in said)
+    again = load(dataset_id=train)
+    assert again.validation is not None
+    assert list(again.validation.ids) == list(data.validation.ids)
+
+
+def test_one_example_alone_is_trained_without_validation(load: Load, said: list[str]) -> None:
+    data = load(dataset_id=jsonl("t.jsonl", [{"text": "alone"}]))
+    assert data.validation is None
+    assert len(data.train) == 1
+    assert any("too small" in line for line in said)
+
+
+def test_a_limit_counts_what_is_not_held_out(load: Load) -> None:
+    train = jsonl("t.jsonl", [{"text": f"text {i}"} for i in range(100)])
+    everything, some = load(dataset_id=train).train, load(dataset_id=train, max_train_examples=50).train
+    assert list(some.ids) == list(everything.ids)[:50]
+    assert len(load(dataset_id=train, max_train_examples=1000).train) == 95
+
+
+def test_how_much_is_held_out() -> None:
+    assert [int(draw_held_out(n).sum()) for n in (0, 1, 2, 20, 100, 1_000_000)] == [0, 0, 1, 1, 5, 1000]
+
+
+def test_overlong_examples_are_left_out_and_counted(load: Load, said: list[str]) -> None:
+    long = " ".join(["film"] * 60)
+    train, dev = tsv("t.tsv", "fine\t1", f"{long}\t0", f"{long}\t1"), tsv("dev.tsv", f"{long}\t0")
+    data = load(train_file=train, validation_file=dev, max_length=60)
+    assert list(data.train.ids) == ["t.tsv:2"]
+    assert data.counts.train.overlong.number == 2
+    assert data.counts.train.overlong.samples == ("t.tsv:3", "t.tsv:4")
+    assert "training: 2 longer than `max_length: 60`, left out (t.tsv:3, t.tsv:4)" in said
+    assert data.validation is not None
+    assert len(data.validation) == 1
+    assert np.diff(data.validation.offsets)[0] > 60
+    assert any("kept: validation drops nothing" in line for line in said)
+
+
+def test_prompts_are_cut_at_their_left_and_labels_never(load: Load, tokenizer: Any, said: list[str]) -> None:
+    train = tsv("t.tsv", "fine\t1", " ".join(f"film{i}" for i in range(60)) + "\t0")
+    dev = tsv("dev.tsv", "fine\t1")
+    whole = load(train_file=train, validation_file=dev, max_length=1000).train
+    cut = load(train_file=train, validation_file=dev, max_length=60, overlong="truncate_prompt").train
+    assert np.diff(cut.offsets).max() == 60
+    start, end = whole.offsets[1:3]
+    ids, labels = cut.input_ids[cut.offsets[1] :], cut.labels[cut.offsets[1] :]
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[1:].tolist() == whole.input_ids[start:end][-59:].tolist()
+    assert labels[labels != IGNORED_LABEL].tolist() == [one for one in whole.labels[start:end] if one != IGNORED_LABEL]
+    assert "training: 1 longer than `max_length: 60`, cut at the left of the prompt (t.tsv:3)" in said
+
+
+def test_what_its_completion_alone_makes_too_long_cannot_be_cut(load: Load) -> None:
+    rows = [{"prompt": "p " * 50, "completion": " long" * 50}, {"prompt": "a", "completion": " b"}]
+    dev = jsonl("dev.jsonl", rows[1:])
+    data = load(train_file=jsonl("t.jsonl", rows), validation_file=dev, max_length=40, overlong="truncate_prompt")
+    assert list(data.train.ids) == ["t.jsonl:2"]
+    assert (data.counts.train.overlong.number, data.counts.train.truncated.number) == (1, 0)
+
+
+def test_overlong_error_counts_all_of_them(load: Load) -> None:
+    train = tsv("t.tsv", *("film " * 60 + "\t1" for _ in range(5000)), "fine\t1")
+    with pytest.raises(UserError, match=r"5,000 of 5,001 rows of `t.tsv` are too long") as caught:
+        load(train_file=train, validation_file=tsv("dev.tsv", "x\t1"), max_length=60, overlong="error")
+    assert "t.tsv:2: " in str(caught.value)
+    assert "and 4,990 more" in str(caught.value)
+
+
+def test_nothing_left_is_an_error(load: Load) -> None:
+    train = tsv("t.tsv", "a fine film and a moving one\t1")
+    with pytest.raises(UserError, match=r"all 1 examples of `t.tsv` are longer than `max_length: 5`"):
+        load(train_file=train, validation_file=tsv("dev.tsv", "x\t1"), max_length=5)
+    empty = jsonl("e.jsonl", [{"prompt": "p", "completion": ""}])
+    with pytest.raises(UserError, match="completions are empty"):
+        load(train_file=empty, validation_file=empty)
+
+
+def test_broken_lines_stop_and_all_are_counted(load: Load) -> None:
+    lines = ['{"text": "fine"}', "{broken", *['{"text": "fine"}'] * 5000, "[1]", "{broken"]
+    Path("t.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"3 of 5,004 rows of `t.jsonl` cannot be used") as caught:
+        load(train_file="t.jsonl", validation_file="t.jsonl")
+    for place in ("t.jsonl:2: not JSON", "t.jsonl:5003: a JSON value", "t.jsonl:5004: not JSON"):
+        assert place in str(caught.value)
+
+
+def test_the_first_ten_broken_lines_are_named(load: Load) -> None:
+    train = tsv("t.tsv", *("fine\t7" for _ in range(25)))
+    with pytest.raises(UserError, match="25 of 25 rows") as caught:
+        load(train_file=train)
+    assert str(caught.value).count("t.tsv:") == 10
+    assert "and 15 more" in str(caught.value)
+
+
+def test_a_test_split_has_no_labels(load: Load) -> None:
+    with pytest.raises(UserError, match=r"2 of 2 rows of `test.tsv` have no label") as caught:
+        load(train_file=tsv("test.tsv", "fine\t-1", "dull\t-1"))
+    assert "validation" in str(caught.value)
+
+
+def test_empty_and_equal_examples_are_counted(load: Load, said: list[str]) -> None:
+    rows = [
+        {"prompt": "p", "completion": " c"},
+        {"prompt": "", "completion": " c"},
+        {"prompt": "p", "completion": " "},
+        {"prompt": "p", "completion": " c"},
+    ]
+    data = load(train_file=jsonl("t.jsonl", rows), validation_file=jsonl("v.jsonl", rows))
+    counts = data.counts.train
+    assert (counts.read, counts.kept) == (4, 3)
+    assert counts.without_completion.samples == ("t.jsonl:3",)
+    assert counts.without_prompt.samples == ("t.jsonl:2",)
+    assert counts.duplicates.samples == ("t.jsonl:4",)
+    assert data.validation is not None
+    assert len(data.validation) == 4
+    assert "training: 1 without a completion, left out (t.jsonl:3)" in said
+    assert "training: 1 equal to an earlier one, kept (t.jsonl:4)" in said
+
+
+def test_an_empty_sentence_is_counted_and_kept(load: Load) -> None:
+    counts = load(train_file=tsv("t.tsv", " \t1", "fine\t1"), validation_file=tsv("d.tsv", "x\t1")).counts.train
+    assert counts.without_prompt.samples == ("t.tsv:2",)
+    assert counts.kept == 2
+
+
+def test_few_short_completions_are_labels(load: Load, said: list[str]) -> None:
+    rows = [{"q": f"question {i}", "a": ("yes", "no", "maybe")[i % 3]} for i in range(60)]
+    keys = {"prompt_template": "{q}?", "completion_template": " {a}"}
+    data = load(dataset_id=jsonl("t.jsonl", rows), **keys)
+    assert data.task.kind == "labels"
+    assert data.task.labels == (" maybe", " no", " yes")
+    assert data.task.label_names == ("maybe", "no", "yes")
+    assert data.prompt_format.task == data.task
+    assert any("completions take 3 values (maybe, no, yes)" in line for line in said)
+    varied = [{"q": "q", "a": f"answer {i}"} for i in range(60)]
+    assert load(dataset_id=jsonl("u.jsonl", varied), **keys).task.kind == "text"
+
+
+def test_a_label_that_only_validation_has_makes_no_label_task(load: Load) -> None:
+    train = jsonl("t.jsonl", [{"prompt": "p", "completion": one} for one in (" yes", " no") * 5])
+    dev = jsonl("v.jsonl", [{"prompt": "p", "completion": " perhaps"}])
+    assert load(train_file=train, validation_file=dev).task.kind == "text"
+
+
+def test_conversations(load: Load) -> None:
+    turns = [{"role": role, "content": f"{role} text"} for role in ("user", "assistant") * 2]
+    path = jsonl("t.jsonl", [{"messages": turns}] * 2)
+    data = load(train_file=path, validation_file=path)
+    assert data.train.examples[0].messages[0] == Message("user", "user text")
+    assert data.prompt_format.kind == "chat"
+    assert "<start_of_turn>" in data.prompt_format.chat_template
+    own = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    Path("own.jinja").write_text(own)
+    for chat_template in (own, "own.jinja"):
+        assert (
+            load(train_file=path, validation_file=path, chat_template=chat_template).prompt_format.chat_template == own
+        )
+    with pytest.raises(UserError, match="neither a template nor a file"):
+        load(train_file=path, validation_file=path, chat_template="missing.jinja")
+
+
+def test_a_conversation_that_the_template_refuses_is_located(load: Load) -> None:
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = jsonl("t.jsonl", [{"messages": good}, {"messages": [{"role": "system", "content": "s"}, *good]}])
+    with pytest.raises(UserError, match=r"1 of 2 rows of `t.jsonl`") as caught:
+        load(train_file=path, validation_file=path)
+    assert "t.jsonl:2: the chat template refuses it: System role not supported" in str(caught.value)
+
+
+def test_data_that_brings_its_own_labels(load: Load, tokenizer: Any) -> None:
+    ids = tokenizer.encode("a fine film")
+    rows = [{"input_ids": ids, "labels": [-1] * 3 + ids[3:]}]
+    path = jsonl("t.jsonl", rows)
+    data = load(train_file=path, validation_file=path, ignored_index=-1)
+    assert data.train.input_ids.tolist() == ids
+    assert data.train.labels.tolist() == [IGNORED_LABEL] * 3 + ids[3:]
+    assert data.train.examples[0].completion.endswith("film")
+    with pytest.raises(UserError, match="token -1 is outside the vocabulary") as caught:
+        load(train_file=path, validation_file=path)
+    assert "t.jsonl:1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"input_ids": [1, 2], "labels": [1]}, "2 `input_ids` and 1 `labels`"),
+        ({"input_ids": [1, 2.5], "labels": [1, 2]}, "whole numbers"),
+        ({"input_ids": [1, 10**9], "labels": [1, 2]}, "outside the vocabulary"),
+    ],
+)
+def test_wrong_tokens_are_located(load: Load, row: Any, reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(train_file=jsonl("t.jsonl", [row]), validation_file="t.jsonl")
+    assert f"t.jsonl:1: {reason}" in str(caught.value) or reason in str(caught.value)
+
+
+def test_a_stop_leaves_nothing_half_written(load: Load, tmp_path: Path) -> None:
+    train = tsv("t.tsv", *(f"film {i}\t1" for i in range(10_000)))
+    seen: list[tuple[str, int, int | None]] = []
+
+    def stop_in_the_second_block() -> None:
+        if seen:
+            raise StopRequested("SIGINT", 130)
+
+    with pytest.raises(StopRequested):
+        load(
+            train_file=train,
+            validation_file=train,
+            progress=lambda *event: seen.append(event),
+            check_stop=stop_in_the_second_block,
+        )
+    assert seen == [("tokenizing training data", 4096, None)]
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+def test_progress_knows_the_total_where_it_is_free(load: Load) -> None:
+    seen: list[tuple[str, int, int | None]] = []
+    rows = [{"text": f"text {i}"} for i in range(100)]
+    load(dataset_id=jsonl("t.jsonl", rows), progress=lambda *event: seen.append(event))
+    assert seen == [("tokenizing training data", 95, 95), ("tokenizing validation data", 5, 5)]
+
+
+def test_one_split_for_evaluation(load: Load, tokenizer: Any, make_settings: Any, tmp_path: Path) -> None:
+    tsv("d/train.tsv", "a\t1")
+    tsv("d/dev.tsv", "b\t1")
+    tsv("d/test.tsv", "c\t1")
+    data = load(dataset_id="d")
+    calls: dict[str, Any] = {
+        "cache_folder": tmp_path / "cache",
+        "report": lambda _: None,
+        "progress": lambda *_: None,
+        "check_stop": lambda: None,
+    }
+    for split, text in (("train", "a"), ("validation", "b"), ("test", "c")):
+        sequences, used = load_split(make_settings(dataset_id="d"), tokenizer, split, **calls)  # type: ignore[arg-type]
+        assert sequences.examples[0].prompt == f"Review: {text}\nOutput:"
+        assert used == data.prompt_format
+    Path("d/test.tsv").unlink()
+    with pytest.raises(UserError, match="without a test split"):
+        load_split(make_settings(dataset_id="d"), tokenizer, "test", **calls)
+    own = load(dataset_id="d", prompt_template="Say {sentence}:").prompt_format
+    sequences, used = load_split(make_settings(dataset_id="d"), tokenizer, "validation", prompt_format=own, **calls)
+    assert sequences.examples[0].prompt == "Say b:"
+    assert used == own
+
+
+def test_a_preview_marks_the_labels(load: Load, tokenizer: Any) -> None:
+    data = load(train_file=tsv("t.tsv", "fine\t1", "dull\t0"), validation_file=tsv("d.tsv", "x\t1"))
+    shown = preview_examples(data.train, tokenizer, count=3)
+    assert [one.id for one in shown] == ["t.tsv:2", "t.tsv:3"]
+    assert "".join(token.text for token in shown[0].tokens if token.is_label) == ' {"label": "positive"}<eos>'
+    assert "".join(token.text for token in shown[0].tokens if not token.is_label) == "<bos>Review: fine\nOutput:"

@@ -1,0 +1,154 @@
+"""Templates, and how rows of every known form become examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trietune.data.examples import Example, Message
+from trietune.data.recipes import Recipe, Unlabelled, WrongRow, choose_recipe, example_maker
+from trietune.data.templates import fill_template, find_columns, literal_text
+from trietune.errors import UserError
+
+
+def recipe_for(columns: list[str], **changes: Any) -> Recipe:
+    defaults: dict[str, Any] = {"task_name": None, "prompt_template": None, "completion_template": None}
+    return choose_recipe(columns, source="data.jsonl", **{**defaults, **changes})
+
+
+def make(row: dict[str, Any], **changes: Any) -> Example:
+    return example_maker(recipe_for(list(row), **changes))(row, "data.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("Review: {sentence}\nOutput:", "Review: fine\nOutput:"),
+        ('{"label": "{sentence}"}', '{"label": "fine"}'),
+        ("{{sentence}} is {sentence}", "{sentence} is fine"),
+        ("{} { sentence } {0} {sentence", "{} { sentence } {0} {sentence"),
+        ("{number} {truth} {nothing}.", "3 true ."),
+    ],
+)
+def test_a_template_takes_columns_and_leaves_other_braces(template: str, text: str) -> None:
+    row = {"sentence": "fine", "number": 3, "truth": True, "nothing": None}
+    assert fill_template(template, row) == text
+
+
+def test_text_from_a_column_is_never_a_template() -> None:
+    assert fill_template("{a}", {"a": "{b} {{b}}", "b": "no"}) == "{b} {{b}}"
+
+
+def test_columns_and_words_of_a_template() -> None:
+    assert find_columns("{a} {b} {a} {{c}}") == ("a", "b")
+    assert literal_text("x {a} y {{c}}") == "x  y "
+
+
+def test_sst2_and_squad_read_as_the_design_says() -> None:
+    assert make({"sentence": "a fine film ", "label": "1"}) == Example(
+        "data.jsonl:1", "Review: a fine film \nOutput:", ' {"label": "positive"}'
+    )
+    assert make({"sentence": "dull", "label": 0}).completion == ' {"label": "negative"}'
+    answered = make(
+        {"id": "q1", "context": "C.", "question": "Q?", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}}
+    )
+    assert answered == Example("q1", "\nContext: C.\n\nQuestion: Q?\n\nAnswer:\n", "a", ("a", "b"))
+    assert make({"context": "C.", "question": "Q?", "answers": {"text": []}}).completion == "unanswerable"
+
+
+@pytest.mark.parametrize("answers", [["a", "b"], [{"text": "a"}, {"text": "b"}], {"text": ["a", "b"]}])
+def test_answers_come_in_several_forms(answers: Any) -> None:
+    assert make({"context": "C.", "question": "Q?", "answers": answers}).answers == ("a", "b")
+
+
+@pytest.mark.parametrize("label", [2, "2", "good", 0.5, "0.5"])
+def test_a_wrong_label_is_named(label: Any) -> None:
+    with pytest.raises(WrongRow, match=f"label `{label}` is neither 0"):
+        make({"sentence": "fine", "label": label})
+
+
+@pytest.mark.parametrize("label", [-1, "-1", "", None])
+def test_the_label_of_a_test_split_is_none(label: Any) -> None:
+    with pytest.raises(Unlabelled):
+        make({"sentence": "fine", "label": label})
+
+
+def test_recognised_columns() -> None:
+    assert make({"prompt": "p", "completion": " c", "more": 1}) == Example("data.jsonl:1", "p", " c")
+    assert make({"text": "all of it"}) == Example("data.jsonl:1", "", "all of it")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    expected = (Message("user", "Hi"), Message("assistant", "Hello"))
+    assert make({"messages": turns}).messages == expected
+    assert make({"messages": '[{"role": "assistant", "content": "x"}]'}).messages == (Message("assistant", "x"),)
+    assert recipe_for(["input_ids", "labels"]).kind == "tokens"
+
+
+def test_what_follows_the_last_answer_is_left_out() -> None:
+    turns = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]
+    assert make({"messages": turns}).messages == (Message("assistant", "Hello"),)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "no list of messages"),
+        (None, "no list of messages"),
+        ("hello", "no JSON list"),
+        ([{"role": "user", "content": "Hi"}], "no message has the role `assistant`"),
+        ([{"from": "human", "value": "Hi"}], "ShareGPT"),
+        ([{"role": "assistant", "content": None}], "no text"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "calls tools"),
+        (["hello"], 'has no "role"'),
+    ],
+)
+def test_a_conversation_that_cannot_be_one_says_why(messages: Any, reason: str) -> None:
+    with pytest.raises(WrongRow, match=reason):
+        make({"messages": messages})
+
+
+def test_own_templates_come_before_recognised_columns() -> None:
+    row = {"sentence": "fine", "label": "1", "why": "moving"}
+    assert make(row, prompt_template="{sentence}?", completion_template=" {why}") == Example(
+        "data.jsonl:1", "fine?", " moving"
+    )
+    # Another prompt for a built-in task keeps that task's completions.
+    own_prompt = recipe_for(list(row), prompt_template="Say: {sentence} ->")
+    assert own_prompt == Recipe("sst2", prompt_template="Say: {sentence} ->")
+    own_completion = recipe_for(["sentence", "label"], task_name="sst2", completion_template=" {label}")
+    assert own_completion == Recipe("templates", "Review: {sentence}\nOutput:", " {label}")
+
+
+@pytest.mark.parametrize(
+    ("columns", "changes", "message"),
+    [
+        (["foo"], {}, "not clear what to learn"),
+        (["foo"], {"task_name": "sst2"}, "`sentence`, `label` missing"),
+        (["context", "question"], {"task_name": "squad"}, "`answers` missing"),
+        (["question", "answer"], {"prompt_template": "{quesion}", "completion_template": "{answer}"}, "`quesion`"),
+        (["question", "answer"], {"prompt_template": "{question}"}, "what to answer is not"),
+        (["question"], {"prompt_template": "{question}", "completion_template": "yes"}, "names no column"),
+    ],
+)
+def test_columns_that_do_not_fit_are_the_users_mistake(columns: list[str], changes: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe_for(columns, **changes)
+
+
+def test_advice_names_the_columns_that_are_there() -> None:
+    with pytest.raises(UserError) as caught:
+        recipe_for(["instruction", "output"])
+    assert 'completion_template: "{output}"' in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        recipe_for(["question", "answer"], prompt_template="{questoin}", completion_template="{answer}")
+    assert "did you mean `{question}`?" in str(caught.value)
+    with pytest.raises(UserError, match="missing") as caught:
+        recipe_for(["conversations"], task_name="sst2")
+    assert "its columns are `conversations`" in str(caught.value)
+
+
+def test_a_list_in_a_template_is_a_wrong_row() -> None:
+    with pytest.raises(WrongRow, match="`a` holds a list"):
+        make({"a": [1], "b": "x"}, prompt_template="{a}", completion_template="{b}")
+    with pytest.raises(WrongRow, match="no column `completion`"):
+        example_maker(Recipe("columns"))({"prompt": "x"}, "data.jsonl:1")
