@@ -204,9 +204,8 @@ class Decoding:
             keys, values = group.keys[layer], group.values[layer]
             # The group's rows and heads are one matrix a key head: [G, H/G * R, d] with [G, d, K].
             on_nodes = query[:, :, rows].reshape(num_key_heads, -1, head_size) @ keys.transpose(1, 2)
-            scores = torch.cat(
-                (on_nodes.view(*query.shape[:2], group.num_rows, -1), on_new[rows].permute(1, 2, 0, 3)), 3
-            )
+            on_nodes = on_nodes.view(*query.shape[:2], group.num_rows, -1)
+            scores = torch.cat((on_nodes, on_new[rows].permute(1, 2, 0, 3)), dim=3)
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
             weights = (scores + bias).softmax(dim=-1).to(query.dtype)

@@ -61,7 +61,7 @@ def predict_labels(
         UserError: an input does not have what the prompt template asks for.
     """
     task = encoder.prompt_format.task
-    prompts = [encoder.encode_prompt(example) for example in make_examples(encoder.prompt_format, inputs)]
+    prompts = [_encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
     if not prompts:
         return []
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -100,7 +100,7 @@ def predict_text(
     Raises:
         UserError: an input does not have what the prompt template asks for, or is empty.
     """
-    prompts = [encoder.encode_prompt(example) for example in make_examples(encoder.prompt_format, inputs)]
+    prompts = [_encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise UserError(
@@ -130,10 +130,7 @@ def answer_turn(
     Raises:
         UserError: the chat template refuses the conversation.
     """
-    try:
-        prompt = encoder.encode_prompt(_conversation(messages))
-    except WrongRow as error:
-        raise UserError(f"this conversation cannot go on: {error}", next_step="begin a new one") from None
+    prompt = _encode_prompt(encoder, _conversation(messages))
     limits = _limits(encoder, max_new_tokens=max_new_tokens, max_nodes=max_nodes, batch_size=1)
     stream = _TextStream(encoder, on_text or (lambda piece: None))
     [answer] = generate(model, [prompt], limits, check_stop=check_stop, on_token=lambda _, token: stream.add(token))
@@ -190,6 +187,15 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
 
 
 _ADVICE_MESSAGES = 'give a text, or JSON such as {"messages": [{"role": "user", "content": "..."}]}'
+
+
+def _encode_prompt(encoder: Encoder, example: Example) -> list[int]:
+    try:
+        return encoder.encode_prompt(example)
+    except WrongRow as error:
+        raise UserError(
+            f"this conversation cannot go on: {error}", next_step="begin a new one, with the user's turn"
+        ) from None
 
 
 def _conversation(messages: Sequence[Message]) -> Example:
