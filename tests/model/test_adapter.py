@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -312,7 +313,55 @@ def test_an_unexpected_tensor(files: dict[str, bytes]) -> None:
 
 
 def test_a_tensor_of_another_shape(files: dict[str, bytes]) -> None:
-    assert "lora_A.weight` has the shape [4, 80], this model's has [8, 80]" in _error(files, r=8)
+    tensors = _tensors(files)
+    name = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
+    tensors[name] = from_numpy(np.zeros((40, 4), np.float32))
+    error = _error({**files, WEIGHTS_FILE: serialise(tensors)})
+    assert f"`{name}` has the shape [40, 4], this model's has [48, 4]" in error
+
+
+@pytest.mark.parametrize("r", [8, 4096])
+def test_a_rank_that_the_tensors_do_not_have(files: dict[str, bytes], r: int) -> None:
+    assert f"says rank {r}, and {WEIGHTS_FILE} holds matrices of rank 4" in _error(files, r=r)
+
+
+def _sparse(path: Path, header: bytes, size_bytes: int) -> None:
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(size_bytes)
+
+
+HUGE = 12 * 2**30
+CLAIMS = {
+    "a header of a terabyte": (10**12, b"{}"),
+    "a tensor of twelve gigabytes": (
+        None,
+        json.dumps({"x": {"dtype": "F32", "shape": [3, 2**30], "data_offsets": [0, HUGE]}}).encode(),
+    ),
+    "nothing in twelve gigabytes": (None, b"{}"),
+    "a shape of text": (None, b'{"x": {"dtype": "F32", "shape": "33", "data_offsets": [0, 4]}}'),
+    "a list": (None, b"[]"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_file_that_claims_the_world_is_not_read(name: str, files: dict[str, bytes], tmp_path: Path) -> None:
+    length, header = CLAIMS[name]
+    (tmp_path / CONFIG_FILE).write_bytes(files[CONFIG_FILE])
+    _sparse(tmp_path / WEIGHTS_FILE, header, 8 + len(header) + HUGE)
+    if length is not None:
+        with (tmp_path / WEIGHTS_FILE).open("r+b") as file:
+            file.write(length.to_bytes(8, "little"))
+    network = FAMILIES["llama"]()
+    before, started = _peak_bytes(), time.perf_counter()
+    with pytest.raises(UserError, match="does not fit"):
+        load_adapter(network, tmp_path)
+    assert time.perf_counter() - started < 1.0
+    assert _peak_bytes() - before < 64 * 2**20
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def test_a_tensor_of_whole_numbers(files: dict[str, bytes]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from trietune.checkpoints import strict_json
 from trietune.checkpoints.tensors import TensorError, check_names, parse, serialise
 from trietune.errors import UserError
-from trietune.model.adapter_config import CONFIG_FILE, config_for_file, parse_config
+from trietune.model.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES, config_for_file, parse_config
+from trietune.model.adapter_folder import WEIGHTS_FILE, read_plain_file, read_shapes
 from trietune.model.locate import ModelFolder
 from trietune.model.raw_tensors import from_raw, to_raw
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-# An adapter of rank 256 on every layer of a 70B model has 7 GB; what is larger is no adapter of ours.
-MAX_WEIGHTS_BYTES = 16 * 2**30
 
 _FLOATING_POINT = ("F64", "F32", "F16", "BF16")
 
@@ -102,45 +99,56 @@ def adapter_files(peft_model: PeftModel, base: ModelFolder) -> dict[str, bytes]:
 def load_adapter(network: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
     """Put the adapter in `folder` onto `network`; every tensor of the file has its place, and every place its tensor.
 
+    The weights are read after their header has been found to fit, so a file that claims the world costs nothing.
+
     Raises:
         UserError: no adapter there, a configuration that is not LoRA as we know it, tensors missing, unexpected or of
             another shape than this network's.
     """
-    return load_adapter_files(network, read_adapter(folder), where=str(folder), is_trainable=is_trainable)
+    config = read_plain_file(folder, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
+    weights = folder / WEIGHTS_FILE
+    try:
+        shapes = read_shapes(folder)
+    except TensorError as error:
+        raise _does_not_fit(str(weights), error) from error
+    return _load(network, config, shapes, weights.read_bytes, where=str(folder), is_trainable=is_trainable)
 
 
 def load_adapter_files(
     network: PreTrainedModel, files: Mapping[str, bytes], *, where: str, is_trainable: bool = False
 ) -> PeftModel:
     """As `load_adapter`, from bytes that have been read and verified already; `where` is named in errors."""
-    config = parse_config(files[CONFIG_FILE], where=f"{where}/{CONFIG_FILE}")
+    weights = files[WEIGHTS_FILE]
+    try:
+        shapes = {name: raw.shape for name, raw in parse(weights)[0].items()}
+    except TensorError as error:
+        raise _does_not_fit(f"{where}/{WEIGHTS_FILE}", error) from error
+    return _load(network, files[CONFIG_FILE], shapes, lambda: weights, where=where, is_trainable=is_trainable)
+
+
+def _load(
+    network: PreTrainedModel,
+    config_data: bytes,
+    shapes: Mapping[str, tuple[int, ...]],
+    read_weights: Callable[[], bytes],
+    *,
+    where: str,
+    is_trainable: bool,
+) -> PeftModel:
+    config = parse_config(config_data, where=f"{where}/{CONFIG_FILE}")
+    _check_ranks(config, shapes, where=where)
     # PEFT freezes what is for inference at once, and what is frozen would not be made fp32.
     config.inference_mode = False
     base = ModelFolder(Path(), str(config.base_model_name_or_path or ""), "folder", revision=config.revision)
     peft_model = _wrap(network, config, base=base, seed=0, where=f"{where}/{CONFIG_FILE}")
-    set_adapter_tensors(peft_model, files[WEIGHTS_FILE], where=f"{where}/{WEIGHTS_FILE}")
+    weights_place = f"{where}/{WEIGHTS_FILE}"
+    _check_shapes(shapes, adapter_tensors(peft_model), where=weights_place)
+    set_adapter_tensors(peft_model, read_weights(), where=weights_place)
     peft_model.peft_config["default"].inference_mode = not is_trainable
     if not is_trainable:
         peft_model.requires_grad_(False)
     peft_model.train(is_trainable)
     return peft_model
-
-
-def read_adapter(folder: Path) -> dict[str, bytes]:
-    """The adapter's two files, each read once. Raises `UserError` if one is absent, no plain file, or too large."""
-    files = {}
-    for name, limit in ((CONFIG_FILE, strict_json.MAX_BYTES), (WEIGHTS_FILE, MAX_WEIGHTS_BYTES)):
-        path = folder / name
-        # Opening a pipe or a device would wait for ever.
-        if not path.is_file():
-            raise UserError(
-                f"`{folder}` holds no adapter: {name} is {'no plain file' if path.exists() else 'missing'}",
-                next_step="give the folder of an adapter, such as runs/NAME/adapter",
-            )
-        if (size_bytes := path.stat().st_size) > limit:
-            raise UserError(f"`{path}` has {size_bytes:,} bytes; an adapter's has {limit:,} at most")
-        files[name] = path.read_bytes()
-    return files
 
 
 def adapter_tensors(peft_model: PeftModel) -> dict[str, torch.Tensor]:
@@ -155,22 +163,43 @@ def set_adapter_tensors(peft_model: PeftModel, data: bytes, *, where: str) -> No
     live = adapter_tensors(peft_model)
     try:
         tensors, _ = parse(data)
-        check_names(tensors, live)
-        for name, raw in tensors.items():
-            if raw.shape != tuple(live[name].shape):
-                raise TensorError(
-                    f"`{name}` has the shape {list(raw.shape)}, this model's has {list(live[name].shape)}"
-                )
-            if raw.dtype not in _FLOATING_POINT:
-                raise TensorError(f"`{name}` holds {raw.dtype}, not floating-point numbers")
     except TensorError as error:
-        raise UserError(
-            f"`{where}` does not fit: {error}",
-            next_step="load it onto the base model that it was trained on, which adapter_config.json names",
-        ) from error
+        raise _does_not_fit(where, error) from error
+    _check_shapes({name: raw.shape for name, raw in tensors.items()}, live, where=where)
+    for name, raw in tensors.items():
+        if raw.dtype not in _FLOATING_POINT:
+            raise _does_not_fit(where, TensorError(f"`{name}` holds {raw.dtype}, not floating-point numbers"))
     with torch.no_grad():
         for name, raw in tensors.items():
             live[name].copy_(from_raw(raw))
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], live: Mapping[str, torch.Tensor], *, where: str) -> None:
+    try:
+        check_names(shapes, live)
+        for name, shape in shapes.items():
+            if shape != tuple(live[name].shape):
+                raise TensorError(f"`{name}` has the shape {list(shape)}, this model's has {list(live[name].shape)}")
+    except TensorError as error:
+        raise _does_not_fit(where, error) from error
+
+
+def _check_ranks(config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+    """Compare configuration and file before anything is allocated: a rank of thousands is written in four digits."""
+    allowed = {config.r, *(config.rank_pattern or {}).values()}
+    found = {shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.weight") and shape}
+    if other := sorted(found - allowed):
+        raise UserError(
+            f"`{where}/{CONFIG_FILE}` says rank {config.r}, and {WEIGHTS_FILE} holds matrices of rank {other[0]}",
+            next_step="take both files from the same place",
+        )
+
+
+def _does_not_fit(where: str, error: TensorError) -> UserError:
+    return UserError(
+        f"`{where}` does not fit: {error}",
+        next_step="load it onto the base model that it was trained on, which adapter_config.json names",
+    )
 
 
 def linear_modules(network: nn.Module) -> list[str]:

@@ -21,8 +21,9 @@ from torch import Tensor
 from trietune.checkpoints import strict_json
 from trietune.checkpoints.tensors import RawTensor, from_numpy, parse, serialise
 from trietune.errors import UserError
-from trietune.model.adapter import WEIGHTS_FILE, load_adapter_files, read_adapter
+from trietune.model.adapter import load_adapter_files
 from trietune.model.adapter_config import CONFIG_FILE, config_for_file, parse_config
+from trietune.model.adapter_folder import WEIGHTS_FILE, read_adapter
 from trietune.model.card import merged_card
 from trietune.model.load import load_network, quiet_library
 from trietune.model.locate import ModelFolder, locate_model
