@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from crash_states import Operation, Tree, World, crashes, lay_out, recording
+from fault_table import Tally
 
 from trietune.checkpoints import directory, resume
 from trietune.checkpoints.attempts import Patience
@@ -328,7 +329,7 @@ def _crashes(world: World, operations: list[Operation]) -> Iterator[tuple[int, l
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_second_power_cut_while_starting_again_breaks_no_promise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
 ) -> None:
     root = tmp_path / "first"
     root.mkdir()
@@ -361,7 +362,7 @@ def test_a_second_power_cut_while_starting_again_breaks_no_promise(
                 num_states += 1
                 shutil.rmtree(folder)
             shutil.rmtree(again)
-    record_property("states", num_states)
+    tally("power cut, then another while starting again: states", num_states, num_states - len(violations))
     assert not violations, f"{len(violations)} of {num_states} states:\n" + "\n".join(violations[:5])
     assert num_states >= 2_000, f"only {num_states} distinct states"
 
@@ -370,10 +371,11 @@ def test_a_second_power_cut_while_starting_again_breaks_no_promise(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", range(len(SCENARIOS)), ids=[act.__name__ for _, act, *_ in SCENARIOS])
 def test_no_state_after_a_power_cut_breaks_a_promise(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
 ) -> None:
     num_states, violations = run_scenario(number, tmp_path, monkeypatch)
-    record_property("states", num_states)
+    name = SCENARIOS[number][1].__name__.replace("_", " ")
+    tally(f"power cut, {name}: states", num_states, num_states - len(violations))
     assert not violations, f"{len(violations)} of {num_states} states:\n" + "\n".join(violations[:5])
     assert num_states >= SCENARIOS[number][4], f"only {num_states} distinct states"
 

@@ -196,7 +196,7 @@ def clean_leftovers(folder: Path, name: re.Pattern[str]) -> list[Path]:
             files.rename(entry, folder / replaced["name"])
             files.flush_folder(folder)
         else:
-            files.remove_tree(entry)
+            files.discard(entry)  # what cannot be removed now is in nobody's way and is met again at the next start
         dealt_with.append(entry)
     return dealt_with
 

@@ -6,6 +6,7 @@ says about its holder is for people and is believed only while the lock is held.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -48,7 +49,8 @@ class RunLock:
                 where=holder,
                 next_step="wait for it, stop it, or give this run another `wandb_run_name`",
             ) from error
-        files.rewrite_lock(self._descriptor, strict_json.serialise(_this_process()))
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, it is only not signed
+            files.rewrite_lock(self._descriptor, strict_json.serialise(_this_process()))
         # A forked child shares the lock and would keep it after our death.
         os.register_at_fork(after_in_child=self._close)
         return self

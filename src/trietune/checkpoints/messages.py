@@ -42,6 +42,15 @@ def save_failed(error: OSError, target: Path, *, newest_whole: Path | None) -> S
     )
 
 
+def start_failed(error: OSError, path: Path) -> UserError:
+    """A file of the run directory could not be written before the first step."""
+    return UserError(
+        f"{path.name} could not be written: {error.strerror or error}",
+        where=f"in {path.parent}; nothing was lost",
+        next_step=_REMEDIES.get(error.errno or 0, "look at that folder and its disk"),
+    )
+
+
 def removal_failed(error: OSError) -> str:
     """One sentence: an old checkpoint could not be removed, which harms nothing but space."""
     name = f" {Path(str(error.filename)).name}" if error.filename else ""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trietune.checkpoints import files, strict_json
+from trietune.checkpoints import files, messages, strict_json
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 
 _NOT_MENTIONED = {
@@ -126,6 +126,7 @@ def abandon_lines(path: Path, after_step: int) -> AbandonedLines:
 
     Lines that are no JSON object go too: a kill can tear the last one. Lines without a step stay. Both files change
     at once or not at all; after a crash between the two, the next call finds its abandoned file and goes on.
+    Raises `UserError` when the disk refuses.
     """
     if not path.exists():
         return AbandonedLines(0, 0, None)
@@ -145,8 +146,11 @@ def abandon_lines(path: Path, after_step: int) -> AbandonedLines:
     repaired = b"".join(kept)
     if repaired == data:
         return AbandonedLines(0, 0, None)
-    abandoned = _keep_abandoned(path, b"".join(surplus)) if surplus else None
-    files.replace_file(path, _staging(path), repaired)
+    try:
+        abandoned = _keep_abandoned(path, b"".join(surplus)) if surplus else None
+        files.replace_file(path, _staging(path), repaired)
+    except OSError as error:
+        raise messages.start_failed(error, path) from error
     return AbandonedLines(len(surplus) - num_torn, num_torn, abandoned)
 
 
@@ -160,7 +164,10 @@ def load_or_create_run_id(run_directory: Path, *, adopt: str | None = None) -> s
         text = path.read_text("ascii").strip()
     except FileNotFoundError:
         run_id = adopt or secrets.token_hex(16)
-        files.replace_file(path, _staging(path), f"{run_id}\n".encode())
+        try:
+            files.replace_file(path, _staging(path), f"{run_id}\n".encode())
+        except OSError as error:
+            raise messages.start_failed(error, path) from error
         return run_id
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable_id(path) from error

@@ -1,0 +1,132 @@
+"""A trainer without a model: starts in a fraction of a second, so that it can be killed hundreds of times.
+
+    python light_writer.py RUN_DIRECTORY --until STEP [--mirror FOLDER] [--size BYTES]
+
+Its weights at step n are a pure function of those at step n - 1, so whoever knows the step knows the bytes. It goes
+on from the last checkpoint, takes steps, saves and copies, and says on standard output what has returned:
+`resumed N`, `saving N`, `saved N`, `failed N ERRNO`, `removed N`, `copied N`, `finished N`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from trietune.checkpoints import directory, files, resume
+from trietune.checkpoints.attempts import Patience
+from trietune.checkpoints.lock import RunLock
+from trietune.checkpoints.manifest import ManifestInfo
+from trietune.checkpoints.messages import SaveFailed
+from trietune.checkpoints.remote import RemoteRun
+from trietune.checkpoints.storage import FolderStorage
+from trietune.checkpoints.store import CheckpointStore
+from trietune.checkpoints.uploads import synchronise
+
+FIRST = b"weights at step 0"
+
+
+def next_weights(weights: bytes, step: int) -> bytes:
+    """One step of training."""
+    return hashlib.sha256(weights + str(step).encode()).digest()
+
+
+def weights_at(step: int) -> bytes:
+    """What an uninterrupted run has at `step`."""
+    weights = FIRST
+    for number in range(1, step + 1):
+        weights = next_weights(weights, number)
+    return weights
+
+
+def contents_of(weights: bytes, step: int, size: int) -> dict[str, bytes]:
+    """The files of a checkpoint; sizes are those of a small adapter."""
+    return {
+        "adapter_config.json": b'{"r": 4}\n',
+        "adapter_model.safetensors": (weights * (size // 32 + 1))[:size],
+        "optimizer.safetensors": weights,
+        "trainer_state.json": json.dumps({"step": step}).encode(),
+    }
+
+
+def make_store(run: Path) -> CheckpointStore:
+    return CheckpointStore(run, "run1", keep_last_n=2, keep_best_n=1, metric="eval/loss", mode="min")
+
+
+def say(*words: object) -> None:
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--until", type=int, required=True)
+    parser.add_argument("--mirror", type=Path)
+    parser.add_argument("--size", type=int, default=20_000)
+    parser.add_argument("--steps-per-save", type=int, default=1)
+    parser.add_argument("--without", action="append", default=[], help="a function of `files` that does nothing")
+    options = parser.parse_args(arguments)
+    for name in options.without:
+        setattr(files, name, lambda *_: None)
+    options.run.mkdir(exist_ok=True)
+    with RunLock(options.run):
+        train(options)
+
+
+def train(options: Any) -> None:
+    store = make_store(options.run)
+    store.clean_leftovers()
+    directory.clean_leftovers(options.run, re.compile("adapter"))
+    loaded = store.load("last", fresh_if_none=True)
+    step, weights = (loaded.step, loaded.contents["optimizer.safetensors"]) if loaded else (0, FIRST)
+    say("resumed", step)
+    log = options.run / "metrics.jsonl"
+    resume.abandon_lines(log, step)
+    remote = None
+    if options.mirror:
+        remote = RemoteRun(FolderStorage(options.mirror), "run", Patience(sleep=lambda s: False, num_attempts=1))
+    while step < options.until:
+        step += 1
+        weights = next_weights(weights, step)
+        with log.open("a") as lines:
+            lines.write(json.dumps({"step": step, "weights": weights.hex()}) + "\n")
+        if step % options.steps_per_save == 0 or step == options.until:
+            save(store, remote, step, weights, options.size)
+    info = ManifestInfo(run_id="run1", step=step, kind="adapter")
+    try:
+        directory.write_directory(options.run / "adapter", contents_of(weights, step, options.size), info=info)
+        say("finished", step)
+    except OSError as error:
+        say("failed", "adapter", error.errno)
+
+
+def save(store: CheckpointStore, remote: RemoteRun | None, step: int, weights: bytes, size: int) -> None:
+    say("saving", step)
+    try:
+        saved = store.save(
+            step, contents_of(weights, step, size), metrics={"eval/loss": weights[0]},
+            flush_first=[store.run_directory / "metrics.jsonl"],
+        )  # fmt: skip
+    except SaveFailed as error:
+        say("failed", step, error.number)
+        return
+    say("saved", step)
+    for path in saved.removed:
+        say("removed", int(path.name[-8:]))
+    for warning in saved.warnings:
+        say("warning", step, warning)
+    if remote is not None:
+        try:
+            synchronise(store, remote, final=False)
+            say("copied", step)
+        except OSError as error:
+            say("uncopied", step, error.errno)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
