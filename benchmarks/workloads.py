@@ -1,0 +1,209 @@
+"""What is trained on: real data sets, a generated chat set, and sequences made to one measure each.
+
+A workload is token sequences and the batches of every optimizer step, decided here once, so that all engines that can
+take given batches take the same ones. Sequences longer than `max_length` are left out, as the original experiment does,
+and counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trietune.training.sampler import Sampler
+from trietune.trie import make_micro_batches
+from trietune.trie.groups import find_prefix_groups
+
+IGNORED_LABEL = -100
+SEED = 23
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Token sequences with labels, flat; sequence `i` is `input_ids[offsets[i] : offsets[i + 1]]`."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> tuple[list[int], list[int]]:
+        """Token ids and labels of one sequence."""
+        begin, end = self.offsets[index], self.offsets[index + 1]
+        return self.input_ids[begin:end].tolist(), self.labels[begin:end].tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Sequences and batches.
+
+    Attributes:
+        name: `squad-grouped-32`, ...
+        max_length: what the original's loop pads to.
+        batches: sequence indices of each optimizer step.
+        steps_a_round: optimizer steps between two changes of engine.
+        num_too_long: examples left out.
+    """
+
+    name: str
+    sequences: Sequences
+    max_length: int
+    batch_size: int
+    batches: list[np.ndarray]
+    steps_a_round: int
+    num_too_long: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How much there is to share in some batches, an example."""
+
+    padded_tokens: float
+    real_tokens: float
+    distinct_tokens: float
+    labels: float
+    merged_labels: float
+
+
+def measure_shape(workload: Workload, batches: Sequence[np.ndarray]) -> Shape:
+    nodes = tokens = labels = pairs = 0
+    for batch in batches:
+        for part in make_micro_batches(workload.sequences, batch, batching="trie", max_nodes=2**40):
+            nodes += part.num_positions
+            tokens += part.num_tokens
+            labels += part.total_weight
+            pairs += len(part.labels)
+    num = sum(len(batch) for batch in batches)
+    return Shape(workload.max_length, tokens / num, nodes / num, labels / num, pairs / num)
+
+
+def real_workload(name: str, tokenizer: Any, data: Path, *, num_rounds: int) -> Workload:
+    """`squad-grouped-32`, `sst2-plain-4`, `chat-grouped-16`, ...: data set, order, and examples in a step."""
+    dataset, order, size = name.split("-")
+    pairs, max_length = {"squad": (_squad, 256), "sst2": (_sst2, 32), "chat": (_chat, 1024)}[dataset]
+    sequences, num_too_long = tokenize(tokenizer, pairs(data), max_length=max_length)
+    return arrange(
+        name,
+        sequences,
+        max_length=max_length,
+        batch_size=int(size),
+        grouped=order == "grouped",
+        num_rounds=num_rounds,
+        num_too_long=num_too_long,
+    )
+
+
+def arrange(
+    name: str,
+    sequences: Sequences,
+    *,
+    max_length: int,
+    batch_size: int,
+    grouped: bool,
+    num_rounds: int,
+    num_too_long: int = 0,
+) -> Workload:
+    """Batches for a warm-up round and `num_rounds` more; those of an epoch's end, which are short, are left out."""
+    groups = find_prefix_groups(sequences, batch_size=batch_size) if grouped else None
+    sampler = Sampler(len(sequences), batch_size=batch_size, seed=SEED, groups=groups)
+    steps_a_round = max(1, min(16, 64 // batch_size if max_length <= 64 else 32 // batch_size))
+    per_epoch = len(sequences) // batch_size
+    batches = [sampler.batch(*divmod(number, per_epoch)) for number in range(steps_a_round * (num_rounds + 1))]
+    return Workload(name, sequences, max_length, batch_size, batches, steps_a_round, num_too_long)
+
+
+def tokenize(tokenizer: Any, pairs: Sequence[tuple[str, str]], *, max_length: int) -> tuple[Sequences, int]:
+    """Prompt and completion tokenized apart, one BOS if the tokenizer has one, EOS as the last label."""
+    prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
+    completions = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = [
+        (begin + prompt, [*completion, tokenizer.eos_token_id])
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    kept = [row for row in rows if len(row[0]) + len(row[1]) <= max_length]
+    return flatten(kept), len(rows) - len(kept)
+
+
+def flatten(rows: Sequence[tuple[list[int], list[int]]]) -> Sequences:
+    """Sequences of (prompt, completion) token ids; the completion's tokens are the labels."""
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    ids = [token for prompt, completion in rows for token in (*prompt, *completion)]
+    labels = [t for prompt, completion in rows for t in (*([IGNORED_LABEL] * len(prompt)), *completion)]
+    return Sequences(
+        np.array(ids, np.int32), np.array(labels, np.int32), np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
+    )
+
+
+def random_questions(
+    *, vocabulary: int, num_paragraphs: int, questions: int, paragraph: int, question: int, answer: int, seed: int = 3
+) -> Sequences:
+    """Random tokens: `paragraph` tokens shared by `questions` questions, each with its own question and answer."""
+    draw: Callable[[int], list[int]] = lambda n: generator.integers(3, vocabulary, n).tolist()  # noqa: E731
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(num_paragraphs):
+        shared = draw(paragraph)
+        rows += [(shared + draw(question), draw(answer)) for _ in range(questions)]
+    return flatten(rows)
+
+
+def _squad(data: Path) -> list[tuple[str, str]]:
+    articles = json.loads((data / "squad_v2" / "train.json").read_text("utf-8"))["data"]
+    return [
+        (
+            f"\nContext: {paragraph['context']}\n\nQuestion: {question['question']}\n\nAnswer:\n",
+            question["answers"][0]["text"] if question["answers"] else "unanswerable",
+        )
+        for article in articles
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+
+
+def _sst2(data: Path) -> list[tuple[str, str]]:
+    with (data / "sst2" / "train.tsv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    names = {"0": "negative", "1": "positive"}
+    return [(f"Review: {row['sentence']}\nOutput:", f' {{"label": "{names[row["label"]]}"}}') for row in rows]
+
+
+# Words of one or two tokens, so that the lengths below come out about the same in any tokenizer.
+_WORDS = re.findall(
+    r"\w+",
+    """
+    the a our your order parcel address invoice price night week month please check answer polite short clear never
+    always customer refund return ticket account change name number before after without with about when where reason
+    small large new old first last open closed ready late early paid missing broken blue green red left right again
+    """,
+)
+SYSTEM_WORDS = 440  # about 500 tokens with the punctuation
+NUM_CHATS = 2048
+
+
+def _chat(data: Path) -> list[tuple[str, str]]:
+    """One system prompt of about 500 tokens, then a message of 5 to 60 words and a reply of 5 to 80."""
+    generator = np.random.default_rng(SEED)
+
+    def text(num_words: int) -> str:
+        words = [str(_WORDS[i]) for i in generator.integers(0, len(_WORDS), num_words)]
+        words = [word + (". " if at % 9 == 8 else " ") for at, word in enumerate(words)]
+        return "".join(words).strip()
+
+    system = text(SYSTEM_WORDS)
+    return [
+        (
+            f"System: {system}\n\nUser: {text(int(generator.integers(5, 60)))}\n\nAssistant:",
+            f" {text(int(generator.integers(5, 80)))}",
+        )
+        for _ in range(NUM_CHATS)
+    ]
