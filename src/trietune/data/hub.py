@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ _ALIASES: dict[str, TaskName] = {
     "squad_v2": "squad",
     "rajpurkar/squad_v2": "squad",
 }
+# A hub that answers at all does so in a second or two.
+HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")
 
 
@@ -48,8 +51,10 @@ def is_hub_id(dataset_id: str) -> bool:
     return _HUB_ID.fullmatch(dataset_id) is not None
 
 
-def load_from_hub(dataset_id: str) -> tuple[Any, str]:
+def load_from_hub(dataset_id: str, *, report: Callable[[str], None]) -> tuple[Any, str]:
     """All splits of a data set (a `datasets.DatasetDict`), and the name that it was found under.
+
+    What is in the cache of the machine is used when the hub cannot be reached, and `report` takes a line that says so.
 
     Raises:
         UserError: not found, gated, not reachable, not in the cache while offline, or several configurations.
@@ -58,7 +63,7 @@ def load_from_hub(dataset_id: str) -> tuple[Any, str]:
     errors: list[UserError] = []
     for place in _places(name):
         try:
-            splits = _load(place, revision or None, dataset_id)
+            splits = _load(place, revision or None, dataset_id, report)
         except UserError as error:
             errors.append(error)
         else:
@@ -76,16 +81,71 @@ def _places(name: str) -> Sequence[_Place]:
     return [_Place(path, config or None)]
 
 
-def _load(place: _Place, revision: str | None, dataset_id: str) -> Any:
+def _load(place: _Place, revision: str | None, dataset_id: str, report: Callable[[str], None]) -> Any:
     import datasets
 
-    shows_progress = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+    unreachable: Exception | None = None
     try:
-        return datasets.load_dataset(place.path, place.config, revision=revision)
+        if not _is_offline():
+            unreachable = _find_out_whether_unreachable(place.path, revision)
+        with _quiet(), _offline(unreachable is not None):
+            splits = datasets.load_dataset(place.path, place.config, revision=revision)
     except Exception as error:  # the library's errors, the hub's and the network's have no common base
-        raise _explain(error, place.path, dataset_id) from error
+        raise _explain(unreachable or error, place.path, dataset_id) from error
+    if unreachable is not None:
+        report(f"the hub cannot be reached: `{place.path}` comes from the cache of this machine")
+    return splits
+
+
+def _find_out_whether_unreachable(path: str, revision: str | None) -> Exception | None:
+    """The network's error, or None. Asked first: `datasets` itself would try six times, for half a minute, aloud.
+
+    Raises:
+        Exception: the hub was reached, and refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(path, revision=revision, timeout=HUB_TIMEOUT_S)
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code >= 500:
+            return error
+        raise
+    except Exception as error:
+        if _is_network_error(error):
+            return error
+        raise
+    return None
+
+
+@contextmanager
+def _offline(is_wanted: bool) -> Iterator[None]:
+    """Both libraries read these flags at each request; there is no argument for it."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if is_wanted:
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
     finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars and warnings of `datasets`: the console is not its to write on."""
+    import datasets
+
+    shows_progress, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
         if shows_progress:
             datasets.enable_progress_bars()
 
@@ -138,7 +198,7 @@ def _explain(error: Exception, path: str, dataset_id: str) -> UserError:
         )
     if "DataFilesNotFoundError" in names or "EmptyDatasetError" in names:
         return UserError(f"`{path}` holds no data files that can be read", where=where, next_step=local)
-    if any("Connect" in name or "Timeout" in name or name == "LocalEntryNotFoundError" for name in names):
+    if any(_is_network_error(one) for one in chain) or "LocalEntryNotFoundError" in names:
         return UserError(
             f"the hub cannot be reached, and `{path}` is not in the cache of this machine",
             where=where,
@@ -159,6 +219,13 @@ def _chain(error: BaseException) -> list[BaseException]:
         chain.append(current)
         current = current.__cause__ or current.__context__
     return chain
+
+
+def _is_network_error(error: BaseException) -> bool:
+    # By name: which HTTP library the hub's client uses is its own affair, and has changed before.
+    name = type(error).__name__
+    is_server_error = name == "HfHubHTTPError"
+    return is_server_error or any(part in name for part in ("Connect", "Timeout", "NetworkError", "ProxyError"))
 
 
 def _offline_variable() -> str:

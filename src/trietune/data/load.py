@@ -84,7 +84,7 @@ def load_data(
     Raises:
         UserError: the data cannot be found or read, has broken rows or wrong labels, or nothing of it is left.
     """
-    sources = find_sources(settings)
+    sources = find_sources(settings, report=report)
     recipe = _find_recipe(settings, sources)
     prompt_format = make_prompt_format(settings, tokenizer, recipe)
     loading = _Loading(
@@ -135,7 +135,7 @@ def load_split(
     Raises:
         UserError: as `load_data`; or the data has no such split.
     """
-    sources = find_sources(settings)
+    sources = find_sources(settings, report=report)
     recipe = _find_recipe(settings, sources)
     if prompt_format is None:
         prompt_format = make_prompt_format(settings, tokenizer, recipe)

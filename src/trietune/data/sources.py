@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -71,8 +71,11 @@ class Sources:
     is_task_certain: bool = True
 
 
-def find_sources(settings: Any) -> Sources:
+def find_sources(settings: Any, *, report: Callable[[str], None]) -> Sources:
     """Resolve `dataset_id`, `train_file`, `validation_file` and `dataset_split`.
+
+    Args:
+        report: takes a line for the user.
 
     Raises:
         UserError: nothing is there, several things could be meant, or the hub does not give it.
@@ -84,7 +87,7 @@ def find_sources(settings: Any) -> Sources:
         found = _from_splits(splits, task_name, split, f"`{settings.train_file}`")
         found = replace(found, is_task_certain=not _is_default(settings, "dataset_id"))
     else:
-        found = _from_dataset_id(settings.dataset_id, task_name, split)
+        found = _from_dataset_id(settings.dataset_id, task_name, split, report)
     if settings.validation_file:
         splits = _local_splits(settings.validation_file, "validation_file")
         name = _find_split(splits, "validation") or "train"
@@ -148,7 +151,12 @@ class HubRows:
     split: str
 
     def fingerprint(self) -> str:
-        return f"{self.name}/{self.split}/{self.dataset._fingerprint}/{len(self.dataset)}"
+        # Not the library's own: that is another one offline, and after an upgrade.
+        digest = hashlib.sha256(f"{self.split}\0{len(self.dataset)}\0".encode())
+        for cached in self.dataset.cache_files:
+            with Path(cached["filename"]).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def columns(self) -> list[str]:
         return list(self.dataset.column_names)
@@ -195,7 +203,7 @@ class SlicedRows:
         return islice(self.rows.read(), self.start, self.stop)
 
 
-def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str) -> Sources:
+def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str, report: Callable[[str], None]) -> Sources:
     demo = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions}.get(dataset_id)
     path = demo() if demo else Path(dataset_id).expanduser()
     if path.exists() or glob.has_magic(dataset_id):
@@ -209,7 +217,7 @@ def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str) ->
             where=f"dataset_id: {dataset_id}",
             next_step=f"did you mean `{near}`?",
         )
-    splits, name = load_from_hub(dataset_id)
+    splits, name = load_from_hub(dataset_id, report=report)
     return _from_splits({key: HubRows(rows, name, key) for key, rows in splits.items()}, task_name, split, f"`{name}`")
 
 
