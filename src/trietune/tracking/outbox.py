@@ -27,6 +27,9 @@ class Outbox:
         self.num_dropped_histograms = 0
         self.num_dropped_messages = 0
 
+    def __len__(self) -> int:
+        return len(self._messages)
+
     def put(self, message: dict[str, Any]) -> None:
         """Queue a message; a full outbox gives up its histograms, then its oldest message."""
         with self._changed:

@@ -45,9 +45,11 @@ class TrackioConsumer:
 
     def close(self) -> None:
         if self._run is not None:
-            run, self._run = self._run, None
+            import trackio
+
+            self._run = None
             with contextlib.redirect_stdout(sys.stderr):
-                run.finish()
+                trackio.finish()
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         if self._run is not None:

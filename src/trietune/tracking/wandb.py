@@ -34,6 +34,7 @@ from trietune.tracking.wandb_process import STEP_AXIS
 RUN_FILE = "wandb.json"
 INIT_TIMEOUT_S = 20.0
 DRAIN_TIMEOUT_S = 30.0
+FINISH_MARGIN_S = 3.0  # W&B gives up by itself first, and then leaves its files whole
 OFFLINE_TIMEOUT_S = 10.0
 WatchMode = Literal["all", "gradients", "parameters"] | None
 
@@ -77,6 +78,7 @@ class WandbConsumer:
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[str] | None = None
         self._has_given_up = False
+        self._has_finished = False
         self._trouble: str | None = None
         self._directory: Path | None = None
         self._config: Mapping[str, Any] = {}
@@ -126,7 +128,7 @@ class WandbConsumer:
         self._thread = None
         self._pass_on_what_was_told()
         if is_late:
-            self._say(f"W&B: the server has not taken everything; later: {sync_command(self._directory)}", True)
+            self._say(late_line(self._directory), True)
         if self._outbox.num_dropped_histograms or self._outbox.num_dropped_messages:
             self._say(f"W&B was too slow: {self._outbox.describe_dropped()}; the run's own files have all", True)
 
@@ -200,11 +202,12 @@ class WandbConsumer:
             process.stdin.close()
             process.wait()
         except (BrokenPipeError, ConnectionResetError):
-            self._trouble = self._trouble or "its process has ended"
+            pass  # the process is gone without having finished: told below
         finally:
             end_process_group(process)
             if replies.ident is not None:
                 replies.join()
+                self._trouble = self._trouble or (None if self._has_finished else "its process has ended")
             for stream in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
                     stream.close()
@@ -217,9 +220,18 @@ class WandbConsumer:
                 self._tell(f"W&B: {reply['text']}", is_warning=True)
             elif reply["told"] == "failed":
                 self._trouble = reply["reason"]
-            elif sum(reply["num_failures"].values()) > 1:
-                counts = ", ".join(f"{number:,} x {name}" for name, number in reply["num_failures"].items())
-                self._tell(f"W&B: in all, not recorded: {counts}", is_warning=True)
+            elif reply["told"] == "late":
+                self._has_finished = True
+                self._tell(late_line(self._directory), is_warning=True)
+            else:
+                self._has_finished = True
+                self._tell_failures(reply["num_failures"])
+
+    def _tell_failures(self, num_failures: Mapping[str, int]) -> None:
+        """The first of each kind has been told already."""
+        if sum(num_failures.values()) > len(num_failures):
+            counts = ", ".join(f"{number:,} x {name}" for name, number in num_failures.items())
+            self._tell(f"W&B: in all, not recorded: {counts}", is_warning=True)
 
     def _settings(self, mode: str, url: str) -> dict[str, Any]:
         """What `wandb.init` gets. Code, command line, machine and console stay out: they can carry secrets."""
@@ -233,6 +245,8 @@ class WandbConsumer:
             "resume": "allow" if mode == "online" else None,
             "base_url": url,
             "init_timeout": self._init_timeout_s,
+            "finish_timeout": max(1.0, self._drain_timeout_s - FINISH_MARGIN_S),
+            "finish_timeout_raises": True,
             "console": "off",
             "silent": True,
             "disable_git": True,
@@ -299,6 +313,11 @@ def keep_run_id(directory: Path, run_id: str) -> None:
 def sync_command(directory: Path | None) -> str:
     """What uploads an offline run later."""
     return f"`wandb sync {directory}/wandb/*run-*`"
+
+
+def late_line(directory: Path | None) -> str:
+    """For a server that was too slow at the end."""
+    return f"W&B: the server has not taken everything; later: {sync_command(directory)}"
 
 
 def start_process(directory: Path) -> subprocess.Popen[str]:

@@ -7,7 +7,7 @@ and writes one a line to stdout:
     {"do": "log", "values": {"trainer/step": 10, ...}}       {"told": "failed", "reason": ...}
     {"do": "histograms", "step": 10, "histograms": {name: [counts, edges]}, "num_not_finite": 0}
     {"do": "artifact", "name": ..., "directory": ..., ...}   {"told": "warning", "text": ...}
-    {"do": "finish", "exit_code": 0, "summary": {...}}       {"told": "finished", "num_failures": {}}
+    {"do": "finish", "exit_code": 0, "summary": {...}}       {"told": "finished", "num_failures": {}}, or "late"
 
 The end of stdin without `finish` means that the run died: W&B then hears of a failed run.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,11 +25,13 @@ STEP_AXIS = "trainer/step"
 
 def main() -> None:
     """Serve one run until it finishes or its process is gone."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    # W&B's helper inherits the standard streams, and may outlive this process: it must not hold the pipes open.
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # whatever W&B prints is no reply
     run: Any = None
     num_failures: Counter[str] = Counter()
-    for line in sys.stdin:
+    for line in requests:
         message = json.loads(line)
         if message["do"] == "start":
             try:
@@ -43,8 +44,12 @@ def main() -> None:
         try:
             if message["do"] == "finish":
                 run.summary.update(message["summary"])
-                run.finish(exit_code=message["exit_code"])
-                reply(replies, "finished", num_failures=num_failures)
+                try:
+                    run.finish(exit_code=message["exit_code"])
+                except TimeoutError:
+                    reply(replies, "late")
+                else:
+                    reply(replies, "finished", num_failures=num_failures)
                 return
             record(run, message)
         except Exception as error:
