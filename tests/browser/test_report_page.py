@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tracking")]
 from chromium import Chromium, find_chromium
 
 from trietune.tracking.console import ConsoleConsumer
@@ -135,3 +132,17 @@ def test_hostile_names_run_nothing(browser: Chromium, pages: dict[str, Path]) ->
     browser.open(pages["one"])
     assert browser.run("document.querySelectorAll('script').length") == 2
     assert browser.run("document.querySelector('h1').innerText") == "<script>alert(1)<script>"
+
+
+def test_a_violation_would_be_noticed(browser: Chromium, pages: dict[str, Path], tmp_path: Path) -> None:
+    """The same page with one line of script too many, and one picture from elsewhere."""
+    tampered = tmp_path / "tampered.html"
+    tampered.write_text(
+        pages["one"].read_text().replace("</body>", "<script>1</script><img src='https://example.org/x.png'></body>")
+    )
+    browser.open(tampered)
+    complaints = " ".join(browser.complaints)
+    assert "inline script" in complaints
+    assert "https://example.org/x.png" in complaints
+    browser.complaints.clear()
+    browser.requested.clear()
