@@ -293,3 +293,20 @@ def test_a_second_spelling_of_a_step_is_not_a_checkpoint(tmp_path: Path) -> None
     store = make_store(tmp_path)
     save(store, 50).rename(store.folder / "step-0000000050")
     assert store.scan() == []
+
+
+def test_leftovers_of_the_whole_run_are_cleaned_and_nothing_else(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    save(store, 50)
+    ours = [
+        tmp_path / ".staging-adapter-0123456789ab",
+        tmp_path / ".staging-metrics.jsonl-0123456789ab",
+        tmp_path / ".staging-.run-id-0123456789ab",
+        store.folder / ".staging-step-00000100-0123456789ab",
+    ]
+    strangers = [tmp_path / ".staging-notes-0123456789ab", tmp_path / "adapter-copy", store.folder / "mine"]
+    for path in ours + strangers:
+        path.mkdir()
+    assert sorted(store.clean_leftovers()) == sorted(ours)
+    assert all(path.is_dir() for path in strangers)
+    assert store.clean_leftovers() == []

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,6 @@ def main(arguments: list[str]) -> None:
 def train(options: Any) -> None:
     store = make_store(options.run)
     store.clean_leftovers()
-    directory.clean_leftovers(options.run, re.compile("adapter"))
     loaded = store.load("last", fresh_if_none=True)
     step, weights = (loaded.step, loaded.contents["optimizer.safetensors"]) if loaded else (0, FIRST)
     say("resumed", step)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,6 +27,9 @@ from trietune.checkpoints.manifest import Manifest, ManifestInfo
 from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
 
 ResumeOption = Literal["last", "best", "path"]
+
+# What this package stages in the run directory itself; nothing else there is ever cleaned.
+_STAGED_IN_RUN = re.compile(r"adapter|\.run-id|[a-z]+(\.abandoned-[0-9]+)?\.jsonl", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +226,11 @@ class CheckpointStore:
         return moved
 
     def clean_leftovers(self) -> list[Path]:
-        """Clean up after a killed process, under the lock; see `directory.clean_leftovers`."""
-        return directory.clean_leftovers(self.folder, STEP_NAME)
+        """Clean up after a killed process, under the lock: checkpoints, the final adapter, and half-written files."""
+        return [
+            *directory.clean_leftovers(self.folder, STEP_NAME),
+            *directory.clean_leftovers(self.run_directory, _STAGED_IN_RUN),
+        ]
 
     @contextlib.contextmanager
     def pinned(self, step: int) -> Iterator[bool]:
