@@ -154,55 +154,6 @@ def test_opening_says_what_it_cut(tmp_path: Path, events: Events) -> None:
     assert (directory / "metrics.jsonl").read_bytes().startswith(GOOD)
 
 
-def test_rewinding_moves_what_lies_beyond_the_step(tmp_path: Path, events: Events) -> None:
-    directory = tmp_path / "sst2"
-    write_run(events(directory))
-    before = (directory / "metrics.jsonl").read_bytes()
-    assert jsonl.rewind(directory, 6) == {"metrics.jsonl": 8, "batches.jsonl": 6, "predictions.jsonl": 2}
-    kept = (directory / "metrics.jsonl").read_bytes()
-    aside = (directory / "metrics.abandoned-1.jsonl").read_bytes()
-    assert max(line["step"] for line in lines_of(directory / "metrics.jsonl")) == 6
-    assert min(line["step"] for line in lines_of(directory / "metrics.abandoned-1.jsonl")) == 8
-    assert sorted((kept + aside).splitlines()) == sorted(before.splitlines())
-    assert jsonl.rewind(directory, 6) == {}
-    assert [line["step"] for line in lines_of(directory / "batches.jsonl")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_second_rewind_gets_a_second_file(tmp_path: Path, events: Events) -> None:
-    directory = tmp_path / "sst2"
-    write_run(events(directory))
-    jsonl.rewind(directory, 6)
-    write_run(events(directory, first_step=6, learning_rate=1e-4))
-    jsonl.rewind(directory, 6)
-    assert (directory / "metrics.abandoned-1.jsonl").exists()
-    assert (directory / "metrics.abandoned-2.jsonl").exists()
-
-
-def test_a_crash_between_the_two_writes_loses_and_doubles_nothing(
-    tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = tmp_path / "sst2"
-    write_run(events(directory))
-    before = (directory / "metrics.jsonl").read_bytes()
-    real = jsonl.write_atomically
-
-    def die_at_the_second(path: Path, content: bytes) -> None:
-        if path.name == "metrics.jsonl":
-            raise KeyboardInterrupt
-        real(path, content)
-
-    monkeypatch.setattr(jsonl, "write_atomically", die_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        jsonl.rewind(directory, 6)
-    assert (directory / "metrics.jsonl").read_bytes() == before
-    monkeypatch.setattr(jsonl, "write_atomically", real)
-    jsonl.rewind(directory, 6)
-    assert not (directory / "metrics.abandoned-2.jsonl").exists()
-    assert len(lines_of(directory / "metrics.jsonl")) + len(lines_of(directory / "metrics.abandoned-1.jsonl")) == len(
-        before.splitlines()
-    )
-
-
 def test_a_full_disk_delays_lines_and_tears_none(
     tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:

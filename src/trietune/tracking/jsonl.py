@@ -7,8 +7,8 @@
     config.yaml, environment.json
 
 Lines are strict JSON (a number that is not finite becomes null), appended whole and flushed one by one. A process
-that dies in the middle of a line leaves a torn one: opening the file cuts it off. A resume moves what lies beyond its
-checkpoint into `metrics.abandoned-1.jsonl` with `rewind`, so a file tells one story from its first line to its last.
+that dies in the middle of a line leaves a torn one: opening the file cuts it off. (A resume moves the lines beyond its
+checkpoint aside: `trietune.checkpoints.resume.abandon_lines`.)
 """
 
 from __future__ import annotations
@@ -251,31 +251,6 @@ def repair_last_line(path: Path) -> int:
     return size - end
 
 
-def rewind(directory: Path, step: int) -> dict[str, int]:
-    """Move the lines beyond `step` of a run's files aside, and say how many left each file.
-
-    `metrics.jsonl` keeps its lines up to and including `step`; the others go to `metrics.abandoned-<n>.jsonl`, which is
-    whole on disk before the file itself is replaced. A crash in between leaves the lines in both; the next call finds
-    the same content set aside already and does not keep it twice.
-    """
-    num_moved: dict[str, int] = {}
-    for name in LINE_FILES:
-        path = directory / name
-        if not path.exists():
-            continue
-        repair_last_line(path)
-        kept: list[bytes] = []
-        surplus: list[bytes] = []
-        for line in path.read_bytes().splitlines(keepends=True):
-            (surplus if _step_of(line) > step else kept).append(line)
-        if not surplus:
-            continue
-        _set_aside(path, b"".join(surplus))
-        write_atomically(path, b"".join(kept))
-        num_moved[name] = len(surplus)
-    return num_moved
-
-
 def write_settings(directory: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
     """Write `config.yaml` and `environment.json`, each whole or not at all."""
     from ruamel.yaml import YAML
@@ -328,21 +303,3 @@ def _is_json(line: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
-
-
-def _step_of(line: bytes) -> int:
-    """The step of a line; a line that is no record of ours belongs to the beginning and stays."""
-    try:
-        step = json.loads(line).get("step", 0)
-    except (ValueError, AttributeError):
-        return 0
-    return step if isinstance(step, int) else 0
-
-
-def _set_aside(path: Path, content: bytes) -> None:
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.abandoned-{number}{path.suffix}")).exists():
-        if aside.read_bytes() == content:
-            return
-        number += 1
-    write_atomically(aside, content)

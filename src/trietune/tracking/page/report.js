@@ -122,13 +122,15 @@
       cursor.append(svg("line", { class: "cursor", x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM }));
       tip.replaceChildren(html("b", {}, "step " + step.toLocaleString("en")));
       for (const one of series.filter((candidate) => !candidate.isHidden)) {
-        const here = one.points.findLast((p) => p[0] === step);
-        if (!here) continue;
-        const band = one.band.findLast((p) => p[0] === step);
+        const here = one.points.findLast((p) => p[0] <= step);
+        if (!here || step > one.points.at(-1)[0]) continue;  // before its beginning, or after its end
+        const band = one.band.findLast((p) => p[0] === here[0]);
         const range = band ? ` (${show(band[1], chart.is_share)} to ${show(band[2], chart.is_share)})` : "";
+        const place = here[0] === step ? "" : `, step ${here[0].toLocaleString("en")}`;
         tip.append(html("div", {}, html("span", { class: "dot " + one.color }),
-          (series.length > 1 ? one.name + ": " : "") + show(here[1], chart.is_share) + range));
-        cursor.append(svg("g", { class: one.color }, svg("circle", { class: "mark", cx: x, cy: toY(here[1]), r: 4.5 })));
+          (series.length > 1 ? one.name + ": " : "") + show(here[1], chart.is_share) + range + place));
+        cursor.append(svg("g", { class: one.color },
+          svg("circle", { class: "mark", cx: toX(here[0]), cy: toY(here[1]), r: 4.5 })));
       }
       const scale = picture.clientWidth / width, left = picture.offsetLeft + x * scale;
       tip.style.top = picture.offsetTop + 8 + "px";
