@@ -386,6 +386,20 @@ def test_conversations(load: Load) -> None:
         load(train_file=path, validation_file=path, chat_template="missing.jinja")
 
 
+def test_turns_that_the_template_rewrites_become_examples(load: Load, said: list[str]) -> None:
+    rewriting = (
+        "{% for m in messages %}<start_of_turn>{{ m.role }} "
+        "{% if m.role == 'assistant' and loop.last %}thought {% endif %}{{ m.content }}<end_of_turn>{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>assistant {% endif %}"
+    )
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
+    path = jsonl("t.jsonl", [{"messages": turns}])
+    data = load(train_file=path, validation_file=path, chat_template=rewriting)
+    assert list(data.train.ids) == ["t.jsonl:1, turn 1", "t.jsonl:1, turn 2"]
+    assert [data.train.examples[i].completion for i in range(2)] == ["assistant 0", "assistant 1"]
+    assert any(line.startswith("training: 2 of 2 examples in 1 conversations of t.jsonl") for line in said)
+
+
 def test_a_conversation_that_the_template_refuses_is_located(load: Load) -> None:
     good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = jsonl("t.jsonl", [{"messages": good}, {"messages": [{"role": "system", "content": "s"}, *good]}])

@@ -10,8 +10,8 @@ import pytest
 from tokenizer_families import Family, gpt2
 
 from trietune.data.examples import IGNORED_LABEL, Example, Message
-from trietune.data.load import make_prompt_format
 from trietune.data.preview import split_text
+from trietune.data.prompt_formats import make_plain_format, make_prompt_format
 from trietune.data.recipes import Recipe, WrongRow
 from trietune.data.templates import SQUAD_PROMPT, SST2_PROMPT, SST2_TASK, PromptFormat, fill_template
 from trietune.data.tokenizer import Encoder, find_stop_ids, hash_tokenizer, load_tokenizer, make_encoder
@@ -201,24 +201,17 @@ REWRITING = (
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any, make_settings: Any) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_learnt_turn_by_turn(tokenizer: Any, make_settings: Any) -> None:
     settings = make_settings(chat_template=REWRITING)
-    encoder = make_encoder(tokenizer, make_prompt_format(settings, tokenizer, Recipe("messages")))
-    with pytest.raises(WrongRow, match="writes earlier turns in another way"):
-        encoder.encode([CONVERSATION])
-
-
-def test_generation_marks_of_a_template_are_used_where_prefixes_fail(tokenizer: Any, make_settings: Any) -> None:
-    marked = REWRITING.replace("{{ message.content }}<end_of_turn>", "{{ turn(message) }}").replace(
-        "{{ turn(message) }}",
-        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<end_of_turn>{% endgeneration %}"
-        "{% else %}{{ message.content }}<end_of_turn>{% endif %}",
-    )
-    settings = make_settings(chat_template=marked)
-    encoder = make_encoder(tokenizer, make_prompt_format(settings, tokenizer, Recipe("messages")))
-    _, labels = encode_one(encoder, CONVERSATION)
-    texts = [tokenizer.decode(span, skip_special_tokens=True) for span in label_spans(labels)]
-    assert texts == ["the answer is 42", "it was always 42"]
+    prompt_format = make_prompt_format(settings, tokenizer, Recipe("messages"))
+    assert prompt_format.is_turn_by_turn
+    assert not encoder_for(tokenizer, make_settings, kind="messages").prompt_format.is_turn_by_turn
+    encoder = make_encoder(tokenizer, prompt_format)
+    ids, labels = encode_one(encoder, CONVERSATION)
+    (span,) = label_spans(labels)
+    assert tokenizer.decode(span, skip_special_tokens=True) == "<think></think>it was always 42"
+    assert encoder.encode_prompt(CONVERSATION) == ids[: len(ids) - len(span)]
+    assert "<think></think>the answer" not in tokenizer.decode(ids)
 
 
 def test_a_tokenizer_that_declines_bos_gets_none(make_settings: Any) -> None:
@@ -226,6 +219,16 @@ def test_a_tokenizer_that_declines_bos_gets_none(make_settings: Any) -> None:
     assert encoder_for(tokenizer, make_settings).prompt_format.bos_id == tokenizer.bos_token_id
     tokenizer.init_kwargs["add_bos_token"] = False
     assert encoder_for(tokenizer, make_settings).prompt_format.bos_id is None
+
+
+def test_a_base_model_is_asked_as_its_tokenizer_says(family: Family) -> None:
+    plain = make_plain_format(family.tokenizer)
+    assert (plain.kind == "chat") is (family.tokenizer.chat_template is not None)
+    encoder = make_encoder(family.tokenizer, plain)
+    question = Example("1", "hello there", "", messages=(Message("user", "hello there"),) * (plain.kind == "chat"))
+    decoded = family.tokenizer.decode(encoder.encode_prompt(question))
+    assert "hello there" in decoded
+    assert plain.eos_id in plain.stop_ids
 
 
 def test_prompt_format_survives_json(family: Family, make_settings: Any) -> None:

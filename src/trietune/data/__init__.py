@@ -4,6 +4,7 @@ from trietune.data.counts import Count, DataCounts, SplitCounts
 from trietune.data.examples import IGNORED_LABEL, Example, ExampleSource, Message, Task, TokenSequences
 from trietune.data.load import Data, load_data, load_split
 from trietune.data.preview import ExamplePreview, TokenText, preview_examples
+from trietune.data.prompt_formats import make_plain_format, make_prompt_format
 from trietune.data.templates import PromptFormat
 from trietune.data.tokenizer import Encoder, load_tokenizer, make_encoder
 
@@ -26,5 +27,7 @@ __all__ = [
     "load_split",
     "load_tokenizer",
     "make_encoder",
+    "make_plain_format",
+    "make_prompt_format",
     "preview_examples",
 ]

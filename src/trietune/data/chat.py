@@ -7,11 +7,14 @@
 
 A turn begins where the template, given all that went before, asks for an answer. So what the model is given in training
 is, character for character, what it is given in use.
+
+Some templates write an answer anew once others follow it: those of reasoning models drop its thoughts. Then no single
+text holds all answers as they were given, and each turn becomes an example of its own. The trie computes what they
+share once.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +23,23 @@ from trietune.data.recipes import WrongRow
 
 Segment = tuple[str, bool]  # text, and whether it is to be learnt
 
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
+
+
+class RewrittenTurnError(WrongRow):
+    """An answer does not stand in the text of the whole conversation as it was given."""
+
+
+def rewrites_turns(tokenizer: Any, chat_template: str) -> bool:
+    """Whether the template writes earlier answers anew as a conversation goes on."""
+    try:
+        split_turns(_PROBE, tokenizer=tokenizer, chat_template=chat_template, add_generation_prompt=False)
+    except RewrittenTurnError:
+        return True
+    except WrongRow:
+        # The template refuses this conversation, for instance a plain user's turn: real ones will tell.
+        return False
+    return False
 
 
 def split_turns(
@@ -31,7 +50,8 @@ def split_turns(
     With `add_generation_prompt` the last segment asks for the next answer; without it, the last one is an answer.
 
     Raises:
-        WrongRow: the template refuses the conversation, or writes its earlier turns anew as it goes on.
+        WrongRow: the template refuses the conversation.
+        RewrittenTurnError: it writes earlier turns anew as it goes on.
     """
     full = _render(messages, tokenizer, chat_template, add_generation_prompt)
     segments: list[Segment] = []
@@ -43,48 +63,37 @@ def split_turns(
         is_last = index == len(messages) - 1 and not add_generation_prompt
         said = full if is_last else _render(messages[: index + 1], tokenizer, chat_template, False)
         if not (full.startswith(said) and said.startswith(given) and len(given) >= end):
-            return _split_at_markers(messages, tokenizer, chat_template, add_generation_prompt)
-        segments += [(full[end : len(given)], False), _without_space_behind(full[len(given) : len(said)])]
+            raise RewrittenTurnError(f"the chat template writes message {index + 1} anew once others follow")
+        segments += [(full[end : len(given)], False), (_without_space_behind(full[len(given) : len(said)]), True)]
         end = len(given) + len(segments[-1][0])
     if add_generation_prompt:
         segments.append((full[end:], False))
     return segments
 
 
-def _without_space_behind(text: str) -> Segment:
-    """The line break that templates write behind `<|im_end|>` comes after the model has stopped: nothing to learn."""
-    return text.rstrip(), True
-
-
-def _split_at_markers(
-    messages: Sequence[Message], tokenizer: Any, chat_template: str, add_generation_prompt: bool
+def split_last_turn(
+    messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool
 ) -> list[Segment]:
-    """For templates that mark with `{% generation %}` what the assistant says."""
-    if not _GENERATION_MARKER.search(chat_template):
-        raise WrongRow(
-            "the chat template writes earlier turns in another way once later ones follow, so what an answer was "
-            "given cannot be told"
-        )
-    from transformers.utils.chat_template_utils import render_jinja_template
+    """The rendered conversation as what was given and, unless another answer is asked for, the last answer.
 
-    # Annotated as text there; with this flag it is a pair of lists, the texts and the spans of each.
-    render: Any = render_jinja_template
-    rendered, spans = render(
-        conversations=[_to_dicts(messages)],
-        chat_template=chat_template,
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=add_generation_prompt,
-        **tokenizer.special_tokens_map,
-    )
-    full = rendered[0]
-    segments: list[Segment] = []
-    end = 0
-    for start, stop in spans[0]:
-        segments += [(full[end:start], False), _without_space_behind(full[start:stop])]
-        end = start + len(segments[-1][0])
+    Raises:
+        WrongRow: the template refuses the conversation.
+        RewrittenTurnError: what it writes for an answer does not follow what it asks it with.
+    """
     if add_generation_prompt:
-        segments.append((full[end:], False))
-    return segments
+        return [(_render(messages, tokenizer, chat_template, True), False)]
+    given = _render(messages[:-1], tokenizer, chat_template, True)
+    full = _render(messages, tokenizer, chat_template, False)
+    if not full.startswith(given):
+        raise RewrittenTurnError(
+            "what the chat template asks for an answer with is not what it writes before that answer"
+        )
+    return [(given, False), (_without_space_behind(full[len(given) :]), True)]
+
+
+def _without_space_behind(text: str) -> str:
+    """The line break that templates write behind `<|im_end|>` comes after the model has stopped: nothing to learn."""
+    return text.rstrip()
 
 
 def _render(messages: Sequence[Message], tokenizer: Any, chat_template: str, add_generation_prompt: bool) -> str:
@@ -93,7 +102,7 @@ def _render(messages: Sequence[Message], tokenizer: Any, chat_template: str, add
     try:
         return str(
             tokenizer.apply_chat_template(
-                _to_dicts(messages),
+                [{"role": message.role, "content": message.content} for message in messages],
                 chat_template=chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -101,7 +110,3 @@ def _render(messages: Sequence[Message], tokenizer: Any, chat_template: str, add
         )
     except TemplateError as error:
         raise WrongRow(f"the chat template refuses it: {error}") from None
-
-
-def _to_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]

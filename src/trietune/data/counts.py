@@ -28,7 +28,8 @@ class SplitCounts:
     Attributes:
         source: file or data set, as a person would name it.
         read: rows that were read.
-        kept: sequences that they became.
+        num_examples: examples in them; more than rows where each turn of a conversation is one.
+        kept: examples that became sequences.
         num_tokens, num_labels, longest: of the kept sequences; `longest` in tokens.
         overlong: longer than `max_length`; left out in training, kept in validation.
         truncated: cut to `max_length` at the left of their prompt.
@@ -40,6 +41,7 @@ class SplitCounts:
 
     source: str
     read: int = 0
+    num_examples: int = 0
     kept: int = 0
     num_tokens: int = 0
     num_labels: int = 0
@@ -72,7 +74,9 @@ class DataCounts:
 def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list[str]:
     """Lines for the user: what became of the split, each number with places where there is something to look at."""
     split = "training" if is_training else "validation"
-    lines = [f"{split}: {counts.kept:,} of {counts.read:,} examples of {counts.source}, {counts.num_tokens:,} tokens"]
+    in_rows = f" in {counts.read:,} conversations" if counts.num_examples > counts.read else ""
+    of_source = f"{counts.kept:,} of {counts.num_examples:,} examples{in_rows} of {counts.source}"
+    lines = [f"{split}: {of_source}, {counts.num_tokens:,} tokens"]
     longer = f"longer than `max_length: {max_length}`"
     left_out = "left out" if is_training else "kept: validation drops nothing"
     for count, what in (

@@ -20,16 +20,11 @@ import numpy as np
 from trietune.data.cache import CacheWriter, make_key, open_cached
 from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
 from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
+from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.recipes import REQUIRED_COLUMNS, Recipe, choose_recipe
 from trietune.data.sources import Rows, Sources, SplitRole, find_sources
-from trietune.data.templates import PromptFormat, literal_text
-from trietune.data.tokenizer import (
-    check_tokenizer,
-    find_bos_id,
-    find_stop_ids,
-    hash_tokenizer,
-    make_encoder,
-)
+from trietune.data.templates import PromptFormat
+from trietune.data.tokenizer import make_encoder
 from trietune.data.tokenizing import COMPLETIONS_TALLIED, Rules, tokenize_rows
 from trietune.errors import UserError
 
@@ -188,28 +183,6 @@ def find_label_task(train: SplitCounts, validation: SplitCounts | None) -> Task:
     return Task(kind="labels", labels=labels, label_names=tuple(label.strip() for label in labels))
 
 
-def make_prompt_format(settings: Any, tokenizer: Any, recipe: Recipe) -> PromptFormat:
-    """The prompt format of a recipe; the task of custom data is told by the data later."""
-    check_tokenizer(tokenizer, name=str(tokenizer.name_or_path or "the model"))
-    template_text = literal_text(recipe.prompt_template) + literal_text(recipe.completion_template)
-    # Whole prompts that were made elsewhere, and templates that spell special tokens, mean those tokens.
-    may_mean_them = recipe.kind in ("messages", "columns", "text", "tokens")
-    spells_them = any(token in template_text for token in tokenizer.all_special_tokens)
-    prompt_format = PromptFormat(
-        kind="chat" if recipe.kind == "messages" else "tokens" if recipe.kind == "tokens" else "template",
-        prompt_template=recipe.prompt_template,
-        completion_template=recipe.completion_template,
-        chat_template=_find_chat_template(settings, tokenizer, recipe),
-        parses_special_tokens=may_mean_them or spells_them,
-        bos_id=find_bos_id(tokenizer),
-        eos_id=int(tokenizer.eos_token_id),
-        stop_ids=(int(tokenizer.eos_token_id),),
-        task=recipe.task,
-        tokenizer_hash=hash_tokenizer(tokenizer),
-    )
-    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format))
-
-
 @dataclass(frozen=True, slots=True)
 class _Loading:
     """What the splits of one call share."""
@@ -298,38 +271,6 @@ def _find_recipe(settings: Any, sources: Sources) -> Recipe:
         completion_template=settings.completion_template,
         source=rows.name,
     )
-
-
-def _find_chat_template(settings: Any, tokenizer: Any, recipe: Recipe) -> str:
-    """The Jinja source for conversations: the user's own text or file, or the tokenizer's."""
-    own = settings.chat_template
-    if recipe.kind != "messages":
-        if own:
-            raise UserError(
-                "`chat_template` is set, and the data has no conversations to use it on",
-                next_step="remove it, or give the data a column `messages`",
-            )
-        return ""
-    if own:
-        if "{{" in own or "{%" in own:
-            return str(own)
-        try:
-            return Path(own).expanduser().read_text()
-        except OSError as error:
-            raise UserError(
-                f"`chat_template: {own}` is neither a template nor a file that can be read",
-                where=str(error.strerror or error),
-                next_step="write the path of a .jinja file, or the template itself",
-            ) from None
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise UserError(
-            "the data holds conversations, and the tokenizer of this model has no chat template",
-            next_step="chat_template: FILE.jinja, or take the instruction-tuned model of the family",
-        )
-    return str(template)
 
 
 def _last_row(held_out: np.ndarray | None, limit: int | None) -> int | None:

@@ -49,6 +49,8 @@ class PromptFormat:
         stop_ids: generation ends at any of them.
         task: what a right answer is.
         tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.tokenizer.hash_tokenizer`.
+        is_turn_by_turn: of a `chat`, whether each answer is an example of its own, because the template writes earlier
+            answers anew; else all answers of a conversation are learnt in one.
     """
 
     kind: Literal["template", "chat", "tokens"]
@@ -61,6 +63,7 @@ class PromptFormat:
     stop_ids: tuple[int, ...]
     task: Task
     tokenizer_hash: str
+    is_turn_by_turn: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:

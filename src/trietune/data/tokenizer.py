@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from trietune.data.chat import Segment, split_turns
+from trietune.data.chat import Segment, split_last_turn, split_turns
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
@@ -191,7 +191,8 @@ class Encoder:
         return [(example.prompt, False), (example.completion, True)]
 
     def _turns(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
-        return split_turns(
+        split = split_last_turn if self.prompt_format.is_turn_by_turn else split_turns
+        return split(
             messages,
             tokenizer=self.tokenizer,
             chat_template=self.prompt_format.chat_template,

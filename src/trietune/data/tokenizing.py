@@ -134,6 +134,7 @@ class _Tally:
     source: str
     seen: int = 0
     read: int = 0
+    num_examples: int = 0
     counts: SplitCounts = field(default_factory=lambda: SplitCounts(source=""))
     problems: Problems = field(
         default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped in silence")
@@ -178,26 +179,42 @@ class _Tally:
             self.counts,
             source=self.source,
             read=self.read,
+            num_examples=self.num_examples,
             duplicates=Count(len(hashes) - len(first), samples),
             completions=dict(self.completions or {}),
         )
 
 
-def _example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[[Row, str], _Read]:
+def _example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[[Row, str], list[_Read]]:
     """The function from a row and its place to what is written of it; it raises `WrongRow`."""
     if recipe.kind == "tokens":
-        return lambda row, place: _read_tokens(row, place, encoder, rules)
+        return lambda row, place: [_read_tokens(row, place, encoder, rules)]
     make = example_maker(recipe)
     prompt_columns = find_columns(recipe.prompt_template)
 
-    def read(row: Row, place: str) -> _Read:
+    def read(row: Row, place: str) -> list[_Read]:
         example = make(row, place)
+        if encoder.prompt_format.is_turn_by_turn:
+            turns = _turns(example)
+            return [_Read(place, turn, encoder.segments(turn), None, has_empty_text=False) for turn in turns]
         is_empty = any(not str(row.get(name) or "").strip() for name in prompt_columns)
         if recipe.kind == "columns":
             is_empty = not example.prompt.strip()
-        return _Read(place, example, encoder.segments(example), None, is_empty)
+        return [_Read(place, example, encoder.segments(example), None, is_empty)]
 
     return read
+
+
+def _turns(example: Example) -> list[Example]:
+    """Each answer of a conversation as an example that ends with it."""
+    messages = example.messages
+    ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
+    return [
+        replace(
+            example, id=f"{example.id}, turn {number}", messages=messages[:end], completion=messages[end - 1].content
+        )
+        for number, end in enumerate(ends, start=1)
+    ]
 
 
 def _read_tokens(row: Row, place: str, encoder: Encoder, rules: Rules) -> _Read:
@@ -223,7 +240,10 @@ def _read_tokens(row: Row, place: str, encoder: Encoder, rules: Rules) -> _Read:
 
 
 def _read_block(
-    block: Sequence[PlacedRow], to_example: Callable[[Row, str], _Read], left_out: np.ndarray | None, tally: _Tally
+    block: Sequence[PlacedRow],
+    to_example: Callable[[Row, str], list[_Read]],
+    left_out: np.ndarray | None,
+    tally: _Tally,
 ) -> list[_Read]:
     skipped = [False] * len(block)
     if left_out is not None:
@@ -236,19 +256,25 @@ def _read_block(
             tally.problems.add(place, row.reason)
             continue
         try:
-            one = to_example(row, place)
+            made = to_example(row, place)
         except WrongRow as error:
             tally.problems.add(place, str(error), is_unlabelled=isinstance(error, Unlabelled))
             continue
         if is_skipped:
             continue
-        if one.example.id != place:
-            # Ids that the data brings may repeat, for instance over two files; a place never does.
-            if one.example.id in tally.own_ids:
-                one = replace(one, example=replace(one.example, id=place))
-            tally.own_ids.add(one.example.id)
-        read.append(one)
-    return read
+        read += made
+    tally.num_examples += len(read)
+    return [_with_unique_id(one, tally.own_ids) for one in read]
+
+
+def _with_unique_id(one: _Read, own_ids: set[str]) -> _Read:
+    """Ids that the data brings may repeat, for instance over two files; what begins with its place never does."""
+    if one.example.id.startswith(one.place):
+        return one
+    if one.example.id in own_ids:
+        return replace(one, example=replace(one.example, id=one.place))
+    own_ids.add(one.example.id)
+    return one
 
 
 def _write_block(

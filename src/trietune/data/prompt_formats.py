@@ -1,0 +1,109 @@
+"""Make prompt formats: of data that is trained on, and of a base model that is only asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trietune.data.chat import rewrites_turns
+from trietune.data.examples import Task
+from trietune.data.recipes import Recipe
+from trietune.data.templates import PromptFormat, literal_text
+from trietune.data.tokenizer import check_tokenizer, find_bos_id, find_stop_ids, hash_tokenizer
+from trietune.errors import UserError
+
+
+def make_prompt_format(settings: Any, tokenizer: Any, recipe: Recipe) -> PromptFormat:
+    """The prompt format of a recipe; the task of custom data is told by the data later.
+
+    Raises:
+        UserError: the tokenizer cannot be used, or conversations have no chat template.
+    """
+    check_tokenizer(tokenizer, name=_name(tokenizer))
+    template_text = literal_text(recipe.prompt_template) + literal_text(recipe.completion_template)
+    # Whole prompts that were made elsewhere, and templates that spell special tokens, mean those tokens.
+    may_mean_them = recipe.kind in ("messages", "columns", "text", "tokens")
+    spells_them = any(token in template_text for token in tokenizer.all_special_tokens)
+    chat_template = _find_chat_template(settings, tokenizer, recipe)
+    prompt_format = PromptFormat(
+        kind="chat" if recipe.kind == "messages" else "tokens" if recipe.kind == "tokens" else "template",
+        prompt_template=recipe.prompt_template,
+        completion_template=recipe.completion_template,
+        chat_template=chat_template,
+        is_turn_by_turn=recipe.kind == "messages" and rewrites_turns(tokenizer, chat_template),
+        parses_special_tokens=may_mean_them or spells_them,
+        bos_id=find_bos_id(tokenizer),
+        eos_id=int(tokenizer.eos_token_id),
+        stop_ids=(int(tokenizer.eos_token_id),),
+        task=recipe.task,
+        tokenizer_hash=hash_tokenizer(tokenizer),
+    )
+    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format))
+
+
+def make_plain_format(tokenizer: Any) -> PromptFormat:
+    """How a base model is asked: as a conversation if its tokenizer has a chat template, else with the text as it is.
+
+    Raises:
+        UserError: the tokenizer cannot be used.
+    """
+    check_tokenizer(tokenizer, name=_name(tokenizer))
+    chat_template = _own_template(tokenizer)
+    eos_id = int(tokenizer.eos_token_id)
+    prompt_format = PromptFormat(
+        kind="chat" if chat_template else "template",
+        prompt_template="",
+        completion_template="",
+        chat_template=chat_template,
+        parses_special_tokens=True,
+        bos_id=find_bos_id(tokenizer),
+        eos_id=eos_id,
+        stop_ids=(eos_id,),
+        task=Task(kind="text"),
+        tokenizer_hash=hash_tokenizer(tokenizer),
+        is_turn_by_turn=bool(chat_template) and rewrites_turns(tokenizer, chat_template),
+    )
+    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format))
+
+
+def _find_chat_template(settings: Any, tokenizer: Any, recipe: Recipe) -> str:
+    """The Jinja source for conversations: the user's own text or file, or the tokenizer's."""
+    own = settings.chat_template
+    if recipe.kind != "messages":
+        if own:
+            raise UserError(
+                "`chat_template` is set, and the data has no conversations to use it on",
+                next_step="remove it, or give the data a column `messages`",
+            )
+        return ""
+    if own:
+        if "{{" in own or "{%" in own:
+            return str(own)
+        try:
+            return Path(own).expanduser().read_text()
+        except OSError as error:
+            raise UserError(
+                f"`chat_template: {own}` is neither a template nor a file that can be read",
+                where=str(error.strerror or error),
+                next_step="write the path of a .jinja file, or the template itself",
+            ) from None
+    template = _own_template(tokenizer)
+    if not template:
+        raise UserError(
+            "the data holds conversations, and the tokenizer of this model has no chat template",
+            next_step="chat_template: FILE.jinja, or take the instruction-tuned model of the family",
+        )
+    return template
+
+
+def _own_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template; empty if it has none. Some have several by name."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return str(template or "")
+
+
+def _name(tokenizer: Any) -> str:
+    return str(tokenizer.name_or_path or "the model")
