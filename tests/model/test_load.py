@@ -16,7 +16,8 @@ from transformers.utils import logging
 from model.families import FAMILIES
 from trietune.errors import UserError
 from trietune.model import load
-from trietune.model.load import TESTED_FAMILIES, check_architecture, is_out_of_memory, load_network
+from trietune.model.architecture import TESTED_FAMILIES, check_architecture
+from trietune.model.load import is_out_of_memory, load_network
 from trietune.model.locate import ModelFolder, locate_model
 
 CPU = torch.device("cpu")
@@ -97,6 +98,11 @@ def test_an_architecture_of_the_future(folder: Path) -> None:
 def test_no_causal_language_model(folder: Path) -> None:
     _change_config(folder, model_type="t5")
     assert "is no causal language model: model_type `t5`" in _error(folder)
+
+
+def test_a_model_that_sees_what_comes_is_no_causal_one(folder: Path) -> None:
+    _change_config(folder, model_type="gemma3_text", use_bidirectional_attention=True)
+    assert "it attends in both directions" in _error(folder)
 
 
 def test_quantized_weights(folder: Path) -> None:
@@ -210,7 +216,11 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "adds a loss for its experts",
     ),
     "scaled logits": (lambda: _tiny("cohere", logit_scale=0.5), "scales its logits by `logit_scale`"),
-    "both directions": (lambda: _tiny("gemma", use_bidirectional_attention=True), "attend to later tokens"),
+    "sinks": (
+        lambda: _tiny("gpt_oss", num_local_experts=2, num_experts_per_tok=1),
+        "computes attention in its own way",
+    ),
+    "attention that keeps what it is given to itself": (lambda: _tiny("nemotron"), "computes attention in its own way"),
 }
 
 
@@ -222,8 +232,21 @@ def test_what_cannot_take_a_trie_is_refused_with_its_reason(name: str) -> None:
     assert expected in reason
 
 
-def test_experts_without_a_loss_of_their_own_take_a_trie() -> None:
-    assert check_architecture(_tiny("mixtral", num_local_experts=2, num_experts_per_tok=1)) is None
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize("family", ["phi3", "olmo2", "smollm3", "starcoder2", "glm", "gpt2", "opt", "mixtral"])
+def test_families_beyond_the_tested_ones_are_looked_at(family: str) -> None:
+    """Each of these gives on a trie the losses of plain rows; the self-check of a run would say so otherwise."""
+    network = _tiny(family, **(EXPERTS if family == "mixtral" else {}))
+    before = network.config._attn_implementation
+    assert check_architecture(network) is None
+    assert network.config._attn_implementation == before, "looking changes nothing"
+
+
+def test_a_network_without_weights_can_be_asked() -> None:
+    with torch.device("meta"):
+        assert check_architecture(_tiny("olmo2")) is None
 
 
 def test_a_model_of_text_and_images_is_refused() -> None:

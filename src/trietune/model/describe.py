@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trietune.model.adapter import add_adapter
-from trietune.model.load import check_architecture
+from trietune.model.architecture import check_architecture
+from trietune.model.load import check_config
 from trietune.model.locate import ModelFolder
 
 
@@ -42,8 +43,10 @@ def describe_network(base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[
         adapter: keyword arguments of `add_adapter`.
 
     Raises:
-        UserError: the adapter's targets are not in this model.
+        UserError: the model needs code of its own, is quantized or no causal language model, or the adapter's targets
+            are not in it.
     """
+    check_config(base)
     config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A base model from a local folder into memory, and whether tries can be computed with it.
+"""A base model from a local folder into memory.
 
 Weights come from safetensors alone and code from transformers alone: what a folder brings as Python is never run.
 """
@@ -23,13 +23,6 @@ from trietune.model.locate import ModelFolder
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# Tries give the gradients of padded rows for these; a test a family, with windows, soft-capping and grouped heads.
-TESTED_FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
-
-_ATTENTION_LAYERS = ("full_attention", "sliding_attention")
-# Their angles depend on the longest position of the call, which differs between a trie and padded rows.
-_CALL_DEPENDENT_ROPE = ("dynamic", "longrope")
-
 
 def load_network(
     folder: ModelFolder,
@@ -46,7 +39,7 @@ def load_network(
     """
     if dtype not in SUPPORTED_DTYPES:
         raise UserError(f"a base model cannot be held in {dtype}", next_step="dtype: bfloat16   (or float32)")
-    _check_config(folder)
+    check_config(folder)
     _check_memory(folder.path, dtype, device)
     try:
         with quiet_library():
@@ -78,67 +71,16 @@ def load_network(
     return network  # type: ignore[no-any-return]  # the library gives a pair when it is asked for one
 
 
-def check_architecture(network: PreTrainedModel) -> str | None:
-    """Why tries cannot be computed with this network, as the end of a sentence; None if they can.
-
-    A family outside `TESTED_FAMILIES` passes if its attention goes through the library's interface and nothing in its
-    configuration speaks against it; the self-check of the first micro-batch has the last word.
-    """
-    config = network.config
-    family = str(config.model_type)
-    if getattr(config, "is_encoder_decoder", False):
-        return f"`{family}` has an encoder, and its decoder attends to it"
-    if config.get_text_config() is not config:
-        return f"`{family}` takes more than text, and masks its attention itself"
-    layers = set(getattr(config, "layer_types", None) or ())
-    if other := sorted(layers - set(_ATTENTION_LAYERS)):
-        return f"`{family}` has layers of the kind `{other[0]}`, which carry a state from token to token"
-    if getattr(network, "_is_stateful", False):
-        return f"`{family}` has state-space layers, which carry a state from token to token"
-    if not getattr(network, "_supports_attention_backend", False):
-        return f"`{family}` computes attention in its own way, which cannot be replaced"
-    if (rope := _rope_types(config)) & set(_CALL_DEPENDENT_ROPE):
-        kind = sorted(rope & set(_CALL_DEPENDENT_ROPE))[0]
-        return f"`{family}` uses the rotary scaling `{kind}`, whose angles depend on the longest sequence of a call"
-    if getattr(config, "use_bidirectional_attention", None):
-        return f"`{family}` is configured to attend to later tokens"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"`{family}` is configured with dropout on attention weights"
-    if getattr(config, "output_router_logits", False):
-        return f"`{family}` adds a loss for its experts, which counts tokens and not labels"
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"`{family}` scales its logits by `{name}`"
-    return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is the allocator's refusal, on any device, and no bug."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory", "RESOURCE_EXHAUSTED")
-    )
-
-
-@contextmanager
-def quiet_library() -> Iterator[None]:
-    """Keep the library's bars and its report on weights off the terminal: what matters in it is raised by us."""
-    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _check_config(folder: ModelFolder) -> None:
+def check_config(folder: ModelFolder) -> None:
+    """Raise `UserError` unless `folder` holds a causal language model that the installed library can load as it is."""
     raw: dict[str, Any] = json.loads((folder.path / "config.json").read_bytes())
     family = raw["model_type"]
+    if raw.get("use_bidirectional_attention"):
+        raise UserError(
+            f"`{folder.name}` is no causal language model: it attends in both directions",
+            where="config.json: use_bidirectional_attention",
+            next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
+        )
     if "quantization_config" in raw:
         method = (raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
         raise UserError(
@@ -164,6 +106,30 @@ def _check_config(folder: ModelFolder) -> None:
         f"`{folder.name}` is no causal language model: model_type `{family}`",
         next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is the allocator's refusal, on any device, and no bug."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory", "RESOURCE_EXHAUSTED")
+    )
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Keep the library's bars and its report on weights off the terminal: what matters in it is raised by us."""
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -225,13 +191,6 @@ def _check_loaded(folder: ModelFolder, info: dict[str, Any], report: Callable[[s
         )
     if unexpected := sorted(info["unexpected_keys"]):
         report(f"{len(unexpected)} tensors of {folder.name} belong to no part of the model, e.g. {unexpected[0]}")
-
-
-def _rope_types(config: Any) -> set[str]:
-    """The kinds of rotary scaling; a configuration has one, or one for each kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return {str(one.get("rope_type", "default")) for one in nested}
 
 
 def _name(dtype: torch.dtype) -> str:
