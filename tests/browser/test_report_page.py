@@ -128,6 +128,22 @@ def test_a_curve_can_be_hidden(browser: Chromium, pages: dict[str, Path]) -> Non
     assert browser.run(count) == before
 
 
+def test_a_wide_fall_is_drawn_on_a_log_scale_until_told_otherwise(browser: Chromium, tmp_path: Path) -> None:
+    tracker = open_tracker(console=ConsoleConsumer(io.StringIO(), io.StringIO()))
+    tracker.emit(RunStarted("fall", tmp_path / "fall", 4, 0, {}, {}))
+    for step, loss in enumerate((10.0, 1.0, 0.1), start=1):
+        tracker.emit(StepFinished(step, step, {"train/loss": loss}, [], True))
+    tracker.close()
+    write_report([tmp_path / "fall"], tmp_path / "fall.html")
+    browser.open(tmp_path / "fall.html")
+    heights = "[...document.querySelectorAll('circle')].map(c => +c.getAttribute('cy'))"
+    first, second, third = browser.run(heights)
+    assert second - first == pytest.approx(third - second)
+    browser.run("document.querySelector('.scale').click()")
+    first, second, third = browser.run(heights)
+    assert second - first == pytest.approx(10 * (third - second))
+
+
 def test_hostile_names_run_nothing(browser: Chromium, pages: dict[str, Path]) -> None:
     browser.open(pages["one"])
     assert browser.run("document.querySelectorAll('script').length") == 2

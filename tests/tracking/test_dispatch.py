@@ -95,3 +95,26 @@ def test_tracking_loads_neither_torch_nor_a_tracker(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_events_of_two_threads_do_not_mix() -> None:
+    import threading
+
+    class Slow(Recorder):
+        is_inside = False
+
+        def handle(self, event: Event) -> None:
+            assert not self.is_inside
+            self.is_inside = True
+            threading.Event().wait(0.001)
+            self.is_inside = False
+            super().handle(event)
+
+    slow = Slow("slow")
+    tracker = Tracker([slow])
+    threads = [threading.Thread(target=lambda: [tracker.emit(WORK) for _ in range(20)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert slow.heard == [WORK] * 40

@@ -17,7 +17,15 @@ from trietune.errors import UserError
 from trietune.tracking.console import ConsoleConsumer
 from trietune.tracking.consumers import open_tracker
 from trietune.tracking.curves import charts_of, thin
-from trietune.tracking.events import Evaluated, Event, RunFinished, RunStarted, Saved
+from trietune.tracking.events import (
+    Evaluated,
+    Event,
+    Predicted,
+    Prediction,
+    RunFinished,
+    RunStarted,
+    Saved,
+)
 from trietune.tracking.record import read_run
 from trietune.tracking.report import ReportConsumer, embedded_json, report_text, write_report
 
@@ -217,3 +225,13 @@ def test_writing_the_page_takes_a_hundredth_of_the_time(run: Path) -> None:
     assert num_written == 1
     consumer.handle(RunFinished("finished", 12, 1.0, {}))
     assert page.exists()
+
+
+def test_what_the_model_said_before_stands_beside_what_it_says_now(tmp_path: Path, events: Events) -> None:
+    run = [*events(tmp_path / "sst2")]
+    said = Prediction("dev.tsv:2", "Review: warm and funny\nOutput:", "positive", "dunno", False)
+    before = Predicted(0, "before", [said])
+    place = next(number for number, event in enumerate(run) if isinstance(event, Evaluated)) + 1
+    record(iter([*run[:place], before, *run[place:]]))
+    words = Page((tmp_path / "sst2" / "report.html").read_text()).words
+    assert "says expected said before about right positive positive dunno Review: warm and funny" in words

@@ -16,6 +16,8 @@ _TITLES = {
     "tokens_per_second": "distinct tokens a second",
     "sharing_factor": "sharing factor",
     "memory_bytes": "memory, GB",
+    "num_labels": "labels a step",
+    "num_micro_batches": "micro-batches a step",
 }
 _FACTORS = {"memory_bytes": 1e-9}
 _STEP_KEYS = ("event", "step", "epoch", "time")

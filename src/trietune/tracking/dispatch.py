@@ -10,6 +10,7 @@ at the next event.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable
 
 from trietune.tracking.events import Consumer, Event, Said
@@ -22,11 +23,13 @@ class StillTrying(Exception):  # noqa: N818  (a state, not a failure)
 
 
 class Tracker:
-    """The consumers of one run; calls come from one thread."""
+    """The consumers of one run. Any thread may emit; consumers see one event at a time."""
 
     def __init__(self, consumers: Iterable[Consumer] = ()) -> None:
         self._consumers = list(consumers)
         self._troubled: set[int] = set()
+        # Reentrant: a consumer's trouble is itself an event.
+        self._lock = threading.RLock()
 
     def add(self, consumer: Consumer) -> None:
         """Let one more consumer see the events from now on."""
@@ -34,6 +37,25 @@ class Tracker:
 
     def emit(self, event: Event) -> None:
         """Hand `event` to every consumer, in the order in which they were given. Raises nothing of theirs."""
+        with self._lock:
+            self._hand_round(event)
+
+    def say(self, text: str, *, is_warning: bool = False) -> None:
+        """Emit one line for the user."""
+        self.emit(Said(text, level="warning" if is_warning else "info"))
+
+    def close(self) -> None:
+        """Close every consumer; the last one is normally the console, so that it hears of the others' troubles."""
+        with self._lock:
+            while self._consumers:
+                consumer = self._consumers.pop(0)
+                try:
+                    consumer.close()
+                except Exception as error:
+                    logger.debug("closing %s failed", consumer.name, exc_info=True)
+                    self.say(f"{consumer.name}: could not be closed: {_describe(error)}", is_warning=True)
+
+    def _hand_round(self, event: Event) -> None:
         for consumer in list(self._consumers):
             if consumer not in self._consumers:
                 continue  # dropped meanwhile, while another consumer's warning was handed round
@@ -45,20 +67,6 @@ class Tracker:
                 self._drop(consumer, error)
             else:
                 self._troubled.discard(id(consumer))
-
-    def say(self, text: str, *, is_warning: bool = False) -> None:
-        """Emit one line for the user."""
-        self.emit(Said(text, level="warning" if is_warning else "info"))
-
-    def close(self) -> None:
-        """Close every consumer; the last one is normally the console, so that it hears of the others' troubles."""
-        while self._consumers:
-            consumer = self._consumers.pop(0)
-            try:
-                consumer.close()
-            except Exception as error:
-                logger.debug("closing %s failed", consumer.name, exc_info=True)
-                self.say(f"{consumer.name}: could not be closed: {_describe(error)}", is_warning=True)
 
     def _report_trouble(self, consumer: Consumer, trouble: StillTrying) -> None:
         if id(consumer) in self._troubled:

@@ -28,6 +28,7 @@ class RunRecord:
         steps: the logged steps, as lines of `metrics.jsonl`.
         notes: (level, text) of what the run said.
         predictions: the latest ones, and whether they are from before or after training.
+        predicted_before: what the model said before training, by the id of the example.
         num_unreadable: lines that are no records.
     """
 
@@ -45,6 +46,7 @@ class RunRecord:
     notes: Sequence[tuple[str, str]]
     predictions: Sequence[Prediction]
     predicted_when: Literal["before", "after"]
+    predicted_before: Mapping[str, str]
     num_unreadable: int
 
     def evaluation(self, when: str) -> Evaluated | None:
@@ -71,7 +73,7 @@ def read_run(directory: Path) -> RunRecord:
     # An end that is followed by another start belongs to an earlier sitting of the same run.
     end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") in ("start", "end")), {})
     is_over = end.get("event") == "end"
-    predictions, when = _read_predictions(directory / PREDICTIONS)
+    predictions, when, before = _read_predictions(directory / PREDICTIONS)
     return RunRecord(
         name=directory.resolve().name,
         directory=directory,
@@ -89,6 +91,7 @@ def read_run(directory: Path) -> RunRecord:
         ],
         predictions=predictions,
         predicted_when=when,
+        predicted_before=before,
         num_unreadable=num_unreadable,
     )
 
@@ -122,15 +125,15 @@ def _evaluation(line: Mapping[str, Any]) -> Evaluated:
     )
 
 
-def _read_predictions(path: Path) -> tuple[list[Prediction], Literal["before", "after"]]:
-    if not path.is_file():
-        return [], "after"
-    records, _ = _read_lines(path)
+def _read_predictions(path: Path) -> tuple[list[Prediction], Literal["before", "after"], dict[str, str]]:
+    records = _read_lines(path)[0] if path.is_file() else []
     if not records:
-        return [], "after"
+        return [], "after", {}
     last = (records[-1].get("step"), records[-1].get("when"))
     newest = [record for record in records if (record.get("step"), record.get("when")) == last]
-    return [_prediction(record) for record in _without_repeats(newest)], last[1] or "after"
+    earlier = [_prediction(record) for record in records if record.get("when") == "before"]
+    before = {prediction.id: prediction.predicted for prediction in earlier}
+    return [_prediction(record) for record in _without_repeats(newest)], last[1] or "after", before
 
 
 def _prediction(record: Mapping[str, Any]) -> Prediction:

@@ -49,7 +49,7 @@ class TrackioConsumer:
 
             self._run = None
             with contextlib.redirect_stdout(sys.stderr):
-                trackio.finish()
+                trackio.finish()  # type: ignore[no-untyped-call]  # it carries no annotations
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         if self._run is not None:

@@ -30,6 +30,14 @@
     return found;
   }
 
+  // 1, 2 and 5 times the powers of ten; only the powers where the range is wide.
+  function logTicks(low, high) {
+    const found = [], isWide = Math.log10(high / low) > 3;
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
+      for (const factor of isWide ? [1] : [1, 2, 5]) found.push(Number(`${factor}e${power}`));
+    return found.filter((y) => y >= low && y <= high);
+  }
+
   // A noisy curve gets the mean of its neighbourhood over it. The window is centred, and narrows towards both ends, so
   // that a steep beginning is not shown later than it was.
   function smooth(points) {
@@ -70,6 +78,19 @@
       });
       caption.append(key);
     });
+    // A loss that falls to a hundredth of itself shows its end only on a logarithmic scale.
+    const heights = series.flatMap((one) => one.points.map((point) => point[1]));
+    const canBeLog = chart.is_result && !chart.is_share && Math.min(...heights) > 0;
+    let isLog = canBeLog && Math.max(...heights) / Math.min(...heights) > 20;
+    if (canBeLog) {
+      const scale = html("button", { class: "key scale", type: "button", "aria-pressed": String(isLog) }, "log scale");
+      scale.addEventListener("click", () => {
+        isLog = !isLog;
+        scale.setAttribute("aria-pressed", String(isLog));
+        render();
+      });
+      caption.append(scale);
+    }
     const first = series[0].points[0], last = series[0].points.at(-1);
     picture.setAttribute("aria-label",
       `${chart.title}: from ${show(first[1], chart.is_share)} at step ${first[0]} to ${show(last[1], chart.is_share)} at step ${last[0]}`);
@@ -83,11 +104,13 @@
       const all = (shown.length ? shown : series);
       steps = [...new Set(all.flatMap((one) => one.points.map((point) => point[0])))].sort((a, b) => a - b);
       const values = all.flatMap((one) => [...one.points.map((p) => p[1]), ...one.band.flatMap((p) => [p[1], p[2]])]);
-      const [x0, x1] = extent(steps, 0), [y0, y1] = extent(values, 0.06);
+      const bend = isLog ? Math.log10 : (y) => y;
+      const positive = isLog ? values.filter((y) => y > 0) : values;
+      const [x0, x1] = extent(steps, 0), [y0, y1] = extent(positive.map(bend), 0.06);
       toX = (x) => LEFT + (x - x0) / (x1 - x0) * (width - LEFT - RIGHT);
-      toY = (y) => HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
+      toY = (y) => HEIGHT - BOTTOM - (bend(isLog ? Math.max(y, 10 ** y0) : y) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
       picture.replaceChildren();
-      for (const y of ticks(y0, y1, 4)) picture.append(
+      for (const y of isLog ? logTicks(10 ** y0, 10 ** y1) : ticks(y0, y1, 4)) picture.append(
         svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: toY(y), y2: toY(y) }),
         svg("text", { x: LEFT - 8, y: toY(y) + 4, "text-anchor": "end" }, tickText(y)));
       for (const x of ticks(x0, x1, width / 110).filter(Number.isInteger)) picture.append(
