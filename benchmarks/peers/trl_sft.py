@@ -17,9 +17,9 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from job import Gate, Job
-from models import build_network, lora_config
+from models import add_lora, build_network
 from transformers import AutoTokenizer
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from peers.transformers_trainer import GateCallback, InOrder, as_rows, common_arguments
 
@@ -37,20 +37,19 @@ def train(job: Job, device: torch.device, gate: Gate) -> None:
     settings["per_device_train_batch_size"] = workload.batch_size
     if job.model.dtype == "float32":
         settings["bf16"] = False
+    dataset = Dataset.from_list(rows)
     if is_packed:
-        mean_length = sum(len(row["input_ids"]) for row in rows) / len(rows)
-        settings["per_device_train_batch_size"] = max(1, round(workload.batch_size * mean_length / workload.max_length))
+        num_rows = len(pack_dataset(dataset, workload.max_length, "bfd"))
+        settings["per_device_train_batch_size"] = max(1, round(workload.batch_size * num_rows / len(rows)))
         settings["num_train_epochs"] = 1000  # `max_steps` ends it; rows may be fewer than steps need
     if job.engine == "trl-fastest":
         settings |= {"gradient_checkpointing": False, "bf16": False}
-    torch.manual_seed(1)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GatedSFTTrainer(
-            model=build_network(job.model, device),
+            model=add_lora(build_network(job.model, device), job.model),
             args=SFTConfig(**settings, **common_arguments(folder, len(workload.batches), device)),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=dataset,
             processing_class=AutoTokenizer.from_pretrained(job.model.folder),
-            peft_config=lora_config(job.model),
         )
         trainer.add_callback(GateCallback(gate, trainer.losses, _example_counter(trainer, workload.batch_size)))
         trainer.train()

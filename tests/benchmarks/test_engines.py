@@ -1,0 +1,172 @@
+"""The benchmark's engines do the same work: equal losses, step for step, on the same batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import chart
+import growth
+import numpy as np
+import pytest
+import torch
+import workloads
+from compare import to_result
+from job import FinishedError, Job
+from models import ModelChoice, Work, count_work
+from worker import ENGINES
+
+from tiny_model import write_tiny_model
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    # PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed.
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # And TRL 1.16 sets options by the names that were in use before.
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning"),
+]
+
+# Of a loss after three fp32 steps: sums in another order.
+LOSS_TOLERANCE = 1e-5
+HAS_TRL = importlib.util.find_spec("trl") is not None
+# It chooses its batches itself.
+SAME_BATCHES = [name for name in ENGINES if name != "trl-packed"]
+
+
+class Recorder:
+    """A gate that lets everything pass and keeps the losses."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.losses: list[float] = []
+        self.examples: list[int] = []
+        self.opened = 0
+        self._num_steps = num_steps
+
+    def open(self) -> None:
+        self.opened += 1
+
+    def __call__(self, loss: float, num_examples: int) -> None:
+        self.losses.append(loss)
+        self.examples.append(num_examples)
+        if len(self.losses) == self._num_steps:
+            raise FinishedError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelChoice:
+    return ModelChoice("smollm2", str(write_tiny_model(tmp_path_factory.mktemp("tiny"))), 2, "float32")
+
+
+@pytest.fixture(scope="module")
+def workload() -> workloads.Workload:
+    sequences = workloads.random_questions(
+        vocabulary=90, num_paragraphs=12, questions=4, paragraph=20, question=6, answer=3
+    )
+    return workloads.arrange("test", sequences, max_length=48, batch_size=8, grouped=True, num_rounds=2)
+
+
+def run(engine: str, model: ModelChoice, workload: workloads.Workload, num_steps: int = 3) -> Recorder:
+    recorder = Recorder(num_steps)
+    job = Job(engine, model, workload, "cpu")
+    with pytest.raises(FinishedError):
+        importlib.import_module(ENGINES[engine]).train(job, torch.device("cpu"), recorder)
+    assert recorder.opened == 1
+    return recorder
+
+
+@pytest.mark.parametrize("engine", [name for name in SAME_BATCHES if name != "minimal"])
+def test_engine_takes_the_steps_of_the_minimal_loop(
+    engine: str, model: ModelChoice, workload: workloads.Workload
+) -> None:
+    if engine.startswith("trl") and not HAS_TRL:
+        pytest.skip("benchmarks/requirements.txt is not installed")
+    expected = run("minimal", model, workload)
+    found = run(engine, model, workload)
+    assert found.examples == [8, 8, 8]
+    worst = max(abs(ours - theirs) / theirs for ours, theirs in zip(found.losses, expected.losses, strict=True))
+    assert worst < LOSS_TOLERANCE, f"{engine}: losses {found.losses} instead of {expected.losses}"
+    assert found.losses[0] != found.losses[1]
+
+
+@pytest.mark.skipif(not HAS_TRL, reason="benchmarks/requirements.txt is not installed")
+def test_packed_trl_counts_the_examples_of_its_rows(model: ModelChoice, workload: workloads.Workload) -> None:
+    roomy = dataclasses.replace(workload, max_length=100)  # three examples a row
+    found = run("trl-packed", model, roomy, num_steps=len(roomy.batches))
+    assert sum(found.examples) == pytest.approx(8 * len(roomy.batches), rel=0.15)
+
+
+def test_batches_are_whole_groups_and_too_long_examples_are_counted(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(write_tiny_model(tmp_path))
+    sequences, num_too_long = workloads.tokenize(tokenizer, [("ab", "c"), ("abcdefgh", "ij")], max_length=8)
+    assert num_too_long == 1
+    ids, labels = sequences.row(0)
+    assert [label for label in labels if label >= 0] == ids[-2:] == [*tokenizer("c")["input_ids"], 0]
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_work_counts_layers_and_head_alone(model: ModelChoice) -> None:
+    layer = 4 * 32 * 32 + 3 * 32 * 64
+    assert count_work(model) == Work(trunk=2 * layer, head=32 * 99)
+    assert Work(10, 100).flops(num_nodes=3, num_labels=2) == 4 * (10 * 3 + 100 * 2)
+
+
+def test_points_of_growth_share_what_they_say() -> None:
+    points = growth.make_points(["questions", "unshared"], 1000, num_rounds=1)
+    joined = growth.join(points, 1)
+    for at, point in enumerate(points):
+        shape = workloads.measure_shape(joined, [joined.batches[at]])
+        if point.varied == "unshared":
+            assert shape.distinct_tokens == pytest.approx(shape.real_tokens, rel=0.05)
+        else:
+            rest = growth.QUESTION + growth.ANSWER - 1
+            assert shape.distinct_tokens == pytest.approx(growth.PARAGRAPH / point.value + rest, rel=0.05)
+    assert len(np.unique(np.concatenate(joined.batches))) == sum(map(len, joined.batches))
+
+
+def test_charts_are_xml() -> None:
+    rate = {"median": 2.0, "lowest": 1.5, "highest": 2.5}
+    bars = [{"workload": "a & b", "engine": name, "examples_per_second": rate} for name in ("trietune", "trl")]
+    lines = chart.line_chart({"trietune": [(1, 2.0), (8, 3.0)]}, title="t", across="x", up="y")
+    for text in (chart.bar_chart(bars, title="<t>"), lines):
+        assert ElementTree.fromstring(text).tag.endswith("svg")
+
+
+def test_a_failed_engine_is_reported_as_failed(model: ModelChoice, workload: workloads.Workload) -> None:
+    from compare import EngineRounds, Measured, table
+
+    one = EngineRounds("trl", failed="exit code 1: out of memory")
+    result = to_result(one, workload, model, Work(1, 1), Measured([one], {"float32": 1.0}))
+    assert "failed: exit code 1: out of memory" in table([result])
+
+
+@pytest.mark.slow
+def test_compare_writes_results_a_table_and_a_chart(model: ModelChoice, tmp_path: Path) -> None:
+    data = tmp_path / "data" / "sst2"
+    data.mkdir(parents=True)
+    (data / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"w{i}\t{i % 2}\n" for i in range(300)))
+    result = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "benchmarks" / "compare.py",
+            *("--model-folder", model.folder, "--dtype", "float32", "--data", data.parent, "--rounds", "1"),
+            *("--workloads", "sst2-plain-4", "--engines", "strongest", "trietune", "--out", tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "strongest peer: strongest; weakest: strongest" in result.stdout
+    *engines, last = map(json.loads, (tmp_path / "smollm2-float32.jsonl").read_text().splitlines())
+    assert {line["engine"] for line in engines} == {"strongest", "trietune"}
+    assert last["kind"] == "run"
+    assert last["versions"]["torch"] == torch.__version__
+    assert last["command"].startswith("python benchmarks/compare.py --model-folder")
+    assert (tmp_path / "smollm2-float32.svg").exists()
