@@ -283,9 +283,10 @@ def _open_plain(directory: Path, name: str) -> Iterator[BinaryIO]:
     except OSError as error:
         reason = "is a link" if error.errno == errno.ELOOP else f"cannot be opened ({error.strerror})"
         raise Damaged(directory, name, reason) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Damaged(directory, name, "is not a plain file")
     with os.fdopen(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Damaged(directory, name, "is not a plain file")
         try:
             yield io.BufferedReader(file)
         except OSError as error:

@@ -58,14 +58,18 @@ def without_nan(value: Any) -> Any:
 
 def _check_depth(data: bytes) -> None:
     depth = 0
-    for byte in _STRING.sub(b"", data).translate(None, delete=_ALL_BUT_BRACKETS):
-        depth += 1 if byte in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise NotStrict(f"it nests deeper than {MAX_DEPTH} levels")
+    for token in _STRING_OR_BRACKET.finditer(data):
+        byte = data[token.start()]
+        if byte in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise NotStrict(f"it nests deeper than {MAX_DEPTH} levels")
+        elif byte in b"]}":
+            depth -= 1
 
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_ALL_BUT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+# Possessive (`++`, `*+`): a long text must not leave one way back a letter.
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
