@@ -66,7 +66,10 @@ def test_an_offline_run_reads_back(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "sst2"
-    said, _ = track(events(run), watch=histograms, name="first try", tags=["demo", "cpu"], uploads_model=True)
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        said, _ = track(events(run), watch=histograms, name="first try", tags=["demo", "cpu"], uploads_model=True)
+        assert server.requests == []  # offline means not a single call
     assert said == [f"W&B: offline, as its own settings say; later: `wandb sync {run}/wandb/*run-*`"]
 
     (opened,) = records_of(run, "run")

@@ -91,7 +91,7 @@ class Progress:
 
     def heads(self) -> list[str]:
         left = self.seconds_left()
-        return [f"epoch {self._epoch:.2f}", *([f"{wording.duration(left)} left"] if left is not None else [])]
+        return [f"epoch {self._epoch:.2f}", *([f"{wording.duration(left)} left"] if left else [])]
 
     def measures(self) -> list[str]:
         found = []
@@ -103,7 +103,7 @@ class Progress:
         for key, show in (
             ("examples_per_second", lambda value: f"{wording.rate(value)} examples/s"),
             ("tokens_per_second", lambda value: f"{wording.rate(value)} distinct tokens/s"),
-            ("sharing_factor", lambda value: f"sharing {value:.1f}x"),
+            ("sharing_factor", lambda value: f"sharing {value:.2f}x"),
             ("memory_bytes", wording.size),
         ):
             value = self._metrics.get(key)
