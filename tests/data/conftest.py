@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from tokenizer_families import BUILDERS, GEMMA_FOLDER, Family, gemma
 from transformers import AutoTokenizer
+
+from trietune.config import Settings, load_config
 
 
 @pytest.fixture(scope="session", params=[*BUILDERS, "gemma-real"])
@@ -27,28 +29,10 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def make_settings() -> Any:
-    """Settings with the defaults of the data keys, any of them given by name."""
+def make_settings() -> Callable[..., Settings]:
+    """Settings by keyword; room for long sequences unless `max_length` is given."""
 
-    def make(**changes: Any) -> Any:
-        defaults = {
-            "dataset_id": "stanfordnlp/sst2",
-            "train_file": None,
-            "validation_file": None,
-            "dataset_split": None,
-            "max_train_examples": None,
-            "max_length": 512,
-            "overlong": "drop",
-            "prompt_template": None,
-            "completion_template": None,
-            "chat_template": None,
-            "ignored_index": -100,
-        }
-        unknown = changes.keys() - defaults.keys()
-        assert not unknown, unknown
-        # `where` is what the real settings have: which values are the user's own.
-        return SimpleNamespace(
-            **{**defaults, **changes}, where=lambda key: "test.yaml, line 1" if key in changes else "default"
-        )
+    def make(**changes: Any) -> Settings:
+        return load_config(overrides={"max_length": 512, **changes}, environ={})
 
     return make

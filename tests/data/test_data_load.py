@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_ids_stay_unique_where_the_data_repeats_them(load: Load) -> None:
         squad_file(f"parts/{name}.json")
         Path(f"parts/{name}.json").write_text(Path(f"parts/{name}.json").read_text().replace(f"parts/{name}", "same"))
     data = load(dataset_id="squadv2", train_file="parts/*.json", validation_file=squad_file("dev.json"))
-    assert list(data.train.ids) == ["same.json-0", "same.json-1", "two.json, question 1", "two.json, question 2"]
+    assert list(data.train.ids) == ["same.json-0", "same.json-1", "two.json question 1", "two.json question 2"]
 
 
 def test_a_file_that_is_not_the_named_data_set_is_refused(load: Load) -> None:
@@ -395,7 +396,7 @@ def test_turns_that_the_template_rewrites_become_examples(load: Load, said: list
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
     path = jsonl("t.jsonl", [{"messages": turns}])
     data = load(train_file=path, validation_file=path, chat_template=rewriting)
-    assert list(data.train.ids) == ["t.jsonl:1, turn 1", "t.jsonl:1, turn 2"]
+    assert list(data.train.ids) == ["t.jsonl:1 turn 1", "t.jsonl:1 turn 2"]
     assert [data.train.examples[i].completion for i in range(2)] == ["assistant 0", "assistant 1"]
     assert any(line.startswith("training: 2 of 2 examples in 1 conversations of t.jsonl") for line in said)
 
@@ -479,10 +480,47 @@ def test_one_split_for_evaluation(load: Load, tokenizer: Any, make_settings: Any
     Path("d/test.tsv").unlink()
     with pytest.raises(UserError, match="without a test split"):
         load_split(make_settings(dataset_id="d"), tokenizer, "test", **calls)
-    own = load(dataset_id="d", prompt_template="Say {sentence}:").prompt_format
+    own = load(dataset_id="d", prompt_template="Say {sentence}:", completion_template=" {label}").prompt_format
     sequences, used = load_split(make_settings(dataset_id="d"), tokenizer, "validation", prompt_format=own, **calls)
     assert sequences.examples[0].prompt == "Say b:"
     assert used == own
+
+
+def test_an_adapter_is_evaluated_on_the_form_that_it_was_trained_on(
+    load: Load, tokenizer: Any, make_settings: Any, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = load(train_file=jsonl("chat.jsonl", [{"messages": turns}] * 3)).prompt_format
+    said: list[str] = []
+    calls: dict[str, Any] = {
+        "cache_folder": tmp_path / "cache",
+        "report": said.append,
+        "progress": lambda *_: None,
+        "check_stop": lambda: None,
+    }
+    settings = make_settings(train_file=tsv("t.tsv", *["fine\t1"] * 3))
+    with pytest.raises(UserError, match=r"trained on conversations, and `t.tsv` holds prompts"):
+        load_split(settings, tokenizer, "validation", prompt_format=chat, **calls)
+    own = load(train_file="t.tsv").prompt_format
+    load_split(settings, tokenizer, "validation", prompt_format=replace(own, tokenizer_hash="another"), **calls)
+    assert any("tokenizer is not the one" in line for line in said)
+
+
+def test_a_base_model_is_measured_on_labels_that_the_data_shows(
+    load: Load, tokenizer: Any, make_settings: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"q{i}", "completion": one} for i in range(5) for one in (" yes", " no")]
+    settings = make_settings(train_file=jsonl("t.jsonl", rows), validation_file="t.jsonl")
+    _, used = load_split(
+        settings,
+        tokenizer,
+        "validation",
+        cache_folder=tmp_path / "cache",
+        report=lambda _: None,
+        progress=lambda *_: None,
+        check_stop=lambda: None,
+    )
+    assert used.task.labels == (" no", " yes")
 
 
 def test_a_preview_marks_the_labels(load: Load, tokenizer: Any) -> None:

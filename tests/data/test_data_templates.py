@@ -112,11 +112,6 @@ def test_own_templates_come_before_recognised_columns() -> None:
     assert make(row, prompt_template="{sentence}?", completion_template=" {why}") == Example(
         "data.jsonl:1", "fine?", " moving"
     )
-    # Another prompt for a built-in task keeps that task's completions.
-    own_prompt = recipe_for(list(row), prompt_template="Say: {sentence} ->")
-    assert own_prompt == Recipe("sst2", prompt_template="Say: {sentence} ->")
-    own_completion = recipe_for(["sentence", "label"], task_name="sst2", completion_template=" {label}")
-    assert own_completion == Recipe("templates", "Review: {sentence}\nOutput:", " {label}")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +121,6 @@ def test_own_templates_come_before_recognised_columns() -> None:
         (["foo"], {"task_name": "sst2"}, "`sentence`, `label` missing"),
         (["context", "question"], {"task_name": "squad"}, "`answers` missing"),
         (["question", "answer"], {"prompt_template": "{quesion}", "completion_template": "{answer}"}, "`quesion`"),
-        (["question", "answer"], {"prompt_template": "{question}"}, "what to answer is not"),
         (["question"], {"prompt_template": "{question}", "completion_template": "yes"}, "names no column"),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from trietune.config.settings import Settings
 from trietune.data.cache import CacheWriter, make_key, open_cached
 from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
 from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
@@ -24,7 +25,7 @@ from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.recipes import REQUIRED_COLUMNS, Recipe, choose_recipe
 from trietune.data.sources import Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat
-from trietune.data.tokenizer import make_encoder
+from trietune.data.tokenizer import hash_tokenizer, make_encoder
 from trietune.data.tokenizing import COMPLETIONS_TALLIED, Rules, tokenize_rows
 from trietune.errors import UserError
 
@@ -60,7 +61,7 @@ class Data:
 
 
 def load_data(
-    settings: Any,
+    settings: Settings,
     tokenizer: Any,
     *,
     cache_folder: Path,
@@ -115,7 +116,7 @@ def load_data(
 
 
 def load_split(
-    settings: Any,
+    settings: Settings,
     tokenizer: Any,
     split: SplitRole,
     *,
@@ -132,16 +133,13 @@ def load_split(
     """
     sources = find_sources(settings, report=report)
     recipe = _find_recipe(settings, sources)
-    if prompt_format is None:
-        prompt_format = make_prompt_format(settings, tokenizer, recipe)
-    elif recipe.kind in ("sst2", "squad", "templates"):
-        recipe = replace(
-            recipe,
-            prompt_template=prompt_format.prompt_template,
-            completion_template=prompt_format.completion_template,
-        )
+    used_format = prompt_format or make_prompt_format(settings, tokenizer, recipe)
+    if prompt_format is not None:
+        recipe = _in_words_of(prompt_format, recipe, sources.train.name)
+        if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
+            report("the tokenizer is not the one that the adapter was trained with: figures may be worse for it")
     loading = _Loading(
-        settings, tokenizer, recipe, prompt_format, _writable(cache_folder, report), report, progress, check_stop
+        settings, tokenizer, recipe, used_format, _writable(cache_folder, report), report, progress, check_stop
     )
     rows = {"train": sources.train, "validation": sources.validation, "test": sources.test}[split]
     held_out = None
@@ -154,7 +152,10 @@ def load_split(
             f"`{sources.train.name}` comes without a {split} split",
             next_step="name a file with examples that were not trained on: `validation_file: ...`",
         )
-    return loading.load(rows, is_training=False, held_out=held_out)[0], prompt_format
+    sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out)
+    if prompt_format is None and recipe.kind in ("templates", "columns"):
+        used_format = replace(used_format, task=find_label_task(counts, None))
+    return sequences, used_format
 
 
 def draw_held_out(num_rows: int) -> np.ndarray:
@@ -187,7 +188,7 @@ def find_label_task(train: SplitCounts, validation: SplitCounts | None) -> Task:
 class _Loading:
     """What the splits of one call share."""
 
-    settings: Any
+    settings: Settings
     tokenizer: Any
     recipe: Recipe
     prompt_format: PromptFormat
@@ -251,7 +252,23 @@ class _Loading:
             return writer.finish(asdict(counts)), counts
 
 
-def _find_recipe(settings: Any, sources: Sources) -> Recipe:
+def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Recipe:
+    """The recipe for the same rows in the words of an adapter's prompt format."""
+    kind = {"messages": "chat", "tokens": "tokens"}.get(recipe.kind, "template")
+    if kind != prompt_format.kind:
+        in_words = {"chat": "conversations", "tokens": "tokens that the data brought", "template": "prompts"}
+        raise UserError(
+            f"the adapter was trained on {in_words[prompt_format.kind]}, and `{source}` holds {in_words[kind]}",
+            next_step="evaluate it on data in the form that it was trained on",
+        )
+    return replace(
+        recipe,
+        prompt_template=prompt_format.prompt_template,
+        completion_template=prompt_format.completion_template,
+    )
+
+
+def _find_recipe(settings: Settings, sources: Sources) -> Recipe:
     rows = sources.train
     columns = rows.columns()
     task_name = sources.task_name

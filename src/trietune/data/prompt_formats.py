@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trietune.config.settings import Settings
 from trietune.data.chat import rewrites_turns
 from trietune.data.examples import Task
 from trietune.data.recipes import Recipe
@@ -14,7 +15,7 @@ from trietune.data.tokenizer import check_tokenizer, find_bos_id, find_stop_ids,
 from trietune.errors import UserError
 
 
-def make_prompt_format(settings: Any, tokenizer: Any, recipe: Recipe) -> PromptFormat:
+def make_prompt_format(settings: Settings, tokenizer: Any, recipe: Recipe) -> PromptFormat:
     """The prompt format of a recipe; the task of custom data is told by the data later.
 
     Raises:
@@ -67,7 +68,7 @@ def make_plain_format(tokenizer: Any) -> PromptFormat:
     return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format))
 
 
-def _find_chat_template(settings: Any, tokenizer: Any, recipe: Recipe) -> str:
+def _find_chat_template(settings: Settings, tokenizer: Any, recipe: Recipe) -> str:
     """The Jinja source for conversations: the user's own text or file, or the tokenizer's."""
     own = settings.chat_template
     if recipe.kind != "messages":

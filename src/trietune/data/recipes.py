@@ -81,13 +81,14 @@ def choose_recipe(
 
     Args:
         task_name: the task that `dataset_id` names, if it names one.
+        prompt_template, completion_template: the user's own; the settings allow both or neither.
         source: the file or data set, for messages.
 
     Raises:
         UserError: a template asks for a column that is not there, or nothing fits.
     """
-    if prompt_template is not None or completion_template is not None:
-        return _from_templates(columns, task_name, prompt_template, completion_template, source)
+    if prompt_template is not None and completion_template is not None:
+        return _from_templates(columns, prompt_template, completion_template, source)
     if task_name is not None:
         missing = [name for name in REQUIRED_COLUMNS[task_name] if name not in columns]
         if missing:
@@ -124,15 +125,9 @@ def example_maker(recipe: Recipe) -> Callable[[Mapping[str, Any], str], Example]
     return partial(makers[recipe.kind], recipe)
 
 
-def _from_templates(
-    columns: Sequence[str],
-    task_name: TaskName | None,
-    prompt_template: str | None,
-    completion_template: str | None,
-    source: str,
-) -> Recipe:
+def _from_templates(columns: Sequence[str], prompt_template: str, completion_template: str, source: str) -> Recipe:
     for key, template in (("prompt_template", prompt_template), ("completion_template", completion_template)):
-        for name in find_columns(template or ""):
+        for name in find_columns(template):
             if name not in columns:
                 near = get_close_matches(name, columns, n=1)
                 raise UserError(
@@ -142,21 +137,6 @@ def _from_templates(
                     if near
                     else f"write `{{{{{name}}}}}` if it is plain text",
                 )
-    if completion_template is None:
-        # The built-in tasks keep their completions under another prompt, and a column of that name is one.
-        tasks: tuple[TaskName, ...] = ("sst2", "squad")
-        kind = next((one for one in tasks if one == task_name or _has(columns, REQUIRED_COLUMNS[one])), None)
-        if kind is not None:
-            return Recipe(kind, prompt_template=prompt_template or "")
-        if "completion" not in columns:
-            raise UserError(
-                "`prompt_template` is set, and what to answer is not",
-                where=f"`{source}` has the columns {_names(columns)}",
-                next_step='completion_template: " {column}"     (with the column that holds the answer)',
-            )
-        completion_template = "{completion}"
-    if prompt_template is None:
-        prompt_template = _built_in(task_name).prompt_template if task_name else "{prompt}" * ("prompt" in columns)
     if not find_columns(completion_template):
         raise UserError(
             "`completion_template` names no column, so every example would have the same answer",
@@ -265,10 +245,6 @@ def _advice(columns: Sequence[str]) -> str:
         "write `prompt_template` and `completion_template` with {column} where a column belongs, or name the columns "
         "`prompt` and `completion`, `messages`, or `text`"
     )
-
-
-def _has(columns: Sequence[str], required: Sequence[str]) -> bool:
-    return all(name in columns for name in required)
 
 
 def _names(names: Sequence[str]) -> str:

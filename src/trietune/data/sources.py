@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from trietune.config.settings import Settings
 from trietune.data.files import FORMAT_OF_SUFFIX, FORMATS_IN_WORDS, BrokenRow, Row, count_rows, detect_format, read_rows
 from trietune.data.hub import find_task, is_hub_id, load_from_hub, suggest_alias
 from trietune.data.recipes import TaskName
@@ -71,7 +72,7 @@ class Sources:
     is_task_certain: bool = True
 
 
-def find_sources(settings: Any, *, report: Callable[[str], None]) -> Sources:
+def find_sources(settings: Settings, *, report: Callable[[str], None]) -> Sources:
     """Resolve `dataset_id`, `train_file`, `validation_file` and `dataset_split`.
 
     Args:
@@ -85,7 +86,7 @@ def find_sources(settings: Any, *, report: Callable[[str], None]) -> Sources:
     if settings.train_file:
         splits = _local_splits(settings.train_file, "train_file")
         found = _from_splits(splits, task_name, split, f"`{settings.train_file}`")
-        found = replace(found, is_task_certain=not _is_default(settings, "dataset_id"))
+        found = replace(found, is_task_certain=settings.where("dataset_id") != "default")
     else:
         found = _from_dataset_id(settings.dataset_id, task_name, split, report)
     if settings.validation_file:
@@ -137,7 +138,7 @@ class FileRows:
 
     def read(self) -> Iterator[PlacedRow]:
         for path, label in zip(self.paths, self.labels, strict=True):
-            between = {"squad": ", question ", "parquet": ", row "}.get(detect_format(path), ":")
+            between = {"squad": " question ", "parquet": " row "}.get(detect_format(path), ":")
             for number, row in read_rows(path):
                 yield f"{label}{between}{number}", row
 
@@ -353,8 +354,3 @@ def _no_such_path(path: Path, key: str) -> UserError:
         if near
         else "check the path; it counts from the folder that you are in",
     )
-
-
-def _is_default(settings: Any, key: str) -> bool:
-    where = getattr(settings, "where", None)
-    return where is not None and where(key) == "default"

@@ -211,7 +211,7 @@ def _turns(example: Example) -> list[Example]:
     ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
     return [
         replace(
-            example, id=f"{example.id}, turn {number}", messages=messages[:end], completion=messages[end - 1].content
+            example, id=f"{example.id} turn {number}", messages=messages[:end], completion=messages[end - 1].content
         )
         for number, end in enumerate(ends, start=1)
     ]
