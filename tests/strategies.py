@@ -57,7 +57,9 @@ def question_batch(
         paragraph = opening + generator.integers(3, vocabulary, int(generator.integers(6, 18)) * scale).tolist()
         stem = generator.integers(3, vocabulary, 2).tolist()
         for _ in range(questions):
-            prompt = paragraph + stem + generator.integers(3, vocabulary, int(generator.integers(1, 6)) * scale).tolist()
+            prompt = (
+                paragraph + stem + generator.integers(3, vocabulary, int(generator.integers(1, 6)) * scale).tolist()
+            )
             completion = generator.integers(3, vocabulary, int(generator.integers(1, 4))).tolist() + [1]
             tokens.append(prompt + completion)
             labels.append([IGNORED] * len(prompt) + completion)

@@ -451,7 +451,7 @@ def test_a_stop_leaves_nothing_half_written(load: Load, tmp_path: Path) -> None:
             progress=lambda *event: seen.append(event),
             check_stop=stop_in_the_second_block,
         )
-    assert seen == [("tokenizing training data", 4096, None)]
+    assert seen == [("tokenizing training data", 4096, 10_000)]
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
 
 
@@ -460,6 +460,14 @@ def test_progress_knows_the_total_where_it_is_free(load: Load) -> None:
     rows = [{"text": f"text {i}"} for i in range(100)]
     load(dataset_id=jsonl("t.jsonl", rows), progress=lambda *event: seen.append(event))
     assert seen == [("tokenizing training data", 95, 95), ("tokenizing validation data", 5, 5)]
+    seen.clear()
+    train = jsonl("u.jsonl", rows)
+    load(train_file=train, validation_file=train, max_train_examples=20, progress=lambda *event: seen.append(event))
+    assert [total for _, _, total in seen] == [20, 100]
+    Path("v.csv").write_text("text\nfine\n")
+    seen.clear()
+    load(train_file="v.csv", validation_file="v.csv", progress=lambda *event: seen.append(event))
+    assert [total for _, _, total in seen] == [None, None]
 
 
 def test_one_split_for_evaluation(load: Load, tokenizer: Any, make_settings: Any, tmp_path: Path) -> None:

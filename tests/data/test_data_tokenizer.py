@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizer_families import Family, gpt2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_families import BUILDERS, Family, gpt2
 
+from trietune.config import load_config
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.preview import split_text
 from trietune.data.prompt_formats import make_plain_format, make_prompt_format
@@ -202,8 +205,8 @@ REWRITING = (
 
 
 def test_a_template_that_rewrites_earlier_turns_is_learnt_turn_by_turn(tokenizer: Any, make_settings: Any) -> None:
-    settings = make_settings(chat_template=REWRITING)
-    prompt_format = make_prompt_format(settings, tokenizer, Recipe("messages"))
+    own = make_settings(chat_template=REWRITING)
+    prompt_format = make_prompt_format(own, tokenizer, Recipe("messages"))
     assert prompt_format.is_turn_by_turn
     assert not encoder_for(tokenizer, make_settings, kind="messages").prompt_format.is_turn_by_turn
     encoder = make_encoder(tokenizer, prompt_format)
@@ -297,3 +300,36 @@ def label_spans(labels: list[int]) -> list[list[int]]:
             spans[-1].append(label)
         before = label
     return spans
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40)
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma", "gpt2", "smollm2"])
+@given(prompt=TEXT, completion=TEXT)
+@settings(max_examples=60, deadline=None)
+def test_any_text_comes_back_and_its_prompt_is_asked_as_trained(
+    encoders: dict[str, Encoder], name: str, prompt: str, completion: str
+) -> None:
+    encoder = encoders[name]
+    example = Example("1", prompt, completion)
+    ids, labels = encode_one(encoder, example)
+    num_prompt = len(encoder.encode_prompt(example))
+    assert encoder.encode_prompt(example) == ids[:num_prompt]
+    assert labels[num_prompt:] == ids[num_prompt:]
+    assert set(labels[:num_prompt]) == {IGNORED_LABEL}
+    assert encoder.prompt_format.bos_id not in ids[1:-1]
+    if prompt:
+        assert encoder.decode_completion(ids[num_prompt:]) == completion
+        assert ids[num_prompt:] == encoder.encode_completion(completion)
+        assert encoder.beginning.decode(ids) == prompt + completion
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[str, Encoder]:
+    defaults = load_config(environ={})
+    tokenizers = {name: BUILDERS[name]() for name in ("llama2", "gemma", "gpt2", "smollm2")}
+    return {
+        name: make_encoder(tokenizer, make_prompt_format(defaults, tokenizer, Recipe("sst2")))
+        for name, tokenizer in tokenizers.items()
+    }

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import trietune
 from tiny_model import write_tiny_model
 
+# PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 ROOT = Path(__file__).parents[2]
+YAML_FILES = sorted((ROOT / "examples").glob("*.yaml"))
 PROGRAM = """\
 import sys, warnings
 warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed
@@ -48,3 +53,25 @@ def test_minimal_loop_trains_and_writes_an_adapter_that_peft_loads(kind: str, tm
 def test_minimal_loop_stays_about_a_hundred_lines() -> None:
     lines = (ROOT / "examples" / "minimal_loop.py").read_text().splitlines()
     assert len(lines) < 115, "it is to be read in one sitting"
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.stem)
+def test_yaml_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny model, whose tokens are characters, and for three steps."""
+    monkeypatch.chdir(ROOT)
+    text = path.read_text()
+    assert f"trietune train examples/{path.name}" in text
+    overrides = [
+        f"model_name={write_tiny_model(tmp_path / 'tiny')}",
+        f"project_dir={tmp_path}",
+        *("max_length=4096", "max_steps=3", "max_train_examples=36", "eval_max_examples=4", "dtype=float32"),
+    ]
+    run = trietune.train(trietune.load_config(path, overrides))
+    assert run.exit_code == 0
+    losses = [
+        event["train/loss"]
+        for event in map(json.loads, (run.directory / "metrics.jsonl").read_text().splitlines())
+        if "train/loss" in event
+    ]
+    assert losses
+    assert (run.directory / "adapter" / "adapter_model.safetensors").is_file()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
 from trietune.model.gguf import cache_folder, convert_gguf
 from trietune.model.load import load_network
@@ -270,3 +271,19 @@ def test_where_the_cache_is() -> None:
     assert cache_folder({"TRIETUNE_CACHE": "/data/trietune"}) == Path("/data/trietune")
     assert cache_folder({"XDG_CACHE_HOME": "/data/cache"}) == Path("/data/cache/trietune")
     assert cache_folder({}) == Path.home() / ".cache" / "trietune"
+
+
+@pytest.mark.slow
+def test_the_sample_model_knows_a_capital() -> None:
+    """The real file, if its package is installed: weights, rotary order and tokenizer are those of the model."""
+    try:
+        found = locate_model(DEMO_MODEL)
+    except UserError as error:
+        pytest.skip(str(error))
+    assert found.name == DEMO_MODEL
+    tokenizer = AutoTokenizer.from_pretrained(found.path)
+    network = load_network(found, dtype=torch.bfloat16, device=torch.device("cpu"))
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = network.generate(**prompt, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(answer[0]) == "The capital of France is Paris"
+    assert tokenizer.tokenize("  12") == ["ĠĠ", "1", "2"], "every digit alone, and the spaces before it together"

@@ -73,26 +73,37 @@ def attempt(action: Callable[[], Result], patience: Patience) -> Result:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
-    status = status_of(error)
-    if status is not None:
-        return status in _TRANSIENT_STATUS or 500 <= status < 600
-    return any(_is_connection_failure(link) for link in _chain(error))
+    for link in _chain(error):
+        # In this order: a cut answer is a connection that failed, though its cause may call itself a "400".
+        if _is_connection_failure(link) or is_wrong_content(link):
+            return True
+        if (status := _status(link)) is not None:
+            return status in _TRANSIENT_STATUS or 500 <= status < 600
+    return False
+
+
+def is_wrong_content(error: BaseException) -> bool:
+    """Whether a client library found that bytes on their way differ from the store's own checksum of them."""
+    return any("Checksum" in type(link).__name__ for link in _chain(error))
 
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error of any client library, or None."""
-    for link in _chain(error):
-        response = getattr(link, "response", None)
-        candidates = [getattr(link, name, None) for name in ("status_code", "status", "code")]
-        if isinstance(response, dict):
-            candidates.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-        else:
-            candidates += [getattr(response, name, None) for name in ("status_code", "status")]
-        for candidate in candidates:
-            if isinstance(candidate, str) and candidate.isdecimal():
-                candidate = int(candidate)
-            if isinstance(candidate, int) and 400 <= candidate < 600:
-                return candidate
+    return next((status for link in _chain(error) if (status := _status(link)) is not None), None)
+
+
+def _status(link: BaseException) -> int | None:
+    response = getattr(link, "response", None)
+    candidates = [getattr(link, name, None) for name in ("status_code", "status", "code")]
+    if isinstance(response, dict):
+        candidates.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    else:
+        candidates += [getattr(response, name, None) for name in ("status_code", "status")]
+    for candidate in candidates:
+        if isinstance(candidate, str) and candidate.isdecimal():
+            candidate = int(candidate)
+        if isinstance(candidate, int) and 400 <= candidate < 600:
+            return candidate
     return None
 
 
@@ -113,7 +124,7 @@ def retry_after_s(error: BaseException) -> float | None:
 
 def describe(error: BaseException) -> str:
     """The failure in our own words. The library's text is left out: it may quote URLs and keys."""
-    status = status_of(error)
+    status = None if any(_is_connection_failure(link) for link in _chain(error)) else status_of(error)
     if status is not None:
         meaning = {401: "not logged in", 403: "no right", 404: "not found", 429: "too many requests"}.get(status)
         return f"the store answered {status}" + (f" ({meaning})" if meaning else "")

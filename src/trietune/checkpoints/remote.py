@@ -18,7 +18,7 @@ from typing import TypeVar
 from trietune.checkpoints import attempts, directory, manifest
 from trietune.checkpoints.attempts import Patience
 from trietune.checkpoints.directory import Damaged
-from trietune.checkpoints.manifest import MANIFEST_NAME, Manifest
+from trietune.checkpoints.manifest import MANIFEST_NAME, FileEntry, Manifest
 from trietune.checkpoints.retention import STEP_NAME, step_name
 from trietune.checkpoints.storage import Storage, names_below
 from trietune.errors import UserError
@@ -117,13 +117,7 @@ class RemoteRun:
             raise Damaged(where, MANIFEST_NAME, copy.damage or "is missing")
         contents = {}
         for name, entry in copy.manifest.files.items():
-            key = f"{self.name}/checkpoints/{where.name}/{name}"
-            data = self._fetch(key, entry.size, entry.sha256)
-            if len(data) != entry.size:
-                raise Damaged(where, name, f"has {len(data):,} of {entry.size:,} bytes in the storage")
-            if hashlib.sha256(data).hexdigest() != entry.sha256:
-                raise Damaged(where, name, "does not hold the bytes that were uploaded (its SHA-256 differs)")
-            contents[name] = data
+            contents[name] = self._fetch(where, name, entry)
         return copy.manifest, contents
 
     def remove(self, step: int) -> None:
@@ -167,12 +161,24 @@ class RemoteRun:
                 return RemoteCopy(step, found, keys, f"{name} has {keys.get(name, 0):,} of {entry.size:,} bytes")
         return RemoteCopy(step, found, keys)
 
-    def _fetch(self, key: str, size: int, sha256: str) -> bytes:
+    def _fetch(self, where: Path, name: str, entry: FileEntry) -> bytes:
         # A cut connection can look like a short file, so wrong bytes are asked for once more before they are believed.
-        data = self._try(lambda: self.storage.get(key, size + 1))
-        if len(data) == size and hashlib.sha256(data).hexdigest() == sha256:
-            return data
-        return self._try(lambda: self.storage.get(key, size + 1))
+        key = f"{self.name}/checkpoints/{where.name}/{name}"
+        data = b""
+        for _ in range(2):
+            try:
+                data = self._try(lambda: self.storage.get(key, entry.size + 1))
+            except FileNotFoundError as error:
+                raise Damaged(where, name, "is missing in the storage") from error
+            except Exception as error:
+                if not attempts.is_wrong_content(error):
+                    raise
+                raise Damaged(where, name, "differs from the checksum that the storage keeps of it") from error
+            if len(data) == entry.size and hashlib.sha256(data).hexdigest() == entry.sha256:
+                return data
+        if len(data) != entry.size:
+            raise Damaged(where, name, f"has {len(data):,} of {entry.size:,} bytes in the storage")
+        raise Damaged(where, name, "does not hold the bytes that were uploaded (its SHA-256 differs)")
 
     def _check_arrived(self, prefix: str, expected: Mapping[str, int], payload: list[tuple[str, Path]]) -> None:
         sizes = self.storage.list(prefix)
