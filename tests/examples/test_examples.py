@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,18 +27,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "tsv"])
-def test_minimal_loop_trains_and_writes_an_adapter_that_peft_loads(kind: str, tmp_path: Path) -> None:
-    tiny_model = write_tiny_model(tmp_path / "tiny")
+def test_minimal_loop_trains_and_writes_an_adapter(tmp_path: Path) -> None:
     words = ["good", "fine", "bad", "dull"] * 20
-    data = tmp_path / f"data.{kind}"
-    if kind == "jsonl":
-        rows = [{"prompt": f"{word}: ", "completion": "yes" if word in ("good", "fine") else "no"} for word in words]
-        data.write_text("\n".join(map(json.dumps, rows)))
-    else:
-        data.write_text("sentence\tlabel\n" + "".join(f"{w}\t{int(w in ('good', 'fine'))}\n" for w in words))
+    rows = [{"prompt": f"{word}: ", "completion": "yes" if word in ("good", "fine") else "no"} for word in words]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    model, adapter = write_tiny_model(tmp_path / "tiny"), tmp_path / "adapter"
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, ROOT / "examples" / "minimal_loop.py", tiny_model, data, tmp_path / "adapter"],
+        [sys.executable, "-c", PROGRAM, ROOT / "examples" / "minimal_loop.py", model, data, adapter],
         capture_output=True,
         text=True,
         timeout=120,
@@ -47,7 +44,17 @@ def test_minimal_loop_trains_and_writes_an_adapter_that_peft_loads(kind: str, tm
     assert len(lines) == 5
     assert lines[-1].startswith("epoch 1, 80 of 80 examples, loss ")
     assert float(lines[-1].rpartition(" ")[2]) < float(lines[0].rpartition(" ")[2])
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
+def test_minimal_loop_reads_sst2(tmp_path: Path) -> None:
+    data = tmp_path / "train.tsv"
+    data.write_text('sentence\tlabel\na "fine" film\t1\ndull \t0\n')
+    minimal_loop = runpy.run_path(str(ROOT / "examples" / "minimal_loop.py"))
+    assert minimal_loop["read_examples"](data) == [
+        ('Review: a "fine" film\nOutput:', ' {"label": "positive"}'),
+        ("Review: dull \nOutput:", ' {"label": "negative"}'),
+    ]
 
 
 def test_minimal_loop_stays_about_a_hundred_lines() -> None:
