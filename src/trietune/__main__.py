@@ -1,0 +1,7 @@
+"""`python -m trietune` is `trietune`."""
+
+import sys
+
+from trietune.cli import main
+
+sys.exit(main())
