@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from trietune.demo import demo_questions, demo_reviews
 from trietune.training.sampler import Sampler
 from trietune.trie import make_micro_batches
 from trietune.trie.groups import find_prefix_groups
@@ -157,8 +158,19 @@ def random_questions(
     return flatten(rows)
 
 
+def find_file(data: Path, name: str) -> Path:
+    """`squad_v2/train.json` or `sst2/train.tsv` in the data folder; `demo` is the sample data in the same two forms."""
+    if str(data) == "demo":
+        return demo_questions() / "train.json" if name.endswith(".json") else demo_reviews() / "train.tsv"
+    if not (data / name).is_file():
+        raise SystemExit(
+            f"error: {data / name} is not there\nnext:  --data FOLDER, or --data demo for TrieTune's own sample data"
+        )
+    return data / name
+
+
 def _squad(data: Path) -> list[tuple[str, str]]:
-    articles = json.loads((data / "squad_v2" / "train.json").read_text("utf-8"))["data"]
+    articles = json.loads(find_file(data, "squad_v2/train.json").read_text("utf-8"))["data"]
     return [
         (
             f"\nContext: {paragraph['context']}\n\nQuestion: {question['question']}\n\nAnswer:\n",
@@ -171,7 +183,7 @@ def _squad(data: Path) -> list[tuple[str, str]]:
 
 
 def _sst2(data: Path) -> list[tuple[str, str]]:
-    with (data / "sst2" / "train.tsv").open(encoding="utf-8", newline="") as file:
+    with find_file(data, "sst2/train.tsv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     names = {"0": "negative", "1": "positive"}
     return [(f"Review: {row['sentence']}\nOutput:", f' {{"label": "{names[row["label"]]}"}}') for row in rows]
