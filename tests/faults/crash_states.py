@@ -62,7 +62,7 @@ def recording(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Oper
         wrap("create_file", lambda path: Operation("create", relative(path)))
         wrap("write", lambda fd, data: Operation("write", paths[fd], data=bytes(data)))
         wrap("flush", lambda fd: Operation("fsync", paths.get(fd, "")))
-        wrap("close", lambda fd: Operation("close", paths.get(fd, "")))
+        wrap("close", lambda fd: Operation("close", paths.pop(fd, "")))
         wrap("flush_folder", lambda path: Operation("fsyncdir", relative(path)))
         wrap("rename", lambda source, target: Operation("rename", relative(source), relative(target)))
         wrap("remove_file", lambda path: Operation("unlink", relative(path)))

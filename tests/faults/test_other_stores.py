@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,11 +47,14 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture
 def gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     pytest.importorskip("gcsfs", reason="gcsfs is not installed")
-    if shutil.which("gcp-storage-emulator") is None:
+    program = shutil.which("gcp-storage-emulator") or shutil.which(
+        "gcp-storage-emulator", path=Path(sys.executable).parent
+    )
+    if program is None:
         pytest.skip("gcp-storage-emulator is not installed")
     port = free_port()
     process = subprocess.Popen(
-        ["gcp-storage-emulator", "start", f"--port={port}", "--host=127.0.0.1", "--in-memory", "--default-bucket=bucket"],  # noqa: E501
+        [program, "start", f"--port={port}", "--host=127.0.0.1", "--in-memory", "--default-bucket=bucket"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

@@ -11,7 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import light_writer
 import pytest
+from crash_states import recording
 from fault_table import Tally
 from promises import check_run, steps_said
 
@@ -95,6 +97,25 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
     again = changing_calls(folder)
     assert [(call.name, call.index) for call in found] == [(call.name, call.index) for call in again]
     return found
+
+
+def test_the_recording_is_what_the_kernel_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of operations that the crash states are made from lacks nothing and adds nothing."""
+    names = {"mkdir": "mkdir", "create": "openat", "write": "write", "fsync": "fsync", "fsyncdir": "fsync",
+             "rename": "rename", "unlink": "unlink", "rmdir": "rmdir"}  # fmt: skip
+    traced = tmp_path / "traced"
+    traced.mkdir()
+    calls = [
+        call.name for call in changing_calls(traced) if "O_DIRECTORY" not in call.line and "/.lock" not in call.line
+    ]
+    recorded = tmp_path / "recorded"
+    (recorded / "run").mkdir(parents=True)
+    with recording(recorded, monkeypatch) as operations:
+        light_writer.main([str(recorded / "run"), "--mirror", str(recorded / "mirror"), "--until", str(NUM_SAVES)])
+    # What the trace leaves out: flushes of the log, which the store did not create, and of the folder above the run.
+    seen = [item for item in operations if item.name in names and item.path not in ("", ".")]
+    expected = [names[item.name] for item in seen]
+    assert calls[1:] == expected, "the run directory itself is made by the writer"
 
 
 def test_a_kill_before_any_call_loses_nothing_that_was_saved(calls: list[Call], tmp_path: Path, tally: Tally) -> None:

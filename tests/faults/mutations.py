@@ -1,0 +1,286 @@
+"""The tests are tested: each safeguard is taken out of a copy of the source, and a named test must then fail.
+
+    python tests/faults/mutations.py [NAME ...]        prints one line a mutation; exit code 1 if any survives
+
+A mutation is a text that stands once in a file and what replaces it, so a change of the source that moves it is
+noticed. Each copy is proven to be the one that is tested: the tests run on the unmutated copy first and must pass.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CRASHES = "tests/faults/test_crash_states.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` becomes `new` in `src/trietune/<file>`; pytest, given `tests`, must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    needs: str = ""
+
+
+MUTATIONS = [
+    Mutation(
+        "flush of a file left out", "checkpoints/files.py",
+        "        write(descriptor, data)\n        flush(descriptor)\n", "        write(descriptor, data)\n",
+        (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
+    ),
+    Mutation(
+        "flush that does nothing", "checkpoints/files.py",
+        "    else:\n        os.fsync(descriptor)\n", "    else:\n        return\n",
+        ("tests/faults/test_power_cuts.py::test_a_power_cut_never_loses_what_was_acknowledged[ext4]",), needs="root",
+    ),
+    Mutation(
+        "flush that does nothing, seen by the kernel's trace", "checkpoints/files.py",
+        "    else:\n        os.fsync(descriptor)\n", "    else:\n        return\n",
+        ("tests/faults/test_system_calls.py::test_the_recording_is_what_the_kernel_saw",), needs="strace",
+    ),
+    Mutation(
+        "flush of the folder after the rename left out", "checkpoints/directory.py",
+        "        raise\n    files.flush_folder(target.parent)\n", "        raise\n",
+        (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
+    ),
+    Mutation(
+        "flush of the staged folder left out", "checkpoints/directory.py",
+        "        files.flush_folder(staging)\n", "",
+        (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
+    ),
+    Mutation(
+        "flush of a streamed file left out", "checkpoints/directory.py",
+        "        files.flush(raw.descriptor)\n", "",
+        ("tests/checkpoints/test_directory.py",),
+    ),
+    Mutation(
+        "no staging: written under its final name", "checkpoints/directory.py",
+        '    staging = hidden_sibling("staging", target)\n', "    staging = target\n",
+        (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut", "tests/checkpoints/test_directory.py"),
+    ),
+    Mutation(
+        "manifest written first", "checkpoints/directory.py",
+        "        entries = {name: _write_one(staging / name, content) for name, content in contents.items()}\n",
+        "        files.write_file(staging / MANIFEST_NAME, b'{}')\n"
+        "        entries = {name: _write_one(staging / name, content) for name, content in contents.items()}\n"
+        "        files.remove_file(staging / MANIFEST_NAME)\n",
+        ("tests/checkpoints/test_directory.py",),
+    ),
+    Mutation(
+        "removal without hiding first", "checkpoints/directory.py",
+        "    files.rename(directory, hidden)\n    files.flush_folder(directory.parent)\n    files.remove_tree(hidden)\n",  # noqa: E501
+        "    files.remove_tree(directory)\n",
+        (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
+    ),
+    Mutation(
+        "removal without a flush after hiding", "checkpoints/directory.py",
+        "    files.rename(directory, hidden)\n    files.flush_folder(directory.parent)\n",
+        "    files.rename(directory, hidden)\n",
+        (f"{CRASHES}::test_no_state_after_a_power_cut_breaks_a_promise[three_saves_with_retention]",),
+    ),
+    Mutation(
+        "SHA-256 not compared", "checkpoints/directory.py",
+        "    if sha256 != entry.sha256:\n", "    if False:\n",
+        ("tests/faults/test_damage.py::test_damages_are_noticed",),
+    ),
+    Mutation(
+        "the manifest's own digest not compared", "checkpoints/manifest.py",
+        '    if _with_digest({**document, "digest": ""}) != data:\n', "    if False:\n",
+        ("tests/checkpoints/test_directory.py::test_every_flipped_bit_of_a_manifest_is_damage",),
+    ),
+    Mutation(
+        "links followed", "checkpoints/directory.py",
+        "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK",
+        ("tests/faults/test_hostile_files.py",),
+    ),
+    Mutation(
+        "the lock not taken", "checkpoints/lock.py",
+        "            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "            pass\n",
+        ("tests/checkpoints/test_lock.py",),
+    ),
+    Mutation(
+        "the lock file opened through links", "checkpoints/files.py",
+        "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW", "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC",
+        ("tests/checkpoints/test_lock.py",),
+    ),
+    Mutation(
+        "a failed flush swallowed", "checkpoints/files.py",
+        "    try:\n        write(descriptor, data)\n        flush(descriptor)\n",
+        "    try:\n        write(descriptor, data)\n        try:\n            flush(descriptor)\n"
+        "        except OSError:\n            pass\n",
+        ("tests/checkpoints/test_directory.py", "tests/checkpoints/test_store.py"),
+    ),
+    Mutation(
+        "a failed flush tried again", "checkpoints/files.py",
+        "    try:\n        write(descriptor, data)\n        flush(descriptor)\n",
+        "    try:\n        write(descriptor, data)\n        try:\n            flush(descriptor)\n"
+        "        except OSError:\n            flush(descriptor)\n",
+        ("tests/checkpoints/test_directory.py",),
+    ),
+    Mutation(
+        "the last whole one may go", "checkpoints/retention.py",
+        "    return {*last, *best} or set(whole[-1:])\n", "    return {*last, *best}\n",
+        ("tests/checkpoints/test_retention.py", "tests/checkpoints/test_store.py"),
+    ),
+    Mutation(
+        "NaN may be best", "checkpoints/retention.py",
+        "item.value is not None and math.isfinite(item.value)", "item.value is not None",
+        ("tests/checkpoints/test_retention.py",),
+    ),
+    Mutation(
+        "pins not honoured", "checkpoints/retention.py",
+        "item.step not in kept | set(pinned)", "item.step not in kept",
+        ("tests/checkpoints/test_retention.py", "tests/checkpoints/test_remote.py"),
+    ),
+    Mutation(
+        "an upload does not pin", "checkpoints/uploads.py",
+        "        with store.pinned(checkpoint.step) as is_there:\n",
+        "        for is_there in (True,):\n",
+        ("tests/checkpoints/test_remote.py",),
+    ),
+    Mutation(
+        "kept ones not read before others go", "checkpoints/store.py",
+        "and not kept & self._known_whole and not self._prove_whole(max(kept)):", "and False:",
+        ("tests/checkpoints/test_store.py",),
+    ),
+    Mutation(
+        "all damaged is a fresh start", "checkpoints/store.py",
+        "        raise messages.all_damaged(self.folder, damages)\n", "        return None\n",
+        ("tests/checkpoints/test_store.py",),
+    ),
+    Mutation(
+        "another run's checkpoints taken for ours", "checkpoints/store.py",
+        "        if info.run_id != self.run_id:\n", "        if False:\n", ("tests/checkpoints/test_store.py",),
+    ),
+    Mutation(
+        "lines beyond the checkpoint left in the log", "checkpoints/resume.py",
+        'isinstance(step := event.get("step"), int) and step > after_step:', "False:",
+        ("tests/checkpoints/test_resume.py",),
+    ),
+    Mutation(
+        "unknown differences only warn", "checkpoints/resume.py",
+        '            verdict = "allowed" if key in allowed else "refuse"\n', '            verdict = "allowed"\n',
+        ("tests/checkpoints/test_resume.py",),
+    ),
+    Mutation(
+        "manifest uploaded before the payload", "checkpoints/remote.py",
+        "        for source in payload:\n",
+        "        self._try(lambda: self.storage.put([(key, path / MANIFEST_NAME)]))\n        for source in payload:\n",
+        ("tests/checkpoints/test_remote.py",),
+    ),
+    Mutation(
+        "old manifest left while the payload changes", "checkpoints/remote.py",
+        "            self._try(lambda: self.storage.delete([key]))\n", "            pass\n",
+        ("tests/checkpoints/test_remote.py",),
+    ),
+    Mutation(
+        "remote removal takes the payload first", "checkpoints/remote.py",
+        "key=lambda key: (key != first, key)", "key=lambda key: (key == first, key)",
+        ("tests/checkpoints/test_remote.py",),
+    ),
+    Mutation(
+        "a foreign run's copies overwritten", "checkpoints/remote.py",
+        "            if copy.manifest and copy.manifest.info.run_id != run_id:\n", "            if False:\n",
+        ("tests/checkpoints/test_remote.py",),
+    ),
+    Mutation(
+        "a permanent refusal tried again", "checkpoints/attempts.py",
+        "            return status in _TRANSIENT_STATUS or 500 <= status < 600\n", "            return True\n",
+        ("tests/checkpoints/test_remote.py",),
+    ),
+    Mutation(
+        "no limit of attempts", "checkpoints/attempts.py",
+        "            if number >= patience.num_attempts or not is_transient(error):\n",
+        "            if number >= 50 or not is_transient(error):\n",
+        ("tests/checkpoints/test_remote.py",),
+    ),
+    Mutation(
+        "downloads not verified", "checkpoints/remote.py",
+        "            if len(data) == entry.size and hashlib.sha256(data).hexdigest() == entry.sha256:\n",
+        "            if True:\n",
+        ("tests/checkpoints/test_remote.py",),
+    ),
+    Mutation(
+        "gaps between tensors allowed", "checkpoints/tensors.py",
+        "    _check_no_gaps(spans, len(view))\n", "", ("tests/checkpoints/test_tensors.py",),
+    ),
+    Mutation(
+        "a key may stand twice", "checkpoints/strict_json.py",
+        "    if len(result) != len(pairs):\n", "    if False:\n", ("tests/faults/test_hostile_files.py",),
+    ),
+]  # fmt: skip
+
+
+def run_tests(source: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether pytest passes on the package in `source`, and the end of what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode not in (0, 1) or (done.returncode == 0 and " passed" not in done.stdout):
+        raise RuntimeError(f"pytest itself failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-1000:]}")
+    return done.returncode == 0, done.stdout
+
+
+def mutate(mutation: Mutation, source: Path) -> None:
+    """Change the copy in `source`. Raises ValueError unless the text stands there exactly once."""
+    path = source / "trietune" / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"`{mutation.name}`: its text stands {text.count(mutation.old)} times in {mutation.file}")
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def why_skipped(mutation: Mutation) -> str | None:
+    """None when this machine can run the mutation's tests."""
+    if mutation.needs == "root" and os.geteuid() != 0:
+        return "needs root"
+    if mutation.needs == "strace" and shutil.which("strace") is None:
+        return "needs strace"
+    return None
+
+
+def is_caught(mutation: Mutation) -> tuple[bool, str]:
+    """Whether a test fails without the safeguard, and which."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+        mutate(mutation, source)
+        passed, output = run_tests(source, mutation.tests)
+    failed = [line.partition(" - ")[0].removeprefix("FAILED ") for line in output.splitlines() if "FAILED " in line]
+    return not passed, failed[0].rpartition("::")[2] if failed else ""
+
+
+def main(names: list[str]) -> int:
+    chosen = [mutation for mutation in MUTATIONS if not names or any(name in mutation.name for name in names)]
+    width = max(len(mutation.name) for mutation in chosen)
+    num_survivors = 0
+    for mutation in chosen:
+        begun = time.monotonic()
+        if reason := why_skipped(mutation):
+            verdict, detail = "skipped", reason
+        else:
+            caught, detail = is_caught(mutation)
+            num_survivors += not caught
+            verdict = "caught" if caught else "SURVIVED"
+        line = f"{mutation.name.ljust(width)}  {verdict:8}  {detail}  ({time.monotonic() - begun:.0f} s)"
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"{len(chosen)} mutations, {num_survivors} survived\n")
+    return 1 if num_survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
