@@ -1,9 +1,9 @@
 """TrieTune: exact LoRA fine-tuning of causal language models that computes every shared prefix once.
 
-    from trietune import load_config, train
+from trietune import load_config, train
 
-    run = train(load_config("sst2.yaml", ["num_epochs=2"]))
-    print(run.after["eval/accuracy"], run.adapter)
+run = train(load_config("sst2.yaml", ["num_epochs=2"]))
+print(run.after["eval/accuracy"], run.adapter)
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ def export(
     ] = False,
 ) -> None:
     """Copy an adapter, or merge it into its base model, for use elsewhere."""
-    from trietune.inference import locate_base
     from trietune.model.export import base_name_of, export_adapter, find_adapter
+    from trietune.prepare import locate_base
 
     with _console() as hub:
         base = locate_base(base_name_of(find_adapter(target)), hub) if merge else None
@@ -253,7 +253,7 @@ def sync(run: RunFolder) -> None:
     from trietune.checkpoints.lock import RunLock
     from trietune.checkpoints.uploads import synchronise
 
-    store, remote, settings = _open_store(run)
+    store, remote, _ = _open_store(run)
     if remote is None:
         raise UserError(
             f"{run} has no storage to upload to",

@@ -1,8 +1,8 @@
 """Use what was trained, or a base model as it comes: open it, evaluate it, ask it, export it.
 
-    runs/NAME            a run: its final adapter, its data, its prompt format
-    runs/NAME/adapter    an adapter: its base model and prompt format; data must be named
-    google/gemma-...     a base model: data, or plain text
+runs/NAME            a run: its final adapter, its data, its prompt format
+runs/NAME/adapter    an adapter: its base model and prompt format; data must be named
+google/gemma-...     a base model: data, or plain text
 """
 
 from __future__ import annotations
@@ -215,9 +215,9 @@ def plain_format(tokenizer: Any) -> PromptFormat:
     chat_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     format_ = PromptFormat(
         kind="chat" if chat_template else "template",
-        prompt_template=None,
-        completion_template=None,
-        chat_template=chat_template,
+        prompt_template="",
+        completion_template="",
+        chat_template=chat_template or "",
         parses_special_tokens=True,
         bos_id=find_bos_id(tokenizer),
         eos_id=int(tokenizer.eos_token_id),

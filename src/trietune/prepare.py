@@ -55,8 +55,8 @@ def prepare(
     from trietune.data.load import load_data
     from trietune.data.tokenizer import load_tokenizer
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
-    from trietune.model.gguf import cache_folder
     from trietune.model.describe import describe_network
+    from trietune.model.gguf import cache_folder
 
     for note in settings.notes:
         hub.say(note, is_warning=True)
@@ -156,6 +156,7 @@ def with_demo_data(settings: Settings) -> Settings:
 
 def progress_of(hub: Tracker, unit: str) -> Callable[[str, int, int | None], None]:
     """A progress callback that emits `Working`."""
+
     def progress(phase: str, done: int, total: int | None) -> None:
         hub.emit(Working(phase, done, total, unit))
 
@@ -216,9 +217,7 @@ def measure_sharing(settings: Settings, sequences: Any, groups: PrefixGroups | N
     num_examples = num_tokens = num_positions = 0
     for number in range(min(SAMPLED_BATCHES, sampler.batches_per_epoch)):
         indices = sampler.batch(0, number)
-        for micro_batch in make_micro_batches(
-            sequences, indices, batching=settings.batching, max_nodes=max_positions
-        ):
+        for micro_batch in make_micro_batches(sequences, indices, batching=settings.batching, max_nodes=max_positions):
             num_tokens += micro_batch.num_tokens
             num_positions += micro_batch.num_positions
         num_examples += len(indices)

@@ -7,7 +7,6 @@ The loop yields finished steps; what a step means (logged, validated, saved, the
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -16,15 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trietune import environment
-from trietune.checkpoints import directory as run_files
-from trietune.checkpoints import files
+from trietune.checkpoints.files import make_folders
 from trietune.checkpoints.lock import RunLock
-from trietune.checkpoints.manifest import ManifestInfo
-from trietune.checkpoints.messages import SaveFailed
-from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
-from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
+from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
+from trietune.keeping import Keeper
 from trietune.prepare import Prepared, adapter_arguments, prepare, progress_of
 from trietune.signals import StopSignals
 from trietune.tracking import events
@@ -40,8 +35,8 @@ if TYPE_CHECKING:
 SHOWN_EXAMPLES, SHOWN_PREDICTIONS = 3, 10
 # `max_time` leaves this many steps' time, and this many seconds, to save in.
 STEPS_LEFT_TO_SAVE, SECONDS_LEFT_TO_SAVE = 1.5, 2.0
-STATE_FILE, OPTIMIZER_FILE, PROMPT_FILE = "trainer_state.json", "optimizer.safetensors", "prompt_format.json"
-LINE_FILES = ("metrics.jsonl", "batches.jsonl")
+# Launchers kill 10 to 30 seconds after a signal; copies that are not through by then are left to `trietune sync`.
+SECONDS_TO_COPY_AFTER_SIGNAL = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +85,7 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         )
         stack.callback(hub.close)
         prepared = prepare(settings, hub, signals.check)
-        files.make_folders(prepared.plan.directory)
+        make_folders(prepared.plan.directory)
         stack.enter_context(RunLock(prepared.plan.directory))
         return Session(prepared, hub, signals, allowed_changes).run()
 
@@ -113,26 +108,16 @@ class Session:
         self.began = time.monotonic()
         self.step = 0
         self.epoch = 0.0
-        self.saved_step: int | None = None
         self.measured: dict[str, float] = {}
         self.measured_step: int | None = None
-        self.run_id = load_or_create_run_id(self.plan.directory)
-        self.store = CheckpointStore(
-            run_directory=self.plan.directory,
-            run_id=self.run_id,
-            keep_last_n=self.settings.keep_last_n,
-            keep_best_n=self.settings.keep_best_n,
-            metric=self.settings.checkpoint_metric,
-            mode=self.settings.checkpoint_metric_mode,
-        )
-        self.environment = environment.describe(prepared)
+        self.keeper = Keeper(prepared, hub)
         self.meter = Meter()
 
     # The run, in the order in which things happen
 
     def run(self) -> Run:
         """From the first line to the last; the run's status is told to every consumer whatever happens."""
-        resumed = self._find_checkpoint()
+        resumed = self.keeper.find_checkpoint(self.allowed_changes)
         if resumed is not None and (finished := self._already_finished(resumed)) is not None:
             return finished
         try:
@@ -147,7 +132,7 @@ class Session:
         self._start(resumed)
         self._build_model()
         if resumed is not None:
-            self._restore(resumed)
+            self.epoch = float(self.keeper.restore(resumed, self.peft_model, self.optimizer)["epoch"])
         if self.settings.print_examples:
             self._show_examples()
         self._self_check()
@@ -161,20 +146,13 @@ class Session:
             self._raise_not_finite(error)
         self._take_best()
         after = self._evaluate("after", max_examples=None)
-        return self._finished(before, after, adapter=self._write_adapter(before, after))
+        adapter = self.keeper.write_adapter(self.step, self.peft_model, before, after, self.encoder)
+        return self._finished(before, after, adapter=adapter)
 
     def _start(self, resumed: LoadedCheckpoint | None) -> None:
-        self.store.clean_leftovers()
+        self.keeper.start(resumed)
         if resumed is not None:
             self.step = resumed.step
-            for name in LINE_FILES:
-                abandoned = abandon_lines(self.plan.directory / name, resumed.step)
-                if abandoned.num_beyond:
-                    self.hub.say(
-                        f"{abandoned.num_beyond} lines of {name} beyond step {resumed.step:,} are now in "
-                        f"{abandoned.path.name if abandoned.path else name}"
-                    )
-            self.store.set_aside_newer(resumed.step)
         self.hub.emit(
             events.RunStarted(
                 name=self.plan.directory.name,
@@ -182,7 +160,7 @@ class Session:
                 num_steps=self.plan.num_steps,
                 first_step=self.step,
                 config=self.settings.dump_public(),
-                environment=self.environment,
+                environment=self.keeper.environment,
                 plan=self.plan.lines(),
             )
         )
@@ -201,7 +179,9 @@ class Session:
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         fuse_adapters(network)
         if self.settings.gradient_checkpointing:
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            network.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         self.model = TrieModel(network, device=device, attention=self.plan.attention)
         self.encoder = make_encoder(self.tokenizer, self.data.prompt_format)
         self.optimizer = build_optimizer(
@@ -236,9 +216,7 @@ class Session:
         )
 
     def _sampler(self, kind: Any) -> Any:
-        return kind(
-            self.plan.num_train, batch_size=self.plan.batch_size, seed=self.settings.seed, groups=self.groups
-        )
+        return kind(self.plan.num_train, batch_size=self.plan.batch_size, seed=self.settings.seed, groups=self.groups)
 
     def _micro_batches(self, indices: Any) -> Any:
         from trietune.trie import make_micro_batches
@@ -266,6 +244,7 @@ class Session:
             self._validate()
         if is_saved:
             self._save()
+        self.keeper.tell_uploads()
         if not is_last:
             self.signals.check()
             self._check_time()
@@ -295,9 +274,7 @@ class Session:
         if evaluation is not None:
             self.measured, self.measured_step = dict(evaluation.metrics), self.step
 
-    def _evaluate(
-        self, when: Literal["before", "during", "after"], *, max_examples: int | None
-    ) -> Evaluation | None:
+    def _evaluate(self, when: Literal["before", "during", "after"], *, max_examples: int | None) -> Evaluation | None:
         from trietune.evaluation.evaluate import evaluate
 
         if self.data.validation is None:
@@ -312,7 +289,7 @@ class Session:
             batch_size=self.plan.eval_batch_size,
             max_examples=max_examples,
             seed=self.settings.seed,
-            generate=when != "during" or "eval/loss" != self.settings.checkpoint_metric and self._metric_is_generated(),
+            generate=when != "during" or self._ranks_by_answers(),
             check_stop=self.signals.check,
             progress=progress_of(self.hub, "examples"),
         )
@@ -331,8 +308,9 @@ class Session:
             self._show_predictions(evaluation, when)
         return evaluation
 
-    def _metric_is_generated(self) -> bool:
-        return self.data.task.kind == "answers" and self.settings.checkpoint_metric != "eval/perplexity"
+    def _ranks_by_answers(self) -> bool:
+        """Whether periodic validations must generate: only when checkpoints are ranked by what is generated."""
+        return self.settings.checkpoint_metric not in ("eval/loss", "eval/perplexity")
 
     def _show_predictions(self, evaluation: Evaluation, when: Literal["before", "after"]) -> None:
         from trietune.evaluation.metrics import exact_match
@@ -378,113 +356,22 @@ class Session:
                 f"{checked.loss_of_rows:.5f} on plain rows"
             )
 
-    # What is written
-
-    def _save(self) -> None:
-        """Write a checkpoint; a failed one is told, and training goes on unless `on_save_error` says otherwise."""
-        if self.saved_step == self.step:
-            return
-        try:
-            saved = self.store.save(
-                self.step,
-                self._checkpoint_files(),
-                metrics=self.measured if self.measured_step == self.step else {},
-                details=self._details(),
-                flush_first=[self.plan.directory / name for name in LINE_FILES],
-            )
-        except SaveFailed as failure:
-            if self.settings.on_save_error == "stop":
-                raise
-            self.hub.say(f"{failure}", is_warning=True)
-            return
-        self.saved_step = self.step
-        self.meter.leave_out(saved.seconds)
-        for warning in saved.warnings:
-            self.hub.say(warning, is_warning=True)
-        self.hub.emit(
-            events.Saved("checkpoint", self.step, saved.path, dict(self.measured), saved.seconds)
+    def _save(self, *, must_succeed: bool = False) -> None:
+        metrics = self.measured if self.measured_step == self.step else {}
+        seconds = self.keeper.save(
+            self.step, self.epoch, metrics, self.peft_model, self.optimizer, must_succeed=must_succeed
         )
-        for path in saved.removed:
-            self.hub.emit(events.Removed(int(path.name.removeprefix("step-")), path))
-
-    def _checkpoint_files(self) -> dict[str, bytes]:
-        from trietune.model.adapter import adapter_files
-        from trietune.model.raw_tensors import tensors_to_bytes
-        from trietune.training.state import optimizer_tensors
-
-        contents = {**adapter_files(self.peft_model, self.base), PROMPT_FILE: self._prompt_format()}
-        state = {"step": self.step, "epoch": self.epoch, "has_optimizer": self.settings.save_optim}
-        contents[STATE_FILE] = json.dumps(state, indent=2).encode()
-        if self.settings.save_optim:
-            contents[OPTIMIZER_FILE] = tensors_to_bytes(optimizer_tensors(self.optimizer))
-        return contents
-
-    def _prompt_format(self) -> bytes:
-        return self.data.prompt_format.to_json().encode()
-
-    def _details(self) -> dict[str, Any]:
-        return {**self.settings.dump_public(), **environment.compared(self.environment)}
+        self.meter.leave_out(seconds)
 
     def _take_best(self) -> None:
         """Go back to the best checkpoint's weights if they were measured better than the last ones."""
-        best = self.store.best()
-        last = self.measured.get(self.settings.checkpoint_metric) if self.measured_step == self.step else None
-        value = best.metrics.get(self.settings.checkpoint_metric) if best is not None else None
-        if best is None or value is None or last is None or best.step == self.step or not math.isfinite(last):
-            return
-        is_better = value < last if self.settings.checkpoint_metric_mode == "min" else value > last
-        if not is_better:
-            return
-        from trietune.model.adapter import WEIGHTS_FILE, set_adapter_tensors
+        from trietune.model.adapter import set_adapter_tensors
 
-        _, contents = run_files.read_directory(best.path)
-        set_adapter_tensors(self.peft_model, contents[WEIGHTS_FILE], where=str(best.path))
-        self.hub.say(
-            f"the final adapter is that of step {best.step:,}: `{self.settings.checkpoint_metric}` was {value:.4g} "
-            f"there, {last:.4g} at the last step"
-        )
-
-    def _write_adapter(self, before: Evaluation | None, after: Evaluation | None) -> Path:
-        from trietune.model.adapter import adapter_files
-
-        begin = time.monotonic()
-        target = self.plan.directory / "adapter"
-        metrics = dict(after.metrics) if after is not None else {}
-        contents = {
-            **adapter_files(self.peft_model, self.base),
-            PROMPT_FILE: self._prompt_format(),
-            "README.md": self._card(before, after).encode(),
-        }
-        info = ManifestInfo(self.run_id, self.step, metrics, kind="adapter", details=self._details())
-        run_files.write_directory(target, contents, info=info)
-        self.hub.emit(events.Saved("adapter", self.step, target, metrics, time.monotonic() - begin))
-        return target
-
-    def _card(self, before: Evaluation | None, after: Evaluation | None) -> str:
-        from trietune.model.card import CardFacts, Score, model_card
-
-        scores = [
-            Score(name, value, before.metrics.get(name) if before else None, after.num_examples)
-            for name, value in (after.metrics.items() if after else ())
-        ]
-        prompt_format = self.data.prompt_format
-        sequences = self.data.validation if self.data.validation is not None else self.data.train
-        prompt_ids = self.encoder.encode_prompt(sequences.examples[0])
-        without_bos = prompt_ids[1:] if prompt_ids[:1] == [prompt_format.bos_id] else prompt_ids
-        return model_card(
-            CardFacts(
-                title=self.plan.directory.name,
-                base=self.base,
-                example_prompt=self.tokenizer.decode(without_bos),
-                bos_id=prompt_format.bos_id,
-                stop_ids=prompt_format.stop_ids,
-                parses_special_tokens=prompt_format.parses_special_tokens,
-                dataset=self.settings.dataset_id,
-                num_train_examples=self.plan.num_train,
-                scores=scores,
-                settings={key: getattr(self.settings, key) for key in SHOWN_SETTINGS},
-            )
-        )
+        metrics = self.measured if self.measured_step == self.step else {}
+        best = self.keeper.better_than_last(self.step, metrics)
+        if best is not None:
+            self.step, weights = best
+            set_adapter_tensors(self.peft_model, weights, where=f"step {self.step}")
 
     def _emit_histograms(self, step: int) -> None:
         mode = self.settings.wandb_watch_mode
@@ -501,51 +388,12 @@ class Session:
                     arrays[f"{kind}/{name}"] = value.float().flatten().cpu().numpy().copy()
         self.hub.emit(events.Histograms(step, arrays))
 
-    # Resuming
-
-    def _find_checkpoint(self) -> LoadedCheckpoint | None:
-        choice = self.settings.resume_from_checkpoint
-        if not choice:
-            return None
-        path = Path(self.settings.checkpoint_path) if self.settings.resume_option == "path" else None
-        loaded = self.store.load(self.settings.resume_option, path, fresh_if_none=choice == "auto")
-        if loaded is None:
-            self.hub.say("no checkpoint yet: starting from the beginning")
-            return None
-        for note in loaded.notes:
-            self.hub.say(note, is_warning=True)
-        differences = compare(loaded.details, self._details(), self.allowed_changes)
-        check_differences(differences, loaded.path)
-        if differences:
-            self.hub.say("since the checkpoint, this differs:", is_warning=True)
-            for line in table_lines(differences):
-                self.hub.say(line)
-        return loaded
-
     def _already_finished(self, resumed: LoadedCheckpoint) -> Run | None:
         adapter = self.plan.directory / "adapter"
         if resumed.step < self.plan.num_steps or not adapter.is_dir():
             return None
         self.hub.say(f"{self.plan.directory.name} has finished: its adapter is in {adapter}; nothing was changed")
         return Run(self.plan.directory, "finished", resumed.step, adapter=adapter)
-
-    def _restore(self, resumed: LoadedCheckpoint) -> None:
-        from trietune.model.adapter import WEIGHTS_FILE, set_adapter_tensors
-        from trietune.model.raw_tensors import bytes_to_tensors
-        from trietune.training.state import restore_optimizer
-
-        set_adapter_tensors(self.peft_model, resumed.contents[WEIGHTS_FILE], where=str(resumed.path))
-        state = json.loads(resumed.contents[STATE_FILE])
-        self.epoch = float(state["epoch"])
-        self.saved_step = resumed.step
-        if OPTIMIZER_FILE in resumed.contents:
-            restore_optimizer(self.optimizer, bytes_to_tensors(resumed.contents[OPTIMIZER_FILE]))
-            self.hub.say(f"going on from step {resumed.step:,} with the optimizer's state: as if never stopped")
-        else:
-            self.hub.say(
-                f"going on from step {resumed.step:,}: data order, schedule and step count go on; the optimizer's "
-                "moments start anew (`save_optim: True` keeps them)"
-            )
 
     # Endings
 
@@ -556,6 +404,7 @@ class Session:
         commands = [f"trietune report {run}"]
         if adapter is not None:
             commands = [f"trietune predict {run}", f"trietune evaluate {run}", *commands]
+        exit_code = self.keeper.finish_uploads(is_final=True, must_leave=self._must_leave)
         self._finish("finished", summary, commands)
         return Run(
             run,
@@ -564,24 +413,29 @@ class Session:
             before=dict(before.metrics) if before else {},
             after=dict(after.metrics) if after else {},
             adapter=adapter,
+            exit_code=exit_code,
         )
 
     def _stopped(self, reason: str, exit_code: int) -> Run:
         """Save what has been learnt; no final adapter is written."""
         commands: list[str] = []
         if self.step > 0:
-            self._save()
+            self._save(must_succeed=True)
             commands = ["the same command with `--resume` goes on from here"]
+        self.keeper.finish_uploads(is_final=False, must_leave=self._must_leave)
         self.hub.say(f"stopped by {reason} after step {self.step:,}")
         self._finish("stopped", {}, commands)
         return Run(self.plan.directory, "stopped", self.step, exit_code=exit_code)
 
+    def _must_leave(self) -> bool:
+        """Whether the wait for uploads should end: a signal has come and its grace is nearly over."""
+        came = self.signals.received_at
+        return came is not None and time.monotonic() - came > SECONDS_TO_COPY_AFTER_SIGNAL
+
     def _finish(
         self, status: Literal["finished", "stopped", "failed"], summary: Mapping[str, Any], commands: Any
     ) -> None:
-        self.hub.emit(
-            events.RunFinished(status, self.step, time.monotonic() - self.began, summary, tuple(commands))
-        )
+        self.hub.emit(events.RunFinished(status, self.step, time.monotonic() - self.began, summary, tuple(commands)))
 
     def _raise_not_finite(self, error: LossNotFiniteError) -> None:
         ids = [self.data.train.ids[index] for index in error.sequence_indices]
@@ -595,12 +449,6 @@ class Session:
             "earlier steps are whole",
             exit_code=EXIT_LOSS_NOT_FINITE,
         ) from error
-
-
-SHOWN_SETTINGS = (
-    "max_length", "learning_rate", "batch_size", "num_epochs", "lora_r", "lora_alpha", "lora_target_modules", "dtype",
-    "seed",
-)  # fmt: skip
 
 
 def _LOSS_NOT_FINITE() -> type[LossNotFiniteError]:  # noqa: N802  (torch must not load with this module)
@@ -618,7 +466,8 @@ class Meter:
         self.slowest_step = 0.0
 
     def start(self) -> None:
-        self._last = time.monotonic()
+        """Count from now on."""
+        self._last, self._left_out = time.monotonic(), 0.0
 
     def leave_out(self, seconds: float) -> None:
         """Time that is not training's."""

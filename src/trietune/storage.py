@@ -23,4 +23,6 @@ def open_remote(settings: Settings, run_name: str) -> RemoteRun | None:
     from trietune.checkpoints.remote import RemoteRun
     from trietune.checkpoints.storage import open_storage
 
-    return RemoteRun(open_storage(settings.storage_backend, settings.remote_path), run_name, Patience(sleep=threading.Event().wait))
+    return RemoteRun(
+        open_storage(settings.storage_backend, settings.remote_path), run_name, Patience(sleep=threading.Event().wait)
+    )

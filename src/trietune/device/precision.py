@@ -48,7 +48,7 @@ def choose_dtype(dtype: str, device: Device, *, where: str) -> torch.dtype:
 
 def _prefers_bfloat16(device: Device) -> bool:
     if device.kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return product_seconds(torch.bfloat16, device) <= BFLOAT16_MAY_BE_SLOWER * product_seconds(torch.float32, device)
 
 

@@ -117,7 +117,7 @@ class TrieLayout:
 def visibility(trie: Trie, window: int | None = None) -> Bool[np.ndarray, "T T"]:
     """`[i, j]` is True when node `i` sees node `j`: `j <= i < subtree_end[j]`, and within the window by depth."""
     node = np.arange(trie.num_nodes)
-    sees = (node[None] <= node[:, None]) & (node[:, None] < trie.subtree_end[None])
+    sees: np.ndarray = (node[None] <= node[:, None]) & (node[:, None] < trie.subtree_end[None])
     if window is not None:
         sees &= trie.position_ids[:, None] - trie.position_ids[None] < window
     return sees
@@ -175,7 +175,8 @@ def group_rows(num_queries: Int64[np.ndarray, " R"], num_keys: Int64[np.ndarray,
 
 
 def _rounded(length: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " R"]:
-    return np.ceil(np.log(np.maximum(length, 8) / 8) / np.log(BUCKET_GROWTH)).astype(np.int64)
+    exponent: np.ndarray = np.ceil(np.log(np.maximum(length, 8) / 8) / np.log(BUCKET_GROWTH))
+    return exponent.astype(np.int64)
 
 
 def _bucket_nodes(
@@ -223,7 +224,8 @@ class RowAttention(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Float[Tensor, "TH d"]:
-        outputs, kept = [], []
+        outputs: list[Tensor] = []
+        kept: list[Tensor | None] = []
         for bucket in layout.buckets:
             q, k, v = _gather(bucket, query, key, value)
             if _keeps_probabilities(q, k, softcap):
@@ -296,7 +298,7 @@ class RowAttention(torch.autograd.Function):
 
 def _gather(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [R * G, H/G * Q, d], keys and values [R * G, K, d] of one bucket."""
-    num_rows, num_queries, num_keys = bucket.shape
+    num_keys = bucket.shape[2]
     groups = bucket.key_rows.numel() // num_keys  # R * G
     return (
         query.index_select(0, bucket.query_rows).view(groups, -1, query.shape[-1]),
@@ -306,7 +308,9 @@ def _gather(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor) -> tuple[
 
 
 def _keeps_probabilities(q: Tensor, k: Tensor, softcap: float | None) -> bool:
-    return softcap is not None or q.device.type != "cpu" or q.shape[0] * q.shape[1] * k.shape[1] <= MAX_KEPT_PROBABILITIES
+    return (
+        softcap is not None or q.device.type != "cpu" or q.shape[0] * q.shape[1] * k.shape[1] <= MAX_KEPT_PROBABILITIES
+    )
 
 
 def _grid(scores: Tensor, bucket: Bucket) -> Tensor:
@@ -348,7 +352,7 @@ def trie_attention(
     softcap: float | None = None,
     trie_layout: TrieLayout | None = None,
     **other: Any,
-) -> tuple[Float[Tensor, "1 T H d"], None]:
+) -> tuple[Float[Tensor, "1 T H d"], Tensor | None]:
     """The library's attention interface. Without a layout (generation, padded rows) it is the library's own attention.
 
     Raises:
@@ -375,7 +379,7 @@ def trie_attention(
     num_heads, head_size = query.shape[1], query.shape[-1]
     layout = trie_layout.rows(sliding_window, query.dtype)
     flat = (x[0].transpose(0, 1).reshape(-1, head_size) for x in (query, key, value))
-    out: Tensor = RowAttention.apply(*flat, layout, scale, softcap)
+    out: Tensor = RowAttention.apply(*flat, layout, scale, softcap)  # type: ignore[no-untyped-call]
     return out.view(1, -1, num_heads, head_size), None
 
 

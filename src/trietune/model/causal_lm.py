@@ -40,7 +40,8 @@ class TrieModel:
         self.attention = attention
         self.config = network.config.get_text_config()  # type: ignore[union-attr, operator]  # transformers is untyped
         self.heads = HeadShape(
-            self.config.num_attention_heads, getattr(self.config, "num_key_value_heads", self.config.num_attention_heads)
+            self.config.num_attention_heads,
+            getattr(self.config, "num_key_value_heads", self.config.num_attention_heads),
         )
         if attention is not None:
             network.set_attn_implementation(register())  # type: ignore[operator]

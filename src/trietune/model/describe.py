@@ -49,7 +49,7 @@ def describe_network(base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[
     check_config(base)
     config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
         refusal = check_architecture(network)
         num_parameters = sum(p.numel() for p in network.parameters())
         peft_model = add_adapter(network, base=base, **adapter)

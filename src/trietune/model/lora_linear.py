@@ -65,7 +65,7 @@ def fuse_adapters(network: nn.Module) -> int:
     fused = 0
     for module in network.modules():
         if type(module) is Linear and _is_plain(module):
-            module.forward = _fused_forward(module)  # type: ignore[method-assign, assignment]
+            module.forward = _fused_forward(module)  # type: ignore[method-assign]
             fused += 1
     return fused
 

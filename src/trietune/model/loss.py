@@ -37,7 +37,7 @@ def label_losses(
         return _losses(hidden_ND, labels, project)
     parts = [
         checkpoint(_losses, hidden_nD, labels_n, project, use_reentrant=False)
-        for hidden_nD, labels_n in zip(hidden_ND.split(chunk), labels.split(chunk), strict=True)
+        for hidden_nD, labels_n in zip(torch.split(hidden_ND, chunk), torch.split(labels, chunk), strict=True)
     ]
     return torch.cat(parts)
 

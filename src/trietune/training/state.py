@@ -1,6 +1,6 @@
 """The optimizer's state as named tensors, and back, so that a resumed run goes on bit for bit.
 
-    state.0.exp_avg   state.0.exp_avg_sq   state.0.step   state.1.exp_avg ...      one number a parameter, in order
+state.0.exp_avg   state.0.exp_avg_sq   state.0.step   state.1.exp_avg ...      one number a parameter, in order
 """
 
 from __future__ import annotations

@@ -1,0 +1,146 @@
+"""What is here, what a run would use and why, what is missing: `trietune doctor`, made to be pasted into a report.
+
+No value of a secret is shown, only whether it is set.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from packaging.version import Version
+
+from trietune.device.choose import PLUGIN_GROUP, choose_device, has_plugin
+from trietune.device.precision import product_seconds
+
+# Older ones have holes: CVE-2026-24747 (torch), CVE-2026-4372 and -5241 (transformers), CVE-2026-22701 (filelock).
+SECURE_VERSIONS = {
+    "torch": "2.10",
+    "transformers": "5.5.0",
+    "peft": "0.19.0",
+    "safetensors": "0.8.0",
+    "filelock": "3.20.3",
+    "jinja2": "3.1.6",
+}
+OPTIONAL = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio", "bitsandbytes": "bitsandbytes"}
+VARIABLES = (
+    "HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE", "CUDA_VISIBLE_DEVICES",
+    "TRIETUNE_CACHE", "OMP_NUM_THREADS", "PJRT_DEVICE",
+)  # fmt: skip
+PROBE_FLOPS = 2 * 512 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: `state` is `ok`, `note` or `problem`; `remedy` is a command or a sentence, empty where all is well."""
+
+    topic: str
+    text: str
+    state: str = "ok"
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """All findings, in the order to show."""
+
+    findings: tuple[Finding, ...]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        width = max(len(finding.topic) for finding in self.findings)
+        lines = []
+        for finding in self.findings:
+            mark = {"ok": " ", "note": "-", "problem": "!"}[finding.state]
+            lines.append(f"{mark} {finding.topic:<{width}}  {finding.text}")
+            if finding.remedy:
+                lines.append(f"  {'':<{width}}  next: {finding.remedy}")
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"findings": [asdict(finding) for finding in self.findings]}
+
+
+def examine(environ: Mapping[str, str] = os.environ) -> Examination:
+    """Look at devices, versions, disk, cache and logins; starts no accelerator runtime and asks no network."""
+    return Examination(
+        (
+            Finding("system", f"{platform.platform()}, Python {platform.python_version()}"),
+            *_devices(),
+            *_versions(),
+            _disk(Path.cwd()),
+            _cache(environ),
+            _variables(environ),
+        )
+    )
+
+
+def _devices() -> list[Finding]:
+    chosen = choose_device("auto", use_tt=True)
+    memory = psutil.virtual_memory()
+    findings = [
+        Finding("device", f"a run would use {chosen.name}" + (f" ({chosen.reason})" if chosen.reason else "")),
+        Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB free"),
+    ]
+    speeds = [
+        f"{str(dtype).removeprefix('torch.')} {PROBE_FLOPS / product_seconds(dtype, chosen) / 1e9:,.0f} GFLOP/s"
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    findings.append(Finding("products", ", ".join(speeds)))
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        findings.append(Finding("cuda", f"{torch.version.cuda}: {', '.join(names)}"))
+    else:
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a build without it"
+        findings.append(Finding("cuda", f"no device; {built}", "note"))
+    if has_plugin():
+        findings.append(Finding("tenstorrent", f"a plug-in is registered in {PLUGIN_GROUP}", "note"))
+    else:
+        findings.append(Finding("tenstorrent", f"no plug-in is registered in {PLUGIN_GROUP}", "note"))
+    return findings
+
+
+def _versions() -> list[Finding]:
+    findings = []
+    for package, least in SECURE_VERSIONS.items():
+        found = metadata.version(package)
+        if Version(found) < Version(least):
+            remedy = f"pip install --upgrade '{package}>={least}'"
+            findings.append(Finding(package, f"{found} has known holes", "problem", remedy))
+        else:
+            findings.append(Finding(package, found))
+    for extra, package in OPTIONAL.items():
+        try:
+            findings.append(Finding(package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(package, "not installed (optional)", "note", f"pip install {extra}"))
+    return findings
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    state = "ok" if free > 2 * 2**30 else "problem"
+    return Finding("disk", f"{free / 2**30:.1f} GB free here", state, "" if state == "ok" else "free some space")
+
+
+def _cache(environ: Mapping[str, str]) -> Finding:
+    base = environ.get("TRIETUNE_CACHE") or environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(base).expanduser()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if os.access(existing, os.W_OK):
+        return Finding("cache", f"{folder} can be written")
+    return Finding("cache", f"{folder} cannot be written", "problem", "set TRIETUNE_CACHE to a folder that can")
+
+
+def _variables(environ: Mapping[str, str]) -> Finding:
+    found = [name for name in VARIABLES if environ.get(name)]
+    return Finding("variables", f"set: {', '.join(found)}" if found else "none of ours is set")
