@@ -76,15 +76,23 @@ def detect_format(path: Path) -> Format:
 
 
 def count_rows(path: Path) -> int:
-    """How many rows `read_rows` will give, broken ones included."""
-    if detect_format(path) == "parquet":
-        import pyarrow.parquet
+    """How many rows `read_rows` will give, broken ones included; parses only what it must."""
+    match detect_format(path):
+        case "parquet":
+            import pyarrow.parquet
 
-        return int(_open_parquet(pyarrow.parquet, path).metadata.num_rows)
-    if detect_format(path) == "jsonl":
-        with path.open("rb") as file:
-            return sum(1 for line in file if line.strip())
+            return int(_open_parquet(pyarrow.parquet, path).metadata.num_rows)
+        case "jsonl":
+            return _count_lines(path)
+        case "tsv":
+            return max(0, _count_lines(path) - 1)
     return sum(1 for _ in read_rows(path))
+
+
+def _count_lines(path: Path) -> int:
+    """Lines that are not blank."""
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def _sniff_json(path: Path) -> Format:

@@ -50,7 +50,7 @@ class Rows(Protocol):
     def count(self) -> int: ...
 
     def quick_count(self) -> int | None:
-        """The count where it costs nothing."""
+        """The count, where the rows need not be parsed for it."""
         ...
 
     def read(self) -> Iterator[PlacedRow]:
@@ -134,7 +134,8 @@ class FileRows:
         return sum(count_rows(path) for path in self.paths)
 
     def quick_count(self) -> int | None:
-        return self.count() if all(path.suffix.lower() == ".parquet" for path in self.paths) else None
+        forms = {detect_format(path) for path in self.paths}
+        return self.count() if forms <= {"parquet", "jsonl", "tsv"} else None
 
     def read(self) -> Iterator[PlacedRow]:
         for path, label in zip(self.paths, self.labels, strict=True):
