@@ -170,3 +170,35 @@ def test_compare_writes_results_a_table_and_a_chart(model: ModelChoice, tmp_path
     assert last["versions"]["torch"] == torch.__version__
     assert last["command"].startswith("python benchmarks/compare.py --model-folder")
     assert (tmp_path / "smollm2-float32.svg").exists()
+
+
+def test_validation_is_cut_at_whole_paragraphs(tmp_path: Path) -> None:
+    import grouping
+
+    table = tmp_path / "dev.tsv"
+    table.write_text("sentence\tlabel\na\t1\nb\t0\nc\t1\n")
+    assert grouping.first_examples(table, 2) == "sentence\tlabel\na\t1\nb\t0\n"
+    questions = tmp_path / "dev.json"
+    paragraphs = [{"context": str(n), "qas": [{"id": "x"}] * 3} for n in range(3)]
+    questions.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    kept = json.loads(grouping.first_examples(questions, 7))["data"][0]["paragraphs"]
+    assert [paragraph["context"] for paragraph in kept] == ["0", "1"]
+
+
+def test_difference_is_paired_by_seed() -> None:
+    import grouping
+
+    results = [
+        {
+            "dataset": "sst2",
+            "learning_rate": 1.0,
+            "grouped": g,
+            "after": {"eval/loss": seed + 0.5 * g, "eval/accuracy": 1.0},
+        }
+        for seed in range(3)
+        for g in (True, False)
+    ]
+    loss, accuracy = grouping.compare(results, "sst2", 1.0)
+    assert (loss["difference"], loss["interval"]) == (0.5, 0.0)
+    assert accuracy["difference"] == 0.0
+    assert grouping.half_interval([1.0, 3.0]) == pytest.approx(12.706, rel=1e-3)
