@@ -91,6 +91,8 @@ def prepare(
     steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
     num_steps = steps_per_epoch * settings.num_epochs
     if settings.max_steps is not None:
+        if settings.max_steps > num_steps:
+            hub.say(f"`num_epochs: {settings.num_epochs}` ends after {num_steps:,} steps, before `max_steps`")
         num_steps = min(settings.max_steps, num_steps)
     position_bytes = bytes_per_position(shape.config, dtype, gradient_checkpointing=settings.gradient_checkpointing)
     max_positions = settings.max_tokens_per_micro_batch

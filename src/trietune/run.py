@@ -169,7 +169,7 @@ class Session:
         from trietune.data.tokenizer import make_encoder
         from trietune.model.adapter import add_adapter
         from trietune.model.causal_lm import TrieModel
-        from trietune.model.load import load_network
+        from trietune.model.load import enable_checkpointing, load_network
         from trietune.model.lora_linear import fuse_adapters
         from trietune.training.optimizer import build_optimizer, learning_rate_schedule
 
@@ -179,9 +179,7 @@ class Session:
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         fuse_adapters(network)
         if self.settings.gradient_checkpointing:
-            network.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            enable_checkpointing(network)
         self.model = TrieModel(network, device=device, attention=self.plan.attention)
         self.encoder = make_encoder(self.tokenizer, self.data.prompt_format)
         self.optimizer = build_optimizer(
@@ -338,7 +336,7 @@ class Session:
         )
 
     def _self_check(self) -> None:
-        if not self.settings.self_check or self.plan.batching == "padded" or self.plan.num_steps == 0:
+        if not self.settings.self_check or self.plan.num_steps == 0:
             return
         from trietune.model.self_check import check_against_rows
         from trietune.training.sampler import Sampler
@@ -352,8 +350,8 @@ class Session:
         )
         if checked is not None:
             self.hub.say(
-                f"self-check: {checked.num_examples} examples have a loss of {checked.loss:.5f} on a trie, "
-                f"{checked.loss_of_rows:.5f} on plain rows"
+                f"self-check: {checked.num_examples} examples have a loss of {checked.loss:.5f}, "
+                f"{checked.loss_of_rows:.5f} on plain rows through the library alone"
             )
 
     def _save(self, *, must_succeed: bool = False) -> None:

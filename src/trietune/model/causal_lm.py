@@ -88,11 +88,17 @@ class TrieModel:
         )
 
     def project(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] of hidden states [N, D], soft-capped where the model does so."""
+        """Logits [N, V] of hidden states [N, D], scaled and soft-capped where the model does so."""
         logits: Tensor = self.network.get_output_embeddings()(hidden_ND)  # type: ignore[operator]
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+            if (scale := getattr(self.config, name, None)) not in (None, 1):
+                logits = logits * scale
+        if (divisor := getattr(self.config, "logits_scaling", None)) not in (None, 1):  # Granite
+            logits = logits / divisor
+        for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma 2, RecurrentGemma
+            softcap = getattr(self.config, name, None)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
         return logits
 
     def _tensor(self, array: np.ndarray) -> Tensor:

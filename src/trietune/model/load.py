@@ -5,6 +5,7 @@ Weights come from safetensors alone and code from transformers alone: what a fol
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -195,3 +196,11 @@ def _check_loaded(folder: ModelFolder, info: dict[str, Any], report: Callable[[s
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def enable_checkpointing(network: PreTrainedModel) -> None:
+    """Compute activations a second time in the backward; the non-reentrant kind, which carries any argument."""
+    # transformers 5.20 renamed it.
+    enable: Any = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    parameter = next(name for name in inspect.signature(enable).parameters if name.endswith("checkpointing_kwargs"))
+    enable(**{parameter: {"use_reentrant": False}})

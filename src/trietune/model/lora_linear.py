@@ -9,6 +9,7 @@ layer's neighbours keep too, and `x A'`, which is r numbers a node.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class LoraLinear(torch.autograd.Function):
         rows, weight, a, scaled_b, low_rank = context.saved_tensors
         grad = grad_out.reshape(-1, grad_out.shape[-1])
         grad_low_rank = grad @ scaled_b
-        grad_a = (grad_low_rank.t() @ rows).to(_adapter_dtype(rows))
-        grad_b = (grad.t() @ low_rank).to(_adapter_dtype(rows)) * context.scale
+        grad_a = (grad_low_rank.t() @ rows).to(adapter_dtype(rows.dtype))
+        grad_b = (grad.t() @ low_rank).to(adapter_dtype(rows.dtype)) * context.scale
         grad_x = None
         if context.needs_input_grad[0]:
             grad_x = grad @ weight
@@ -50,8 +51,27 @@ class LoraLinear(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None
 
 
-def _adapter_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the adapter's weights over a base in `dtype`: fp32, or fp64 over fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """The tensors of one plain LoRA layer: y = x W' + bias + scale (x A') B'."""
+
+    layer: Any
+    adapter: str
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def is_active(self) -> bool:
+        """Whether PEFT would add exactly this adapter now."""
+        layer = self.layer
+        return not layer.disable_adapters and not layer.merged and layer.active_adapters == [self.adapter]
 
 
 def fuse_adapters(network: nn.Module) -> int:
@@ -60,41 +80,47 @@ def fuse_adapters(network: nn.Module) -> int:
     Layers with dropout, DoRA, adapter biases, trained base biases, several adapters, or a base that is no plain linear
     layer keep PEFT's forward. Parameters and their names stay as they are.
     """
-    from peft.tuners.lora.layer import Linear
-
     fused = 0
     for module in network.modules():
-        if type(module) is Linear and _is_plain(module):
-            module.forward = _fused_forward(module)  # type: ignore[method-assign]
+        weights = lora_weights(module)
+        if weights is not None:
+            module.forward = _fused_forward(weights)  # type: ignore[method-assign]
             fused += 1
     return fused
 
 
-def _is_plain(module: Any) -> bool:
-    if len(module.active_adapters) != 1 or type(module.get_base_layer()) is not nn.Linear:
-        return False
-    adapter = module.active_adapters[0]
-    base = module.get_base_layer()
-    return (
-        adapter in module.lora_A
-        and isinstance(module.lora_dropout[adapter], nn.Identity)
+def lora_weights(module: nn.Module) -> LoraWeights | None:
+    """The tensors of a LoRA layer of the plain kind; None for everything else."""
+    from peft.tuners.lora.layer import Linear
+
+    if type(module) is not Linear or len(module.active_adapters) != 1:
+        return None
+    base, adapter = module.get_base_layer(), module.active_adapters[0]
+    if type(base) is not nn.Linear or adapter not in module.lora_A:
+        return None
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    is_plain = (
+        isinstance(module.lora_dropout[adapter], nn.Identity)
         and not module.use_dora[adapter]
-        and module.lora_B[adapter].bias is None
+        and b.bias is None
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
     )
+    if not is_plain:
+        return None
+    return LoraWeights(module, adapter, base.weight, base.bias, a.weight, b.weight, float(module.scaling[adapter]))
 
 
-def _fused_forward(module: Any) -> Any:
-    by_peft = module.forward
-    adapter = module.active_adapters[0]
-    base, a, b = module.get_base_layer(), module.lora_A[adapter], module.lora_B[adapter]
+def _fused_forward(weights: LoraWeights) -> Any:
+    by_peft = weights.layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or module.disable_adapters or module.merged or module.active_adapters != [adapter]:
+        if args or kwargs or not weights.is_active():
             out: Tensor = by_peft(x, *args, **kwargs)
             return out
-        fused: Tensor = LoraLinear.apply(x, base.weight, base.bias, a.weight, b.weight, module.scaling[adapter])  # type: ignore[no-untyped-call]
+        fused: Tensor = LoraLinear.apply(  # type: ignore[no-untyped-call]
+            x, weights.weight, weights.bias, weights.a, weights.b, weights.scale
+        )
         return fused
 
     return forward

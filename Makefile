@@ -1,0 +1,48 @@
+# `make train` and `make test` are all that a newcomer needs: each sets up .venv if it is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH ?= torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all lint bench lock clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+train: $(READY)  ## train the sample model on the sample data (about three minutes on two cores)
+	$(BIN)/trietune train
+
+test: $(READY) lint  ## style, types, import contract, and the tests that take under 15 minutes
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(READY) lint  ## every test that this machine can run, the fault matrix included
+	$(BIN)/python -m pytest -m "not gpu" --timeout 3000
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## compare with other trainers on this machine; results go to benchmarks/results/
+	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/compare.py
+
+lock: $(READY)  ## resolve requirements.lock anew
+	$(BIN)/python -m pip install --quiet uv
+	./requirements.sh $(BIN)
+
+clean:  ## remove .venv and what tools left behind
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+
+# A torch that is new enough is kept; with pip, this version is a CPU build where one is offered.
+$(READY): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@

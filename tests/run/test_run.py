@@ -1,0 +1,300 @@
+"""Whole runs of a tiny model: what is written, that it repeats, stops, goes on, and that keys have their effect."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trietune import UserError, load_config, train
+from trietune.run import Run
+from trietune.tracking.dispatch import Tracker
+from trietune.tracking.events import Evaluated, Event, RunFinished, Said, StepFinished
+from trietune.tracking.jsonl import FilesConsumer
+
+
+class Recorder:
+    """Keeps every event, and calls `react` on each."""
+
+    name = "recorder"
+
+    def __init__(self, react: Callable[[Event], None] = lambda event: None) -> None:
+        self.events: list[Event] = []
+        self.react = react
+
+    def handle(self, event: Event) -> None:
+        self.events.append(event)
+        self.react(event)
+
+    def close(self) -> None:
+        pass
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    @property
+    def losses(self) -> list[float]:
+        return [event.metrics["train/loss"] for event in self.of(StepFinished)]
+
+
+def run(settings: dict[str, object], recorder: Recorder | None = None, **arguments: Any) -> tuple[Run, Recorder]:
+    recorder = recorder or Recorder()
+    tracker = Tracker([recorder])
+    tracker.add(FilesConsumer(lambda text: None))
+    return train(load_config(None, settings), tracker=tracker, **arguments), recorder
+
+
+def adapter_of(run: Run) -> dict[str, torch.Tensor]:
+    assert run.adapter is not None
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_a_run_leaves_what_the_design_promises(overrides: dict[str, object]) -> None:
+    finished, recorder = run(overrides)
+    folder = finished.directory
+    assert finished.exit_code == 0
+    assert finished.step == 6
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "batches.jsonl", "adapter/manifest.json",
+                 "adapter/prompt_format.json", "adapter/README.md", "adapter/adapter_config.json"):  # fmt: skip
+        assert (folder / name).is_file(), name
+    lines = [json.loads(line) for line in (folder / "batches.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(len(line["ids"]) == 8 for line in lines)
+    assert recorder.losses[-1] < recorder.losses[0]
+    assert {event.when for event in recorder.of(Evaluated)} == {"before", "during", "after"}
+    assert finished.after["eval/loss"] < finished.before["eval/loss"]
+
+
+def test_two_runs_give_the_same_bytes(overrides: dict[str, object]) -> None:
+    first, _ = run({**overrides, "deterministic": True, "lora_dropout": 0.1})
+    second, _ = run({**overrides, "deterministic": True, "lora_dropout": 0.1})
+    torch.use_deterministic_algorithms(False)
+    assert second.directory.name == "run-2"
+    one, two = (r.directory / "adapter" / "adapter_model.safetensors" for r in (first, second))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_trie_packed_and_padded_train_the_same_adapter(overrides: dict[str, object]) -> None:
+    adapters = {b: adapter_of(run({**overrides, "batching": b})[0]) for b in ("trie", "packed", "padded")}
+    # AdamW divides by the gradient's own size, which makes rounding errors of tiny gradients visible in the weights.
+    assert largest_difference(adapters["trie"], adapters["padded"]) < 2e-3
+    assert largest_difference(adapters["trie"], adapters["packed"]) < 2e-3
+
+
+def test_micro_batches_and_accumulation_change_nothing(overrides: dict[str, object]) -> None:
+    whole, one = run({**overrides, "batch_size": 16, "max_steps": 3})
+    cut, two = run({**overrides, "batch_size": 16, "max_steps": 3, "max_tokens_per_micro_batch": 128})
+    accumulated, three = run({**overrides, "batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 3})
+    assert any(event.metrics["num_micro_batches"] > 1 for event in two.of(StepFinished))
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-4)
+    np.testing.assert_allclose(three.losses, one.losses, rtol=1e-4)
+    assert largest_difference(adapter_of(whole), adapter_of(cut)) < 2e-3
+    assert largest_difference(adapter_of(whole), adapter_of(accumulated)) < 2e-3
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(overrides: dict[str, object]) -> None:
+    settings = {
+        **overrides, "save_optim": True, "save_strategy": "step", "steps_freq": 2, "lora_dropout": 0.1,
+        "lr_scheduler_type": "linear", "warmup_steps": 2, "num_epochs": 2, "max_steps": 12, "keep_last_n": 10,
+    }  # fmt: skip
+    unbroken, _ = run({**settings, "wandb_run_name": "unbroken"})
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, StepFinished) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped, _ = run({**settings, "wandb_run_name": "broken"}, Recorder(interrupt))
+    assert (stopped.status, stopped.step, stopped.exit_code) == ("stopped", 5, 143)
+    assert stopped.adapter is None
+    assert not (stopped.directory / "adapter").exists()
+    resumed, recorder = run({**settings, "wandb_run_name": "broken", "resume_from_checkpoint": True})
+    assert resumed.step == 12
+    assert recorder.of(StepFinished)[0].step == 6
+    one, two = (r.directory / "adapter" / "adapter_model.safetensors" for r in (unbroken, resumed))
+    assert one.read_bytes() == two.read_bytes()
+    again, recorder = run({**settings, "wandb_run_name": "broken", "resume_from_checkpoint": True})
+    assert again.status == "finished"
+    assert not recorder.of(StepFinished)
+    assert any("has finished" in said.text for said in recorder.of(Said))
+
+
+def test_a_signal_in_evaluation_saves_what_was_learnt(overrides: dict[str, object]) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, StepFinished) and event.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped, _ = run({**overrides, "val_steps_freq": 2}, Recorder(interrupt))
+    assert (stopped.status, stopped.exit_code) == ("stopped", 130)
+    assert (stopped.directory / "checkpoints" / "step-00000002" / "manifest.json").is_file()
+
+
+def test_max_time_stops_and_saves(overrides: dict[str, object]) -> None:
+    stopped, _ = run({**overrides, "max_time": 0.5})
+    assert stopped.status == "stopped"
+    assert stopped.exit_code == 0
+    assert list((stopped.directory / "checkpoints").glob("step-*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_ids(
+    overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trietune.training import loop
+
+    clip = loop._clip
+
+    def plant(parameters: Any, max_grad_norm: float | None) -> float:
+        plant.calls += 1  # type: ignore[attr-defined]
+        if plant.calls == 3:  # type: ignore[attr-defined]
+            parameters[0].grad.fill_(float("inf"))
+        return clip(parameters, max_grad_norm)
+
+    plant.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(loop, "_clip", plant)
+    recorder = Recorder()
+    with pytest.raises(UserError) as caught:
+        run({**overrides, "save_strategy": "step"}, recorder)
+    assert caught.value.exit_code == 5
+    for part in ("gradient of step 3", "train.tsv:", "learning_rate"):
+        assert part in str(caught.value)
+    [finished] = recorder.of(RunFinished)
+    assert finished.status == "failed"
+    folder = Path(str(overrides["project_dir"])) / "run"
+    assert not (folder / "adapter").exists()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_a_run_works_outside_the_main_thread(overrides: dict[str, object]) -> None:
+    found: list[Run] = []
+    thread = threading.Thread(target=lambda: found.append(run({**overrides, "max_steps": 1})[0]))
+    thread.start()
+    thread.join()
+    assert found[0].step == 1
+
+
+def test_questions_are_answered_and_measured(overrides: dict[str, object], questions: Path) -> None:
+    settings = {
+        **overrides, "dataset_id": "squad_v2", "train_file": str(questions / "train.json"),
+        "validation_file": str(questions / "dev.json"), "max_length": 256, "max_steps": 2,
+    }  # fmt: skip
+    finished, recorder = run(settings)
+    assert {"eval/exact_match", "eval/f1", "eval/no_answer_exact_match"} <= set(finished.after)
+    # Three questions share each paragraph, and `auto` lets them meet.
+    assert recorder.of(StepFinished)[0].metrics["sharing_factor"] > 1.8
+
+
+EFFECTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "learning_rate": ({}, {"learning_rate": 1e-3}),
+    "batch_size": ({}, {"batch_size": 4}),
+    "num_epochs": ({"max_steps": None, "batch_size": 30}, {"max_steps": None, "batch_size": 30, "num_epochs": 2}),
+    "optim": ({}, {"optim": "sgd"}),
+    "seed": ({}, {"seed": 24}),
+    "lora_r": ({}, {"lora_r": 2}),
+    "lora_alpha": ({}, {"lora_alpha": 16}),
+    "lora_target_modules": ({}, {"lora_target_modules": ["q_proj"]}),
+    "lora_dropout": ({}, {"lora_dropout": 0.3}),
+    "use_rslora": ({}, {"use_rslora": True}),
+    "use_dora": ({}, {"use_dora": True}),
+    "lora_bias": ({}, {"lora_bias": "lora_only"}),
+    "modules_to_save": ({}, {"modules_to_save": ["lm_head"]}),
+    "weight_decay": ({}, {"weight_decay": 0.5}),
+    "max_grad_norm": ({}, {"max_grad_norm": 0.01}),
+    "lr_scheduler_type": ({}, {"lr_scheduler_type": "cosine"}),
+    "warmup_steps": ({}, {"warmup_steps": 2}),
+    "warmup_ratio": ({}, {"warmup_ratio": 0.5}),
+    "dtype": ({}, {"dtype": "bfloat16"}),
+    "max_length": ({}, {"max_length": 18}),
+    "max_train_examples": ({}, {"max_train_examples": 30}),
+    "overlong": ({"max_length": 18}, {"max_length": 18, "overlong": "truncate_prompt"}),
+    "prompt_template": (
+        {}, {"prompt_template": "{sentence}?", "completion_template": " {label}"},
+    ),
+    "group_by_prefix": ({"group_by_prefix": False}, {"group_by_prefix": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_key_changes_what_is_learnt(key: str, overrides: dict[str, object]) -> None:
+    one, two = EFFECTS[key]
+    base = {**overrides, "max_steps": 3, "eval_max_examples": 4}
+    first, second = adapter_of(run({**base, **one})[0]), adapter_of(run({**base, **two})[0])
+    same = first.keys() == second.keys() and all(
+        first[name].shape == second[name].shape and torch.equal(first[name], second[name]) for name in first
+    )
+    assert not same, f"`{key}` made no difference"
+
+
+@pytest.mark.parametrize("attention", ["rows", "mask"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_and_checkpointing_change_no_number(
+    attention: str, checkpointing: bool, overrides: dict[str, object]
+) -> None:
+    plain = run({**overrides, "max_steps": 3})[1].losses
+    other = run({**overrides, "max_steps": 3, "attention": attention, "gradient_checkpointing": checkpointing})[1]
+    np.testing.assert_allclose(other.losses, plain, rtol=1e-4)
+
+
+def test_gradient_checkpointing_recomputes(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    from trietune.model import attention
+
+    calls = []
+    forward = attention.RowAttention.forward
+    monkeypatch.setattr(attention.RowAttention, "forward", staticmethod(lambda *a: (calls.append(1), forward(*a))[1]))
+    counts = []
+    for checkpointing in (False, True):
+        calls.clear()
+        run({**overrides, "max_steps": 1, "self_check": False, "gradient_checkpointing": checkpointing})
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 2  # once more for each of the two layers
+
+
+def test_self_check_catches_a_wrong_mask(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    from trietune.model import attention
+
+    def sees_its_future(trie: Any, window: int | None = None) -> np.ndarray:
+        return np.ones((trie.num_nodes, trie.num_nodes), bool)
+
+    monkeypatch.setattr(attention, "visibility", sees_its_future)
+    with pytest.raises(UserError, match="through the library"):
+        run({**overrides, "attention": "mask"})
+    finished, _ = run({**overrides, "attention": "mask", "self_check": False, "max_steps": 1})
+    assert finished.step == 1
+
+
+def test_save_strategy_and_limits(overrides: dict[str, object]) -> None:
+    def kept(**changes: object) -> list[str]:
+        finished, _ = run({**overrides, "max_steps": 6, **changes})
+        return sorted(path.name[-2:] for path in (finished.directory / "checkpoints").glob("step-*"))
+
+    assert kept(save_strategy="no") == []
+    assert kept(save_strategy="step", steps_freq=2, keep_last_n=2, keep_best_n=0) == ["04", "06"]
+    assert kept(save_strategy="step", steps_freq=3, keep_last_n=5, keep_best_n=0) == ["03", "06"]
+    assert kept(save_strategy="epoch", batch_size=30, num_epochs=3, epoch_freq=2, keep_best_n=0) == ["04", "06"]
+
+
+def test_zero_epochs_evaluate_only(overrides: dict[str, object]) -> None:
+    finished, recorder = run({**overrides, "num_epochs": 0, "max_steps": None})
+    assert finished.adapter is None
+    assert finished.before
+    assert not recorder.of(StepFinished)
+
+
+def test_validation_frequency_and_size(overrides: dict[str, object]) -> None:
+    _, recorder = run({**overrides, "val_steps_freq": 2, "eval_max_examples": 5, "save_strategy": "no"})
+    during = [event for event in recorder.of(Evaluated) if event.when == "during"]
+    assert [event.step for event in during] == [2, 4, 6]
+    assert {event.num_examples for event in during} == {5}
+    assert {event.num_examples for event in recorder.of(Evaluated) if event.when != "during"} == {20}
