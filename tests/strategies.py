@@ -60,7 +60,7 @@ def question_batch(
             prompt = (
                 paragraph + stem + generator.integers(3, vocabulary, int(generator.integers(1, 6)) * scale).tolist()
             )
-            completion = generator.integers(3, vocabulary, int(generator.integers(1, 4))).tolist() + [1]
+            completion = [*generator.integers(3, vocabulary, int(generator.integers(1, 4))).tolist(), 1]
             tokens.append(prompt + completion)
             labels.append([IGNORED] * len(prompt) + completion)
     tokens.append(list(tokens[0]))

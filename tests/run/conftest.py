@@ -9,27 +9,9 @@ from pathlib import Path
 import pytest
 
 WORDS = [
-    "a",
-    "the",
-    "film",
-    "plot",
-    "cast",
-    "music",
-    "is",
-    "was",
-    "good",
-    "bad",
-    "fine",
-    "dull",
-    "great",
-    "poor",
-    "and",
-    "but",
-    "with",
-    "without",
-    "very",
-    "quite",
-]
+    "a", "the", "film", "plot", "cast", "music", "is", "was", "good", "fine", "bad", "dull", "great", "poor", "and",
+    "but", "with", "without", "very", "quite",
+]  # fmt: skip
 PRAISE = {"good", "fine", "great"}
 
 
@@ -54,7 +36,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, attention_bias=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=512, attention_bias=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
