@@ -11,7 +11,9 @@ Why: a speed-up is only worth the name against the best that ordinary parts give
 
 What it does not show: quality (losses are recorded as a check that engines do the same work), start-up, evaluation,
 other machines, several devices. Random weights stand in for Gemma's. `trl-packed` chooses its batches itself. Idle
-processes hold memory but compute nothing. Other load on the machine is in each result as `load_average`.
+processes hold memory but compute nothing. Engines with logits at every position accumulate smaller batches where those
+logits would take more than `--logits-gb`; their peak memory is then that of the smaller batch. Other load on the
+machine is in each result as `load_average`.
 
 Useful work of a step, whatever an engine computes:
 
@@ -28,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,8 @@ DEFAULT_WORKLOADS = [
 ]
 # Not measured by default: minimal_loop is Trainer's work without Trainer.
 DEFAULT_ENGINES = [name for name in ENGINES if name != "minimal"]
+# Of logits at every position: as the model gives them, in fp32, and the gradients of both.
+BYTES_A_LOGIT = 16
 OURS = ("trietune", "trietune-packed", "trietune-padded")
 
 
@@ -68,10 +72,11 @@ def main() -> None:
     work = count_work(model)
     out = Path(options.out) / f"{options.name or default_name(model)}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
+    max_logits = int(options.logits_gb * 1e9 / BYTES_A_LOGIT)
     results: list[dict[str, Any]] = []
     for workload_name in options.workloads:
         workload = real_workload(workload_name, tokenizer, Path(options.data), num_rounds=options.rounds)
-        measured = measure(model, workload, options.engines, device, options.rounds, say)
+        measured = measure(model, workload, options.engines, device, options.rounds, say, max_logits=max_logits)
         results += [to_result(one, workload, model, work, measured) for one in measured.engines]
         print(table(results[-len(measured.engines) :]))
     results.append({"kind": "run", "model": asdict(model), **environment(device)})
@@ -87,6 +92,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", default=str(DATA), help="folder of sst2/ and squad_v2/, or `demo`")
     parser.add_argument("--workloads", nargs="+", default=DEFAULT_WORKLOADS, help="dataset-order-batchsize")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=DEFAULT_ENGINES)
+    parser.add_argument("--logits-gb", type=float, default=3.0, help="that an engine with logits everywhere may take")
     return parser.parse_args(arguments)
 
 
@@ -140,7 +146,9 @@ def measure(
     engines: Sequence[str],
     device: torch.device,
     num_rounds: int,
-    report: Any,
+    report: Callable[[str], None],
+    *,
+    max_logits: int,
 ) -> Measured:
     """Warm up every engine, then let them take rounds in turn."""
     done = {name: EngineRounds(name) for name in engines}
@@ -149,7 +157,7 @@ def measure(
         workers: dict[str, Worker] = {}
         for name in engines:
             job_file = Path(folder) / f"{name}.job"
-            Job(name, model, workload, device.type).write(job_file)
+            Job(name, model, workload, device.type, max_logits).write(job_file)
             workers[name] = Worker(job_file)
             try:
                 workers[name].receive("ready")
@@ -164,7 +172,13 @@ def measure(
             for dtype, values in ceilings.items():
                 values.append(matmul_ceiling(getattr(torch, dtype), device))
             for name in order.sample(sorted(workers), len(workers)):
-                reply = workers[name].round(workload.steps_a_round)
+                try:
+                    reply = workers[name].round(workload.steps_a_round)
+                except WorkerError as error:
+                    done[name].failed = str(error)
+                    report(f"{workload.name}: {name} failed: {error}")
+                    workers.pop(name).close()
+                    continue
                 done[name].seconds.append(reply["seconds"])
                 done[name].examples.append(reply["examples"])
                 done[name].losses.append(reply["losses"])

@@ -29,12 +29,26 @@ WEIGHT_DECAY = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One engine on one workload, on `cpu` or `cuda`."""
+    """One engine on one workload, on `cpu` or `cuda`.
+
+    Attributes:
+        max_logits: logits of all positions that an engine may hold at once, in elements; rows beyond are accumulated.
+    """
 
     engine: str
     model: ModelChoice
     workload: Workload
     device: str
+    max_logits: int = 2**40
+
+    def rows_at_once(self, vocabulary: int) -> int:
+        """Rows of `max_length` whose logits fit: a part of the batch of equal size, or all of it."""
+        fits = max(1, self.max_logits // (self.workload.max_length * vocabulary))
+        return max(
+            size
+            for size in range(1, self.workload.batch_size + 1)
+            if size <= fits and self.workload.batch_size % size == 0
+        )
 
     def write(self, path: Path) -> None:
         path.write_bytes(pickle.dumps(self))

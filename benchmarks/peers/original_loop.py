@@ -13,14 +13,14 @@ import torch
 from job import LEARNING_RATE, WEIGHT_DECAY, Gate, Job
 from models import add_lora, build_network, trained_parameters, vocabulary_size
 
-from peers.rows import rows_at_once, to_tensors
+from peers.rows import to_tensors
 
 
 def train(job: Job, device: torch.device, gate: Gate) -> None:
     model = add_lora(build_network(job.model, device), job.model, adapter_in_fp32=False)
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     workload = job.workload
-    at_once = rows_at_once(workload.max_length, vocabulary_size(job.model))
+    at_once = job.rows_at_once(vocabulary_size(job.model))
     model.train()
     gate.open()
     for batch in workload.batches:

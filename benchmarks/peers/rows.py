@@ -1,17 +1,10 @@
-"""Padded rows as tensors, and how many of them have logits that fit."""
+"""Padded rows as tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-
-# Full logits of one forward, in elements: with their copy in fp32 and the gradients of both, 12 bytes each.
-MAX_LOGITS = 2**29
-
-
-def rows_at_once(width: int, vocabulary: int) -> int:
-    return max(1, MAX_LOGITS // (width * vocabulary))
 
 
 def to_tensors(

@@ -16,16 +16,12 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from workloads import Workload
 
-from peers.rows import rows_at_once
-
 
 def train(job: Job, device: torch.device, gate: Gate) -> None:
     workload = job.workload
     model = add_lora(build_network(job.model, device), job.model)
     tokenizer = AutoTokenizer.from_pretrained(job.model.folder)
-    at_once = min(workload.batch_size, rows_at_once(workload.max_length, vocabulary_size(job.model)))
-    while workload.batch_size % at_once:
-        at_once -= 1
+    at_once = job.rows_at_once(vocabulary_size(job.model))
     with tempfile.TemporaryDirectory() as folder:
         trainer = GatedTrainer(
             model=model,

@@ -71,9 +71,11 @@ def workload() -> workloads.Workload:
     return workloads.arrange("test", sequences, max_length=48, batch_size=8, grouped=True, num_rounds=2)
 
 
-def run(engine: str, model: ModelChoice, workload: workloads.Workload, num_steps: int = 3) -> Recorder:
+def run(
+    engine: str, model: ModelChoice, workload: workloads.Workload, num_steps: int = 3, max_logits: int = 2**40
+) -> Recorder:
     recorder = Recorder(num_steps)
-    job = Job(engine, model, workload, "cpu")
+    job = Job(engine, model, workload, "cpu", max_logits)
     with pytest.raises(FinishedError):
         importlib.import_module(ENGINES[engine]).train(job, torch.device("cpu"), recorder)
     assert recorder.opened == 1
@@ -92,6 +94,14 @@ def test_engine_takes_the_steps_of_the_minimal_loop(
     worst = max(abs(ours - theirs) / theirs for ours, theirs in zip(found.losses, expected.losses, strict=True))
     assert worst < LOSS_TOLERANCE, f"{engine}: losses {found.losses} instead of {expected.losses}"
     assert found.losses[0] != found.losses[1]
+
+
+@pytest.mark.parametrize("engine", ["original", "minimal", "trainer"])
+def test_a_batch_in_parts_is_the_same_step(engine: str, model: ModelChoice, workload: workloads.Workload) -> None:
+    whole = run(engine, model, workload)
+    parts = run(engine, model, workload, max_logits=3 * 48 * 99)
+    assert Job(engine, model, workload, "cpu", 3 * 48 * 99).rows_at_once(99) == 2
+    assert parts.losses == pytest.approx(whole.losses, rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.skipif(not HAS_TRL, reason="benchmarks/requirements.txt is not installed")
