@@ -334,6 +334,28 @@ def test_uploads_happen_in_the_background_and_are_drained(storage: Flaky, tmp_pa
     assert [copy.step for copy in RemoteRun(storage, "run", patience()).scan()] == [100, 150]
 
 
+def test_a_foreign_run_is_an_error_before_training(storage: Flaky, tmp_path: Path) -> None:
+    theirs = make_store(tmp_path / "a" / "run", run_id="theirs")
+    save(theirs, 50)
+    synchronise(theirs, RemoteRun(storage, "run", patience()))
+    with pytest.raises(UserError, match="another run"):
+        uploader_for(make_store(tmp_path / "b" / "run"), storage).start()
+
+
+def test_a_storage_that_cannot_be_read_is_a_refusal_to_resume_and_not_to_train(storage: Flaky, tmp_path: Path) -> None:
+    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", patience())
+    storage.failure = lambda number: Answered(403)
+    for read in (remote.find_run_id, lambda: fetch(store, remote, "last")):
+        with pytest.raises(UserError, match=r"cannot be read: the store answered 403 \(no right\)") as caught:
+            read()
+        assert caught.value.exit_code == 6
+        assert "hunter2" not in str(caught.value)
+    uploader = uploader_for(store, storage)
+    uploader.start()
+    storage.failure = lambda number: None
+    assert uploader.close(20).is_complete
+
+
 def test_an_outage_is_said_once_and_caught_up_with(storage: Flaky, tmp_path: Path) -> None:
     store = make_store(tmp_path / "run")
     uploader = uploader_for(store, storage)
@@ -374,7 +396,7 @@ def test_a_permanent_refusal_is_not_asked_for_ever(storage: Flaky, tmp_path: Pat
     save(store, 50)
     uploader.saved()
     time.sleep(0.5)
-    assert len(storage.requests) <= 2
+    assert len(storage.requests) <= 3, "one at the start, one for each turn"
     result = uploader.close(20)
     assert result.error == "the store answered 403 (no right)"
     assert "hunter2" not in " ".join(uploader.news())
@@ -383,9 +405,10 @@ def test_a_permanent_refusal_is_not_asked_for_ever(storage: Flaky, tmp_path: Pat
 def test_a_second_signal_ends_the_drain(storage: Flaky, tmp_path: Path) -> None:
     store = make_store(tmp_path / "run")
     uploader = uploader_for(store, storage)
-    storage.failure = lambda number: time.sleep(3)
     uploader.start()
+    storage.failure = lambda number: time.sleep(3)
     save(store, 50)
+    uploader.saved()
     started = time.monotonic()
     result = uploader.close(60, must_leave=lambda: time.monotonic() - started > 0.3)
     assert time.monotonic() - started < 1.5

@@ -10,7 +10,8 @@ that can be seen implies its payload, whatever was cut off when. The manifest's 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,7 @@ from trietune.checkpoints.directory import Damaged
 from trietune.checkpoints.manifest import MANIFEST_NAME, FileEntry, Manifest
 from trietune.checkpoints.retention import STEP_NAME, step_name
 from trietune.checkpoints.storage import Storage, names_below
-from trietune.errors import UserError
+from trietune.errors import EXIT_RESUME_REFUSED, UserError
 
 Result = TypeVar("Result")
 
@@ -78,8 +79,28 @@ class RemoteRun:
                 )
 
     def find_run_id(self) -> str | None:
-        """Whose copies these are, for a run directory that is still empty."""
-        return next((copy.manifest.info.run_id for copy in reversed(self.scan()) if copy.manifest), None)
+        """Whose copies these are, for a run directory that is still empty.
+
+        Raises:
+            UserError: the storage cannot be read, so nobody knows.
+        """
+        with self.needed_now():
+            return next((copy.manifest.info.run_id for copy in reversed(self.scan()) if copy.manifest), None)
+
+    @contextmanager
+    def needed_now(self) -> Iterator[None]:
+        """Turn the storage's last word into a `UserError`, where there is no going on without it."""
+        try:
+            yield
+        except (UserError, Damaged):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self.location} cannot be read: {attempts.describe(error)}",
+                where="`load_from_storage: True` goes on from the copies there",
+                next_step="try again when it can be reached, or set `load_from_storage: False` to go on from this disk",
+                exit_code=EXIT_RESUME_REFUSED,
+            ) from error
 
     def upload(self, path: Path) -> None:
         """Copy a checkpoint or the final adapter; a copy of the same bytes is left as it is.

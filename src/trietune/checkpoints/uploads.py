@@ -25,6 +25,8 @@ from trietune.checkpoints.retention import Ranked, step_name
 from trietune.checkpoints.store import Checkpoint, CheckpointStore, ResumeOption
 from trietune.errors import UserError
 
+# A run does not wait longer than this for a storage before its first step.
+_LONGEST_START_S = 5.0
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "batches.jsonl", "report.html")
 
 
@@ -64,6 +66,8 @@ class Uploader:
         self._closing = threading.Event()
         self._stopping = threading.Event()
         self._finished = threading.Event()
+        self._owner_known = threading.Event()
+        self._foreign: UserError | None = None
         self._final = False
         self._error: str | None = None
         self._uploaded: list[str] = []
@@ -78,7 +82,11 @@ class Uploader:
         )
 
     def start(self) -> None:
+        """Begin. Raises `UserError` when another run's copies lie there; a storage that is away is no error."""
         self._thread.start()
+        self._owner_known.wait(_LONGEST_START_S)
+        if self._foreign is not None:
+            raise self._foreign
 
     def saved(self) -> None:
         """Say that something new is on disk; returns at once."""
@@ -118,6 +126,7 @@ class Uploader:
 
     def _run(self) -> None:
         _be_nice()
+        self._check_owner()
         num_failures = 0
         while not self._stopping.is_set():
             is_last_turn = self._closing.is_set()
@@ -145,6 +154,15 @@ class Uploader:
                 break
             self._wake.wait()
         self._finished.set()
+
+    def _check_owner(self) -> None:
+        try:
+            self._remote.check_owner(self._store.run_id)
+        except UserError as error:
+            self._foreign = error
+        except Exception as error:
+            self._note_failure(error)
+        self._owner_known.set()
 
     def _note_failure(self, error: Exception) -> None:
         reason = error.what if isinstance(error, UserError) else attempts.describe(error)
@@ -198,10 +216,17 @@ def fetch(store: CheckpointStore, remote: RemoteRun, option: ResumeOption, path:
     """Bring the checkpoint that `option` means from the storage to disk, unless it is there and whole.
 
     The newest whole one of both places wins for `last`. Returns sentences about what was copied or passed over;
-    the caller then loads from disk as ever. Raises `UserError` for a foreign run, else the storage's last word.
+    the caller then loads from disk as ever. Raises `UserError` for a foreign run, and when the storage cannot be read.
     """
-    copies = remote.scan()
-    remote.check_owner(store.run_id, copies)
+    with remote.needed_now():
+        copies = remote.scan()
+        remote.check_owner(store.run_id, copies)
+        return _fetch(store, remote, copies, option, path)
+
+
+def _fetch(
+    store: CheckpointStore, remote: RemoteRun, copies: Sequence[RemoteCopy], option: ResumeOption, path: Path | None
+) -> list[str]:
     notes: list[str] = []
     for copy in _candidates(store, copies, option, path):
         target = store.folder / step_name(copy.step)
