@@ -111,7 +111,10 @@ def test_every_example_comes_back_with_its_tokens_and_labels(batch: Batch, share
 def test_micro_batches_hold_every_label_once_within_the_bound(batch: Batch, max_nodes: int, batching: str) -> None:
     sequences = flat(*batch)
     micro_batches = make_micro_batches(
-        sequences, np.arange(len(sequences)), batching=batching, max_nodes=max_nodes  # type: ignore[arg-type]
+        sequences,
+        np.arange(len(sequences)),
+        batching=batching,
+        max_nodes=max_nodes,  # type: ignore[arg-type]
     )
     num_labels = Counter(
         number
