@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-
-import trietune
 from documents import (
     DECISIONS,
     GUIDES,
@@ -30,6 +28,8 @@ from documents import (
     name_of,
     section,
 )
+
+import trietune
 from trietune import errors
 from trietune.checkpoints.manifest import MANIFEST_NAME
 from trietune.checkpoints.store import CheckpointStore
