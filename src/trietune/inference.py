@@ -162,8 +162,8 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.model.architecture import check_architecture
     from trietune.model.causal_lm import TrieModel
     from trietune.model.export import base_name_of
+    from trietune.model.fused import fuse_network
     from trietune.model.load import load_network
-    from trietune.model.lora_linear import fuse_adapters
 
     path = Path(target).expanduser()
     adapter = _find_adapter(path)
@@ -184,10 +184,11 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     prompt_format = None
     if adapter is not None:
         load_adapter(network, adapter)
-        fuse_adapters(network)
         file = adapter / "prompt_format.json"
         if file.is_file():
             prompt_format = PromptFormat.from_json(file.read_text("utf-8"), where=str(file))
+    if settings.fused_layers:
+        fuse_network(network)
     attention = choose_attention(settings)
     if attention is not None and check_architecture(network) is not None:
         settings, attention = settings.model_copy(update={"batching": "padded"}), None

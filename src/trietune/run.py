@@ -129,6 +129,8 @@ class Session:
             raise
 
     def _run(self, resumed: LoadedCheckpoint | None) -> Run:
+        from trietune.training.loop import LossNotFiniteError
+
         self._start(resumed)
         self._build_model()
         if resumed is not None:
@@ -142,7 +144,7 @@ class Session:
         try:
             for step in self._steps():
                 self._after_step(step)
-        except _LOSS_NOT_FINITE() as error:
+        except LossNotFiniteError as error:
             self._raise_not_finite(error)
         self._take_best()
         after = self._evaluate("after", max_examples=None)
@@ -170,14 +172,15 @@ class Session:
         from trietune.model.adapter import add_adapter
         from trietune.model.causal_lm import TrieModel
         from trietune.model.load import enable_checkpointing, load_network
-        from trietune.model.lora_linear import fuse_adapters
+        from trietune.model.fused import fuse_network
         from trietune.training.optimizer import build_optimizer, learning_rate_schedule
 
         device = self.plan.device.torch_device
         self.hub.say(f"loading {self.base.name}")
         network = load_network(self.base, dtype=self.plan.dtype, device=device, report=self.hub.say)
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
-        fuse_adapters(network)
+        if self.settings.fused_layers:
+            fuse_network(network)
         if self.settings.gradient_checkpointing:
             enable_checkpointing(network)
         self.model = TrieModel(network, device=device, attention=self.plan.attention)
@@ -447,12 +450,6 @@ class Session:
             "earlier steps are whole",
             exit_code=EXIT_LOSS_NOT_FINITE,
         ) from error
-
-
-def _LOSS_NOT_FINITE() -> type[LossNotFiniteError]:  # noqa: N802  (torch must not load with this module)
-    from trietune.training.loop import LossNotFiniteError
-
-    return LossNotFiniteError
 
 
 class Meter:

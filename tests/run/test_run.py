@@ -247,6 +247,20 @@ def test_attention_and_checkpointing_change_no_number(
     np.testing.assert_allclose(other.losses, plain, rtol=1e-4)
 
 
+def test_fused_layers_change_speed_alone(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    from trietune.model import fused
+
+    calls = []
+    backward = fused.GatedMlp.backward
+    monkeypatch.setattr(fused.GatedMlp, "backward", staticmethod(lambda *a: (calls.append(1), backward(*a))[1]))
+    losses = run({**overrides, "max_steps": 3})[1].losses
+    assert calls
+    calls.clear()
+    plain = run({**overrides, "max_steps": 3, "fused_layers": False})[1].losses
+    assert not calls
+    np.testing.assert_allclose(losses, plain, rtol=1e-4)
+
+
 def test_gradient_checkpointing_recomputes(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     from trietune.model import attention
 

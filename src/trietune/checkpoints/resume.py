@@ -34,6 +34,7 @@ _WARNED = {
     "checkpoint_metric": "`best` now means another metric",
     "checkpoint_metric_mode": "`best` now means the other end of the metric",
     "deterministic": _ROUNDING,
+    "fused_layers": _ROUNDING,
     "device": _ROUNDING,
     "eval_batch_size": _ROUNDING,
     "eval_max_examples": _REPORTED,

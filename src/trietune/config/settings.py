@@ -242,6 +242,10 @@ class Settings(BaseModel):
     max_tokens_per_micro_batch: Positive | Auto = "auto"
     """Bound of memory: a batch is cut into parts of at most this many tokens, with the same gradients."""
 
+    fused_layers: bool = True
+    """Whether adapters, norms and gated MLPs run as functions with a backward of their own. Same results up to
+    rounding, faster; a layer of another kind keeps the library's code in any case."""
+
     self_check: bool = True
     """Whether the first batch is compared with plain padded rows. A difference stops the run."""
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trietune.model.lora_linear import LoraWeights, adapter_dtype, lora_weights
+from trietune.model.lora_linear import LoraWeights, adapter_dtype, fuse_adapters, lora_weights
 
 # In fp32 both forms round a few times; a norm with another formula differs in the first digit.
 AGREEMENT = 1e-4
@@ -29,8 +29,16 @@ Activation = Literal["silu", "gelu_tanh"]
 class Fused:
     """How many modules of each kind run fused."""
 
+    adapters: int
     norms: int
     gated_mlps: int
+
+
+def fuse_network(network: nn.Module) -> Fused:
+    """Let every part of `network` run fused that can."""
+    adapters = fuse_adapters(network)
+    layers = fuse_layers(network)
+    return Fused(adapters, layers.norms, layers.gated_mlps)
 
 
 def fuse_layers(network: nn.Module) -> Fused:
@@ -42,7 +50,7 @@ def fuse_layers(network: nn.Module) -> Fused:
             norms += _fuse_norm(module, proven)
         elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {name for name, _ in module.named_children()}:
             mlps += _fuse_mlp(module)
-    return Fused(norms, mlps)
+    return Fused(0, norms, mlps)
 
 
 class RmsNorm(torch.autograd.Function):

@@ -1,0 +1,104 @@
+"""Fused layers give the library's numbers, and only take the place of layers that they have been proven to equal."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from trietune.model.fused import fuse_layers
+from trietune.model.lora_linear import fuse_adapters
+
+# fp32 sums of a few hundred terms in another order.
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def with_adapter(family: str, **changes: object) -> nn.Module:
+    network = FAMILIES[family]()
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
+    adapted = get_peft_model(network, LoraConfig(**settings))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def loss_and_gradients(adapted: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
+    tokens = torch.arange(3, 43).view(2, 20)
+    adapted.zero_grad()
+    loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in adapted.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_the_librarys(family: str) -> None:
+    plain = with_adapter(family)
+    fused = copy.deepcopy(plain)
+    assert fuse_adapters(fused) > 0
+    found = fuse_layers(fused)
+    num_layers = fused.config.num_hidden_layers  # type: ignore[union-attr]
+    assert found.gated_mlps == num_layers
+    assert found.norms >= 2 * num_layers + 1
+    loss, expected = loss_and_gradients(plain)
+    ours, gradients = loss_and_gradients(fused)
+    assert abs(ours - loss) / loss < TOLERANCE
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 10 * TOLERANCE, f"{name}: {error:.1e}"
+
+
+def test_adapter_switched_off_gives_the_base_model() -> None:
+    adapted = with_adapter("llama")
+    fuse_adapters(adapted)
+    fuse_layers(adapted)
+    tokens = torch.arange(3, 23).view(1, 20)
+    base = FAMILIES["llama"]()
+    with torch.no_grad(), adapted.disable_adapter():  # type: ignore[operator]
+        off = adapted(input_ids=tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(off, base(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(adapted(input_ids=tokens).logits, off, atol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"lora_dropout": 0.1}, {"use_dora": True}, {"bias": "lora_only"}])
+def test_adapters_of_another_kind_keep_pefts_forward(changes: dict[str, object]) -> None:
+    adapted = with_adapter("qwen2" if "bias" in changes else "llama", **changes)
+    is_partly = "bias" in changes  # layers without a bias are plain
+    assert (fuse_adapters(adapted) == 0) is not is_partly
+    assert (fuse_layers(adapted).gated_mlps == 0) is not is_partly
+
+
+def test_a_norm_with_another_formula_is_left_alone() -> None:
+    class OddRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8), requires_grad=False)
+            self.variance_epsilon = 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / (1 + x.abs().mean(-1, keepdim=True)) * self.weight
+
+    module = nn.Sequential(OddRMSNorm())
+    assert fuse_layers(module).norms == 0
+
+
+def test_only_adapters_get_gradients_in_bf16() -> None:
+    adapted = with_adapter("gemma")
+    adapted.to(torch.bfloat16)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    fuse_adapters(adapted)
+    fuse_layers(adapted)
+    _, gradients = loss_and_gradients(adapted)
+    assert gradients
+    assert all("lora_" in name and g.dtype == torch.float32 for name, g in gradients.items())
