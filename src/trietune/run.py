@@ -171,8 +171,8 @@ class Session:
         from trietune.data.tokenizer import make_encoder
         from trietune.model.adapter import add_adapter
         from trietune.model.causal_lm import TrieModel
-        from trietune.model.load import enable_checkpointing, load_network
         from trietune.model.fused import fuse_network
+        from trietune.model.load import enable_checkpointing, load_network
         from trietune.training.optimizer import build_optimizer, learning_rate_schedule
 
         device = self.plan.device.torch_device
