@@ -32,9 +32,9 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def make_test_encoder(tokenizer: Any) -> Callable[..., Encoder]:
-    """An encoder for a task; any field of the prompt format by name."""
+    """An encoder for a task; another tokenizer, and any field of the prompt format, by name."""
 
-    def make(task: Task, **changes: Any) -> Encoder:
+    def make(task: Task, tokenizer: Any = tokenizer, **changes: Any) -> Encoder:
         fields: dict[str, Any] = {
             "kind": "template",
             "prompt_template": "",

@@ -171,6 +171,14 @@ def test_any_other_task_is_measured_by_its_loss(talkative: Any, make_test_encode
     assert evaluation.num_examples == len(QUESTIONS)
 
 
+@pytest.mark.parametrize("task", [SST2_TASK, SQUAD_TASK, Task(kind="text")])
+def test_an_empty_set_has_no_numbers(task: Task, talkative: Any, make_test_encoder: Any, encode: Any) -> None:
+    encoder = make_test_encoder(task)
+    model = TrieModel(talkative("llama"), device=torch.device("cpu"))
+    evaluation = evaluate(model, encode(encoder, []), encoder, batching="trie", max_nodes=500, batch_size=3)
+    assert (evaluation.metrics, evaluation.intervals, evaluation.num_examples) == ({}, {}, 0)
+
+
 def test_a_subset_is_random_fixed_and_by_seed() -> None:
     chosen = choose_examples(1000, 50, seed=1)
     assert len(set(chosen.tolist())) == 50

@@ -80,6 +80,17 @@ def test_a_row_for_each_group_and_one_group_for_all_say_the_same(
     assert answers[0] == answers[1] == answers[2]
 
 
+def test_rows_outgrow_the_memory_that_was_first_kept(talkative: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "FIRST_CAPACITY", 2)
+    network = talkative("qwen2")
+    model = TrieModel(network, device=torch.device("cpu"))
+    prompts = random_prompts(seed=7)
+    expected = [decode_alone(network, prompt, max_new_tokens=13) for prompt in prompts]
+    assert max(map(len, expected)) == 13
+    limits = GenerationLimits(STOP_IDS, max_new_tokens=13, max_nodes=1000, batch_size=6)
+    assert generate(model, prompts, limits) == expected
+
+
 def test_groups_keep_together_what_shares() -> None:
     # Nodes of two paragraphs of 300 tokens; three questions of 2 tokens behind the first, one behind the second.
     on_path = np.zeros((4, 608), bool)

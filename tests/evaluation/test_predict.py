@@ -103,6 +103,11 @@ def test_a_turn_of_a_chat_streams_its_text(talkative: Any, make_test_encoder: An
             "next:  give text or a number there",
         ),
         (
+            {"prompt_template": SST2_PROMPT},
+            7,
+            'error: input 1 is neither a text nor a row of columns\nnext:  give JSON: {"sentence": "..."}',
+        ),
+        (
             {"kind": "chat", "chat_template": CHAT_TEMPLATE},
             {"text": "Hi"},
             "error: input 1 has no `messages`, and this adapter was trained on chats\n"

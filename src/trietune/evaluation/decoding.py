@@ -31,6 +31,9 @@ from trietune.trie import Trie
 # calls against 0.1 us a score, measured on a 135M model on two CPU cores. Accelerators compute scores for less still.
 SCORES_WORTH_A_GROUP = 400
 
+# New tokens a row that memory is first kept for; doubled whenever a row needs more.
+FIRST_CAPACITY = 16
+
 
 @dataclass(slots=True)
 class Group:
@@ -39,13 +42,13 @@ class Group:
     Attributes:
         depths: int64 [K], of the nodes.
         sees: bool [R, K], which node lies on which row's path.
-        keys, values: [G, K, d] of each layer.
+        keys, values: [G, K, d] by layer.
     """
 
     depths: Tensor
     sees: Tensor
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -77,10 +80,11 @@ class Prefill:
             )
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
-        """query [1, H, T, d], key and value [1, G, T, d] -> [1, T, H, d]; layers come in their order."""
+        """query [1, H, T, d], key and value [1, G, T, d] -> [1, T, H, d]."""
+        layer = _layer_of(module)
         for group, nodes in zip(self.groups, self._nodes, strict=True):
-            group.keys.append(key[0].index_select(1, nodes))
-            group.values.append(value[0].index_select(1, nodes))
+            group.keys[layer] = key[0].index_select(1, nodes)
+            group.values[layer] = value[0].index_select(1, nodes)
         return trie_attention(module, query, key, value, None, trie_layout=self._layout, **how)[0]
 
 
@@ -112,12 +116,12 @@ def cut_into_groups(on_path: np.ndarray) -> list[tuple[int, int]]:
 class Decoding:
     """Rows that decode together, one token a step, and the keys and values that they see."""
 
-    def __init__(self, *, max_new_tokens: int, device: torch.device) -> None:
-        self._max_new_tokens = max_new_tokens
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._groups: list[Group] = []
-        self._keys: list[Tensor] = []  # of new tokens, one tensor [B, G, S, d] a layer
-        self._values: list[Tensor] = []
+        self._keys: dict[int, Tensor] = {}  # of new tokens, [B, G, capacity, d] by layer
+        self._values: dict[int, Tensor] = {}
+        self._capacity = FIRST_CAPACITY
         self._num_new = torch.zeros(0, dtype=torch.long, device=device)
         self._depths = torch.zeros(0, dtype=torch.long, device=device)
         self._biases: dict[int | None, list[Tensor]] = {}
@@ -136,15 +140,10 @@ class Decoding:
     def join(self, groups: list[Group], prompt_lengths: np.ndarray) -> None:
         """Rows of `groups` decode from now on, after those that are here."""
         num_rows = sum(group.num_rows for group in groups)
-        for layer, keys in enumerate(groups[0].keys):
-            num_heads, _, head_size = keys.shape
-            empty = keys.new_zeros(num_rows, num_heads, self._max_new_tokens, head_size)
-            if len(self._keys) <= layer:
-                self._keys.append(empty)
-                self._values.append(empty.clone())
-            else:
-                self._keys[layer] = torch.cat((self._keys[layer], empty))
-                self._values[layer] = torch.cat((self._values[layer], empty))
+        for new, of_nodes in ((self._keys, groups[0].keys), (self._values, groups[0].values)):
+            for layer, like in of_nodes.items():
+                empty = like.new_zeros(num_rows, like.shape[0], self._capacity, like.shape[2])
+                new[layer] = torch.cat((new[layer], empty)) if layer in new else empty
         self._groups += groups
         self._num_new = torch.cat((self._num_new, self._num_new.new_zeros(num_rows)))
         self._depths = torch.cat((self._depths, torch.from_numpy(prompt_lengths).to(self._depths)))
@@ -154,8 +153,9 @@ class Decoding:
         if is_kept.all():
             return
         rows = torch.from_numpy(np.flatnonzero(is_kept)).to(self._device)
-        self._keys = [keys.index_select(0, rows) for keys in self._keys]
-        self._values = [values.index_select(0, rows) for values in self._values]
+        for new in (self._keys, self._values):
+            for layer, of_rows in new.items():
+                new[layer] = of_rows.index_select(0, rows)
         self._num_new, self._depths = self._num_new[rows], self._depths[rows]
         first, groups = 0, []
         for group in self._groups:
@@ -171,6 +171,11 @@ class Decoding:
         self._biases = {}
         self._row = torch.arange(self.num_rows, device=self._device)
         self._width = int(self._num_new.max()) + 1
+        if self._width > self._capacity:
+            for new in (self._keys, self._values):
+                for layer, of_rows in new.items():
+                    new[layer] = torch.cat((of_rows, torch.zeros_like(of_rows)), dim=2)
+            self._capacity *= 2
 
     def end_step(self) -> None:
         """After it has: the token is one of the row's own now."""
@@ -190,7 +195,7 @@ class Decoding:
         **_: Any,
     ) -> Tensor:
         """query [1, H, B, d], key and value [1, G, B, d] -> [1, B, H, d]."""
-        layer = int(module.layer_idx)  # type: ignore[arg-type]  # every decoder layer of transformers has it
+        layer = _layer_of(module)
         num_key_heads, num_rows, head_size = key.shape[1:]
         self._keys[layer][self._row, :, self._num_new] = key[0].transpose(0, 1)
         self._values[layer][self._row, :, self._num_new] = value[0].transpose(0, 1)
@@ -218,7 +223,7 @@ class Decoding:
         """For each group [R, K + S]: 0 where a row sees a node or new token, -inf elsewhere; made once a step."""
         if window not in self._biases:
             # In fp32 at least: adding it takes the scores there, and softmax is computed in what it is given.
-            dtype = torch.promote_types(self._keys[0].dtype, torch.float32)
+            dtype = torch.promote_types(next(iter(self._keys.values())).dtype, torch.float32)
             back = self._num_new[:, None] - torch.arange(self._width, device=self._device)
             is_new = back >= 0 if window is None else (back >= 0) & (back < window)
             biases, first = [], 0
@@ -231,6 +236,10 @@ class Decoding:
                 biases.append(torch.zeros(sees.shape, dtype=dtype, device=self._device).masked_fill_(~sees, -torch.inf))
             self._biases[window] = biases
         return self._biases[window]
+
+
+def _layer_of(module: nn.Module) -> int:
+    return int(module.layer_idx)  # type: ignore[arg-type]  # every attention of transformers has it
 
 
 def decoding_attention(

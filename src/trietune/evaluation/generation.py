@@ -173,7 +173,7 @@ def _run_tries(
     place = np.zeros(len(sequences.offsets) - 1, np.int64)
     place[indices] = np.arange(len(indices))
     waiting = _plan_tries(sequences, indices, limits)
-    decoding = Decoding(max_new_tokens=limits.max_new_tokens, device=model.device)
+    decoding = Decoding(model.device)
     rows: list[_Row] = []
     with _attention(model.network, register()):
         while True:

@@ -32,7 +32,7 @@ from trietune.model.causal_lm import TrieModel
 from trietune.trie import Batching
 
 Input = str | Mapping[str, Any]
-"""A text, or a row with the columns that the prompt template names."""
+"""A text, or a row with the columns that the prompt template names; anything else in a file of JSON is refused."""
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -155,7 +155,7 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
     if prompt_format.kind == "chat":
         if isinstance(value, str):
             return _conversation([Message("user", value)])
-        if "messages" in value:
+        if isinstance(value, Mapping) and "messages" in value:
             try:
                 return _conversation(read_messages(value["messages"]))
             except TypeError as error:
@@ -171,6 +171,11 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
                 next_step=f"give JSON with them: {_sample_row(columns)}",
             )
         value = {columns[0]: value}
+    if not isinstance(value, Mapping):
+        raise UserError(
+            f"{name} is neither a text nor a row of columns",
+            next_step=f"give JSON: {_sample_row(columns or ('prompt',))}",
+        )
     if not prompt_format.prompt_template:
         columns = ("prompt",)
     missing = [column for column in columns if column not in value]
