@@ -19,6 +19,7 @@ from trietune.checkpoints.directory import (
     write_directory,
 )
 from trietune.checkpoints.manifest import ManifestInfo
+from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.retention import STEP_NAME
 
 INFO = ManifestInfo(run_id="run-1", step=50, metrics={"eval/loss": 0.5, "eval/accuracy": float("nan")})
@@ -139,7 +140,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(files, call, fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(SaveFailed, match="step-00000100 was not saved: Input/output error"):
         write_directory(tmp_path / "step-00000100", CONTENTS, info=INFO)
     assert calls == 1, "a failed call is never tried again"
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000050"]
@@ -147,9 +148,9 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_full_disk_is_seen_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: _Usage(free=2**20))
-    with pytest.raises(OSError, match="7,003 bytes are needed") as caught:
+    with pytest.raises(SaveFailed, match=r"No space left on device \(7,003 bytes and one megabyte to spare") as caught:
         write_directory(tmp_path / "adapter", CONTENTS, info=INFO)
-    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.number == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 
 

@@ -99,8 +99,8 @@ def train(options: Any) -> None:
     try:
         directory.write_directory(options.run / "adapter", contents_of(weights, step, options.size), info=info)
         say("finished", step)
-    except OSError as error:
-        say("failed", "adapter", error.errno)
+    except SaveFailed as error:
+        say("failed", "adapter", error.number)
 
 
 def save(store: CheckpointStore, remote: RemoteRun | None, step: int, weights: bytes, size: int) -> None:

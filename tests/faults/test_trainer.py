@@ -119,7 +119,7 @@ def test_a_signal_saves_the_step_and_the_resume_is_bit_equal(
     stopped_at = num_lines(run / "batches.jsonl")
     assert steps_on_disk(run)[-1] == stopped_at
     finish(forge, config)
-    assert_equal_runs(run, reference)
+    assert_equal_runs(run, reference, cut_evaluation=stopped_at)
 
 
 def test_a_signal_while_a_checkpoint_is_written_lets_it_finish(
@@ -139,8 +139,9 @@ def test_a_signal_while_a_checkpoint_is_written_lets_it_finish(
             break
         shutil.rmtree(run)
     assert hit, "no signal fell into a save"
+    stopped_at = num_lines(run / "batches.jsonl")
     finish(forge, config)
-    assert_equal_runs(run, reference)
+    assert_equal_runs(run, reference, cut_evaluation=stopped_at)
 
 
 def is_staging(run: Path) -> bool:
@@ -166,9 +167,10 @@ def test_a_second_signal_leaves_at_once_and_harms_nothing(
 
 def test_a_signal_in_evaluation_stops_it_and_saves(forge: Forge, place: Path, tmp_path: Path) -> None:
     many = tmp_path / "many.jsonl"
-    lines = (place / "validation.jsonl").read_text().splitlines()
-    many.write_text("\n".join(json.dumps({**json.loads(line), "n": n}) for n in range(3000) for line in lines[:1]))
-    changes = {"validation_file": str(many), "eval_max_examples": 3000, "eval_batch_size": 1, "self_check": False}
+    # All different from the first letter on: equal prefixes would be computed once, and it would end in no time.
+    rows = [{"prompt": f"{n * 7919 % 100_003} is: ", "completion": str(n)} for n in range(6000)]
+    many.write_text("\n".join(map(json.dumps, rows)))
+    changes = {"validation_file": str(many), "eval_max_examples": 6000, "eval_batch_size": 1, "self_check": False}
     config = write_config(place, tmp_path, **changes, val_steps_freq=3, steps_freq=50)
     life, run = start_and_reach(forge, config, 3)
     time.sleep(0.3)
@@ -360,7 +362,7 @@ def test_all_damaged_refuses_and_first_starts_are_fresh(forge: Forge, place: Pat
     for path in (run / "checkpoints").glob("step-*"):
         os.truncate(path / "manifest.json", 10)
     before = snapshot(run)
-    for choice in ("auto", "True"):
+    for choice in ("auto", True):
         life = forge.run("train", write_config(place, tmp_path, resume_from_checkpoint=choice))
         assert life.exit_code == 6, life.text
         assert "is whole" in life.text
@@ -390,11 +392,12 @@ def test_odd_paths_are_paths(forge: Forge, place: Path, reference: Path, tmp_pat
     link = tmp_path / "link"
     link.symlink_to(real)
     config = write_config(place, link)
-    life, _ = start_and_reach(forge, config, 7)
+    life, run = start_and_reach(forge, config, 7)
     kill(life, signal.SIGTERM)
     forge.wait(life)
+    stopped_at = num_lines(run / "batches.jsonl")
     finish(forge, config)
-    assert_equal_runs(real / "run", reference)
+    assert_equal_runs(real / "run", reference, cut_evaluation=stopped_at)
 
 
 def test_two_runs_in_one_directory_the_second_is_told_who_the_first_is(
@@ -426,13 +429,14 @@ def test_a_clock_that_goes_back_changes_nothing(forge: Forge, place: Path, refer
 def test_a_full_disk_is_said_and_training_goes_on(forge: Forge, place: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting needs root")
     try:
         life = forge.run("train", write_config(place, disk, num_epochs=1, keep_last_n=50))
         assert "was not saved: No space left on device" in life.text, life.text
-        assert "Traceback" not in life.text
+        assert "a bug" not in life.text
+        assert life.exit_code in (0, 2), life.text
         assert steps_on_disk(disk / "run")
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -31,7 +31,7 @@ from typing import BinaryIO, cast
 
 import psutil
 
-from trietune.checkpoints import files, manifest
+from trietune.checkpoints import files, manifest, messages
 from trietune.checkpoints.manifest import MANIFEST_NAME, FileEntry, Manifest, ManifestInfo
 from trietune.errors import UserError
 
@@ -90,8 +90,17 @@ def write_directory(
         expected_bytes: of the functions in `contents`, for the check of free space; bytes count themselves.
 
     Raises:
-        OSError: from the disk, ENOSPC also when free space would not do. `target` is then what it was before.
+        SaveFailed: the disk refused, or free space would not do. `target` is then what it was before.
     """
+    try:
+        return _write_directory(target, contents, info, expected_bytes)
+    except OSError as error:
+        raise messages.save_failed(error, target) from error
+
+
+def _write_directory(
+    target: Path, contents: Mapping[str, Content], info: ManifestInfo, expected_bytes: int
+) -> WrittenDirectory:
     started = time.perf_counter()
     check_space(target.parent, expected_bytes + sum(len(data) for data in contents.values() if isinstance(data, bytes)))
     staging = hidden_sibling("staging", target)
@@ -205,7 +214,10 @@ def check_space(folder: Path, num_bytes: int) -> None:
     """Raise OSError (ENOSPC) when `folder` has no room for so many bytes: better before than in the middle."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes + SPARE_BYTES:
-        raise OSError(errno.ENOSPC, f"{num_bytes:,} bytes are needed, {free:,} are free", str(folder))
+        reason = (
+            f"{os.strerror(errno.ENOSPC)} ({num_bytes:,} bytes and one megabyte to spare are needed, {free:,} free)"
+        )
+        raise OSError(errno.ENOSPC, reason, str(folder))
 
 
 def hidden_sibling(purpose: str, target: Path) -> Path:

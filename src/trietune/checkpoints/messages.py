@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trietune.checkpoints.directory import Damaged
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
+
+if TYPE_CHECKING:
+    from trietune.checkpoints.directory import Damaged
 
 _REMEDIES = {
     errno.ENOSPC: "free some space on that disk; `keep_last_n` and `keep_best_n` bound what a run keeps",
@@ -29,16 +32,24 @@ class SaveFailed(UserError):  # noqa: N818  (an event that a run survives)
         self.number = number
 
 
-def save_failed(error: OSError, target: Path, *, newest_whole: Path | None) -> SaveFailed:
-    """For `on_save_error`: continue or stop is the caller's business."""
-    reason = error.strerror or str(error)
-    kept = f"{newest_whole.name} is whole and stays" if newest_whole else "there is no earlier one"
-    remedy = _REMEDIES.get(error.errno or 0, "look at that folder and its disk")
+def save_failed(error: OSError, target: Path) -> SaveFailed:
+    """`target` could not be written; whether that matters is the caller's business."""
     return SaveFailed(
-        f"{target.name} was not saved: {reason}",
-        where=f"in {target.parent}; {kept}",
-        next_step=f"{remedy}; the next save tries again",
+        f"{target.name} was not saved: {error.strerror or error}",
+        where=f"in {target.parent}",
+        next_step=_REMEDIES.get(error.errno or 0, "look at that folder and its disk"),
         number=error.errno or 0,
+    )
+
+
+def checkpoint_not_saved(failure: SaveFailed, *, newest_whole: Path | None) -> SaveFailed:
+    """The same for one checkpoint of many, for `on_save_error`."""
+    kept = f"{newest_whole.name} is whole and stays" if newest_whole else "there is no earlier one"
+    return SaveFailed(
+        failure.what,
+        where=f"{failure.where}; {kept}",
+        next_step=f"{failure.next_step}; the next save tries again",
+        number=failure.number,
     )
 
 

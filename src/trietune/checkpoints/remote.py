@@ -9,8 +9,10 @@ that can be seen implies its payload, whatever was cut off when. The manifest's 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from trietune.checkpoints.storage import Storage, names_below
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 
 Result = TypeVar("Result")
+
+_LONGEST_LOOK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,25 @@ class RemoteRun:
                 copies.append(self._look(int(match["step"]), keys))
         return sorted(copies, key=lambda copy: copy.step)
 
-    def check_owner(self, run_id: str, copies: list[RemoteCopy] | None = None) -> None:
-        """Raise `UserError` when another run's copies lie here; nothing of theirs is ever overwritten or removed."""
-        for copy in self.scan() if copies is None else copies:
+    def check_owner(self, run_id: str) -> None:
+        """Raise `UserError` when another run's copies lie here, before the first step.
+
+        A storage that is away, or takes longer than five seconds, is no error: each synchronisation asks again.
+        """
+        found: list[RemoteCopy] = []
+
+        def look() -> None:
+            with contextlib.suppress(Exception):
+                found.extend(self.scan())
+
+        thread = threading.Thread(target=look, name="trietune-owner", daemon=True)
+        thread.start()
+        thread.join(_LONGEST_LOOK_S)
+        self.check_copies(run_id, list(found))
+
+    def check_copies(self, run_id: str, copies: Sequence[RemoteCopy]) -> None:
+        """Raise `UserError` for copies of another run; nothing of theirs is ever overwritten or removed."""
+        for copy in copies:
             if copy.manifest and copy.manifest.info.run_id != run_id:
                 raise UserError(
                     f"{self.location} holds checkpoints of another run",

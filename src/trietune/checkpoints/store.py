@@ -24,6 +24,7 @@ from typing import Any, Literal
 from trietune.checkpoints import directory, files, messages, retention
 from trietune.checkpoints.directory import Content, Damaged
 from trietune.checkpoints.manifest import Manifest, ManifestInfo
+from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
 
 ResumeOption = Literal["last", "best", "path"]
@@ -125,8 +126,9 @@ class CheckpointStore:
                 if path.exists():
                     files.flush_file(path)
             written = directory.write_directory(target, contents, info=info, expected_bytes=expected_bytes)
-        except OSError as error:
-            raise messages.save_failed(error, target, newest_whole=self._newest_whole()) from error
+        except (OSError, SaveFailed) as error:
+            failure = error if isinstance(error, SaveFailed) else messages.save_failed(error, target)
+            raise messages.checkpoint_not_saved(failure, newest_whole=self._newest_whole()) from error
         warnings = []
         if written.moved_aside:
             warnings.append(f"{target.name} stood there and was not whole; it is now {written.moved_aside.name}")

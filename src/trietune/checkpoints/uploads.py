@@ -25,8 +25,6 @@ from trietune.checkpoints.retention import Ranked, step_name
 from trietune.checkpoints.store import Checkpoint, CheckpointStore, ResumeOption
 from trietune.errors import UserError
 
-# A run does not wait longer than this for a storage before its first step.
-_LONGEST_START_S = 5.0
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "batches.jsonl", "report.html")
 
 
@@ -66,8 +64,6 @@ class Uploader:
         self._closing = threading.Event()
         self._stopping = threading.Event()
         self._finished = threading.Event()
-        self._owner_known = threading.Event()
-        self._foreign: UserError | None = None
         self._final = False
         self._error: str | None = None
         self._uploaded: list[str] = []
@@ -83,10 +79,8 @@ class Uploader:
 
     def start(self) -> None:
         """Begin. Raises `UserError` when another run's copies lie there; a storage that is away is no error."""
+        self._remote.check_owner(self._store.run_id)
         self._thread.start()
-        self._owner_known.wait(_LONGEST_START_S)
-        if self._foreign is not None:
-            raise self._foreign
 
     def saved(self) -> None:
         """Say that something new is on disk; returns at once."""
@@ -126,7 +120,6 @@ class Uploader:
 
     def _run(self) -> None:
         _be_nice()
-        self._check_owner()
         num_failures = 0
         while not self._stopping.is_set():
             is_last_turn = self._closing.is_set()
@@ -154,15 +147,6 @@ class Uploader:
                 break
             self._wake.wait()
         self._finished.set()
-
-    def _check_owner(self) -> None:
-        try:
-            self._remote.check_owner(self._store.run_id)
-        except UserError as error:
-            self._foreign = error
-        except Exception as error:
-            self._note_failure(error)
-        self._owner_known.set()
 
     def _note_failure(self, error: Exception) -> None:
         reason = error.what if isinstance(error, UserError) else attempts.describe(error)
@@ -193,7 +177,7 @@ def synchronise(
     uploaded = [] if uploaded is None else uploaded
     warnings: list[str] = []
     copies = remote.scan()
-    remote.check_owner(store.run_id, copies)
+    remote.check_copies(store.run_id, copies)
     given_up = {copy.step for copy in copies if resumed_step is not None and copy.step > resumed_step}
     there = {copy.step: copy.manifest for copy in copies if copy.damage is None}
     while (checkpoint := _newest_missing(store, there)) is not None:
@@ -220,7 +204,7 @@ def fetch(store: CheckpointStore, remote: RemoteRun, option: ResumeOption, path:
     """
     with remote.needed_now():
         copies = remote.scan()
-        remote.check_owner(store.run_id, copies)
+        remote.check_copies(store.run_id, copies)
         return _fetch(store, remote, copies, option, path)
 
 
