@@ -187,15 +187,14 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
         file = adapter / "prompt_format.json"
         if file.is_file():
             prompt_format = PromptFormat.from_json(file.read_text("utf-8"), where=str(file))
-    if settings.fused_layers:
-        fuse_network(network)
+    prunes_last = settings.fused_layers and fuse_network(network).prunes_last
     attention = choose_attention(settings)
     if attention is not None and check_architecture(network) is not None:
         settings, attention = settings.model_copy(update={"batching": "padded"}), None
     position_bytes = bytes_per_position(network.config.get_text_config(), dtype, gradient_checkpointing=True)
     return Opened(
         name=str(target),
-        model=TrieModel(network, device=device.torch_device, attention=attention),
+        model=TrieModel(network, device=device.torch_device, attention=attention, prunes_last=prunes_last),
         tokenizer=load_tokenizer(base.path),
         base=base,
         settings=settings,

@@ -179,11 +179,10 @@ class Session:
         self.hub.say(f"loading {self.base.name}")
         network = load_network(self.base, dtype=self.plan.dtype, device=device, report=self.hub.say)
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
-        if self.settings.fused_layers:
-            fuse_network(network)
+        prunes_last = self.settings.fused_layers and fuse_network(network).prunes_last
         if self.settings.gradient_checkpointing:
             enable_checkpointing(network)
-        self.model = TrieModel(network, device=device, attention=self.plan.attention)
+        self.model = TrieModel(network, device=device, attention=self.plan.attention, prunes_last=prunes_last)
         self.encoder = make_encoder(self.tokenizer, self.data.prompt_format)
         self.optimizer = build_optimizer(
             self.settings.optim,

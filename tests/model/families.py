@@ -126,6 +126,19 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def with_adapter(family: str, **changes: Any) -> Any:
+    """A PEFT model of the family, its adapter on every linear layer and not zero; `changes` go to `LoraConfig`."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
+    adapted = get_peft_model(FAMILIES[family](), LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
 def in_double(network: PreTrainedModel) -> PreTrainedModel:
     """The same network in fp64 throughout.
 

@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES
-from peft import LoraConfig, get_peft_model
+from model.families import FAMILIES, with_adapter
 from torch import nn
 
 from trietune.model.fused import fuse_layers
@@ -17,17 +16,6 @@ from trietune.model.lora_linear import fuse_adapters
 TOLERANCE = 1e-5
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
-
-def with_adapter(family: str, **changes: object) -> nn.Module:
-    network = FAMILIES[family]()
-    settings = {"r": 3, "lora_alpha": 7, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
-    adapted = get_peft_model(network, LoraConfig(**settings))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return adapted
 
 
 def loss_and_gradients(adapted: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:

@@ -39,7 +39,8 @@ class Bucket:
 
     Attributes:
         shape: (R, Q, K).
-        query_rows: where each query lies in the flattened [T * H] rows of d numbers; [R, G, H/G, Q] flat.
+        query_rows: where each query lies in the flattened [T * H] rows of d numbers (of the queries alone, where only
+            some nodes query); [R, G, H/G, Q] flat.
         key_rows: where each key lies in the flattened [T * G] rows; [R, G, K] flat.
         bias: 0 where a query sees a key, -inf elsewhere; [R, 1, 1, Q, K].
     """
@@ -55,7 +56,7 @@ class RowLayout:
     """All buckets of a trie for one attention window.
 
     Attributes:
-        buckets: together they hold every node once as a query.
+        buckets: together they hold every node that queries once.
         output_rows: for each of the [T * H] output rows, where it lies among the buckets' outputs, laid end to end.
         key_order: the rows of all buckets' keys, laid end to end, sorted by the [T * G] row they were gathered from;
             padding left out.
@@ -75,26 +76,42 @@ class TrieLayout:
 
     Args:
         kind: `rows`, or `mask`: all nodes at once under a [T, T] mask, the reference.
+        needed: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
     """
 
     def __init__(
-        self, trie: Trie, *, kind: AttentionKind, num_heads: int, num_key_heads: int, device: torch.device
+        self,
+        trie: Trie,
+        *,
+        kind: AttentionKind,
+        num_heads: int,
+        num_key_heads: int,
+        device: torch.device,
+        needed: Int64[np.ndarray, " N"] | None = None,
     ) -> None:
         self.kind = kind
+        self.needed = None if needed is None else torch.from_numpy(needed).to(device)
+        self._needed = needed
         self._trie = trie
         self._num_heads = num_heads
         self._num_key_heads = num_key_heads
         self._device = device
-        self._rows: dict[tuple[int | None, torch.dtype], RowLayout] = {}
+        self._rows: dict[tuple[int | None, torch.dtype, bool], RowLayout] = {}
         self._masks: dict[int | None, Bool[Tensor, "1 1 T T"]] = {}
         self._deepest = int(trie.position_ids.max(initial=0))
 
-    def rows(self, window: int | None, dtype: torch.dtype) -> RowLayout:
-        """The buckets for a layer; `window` is the number of positions that a query sees, itself included."""
-        key = (self._effective(window), dtype)
+    def rows(self, window: int | None, dtype: torch.dtype, *, of_needed: bool = False) -> RowLayout:
+        """The buckets for a layer.
+
+        Args:
+            window: number of positions that a query sees, itself included.
+            of_needed: only the needed nodes query.
+        """
+        key = (self._effective(window), dtype, of_needed)
         if key not in self._rows:
             self._rows[key] = build_row_layout(
                 self._trie,
+                self._needed if of_needed else None,
                 window=key[0],
                 num_heads=self._num_heads,
                 num_key_heads=self._num_key_heads,
@@ -124,17 +141,35 @@ def visibility(trie: Trie, window: int | None = None) -> Bool[np.ndarray, "T T"]
 
 
 def build_row_layout(
-    trie: Trie, *, window: int | None, num_heads: int, num_key_heads: int, dtype: torch.dtype, device: torch.device
+    trie: Trie,
+    querying: Int64[np.ndarray, " N"] | None = None,
+    *,
+    window: int | None,
+    num_heads: int,
+    num_key_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> RowLayout:
-    """Sort the rows of `trie` into buckets and index their queries, keys and outputs."""
-    num_queries = np.diff(trie.row_start).astype(np.int64)
-    num_keys = np.diff(trie.row_path_start).astype(np.int64)
+    """Sort the rows of `trie` into buckets and index their queries, keys and outputs.
+
+    Args:
+        querying: nodes that query, ascending; None: all. Queries and outputs are then numbered by their place here.
+    """
+    if querying is None:
+        querying = np.arange(trie.num_nodes)
+    row_of_query = np.searchsorted(trie.row_start, querying, side="right") - 1
+    row, first, num_queries = np.unique(row_of_query, return_index=True, return_counts=True)
+    path_start, path_end = (trie.row_path_start[row + at].astype(np.int64) for at in (0, 1))
+    num_keys = path_end - path_start
     if window is not None:  # keys further back than the row's first query can see are not gathered
-        num_keys = np.minimum(num_keys, num_queries + window - 1)
+        last_depth = trie.position_ids[trie.row_path[path_end - 1]]
+        num_keys = np.minimum(num_keys, last_depth - trie.position_ids[querying[first]] + window)
     buckets, output_node, output_at, key_node, key_at = [], [], [], [], []
     queries_before = keys_before = 0
-    for rows in group_rows(num_queries, num_keys):
-        queries, keys, bias, is_query, is_key = _bucket_nodes(trie, rows, num_queries[rows], num_keys[rows], window)
+    for group in group_rows(num_queries, num_keys):
+        queries, keys, bias, is_query, is_key = _bucket_nodes(
+            trie, querying, first[group], num_queries[group], path_end[group], num_keys[group], window
+        )
         query_rows = _head_rows(queries, num_heads)  # [R, H, Q]: heads of one key head are neighbours
         key_rows = _head_rows(keys, num_key_heads)
         buckets.append(
@@ -153,7 +188,7 @@ def build_row_layout(
         key_at.append(np.flatnonzero(real) + keys_before)
         queries_before += query_rows.size
         keys_before += key_rows.size
-    output_rows = np.empty(trie.num_nodes * num_heads, np.int64)
+    output_rows = np.empty(len(querying) * num_heads, np.int64)
     output_rows[np.concatenate(output_node)] = np.concatenate(output_at)
     key_of_copy = np.concatenate(key_node)
     by_key = np.argsort(key_of_copy, kind="stable")
@@ -181,21 +216,22 @@ def _rounded(length: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " R"]:
 
 def _bucket_nodes(
     trie: Trie,
-    rows: Int64[np.ndarray, " R"],
+    querying: Int64[np.ndarray, " N"],
+    first: Int64[np.ndarray, " R"],
     num_queries: Int64[np.ndarray, " R"],
+    path_end: Int64[np.ndarray, " R"],
     num_keys: Int64[np.ndarray, " R"],
     window: int | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes of queries [R, Q] and keys [R, K], the bias between them, and which of them are real.
+    """Queries [R, Q] by their place in `querying`, keys [R, K] by node, their bias, and which of them are real.
 
     Rows and paths begin at the left; padding repeats the last node, and no real query sees a padding key.
     """
     query_at, key_at = np.arange(num_queries.max()), np.arange(num_keys.max())
     is_query, is_key = query_at < num_queries[:, None], key_at < num_keys[:, None]
-    queries = trie.row_start[rows, None] + np.minimum(query_at, num_queries[:, None] - 1)
-    path_end = trie.row_path_start[rows + 1].astype(np.int64)[:, None]
-    keys = trie.row_path[path_end - num_keys[:, None] + np.minimum(key_at, num_keys[:, None] - 1)]
-    distance = trie.position_ids[queries][:, :, None] - trie.position_ids[keys][:, None, :]
+    queries = first[:, None] + np.minimum(query_at, num_queries[:, None] - 1)
+    keys = trie.row_path[(path_end - num_keys)[:, None] + np.minimum(key_at, num_keys[:, None] - 1)]
+    distance = trie.position_ids[querying[queries]][:, :, None] - trie.position_ids[keys][:, None, :]
     sees = (distance >= 0) & is_key[:, None, :]
     if window is not None:
         sees &= distance < window

@@ -32,9 +32,18 @@ class TrieModel:
     Args:
         network: a causal language model of transformers, on `device`, its adapter layers in place.
         attention: how tries attend; None leaves the library's attention alone, for padded rows only.
+        prunes_last: whether the network's last layer computes the needed positions alone (`fuse_trie_layers`).
     """
 
-    def __init__(self, network: nn.Module, *, device: torch.device, attention: AttentionKind | None = "rows") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        device: torch.device,
+        attention: AttentionKind | None = "rows",
+        prunes_last: bool = False,
+    ) -> None:
+        self._prunes_last = prunes_last and attention == "rows"
         self.network = network
         self.device = device
         self.attention = attention
@@ -52,12 +61,16 @@ class TrieModel:
 
     def label_losses(self, micro_batch: MicroBatch) -> Tensor:
         """`-log p(label)` of each (position, label) pair of the micro-batch: [N], fp32 or fp64, with gradients."""
-        hidden = self.hidden_states(micro_batch)
-        at_labels = hidden.flatten(0, 1).index_select(0, self._tensor(micro_batch.label_index))
+        places = micro_batch.label_index
+        needed = None
+        if self._prunes_last and micro_batch.trie is not None:
+            needed, places = np.unique(micro_batch.label_index, return_inverse=True)
+        hidden = self.hidden_states(micro_batch, needed)
+        at_labels = hidden.flatten(0, 1).index_select(0, self._tensor(places))
         return label_losses(at_labels, self._tensor(micro_batch.labels), self.project, self.vocabulary_size)
 
-    def hidden_states(self, micro_batch: MicroBatch) -> Tensor:
-        """Hidden states after the final norm: [S, W, D] in the model's dtype."""
+    def hidden_states(self, micro_batch: MicroBatch, needed: np.ndarray | None = None) -> Tensor:
+        """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, N, D] of the `needed` nodes."""
         decoder = self.network.get_decoder()  # type: ignore[operator]
         inputs = {
             "input_ids": self._tensor(micro_batch.input_ids),
@@ -71,12 +84,12 @@ class TrieModel:
             # A mask with four axes is passed through by the library as it is, so that it builds none of its own and
             # does not guess packed sequences from positions that fall back; the layout says what is seen.
             passed_through = torch.zeros(1, 1, 1, 1, device=self.device)
-            output = decoder(**inputs, attention_mask=passed_through, trie_layout=self.layout(micro_batch.trie))
+            output = decoder(**inputs, attention_mask=passed_through, trie_layout=self.layout(micro_batch.trie, needed))
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def layout(self, trie: Trie) -> TrieLayout:
-        """How this model's layers attend on `trie`."""
+    def layout(self, trie: Trie, needed: np.ndarray | None = None) -> TrieLayout:
+        """How this model's layers attend on `trie`; of the last layer, only `needed` nodes are wanted."""
         if self.attention is None:
             raise ValueError("this model was prepared for padded rows only")
         return TrieLayout(
@@ -85,6 +98,7 @@ class TrieModel:
             num_heads=self.heads.num_heads,
             num_key_heads=self.heads.num_key_heads,
             device=self.device,
+            needed=None if needed is None else needed.astype(np.int64),
         )
 
     def project(self, hidden_ND: Tensor) -> Tensor:

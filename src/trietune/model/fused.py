@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trietune.model.lora_linear import LoraWeights, adapter_dtype, fuse_adapters, lora_weights
+from trietune.model.trie_layers import TrieLayers, fuse_trie_layers
 
 # In fp32 both forms round a few times; a norm with another formula differs in the first digit.
 AGREEMENT = 1e-4
@@ -29,16 +30,15 @@ Activation = Literal["silu", "gelu_tanh"]
 class Fused:
     """How many modules of each kind run fused."""
 
-    adapters: int
     norms: int
     gated_mlps: int
 
 
-def fuse_network(network: nn.Module) -> Fused:
-    """Let every part of `network` run fused that can."""
-    adapters = fuse_adapters(network)
-    layers = fuse_layers(network)
-    return Fused(adapters, layers.norms, layers.gated_mlps)
+def fuse_network(network: nn.Module) -> TrieLayers:
+    """Let every part of `network` run fused that can; says what became of its attention and its last layer."""
+    fuse_adapters(network)
+    fuse_layers(network)
+    return fuse_trie_layers(network)
 
 
 def fuse_layers(network: nn.Module) -> Fused:
@@ -50,7 +50,7 @@ def fuse_layers(network: nn.Module) -> Fused:
             norms += _fuse_norm(module, proven)
         elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {name for name, _ in module.named_children()}:
             mlps += _fuse_mlp(module)
-    return Fused(0, norms, mlps)
+    return Fused(norms, mlps)
 
 
 class RmsNorm(torch.autograd.Function):
