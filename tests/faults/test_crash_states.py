@@ -44,7 +44,7 @@ def contents(step: int, salt: str = "") -> dict[str, Any]:
     return {
         "adapter_config.json": b'{"r": 4}\n',
         "adapter_model.safetensors": big,
-        "optimizer.safetensors": big[::-1],
+        "optimizer.safetensors": lambda file: file.write(big[::-1]),
         "trainer_state.json": f'{{"step": {step}}}\n'.encode(),
     }
 
