@@ -142,6 +142,30 @@ def test_json_has_the_documented_keys(
     assert json_keys(document) == documented_json_keys(name)
 
 
+def printed_keys(function: str) -> set[str]:
+    """Keys of the dictionary that a function of `cli.py` gives to `_print_json`."""
+    tree = ast.parse((ROOT / "src/trietune/cli.py").read_text("utf-8"))
+    body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    for node in ast.walk(body):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_print_json":
+            (document,) = node.args
+            assert isinstance(document, ast.Dict)
+            return {ast.literal_eval(key) for key in document.keys if key is not None}
+    raise AssertionError(f"{function} prints no JSON")
+
+
+@pytest.mark.parametrize(
+    ("row", "function", "inner"),
+    [
+        ("train --dry-run", "_print_plan", set()),
+        ("evaluate", "evaluate", set()),
+        ("predict", "predict", {"input", "label", "probabilities", "text"}),
+    ],
+)
+def test_documented_json_keys_are_those_that_a_command_prints(row: str, function: str, inner: set[str]) -> None:
+    assert documented_json_keys(row) == printed_keys(function) | inner
+
+
 def test_json_of_doctor_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
