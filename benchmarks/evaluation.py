@@ -42,7 +42,7 @@ from workloads import IGNORED_LABEL, Sequences, real_workload  # noqa: E402
 from trietune.evaluation.generation import GenerationLimits, generate  # noqa: E402
 from trietune.evaluation.scoring import label_log_probabilities, no_progress, no_stop  # noqa: E402
 from trietune.model.causal_lm import TrieModel  # noqa: E402
-from trietune.model.lora_linear import fuse_adapters  # noqa: E402
+from trietune.model.fused import fuse_network  # noqa: E402
 
 MAX_NEW_TOKENS = 16
 BATCH_SIZE = 32
@@ -58,7 +58,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(choice.folder)
     plain = add_lora(build_network(choice, device), choice).eval()
     own = add_lora(build_network(choice, device), choice).eval().get_base_model()
-    fuse_adapters(own)
+    fuse_network(own)
     model = TrieModel(own, device=device)
     data = Path(options.data)
     results = []

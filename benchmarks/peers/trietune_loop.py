@@ -15,7 +15,7 @@ from job import LEARNING_RATE, WEIGHT_DECAY, Gate, Job
 from models import add_lora, build_network, trained_parameters
 
 from trietune.model.causal_lm import TrieModel
-from trietune.model.lora_linear import fuse_adapters
+from trietune.model.fused import fuse_network
 from trietune.training.loop import Schedules
 from trietune.training.loop import train as train_steps
 from trietune.training.optimizer import build_optimizer
@@ -43,8 +43,9 @@ class GivenBatches:
 def train(job: Job, device: torch.device, gate: Gate) -> None:
     batching = {"trietune": "trie", "trietune-packed": "packed", "trietune-padded": "padded"}[job.engine]
     network = add_lora(build_network(job.model, device), job.model).get_base_model()
-    fuse_adapters(network)
-    model = TrieModel(network, device=device, attention=None if batching == "padded" else "rows")
+    layers = fuse_network(network)
+    attention = None if batching == "padded" else "rows"
+    model = TrieModel(network, device=device, attention=attention, prunes_last=layers.prunes_last)  # type: ignore[arg-type]
     optimizer = build_optimizer(
         "adamw",
         trained_parameters(network),
