@@ -74,7 +74,7 @@ def test_a_row_for_each_group_and_one_group_for_all_say_the_same(
     prompts = random_prompts(seed=5)
     limits = GenerationLimits(STOP_IDS, max_new_tokens=8, max_nodes=1000, batch_size=8)
     answers = []
-    for scores_worth_a_group in (0, 400, 10**9):
+    for scores_worth_a_group in (0, 40, 10**9):
         monkeypatch.setattr(decoding, "SCORES_WORTH_A_GROUP", scores_worth_a_group)
         answers.append(generate(model, prompts, limits))
     assert answers[0] == answers[1] == answers[2]
@@ -91,7 +91,8 @@ def test_rows_outgrow_the_memory_that_was_first_kept(talkative: Any, monkeypatch
     assert generate(model, prompts, limits) == expected
 
 
-def test_groups_keep_together_what_shares() -> None:
+def test_groups_keep_together_what_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SCORES_WORTH_A_GROUP", 400)
     # Nodes of two paragraphs of 300 tokens; three questions of 2 tokens behind the first, one behind the second.
     on_path = np.zeros((4, 608), bool)
     for row, (context, question) in enumerate(((0, 300), (0, 302), (0, 304), (306, 606))):
