@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trietune.config import Settings, load_config
     from trietune.errors import UserError
+    from trietune.evaluation.evaluate import Evaluation
+    from trietune.inference import evaluate
     from trietune.run import Run, train
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Settings", "UserError", "__version__", "load_config", "train"]
+__all__ = ["Evaluation", "Run", "Settings", "UserError", "__version__", "evaluate", "load_config", "train"]
 
 # Loaded on first use, so that `import trietune` costs nothing and loads no torch.
 _HOMES = {
+    "Evaluation": "trietune.evaluation.evaluate",
     "Run": "trietune.run",
     "Settings": "trietune.config",
     "UserError": "trietune.errors",
+    "evaluate": "trietune.inference",
     "load_config": "trietune.config",
     "train": "trietune.run",
 }

@@ -32,7 +32,8 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "base_model": prepared.base.name,
         "base_revision": prepared.base.revision,
         "base_digest": prepared.base.digest,
-        "data_fingerprint": data.fingerprint,
+        "data_fingerprint": data.train_fingerprint,
+        "validation_fingerprint": data.validation_fingerprint,
         "tokenizer": data.prompt_format.tokenizer_hash,
         "git_revision": _git_revision(),
     }
@@ -40,7 +41,10 @@ def describe(prepared: Prepared) -> dict[str, Any]:
 
 def compared(environment: Mapping[str, Any]) -> dict[str, Any]:
     """The part that decides whether a resumed run is the same training, flat."""
-    names = ("num_threads", "world_size", "base_model", "base_revision", "base_digest", "data_fingerprint", "tokenizer")
+    names = (
+        "num_threads", "world_size", "base_model", "base_revision", "base_digest", "data_fingerprint",
+        "validation_fingerprint", "tokenizer",
+    )  # fmt: skip
     flat = {name: environment[name] for name in names}
     for group in ("versions", "machine"):
         flat.update({f"{group}.{key}": value for key, value in environment[group].items()})

@@ -8,14 +8,14 @@ google/gemma-...     a base model: data, or plain text
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trietune.config import load_config
 from trietune.config.settings import Settings
 from trietune.errors import UserError
-from trietune.prepare import choose_attention, locate_base, make_deterministic, progress_of, with_demo_data
+from trietune.prepare import choose_attention, locate_base, make_deterministic, progress_of
 
 if TYPE_CHECKING:
     from trietune.data.templates import PromptFormat
@@ -51,9 +51,9 @@ class Opened:
 
     def encoder(self, prompt_format: PromptFormat | None = None) -> Encoder:
         """Texts to tokens in `prompt_format`, or the adapter's, or as a conversation, or as they are."""
-        from trietune.data.tokenizer import make_encoder
+        from trietune.data import make_encoder, make_plain_format
 
-        return make_encoder(self.tokenizer, prompt_format or self.prompt_format or plain_format(self.tokenizer))
+        return make_encoder(self.tokenizer, prompt_format or self.prompt_format or make_plain_format(self.tokenizer))
 
 
 def evaluate(
@@ -92,7 +92,7 @@ def evaluate(
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
             )
         sequences, prompt_format = load_split(
-            with_demo_data(opened.settings),
+            opened.settings,
             opened.tokenizer,
             split,  # type: ignore[arg-type]  # checked above
             prompt_format=opened.prompt_format,
@@ -204,28 +204,6 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
         if settings.max_tokens_per_micro_batch != "auto"
         else micro_batch_bound(device.free_memory_bytes(), position_bytes),
     )
-
-
-def plain_format(tokenizer: Any) -> PromptFormat:
-    """How a base model is asked: as a conversation if it has a chat template, else with the text as it is."""
-    from trietune.data.examples import Task
-    from trietune.data.templates import PromptFormat
-    from trietune.data.tokenizer import find_bos_id, find_stop_ids, hash_tokenizer
-
-    chat_template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    format_ = PromptFormat(
-        kind="chat" if chat_template else "template",
-        prompt_template="",
-        completion_template="",
-        chat_template=chat_template or "",
-        parses_special_tokens=True,
-        bos_id=find_bos_id(tokenizer),
-        eos_id=int(tokenizer.eos_token_id),
-        stop_ids=(int(tokenizer.eos_token_id),),
-        task=Task("text"),
-        tokenizer_hash=hash_tokenizer(tokenizer),
-    )
-    return replace(format_, stop_ids=find_stop_ids(tokenizer, format_))
 
 
 def _find_adapter(path: Path) -> Path | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trietune.demo import DEMO_MODEL, DEMO_QUESTIONS, DEMO_REVIEWS, demo_questions, demo_reviews, smollm2_gguf
+from trietune.demo import DEMO_MODEL, smollm2_gguf
 from trietune.errors import UserError
 from trietune.plan import Plan, Sharing
 from trietune.tracking.events import Working
@@ -66,6 +66,7 @@ def prepare(
     if device.reason:
         hub.say(device.reason)
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
+    attention = choose_attention(settings)
 
     base = locate_base(settings.model_name, hub)
     tokenizer = load_tokenizer(base.path)
@@ -78,7 +79,7 @@ def prepare(
         )
 
     data = load_data(
-        with_demo_data(settings),
+        settings,
         tokenizer,
         cache_folder=cache_folder() / "data",
         report=hub.say,
@@ -107,7 +108,7 @@ def prepare(
         device=device,
         dtype=dtype,
         batching=settings.batching,
-        attention=choose_attention(settings),
+        attention=attention,
         is_grouped=groups is not None,
         max_positions=max_positions,
         num_train=num_train,
@@ -148,12 +149,6 @@ def locate_base(model_name: str, hub: Tracker) -> ModelFolder:
         folder = locate_model(str(smollm2_gguf()), report=hub.say, progress=progress_of(hub, "bytes"))
         return replace(folder, name=DEMO_MODEL)
     return locate_model(model_name, report=hub.say, progress=progress_of(hub, "bytes"))
-
-
-def with_demo_data(settings: Settings) -> Settings:
-    """The settings with the sample data's name replaced by its folder."""
-    folder = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions}.get(settings.dataset_id)
-    return settings if folder is None else settings.model_copy(update={"dataset_id": str(folder())})
 
 
 def progress_of(hub: Tracker, unit: str) -> Callable[[str, int, int | None], None]:

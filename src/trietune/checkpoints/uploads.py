@@ -25,7 +25,7 @@ from trietune.checkpoints.retention import Ranked, step_name
 from trietune.checkpoints.store import Checkpoint, CheckpointStore, ResumeOption
 from trietune.errors import UserError
 
-RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "batches.jsonl", "report.html")
+RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "batches.jsonl", "predictions.jsonl", "report.html")
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,8 @@ class Data:
 
     Attributes:
         validation: None if the data is too small to hold any out.
-        fingerprint: changes whenever a token or a label of either split does.
+        fingerprint: changes whenever a token or a label of either split does; the other two tell them apart, and
+            `validation_fingerprint` is empty where there is no validation data.
     """
 
     train: TokenSequences
@@ -57,6 +58,8 @@ class Data:
     task: Task
     prompt_format: PromptFormat
     fingerprint: str
+    train_fingerprint: str
+    validation_fingerprint: str
     counts: DataCounts
 
 
@@ -111,6 +114,8 @@ def load_data(
         task=task,
         prompt_format=replace(prompt_format, task=task),
         fingerprint=make_key(train=train_key, validation=validation_key),
+        train_fingerprint=train_key,
+        validation_fingerprint=validation_key,
         counts=DataCounts(train_counts, validation_counts, held_out=held_out is not None),
     )
 

@@ -133,8 +133,9 @@ def _disk(folder: Path) -> Finding:
 
 
 def _cache(environ: Mapping[str, str]) -> Finding:
-    base = environ.get("TRIETUNE_CACHE") or environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(base).expanduser()
+    chosen = environ.get("TRIETUNE_CACHE")
+    shared = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = (Path(chosen) if chosen else shared / "trietune").expanduser()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if os.access(existing, os.W_OK):
         return Finding("cache", f"{folder} can be written")
