@@ -303,6 +303,14 @@ def test_a_link_to_a_whole_checkpoint_elsewhere_is_refused(tmp_path: Path) -> No
     refuse(lambda: store_of(tmp_path / "run").load("last", fresh_if_none=True), UserError)
 
 
+@pytest.mark.parametrize("name", ["a.bin", "manifest.json"])
+def test_a_link_to_the_very_bytes_is_still_a_link(name: str, tmp_path: Path) -> None:
+    path = write_whole_in_run(tmp_path)
+    (path / name).rename(tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{name} is a link" in refuse(lambda: read_directory(path), Damaged)
+
+
 @pytest.mark.parametrize("name", TENSORS)
 def test_hostile_tensors_are_refused(name: str) -> None:
     refuse(lambda: tensors.parse(TENSORS[name]), tensors.TensorError)

@@ -88,7 +88,9 @@ def test_thirty_kills_in_mid_epoch_and_the_end_is_bit_equal(forge: Forge, place:
     while num_kills < 30:
         life = forge.start("train", config, "--set", "resume_from_checkpoint=auto")
         before = num_lines(run / "batches.jsonl")
-        if num_kills % 6:
+        if num_kills == 0:
+            wait_for(lambda: steps_on_disk(run))
+        elif num_kills % 6:
             wait_for(lambda before=before: num_lines(run / "batches.jsonl") not in (0, before))
             time.sleep(randomness.uniform(0, 0.12))
         else:
@@ -103,6 +105,22 @@ def test_thirty_kills_in_mid_epoch_and_the_end_is_bit_equal(forge: Forge, place:
     finish(forge, config)
     assert_equal_runs(run, place / "long" / "run", NUM_LONG_STEPS)
     tally("SIGKILL of the real trainer, dropout and warm-up on", num_kills, num_kills)
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_lines_to_the_next_start(
+    forge: Forge, place: Path, reference: Path, tmp_path: Path
+) -> None:
+    config = write_config(place, tmp_path, steps_freq=2)
+    run = tmp_path / "run"
+    life = forge.start("train", config)
+    wait_for(lambda: num_lines(run / "batches.jsonl") >= 1)
+    kill(life, signal.SIGKILL)
+    forge.wait(life)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    life = forge.run("train", config, "--set", "resume_from_checkpoint=auto")
+    assert life.exit_code == 0, life.text
+    assert_equal_runs(run, reference)
+    assert list(run.glob("batches.abandoned-1.jsonl"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
