@@ -313,18 +313,15 @@ class Session:
         return self.settings.checkpoint_metric not in ("eval/loss", "eval/perplexity")
 
     def _show_predictions(self, evaluation: Evaluation, when: Literal["before", "after"]) -> None:
-        from trietune.evaluation.metrics import exact_match
+        from trietune.evaluation.evaluate import is_right
 
         assert self.data.validation is not None
         shown = []
         for prediction in evaluation.predictions[:SHOWN_PREDICTIONS]:
             example = self.data.validation.examples[prediction.index]
-            is_label = self.data.task.kind == "labels"
-            is_right = (
-                prediction.text in prediction.gold if is_label else exact_match(prediction.text, prediction.gold) == 1
-            )
+            verdict = is_right(prediction, self.data.task)
             expected = " / ".join(prediction.gold) if prediction.gold else "unanswerable"
-            shown.append(events.Prediction(prediction.id, example.prompt, expected, prediction.text, bool(is_right)))
+            shown.append(events.Prediction(prediction.id, example.prompt, expected, prediction.text, verdict))
         self.hub.emit(events.Predicted(self.step, when, shown))
 
     def _show_examples(self) -> None:

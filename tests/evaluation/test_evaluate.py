@@ -226,3 +226,21 @@ def learn_by_heart(network: Any, sequences: TokenSequences) -> None:
             logits = network(input_ids=row[None], use_cache=False).logits[0, :-1]
             torch.nn.functional.cross_entropy(logits, row[1:]).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "verdict"),
+    [
+        ("unanswerable", (), True),
+        ("Unanswerable.", (), True),
+        ("", (), True),
+        ("in 1066", (), False),
+        ("the 1066", ("1066", "in 1066"), True),
+        ("unanswerable", ("1066",), False),
+    ],
+)
+def test_an_answer_is_right_when_the_metric_counts_it(text: str, gold: tuple[str, ...], verdict: bool) -> None:
+    from trietune.data.examples import Task
+    from trietune.evaluation.evaluate import Prediction, is_right
+
+    assert is_right(Prediction(0, "q", text, gold), Task("answers")) is verdict

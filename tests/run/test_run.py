@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from trietune import UserError, load_config, train
 from trietune.run import Run
 from trietune.tracking.dispatch import Tracker
-from trietune.tracking.events import Evaluated, Event, RunFinished, Said, StepFinished
+from trietune.tracking.events import Evaluated, Event, Predicted, RunFinished, Said, StepFinished
 from trietune.tracking.jsonl import FilesConsumer
 
 
@@ -188,9 +188,14 @@ def test_a_run_works_outside_the_main_thread(overrides: dict[str, object]) -> No
 def test_questions_are_answered_and_measured(overrides: dict[str, object], questions: Path) -> None:
     settings = {
         **overrides, "dataset_id": "squad_v2", "train_file": str(questions / "train.json"),
-        "validation_file": str(questions / "dev.json"), "max_length": 256, "max_steps": 2,
+        "validation_file": str(questions / "dev.json"), "max_length": 256,
     }  # fmt: skip
-    finished, recorder = run(settings)
+    finished, recorder = run({**settings, "print_examples": True, "max_steps": 40, "num_epochs": 20})
+    # What is shown as right is what the metric counts as right, `unanswerable` included.
+    shown = recorder.of(Predicted)[-1].predictions
+    assert len(shown) == 9
+    share = sum(bool(prediction.is_right) for prediction in shown) / 9
+    assert share == pytest.approx(finished.after["eval/exact_match"])
     assert {"eval/exact_match", "eval/f1", "eval/no_answer_exact_match"} <= set(finished.after)
     # Three questions share each paragraph, and `auto` lets them meet.
     assert recorder.of(StepFinished)[0].metrics["sharing_factor"] > 1.8

@@ -17,7 +17,15 @@ import numpy as np
 from trietune.data.examples import Task, TokenSequences
 from trietune.data.tokenizer import Encoder
 from trietune.evaluation.generation import GenerationLimits, generate_and_score
-from trietune.evaluation.metrics import Measured, join, measure_accuracy, measure_answers, measure_loss
+from trietune.evaluation.metrics import (
+    Measured,
+    exact_match,
+    join,
+    measure_accuracy,
+    measure_answers,
+    measure_loss,
+    prediction_text,
+)
 from trietune.evaluation.scoring import (
     CheckStop,
     Progress,
@@ -131,6 +139,13 @@ def evaluate(
         measured = [measure_loss(losses, weights)]
     joined = join(measured, prefix="eval/")
     return Evaluation(joined.metrics, joined.intervals, len(indices), predictions)
+
+
+def is_right(prediction: Prediction, task: Task) -> bool:
+    """Whether the metrics count `prediction` as right: the label, or an exact match (`unanswerable` is no answer)."""
+    if task.kind == "labels":
+        return prediction.text in prediction.gold
+    return exact_match(prediction_text(prediction.text), prediction.gold) == 1
 
 
 def choose_examples(num_examples: int, max_examples: int | None, *, seed: int) -> np.ndarray:
