@@ -1,4 +1,4 @@
-"""The laws of a trie: every prefix once, ancestors and only they are seen, labels and weights add up, nothing is lost."""
+"""The laws of a trie: every prefix once, ancestors alone are seen, labels and weights add up, nothing is lost."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import IGNORED, batches, flat
 
+from strategies import IGNORED, batches, flat
 from trietune.trie import Trie, build_trie, common_prefix_lengths, make_micro_batches, num_nodes_alone, sort_sequences
 
 Batch = tuple[list[list[int]], list[list[int]]]
