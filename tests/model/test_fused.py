@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from model.families import FAMILIES, with_adapter
 from torch import nn
 
+from model.families import FAMILIES, with_adapter
 from trietune.model.fused import fuse_layers
 from trietune.model.lora_linear import fuse_adapters
 

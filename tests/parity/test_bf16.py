@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from model.families import FAMILIES, in_double, with_adapter
 from parity.test_gradients import gradients, one_row_an_example, relative_error
 from strategies import FlatSequences, question_batch
-
 from trietune.model.causal_lm import TrieModel
 from trietune.model.fused import fuse_network
 from trietune.trie import make_micro_batches, total_weight
@@ -35,9 +35,7 @@ def network_in(family: str, dtype: torch.dtype) -> torch.nn.Module:
     return network  # type: ignore[no-any-return]
 
 
-def batched(
-    network: torch.nn.Module, batch: FlatSequences, batching: str, **how: object
-) -> dict[str, torch.Tensor]:
+def batched(network: torch.nn.Module, batch: FlatSequences, batching: str, **how: object) -> dict[str, torch.Tensor]:
     network.zero_grad()
     model = TrieModel(network, device=torch.device("cpu"), **how)  # type: ignore[arg-type]
     micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_nodes=10_000)  # type: ignore[arg-type]

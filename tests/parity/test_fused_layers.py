@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from model.families import FAMILIES, in_double, with_adapter
 from parity.test_gradients import (
     FP32_TOLERANCE,
@@ -14,7 +15,6 @@ from parity.test_gradients import (
     relative_error,
 )
 from strategies import question_batch
-
 from trietune.model.causal_lm import TrieModel
 from trietune.model.fused import fuse_network
 from trietune.trie import make_micro_batches, total_weight

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import batches, flat, question_batch
 
+from strategies import batches, flat, question_batch
 from trietune.training.sampler import Sampler
 from trietune.trie import make_micro_batches
 from trietune.trie.groups import find_prefix_groups, grouped_order, shuffled_order
