@@ -6,6 +6,7 @@ What: examples a second, peak memory, and useful work as a share of this machine
 engine (`worker.py` lists them) on each workload (`workloads.py`). Every engine lives in a process of its own that
 builds its network, warms up for one round, and then waits; rounds go from engine to engine in turn, each round in
 another order, on the same batches. Ratios are taken round by round, so that a machine that slows down slows both sides.
+`--at-once` engines share the memory, TrieTune always among them; it is measured anew with every group.
 
 Why: a speed-up is only worth the name against the best that ordinary parts give, measured at the same minute.
 
@@ -24,14 +25,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
+import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +38,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
 import torch  # noqa: E402
 from chart import bar_chart  # noqa: E402
-from job import Job  # noqa: E402
-from measure import environment, matmul_ceiling  # noqa: E402
+from measure import environment  # noqa: E402
 from models import GEMMA_LAYERS, ModelChoice, Work, count_work, find_smollm2  # noqa: E402
+from rounds import EngineRounds, Measured, measure  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 from worker import ENGINES  # noqa: E402
 from workloads import Workload, measure_shape, real_workload  # noqa: E402
@@ -61,10 +59,13 @@ DEFAULT_WORKLOADS = [
 DEFAULT_ENGINES = [name for name in ENGINES if name != "minimal"]
 # Of logits at every position: as the model gives them, in fp32, and the gradients of both.
 BYTES_A_LOGIT = 16
-OURS = ("trietune", "trietune-packed", "trietune-padded")
+REFERENCE = "trietune"
+OURS = (REFERENCE, "trietune-packed", "trietune-padded")
 
 
 def main() -> None:
+    # `timeout` and a closed terminal end a run as Ctrl-C does: with what was measured so far.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     options = parse(sys.argv[1:])
     device = torch.device(options.device)
     model = choose_model(options)
@@ -76,14 +77,30 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for workload_name in options.workloads:
         workload = real_workload(workload_name, tokenizer, Path(options.data), num_rounds=options.rounds)
-        measured = measure(model, workload, options.engines, device, options.rounds, say, max_logits=max_logits)
-        results += [to_result(one, workload, model, work, measured) for one in measured.engines]
-        print(table(results[-len(measured.engines) :]))
-    results.append({"kind": "run", "model": asdict(model), **environment(device)})
-    out.write_text("".join(json.dumps(result) + "\n" for result in results))
-    chart = out.with_suffix(".svg")
-    chart.write_text(bar_chart([r for r in results if r["kind"] == "engine"], title=model.label))
-    say(f"{out} and {chart.name} written")
+        here: list[dict[str, Any]] = []
+        is_stopped = False
+        for number, engines in enumerate(in_groups(options.engines, options.at_once)):
+            measured = measure(model, workload, engines, device, options.rounds, say, max_logits=max_logits)
+            here += [{**to_result(one, workload, model, work, measured), "group": number} for one in measured.engines]
+            if is_stopped := measured.is_stopped:
+                break
+        results += here
+        print(table(here), flush=True)
+        run = {"kind": "run", "model": asdict(model), **environment(device)}
+        out.write_text("".join(json.dumps(result) + "\n" for result in [*results, run]))
+        out.with_suffix(".svg").write_text(bar_chart([r for r in results if not is_repeated(r)], title=model.label))
+        say(f"{out} written, and its chart")
+        if is_stopped:
+            break
+
+
+def in_groups(engines: Sequence[str], at_once: int) -> list[list[str]]:
+    """Engines that take turns, at most `at_once`; TrieTune is in every group, so that ratios are of one minute."""
+    others = [engine for engine in engines if engine != REFERENCE]
+    if REFERENCE not in engines or len(engines) <= at_once:
+        return [list(engines)]
+    size = at_once - 1
+    return [[*others[first : first + size], REFERENCE] for first in range(0, len(others), size)]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -92,6 +109,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", default=str(DATA), help="folder of sst2/ and squad_v2/, or `demo`")
     parser.add_argument("--workloads", nargs="+", default=DEFAULT_WORKLOADS, help="dataset-order-batchsize")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=DEFAULT_ENGINES)
+    parser.add_argument("--at-once", type=int, default=4, help="engines in memory together; at least 2")
     parser.add_argument("--logits-gb", type=float, default=3.0, help="that an engine with logits everywhere may take")
     return parser.parse_args(arguments)
 
@@ -122,125 +140,6 @@ def default_name(model: ModelChoice) -> str:
     return f"{model.name}-{model.layers}-{model.dtype}" if model.name == "gemma" else f"{model.name}-{model.dtype}"
 
 
-@dataclass(slots=True)
-class EngineRounds:
-    """What one engine did in each round; `failed` says why it did not."""
-
-    engine: str
-    seconds: list[float] = field(default_factory=list)
-    examples: list[int] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)
-    peak_memory_bytes: int = 0
-    failed: str = ""
-
-
-@dataclass(slots=True)
-class Measured:
-    engines: list[EngineRounds]
-    ceilings: dict[str, float]
-
-
-def measure(
-    model: ModelChoice,
-    workload: Workload,
-    engines: Sequence[str],
-    device: torch.device,
-    num_rounds: int,
-    report: Callable[[str], None],
-    *,
-    max_logits: int,
-) -> Measured:
-    """Warm up every engine, then let them take rounds in turn."""
-    done = {name: EngineRounds(name) for name in engines}
-    ceilings: dict[str, list[float]] = {"bfloat16": [], "float32": []}
-    with tempfile.TemporaryDirectory() as folder:
-        workers: dict[str, Worker] = {}
-        for name in engines:
-            job_file = Path(folder) / f"{name}.job"
-            Job(name, model, workload, device.type, max_logits).write(job_file)
-            workers[name] = Worker(job_file)
-            try:
-                workers[name].receive("ready")
-                workers[name].round(workload.steps_a_round)
-                report(f"{workload.name}: {name} is warm")
-            except WorkerError as error:
-                done[name].failed = str(error)
-                report(f"{workload.name}: {name} failed: {error}")
-                workers.pop(name).close()
-        order = random.Random(0)
-        for number in range(num_rounds):
-            for dtype, values in ceilings.items():
-                values.append(matmul_ceiling(getattr(torch, dtype), device))
-            for name in order.sample(sorted(workers), len(workers)):
-                try:
-                    reply = workers[name].round(workload.steps_a_round)
-                except WorkerError as error:
-                    done[name].failed = str(error)
-                    report(f"{workload.name}: {name} failed: {error}")
-                    workers.pop(name).close()
-                    continue
-                done[name].seconds.append(reply["seconds"])
-                done[name].examples.append(reply["examples"])
-                done[name].losses.append(reply["losses"])
-            report(f"{workload.name}: round {number + 1} of {num_rounds}")
-        for name, worker in workers.items():
-            done[name].peak_memory_bytes = worker.finish()["peak_memory_bytes"]
-    return Measured(list(done.values()), {dtype: statistics.median(values) for dtype, values in ceilings.items()})
-
-
-class WorkerError(Exception):
-    """A worker ended instead of answering; holds the last line that it wrote."""
-
-
-class Worker:
-    """A running worker.py; its standard error goes to a file beside the job."""
-
-    def __init__(self, job_file: Path) -> None:
-        self._log = job_file.with_suffix(".log")
-        # Workers that wait must not spin on their cores.
-        environ = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).parent / "worker.py"), str(job_file)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=environ,
-            )
-
-    def receive(self, event: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            lines = self._log.read_text(errors="replace").strip().splitlines()
-            raise WorkerError(f"exit code {self._process.returncode}: {lines[-1] if lines else 'no message'}")
-        reply: dict[str, Any] = json.loads(line)
-        assert reply["event"] == event, reply
-        return reply
-
-    def round(self, steps: int) -> dict[str, Any]:
-        self._send({"steps": steps})
-        return self.receive("round")
-
-    def finish(self) -> dict[str, Any]:
-        self._send({"finish": True})
-        reply = self.receive("finished")
-        self.close()
-        return reply
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _send(self, command: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-
-
 def to_result(
     one: EngineRounds, workload: Workload, model: ModelChoice, work: Work, measured: Measured
 ) -> dict[str, Any]:
@@ -263,7 +162,7 @@ def to_result(
     useful = work.flops(num_nodes=1, num_labels=0) * shape.distinct_tokens + work.flops(num_nodes=0, num_labels=1) * (
         shape.merged_labels
     )
-    ours = next((other for other in measured.engines if other.engine == "trietune" and not other.failed), None)
+    ours = next((other for other in measured.engines if other.engine == REFERENCE and not other.failed), None)
     result |= {
         "examples_per_second": {"median": rate, "lowest": min(rates), "highest": max(rates), "rounds": rates},
         "distinct_tokens_per_second": rate * shape.distinct_tokens,
@@ -276,7 +175,7 @@ def to_result(
         "first_loss": one.losses[0][0],
         "last_loss": one.losses[-1][-1],
     }
-    if ours is not None and one.engine != "trietune":
+    if ours is not None and one.engine != REFERENCE:
         ratios = [
             (oe / os_) / (te / ts)
             for oe, os_, te, ts in zip(ours.examples, ours.seconds, one.examples, one.seconds, strict=True)
@@ -291,7 +190,10 @@ def to_result(
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """One workload as text, the slowest engine first, with the strongest and weakest peers named."""
-    done = sorted((r for r in results if "failed" not in r), key=lambda r: r["examples_per_second"]["median"])
+    done = sorted(
+        (r for r in results if "failed" not in r and not is_repeated(r)),
+        key=lambda r: r["examples_per_second"]["median"],
+    )
     lines = []
     if done:
         shape = done[0]["per_example"]
@@ -318,6 +220,11 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     if peers:
         lines.append(f"strongest peer: {peers[-1]}; weakest: {peers[0]}")
     return "\n".join(lines) + "\n"
+
+
+def is_repeated(result: dict[str, Any]) -> bool:
+    """TrieTune once more, as the reference of a later group."""
+    return bool(result["engine"] == REFERENCE and result.get("group"))
 
 
 def say(line: str) -> None:

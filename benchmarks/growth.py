@@ -36,10 +36,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from chart import line_chart  # noqa: E402
-from compare import Worker, add_model_options, choose_model, default_name, say  # noqa: E402
+from compare import add_model_options, choose_model, default_name, say  # noqa: E402
 from job import Job  # noqa: E402
 from measure import environment  # noqa: E402
 from models import ModelChoice, vocabulary_size  # noqa: E402
+from rounds import Worker  # noqa: E402
 from worker import ENGINES  # noqa: E402
 from workloads import Sequences, Workload, measure_shape, random_questions  # noqa: E402
 
@@ -179,7 +180,7 @@ def run(model: ModelChoice, workload: Workload, points: Sequence[Point], options
                         point.seconds.setdefault(engine, []).append(reply["seconds"])
             say(f"round {number} of {options.rounds}" if number else "warm")
         for worker in workers.values():
-            worker.finish()
+            worker.end()
 
 
 def to_result(point: Point, model: ModelChoice, workload: Workload, at: int, engines: Sequence[str]) -> dict[str, Any]:

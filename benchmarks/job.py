@@ -97,13 +97,20 @@ class Gate:
         if self._left == 0:
             self._synchronise()
             seconds = time.perf_counter() - self._began
-            self._reply({"event": "round", "seconds": seconds, "losses": self._losses, "examples": self._examples})
+            self._reply(
+                {
+                    "event": "round",
+                    "seconds": seconds,
+                    "losses": self._losses,
+                    "examples": self._examples,
+                    "peak_memory_bytes": peak_memory_bytes() - self._memory_before,
+                }
+            )
             self._wait()
 
     def _wait(self) -> None:
         command = json.loads(self._commands.readline() or '{"finish": true}')
         if command.get("finish"):
-            self._reply({"event": "finished", "peak_memory_bytes": peak_memory_bytes() - self._memory_before})
             raise FinishedError
         self._losses, self._examples, self._left = [], 0, command["steps"]
         self._began = time.perf_counter()

@@ -118,6 +118,11 @@ def arrange(
     sampler = Sampler(len(sequences), batch_size=batch_size, seed=SEED, groups=groups)
     steps_a_round = max(1, min(16, 64 // batch_size if max_length <= 64 else 32 // batch_size))
     per_epoch = len(sequences) // batch_size
+    if per_epoch == 0:
+        raise SystemExit(
+            f"error: {name} has {len(sequences)} examples of at most {max_length} tokens, fewer than a batch of "
+            f"{batch_size}; {num_too_long} are longer"
+        )
     batches = [sampler.batch(*divmod(number, per_epoch)) for number in range(steps_a_round * (num_rounds + 1))]
     return Workload(name, sequences, max_length, batch_size, batches, steps_a_round, num_too_long)
 

@@ -150,7 +150,8 @@ def test_charts_are_xml() -> None:
 
 
 def test_a_failed_engine_is_reported_as_failed(model: ModelChoice, workload: workloads.Workload) -> None:
-    from compare import EngineRounds, Measured, table
+    from compare import table
+    from rounds import EngineRounds, Measured
 
     one = EngineRounds("trl", failed="exit code 1: out of memory")
     result = to_result(one, workload, model, Work(1, 1), Measured([one], {"float32": 1.0}))
@@ -212,3 +213,46 @@ def test_difference_is_paired_by_seed() -> None:
     assert (loss["difference"], loss["interval"]) == (0.5, 0.0)
     assert accuracy["difference"] == 0.0
     assert grouping.half_interval([1.0, 3.0]) == pytest.approx(12.706, rel=1e-3)
+
+
+def test_trietune_is_the_reference_of_every_group() -> None:
+    from compare import in_groups
+
+    assert in_groups(["a", "b", "c", "trietune"], 3) == [["a", "b", "trietune"], ["c", "trietune"]]
+    assert in_groups(["a", "trietune"], 4) == [["a", "trietune"]]
+    assert in_groups(["a", "b", "c"], 2) == [["a", "b", "c"]]
+
+
+def test_a_stopped_comparison_reports_its_whole_rounds(
+    model: ModelChoice, workload: workloads.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import rounds
+
+    class StubWorker:
+        """Takes rounds of one second, until Ctrl-C in the fourth."""
+
+        num_rounds = 0
+
+        def __init__(self, job_file: Path) -> None:
+            self.ended = False
+
+        def receive(self, event: str) -> None:
+            pass
+
+        def round(self, steps: int) -> dict[str, object]:
+            StubWorker.num_rounds += 1
+            if StubWorker.num_rounds == 8:
+                raise KeyboardInterrupt
+            return {"seconds": 1.0, "examples": 8, "losses": [1.0], "peak_memory_bytes": 5}
+
+        def end(self) -> None:
+            self.ended = True
+
+    monkeypatch.setattr(rounds, "Worker", StubWorker)
+    monkeypatch.setattr(rounds, "matmul_ceiling", lambda dtype, device: 1e9)
+    measured = rounds.measure(
+        model, workload, ["strongest", "trietune"], torch.device("cpu"), 9, lambda line: None, max_logits=1
+    )
+    assert measured.is_stopped
+    assert [len(one.seconds) for one in measured.engines] == [2, 2]
+    assert not any(one.failed for one in measured.engines)
