@@ -109,7 +109,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", default=str(DATA), help="folder of sst2/ and squad_v2/, or `demo`")
     parser.add_argument("--workloads", nargs="+", default=DEFAULT_WORKLOADS, help="dataset-order-batchsize")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=DEFAULT_ENGINES)
-    parser.add_argument("--at-once", type=int, default=4, help="engines in memory together; at least 2")
+    parser.add_argument("--at-once", type=int, default=3, help="engines in memory together, at least 2; TRL takes 8 GB")
     parser.add_argument("--logits-gb", type=float, default=3.0, help="that an engine with logits everywhere may take")
     return parser.parse_args(arguments)
 
