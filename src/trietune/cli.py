@@ -52,7 +52,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def train(
     config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint; start if there never was one.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and where it is from.")] = False,
     allow_change: Annotated[
@@ -66,7 +68,7 @@ def train(
     from trietune.demo import demo_config
 
     if resume:
-        overrides = [*overrides, "resume_from_checkpoint=True"]
+        overrides = [*overrides, "resume_from_checkpoint=auto"]
     settings = load_config(config or demo_config(), overrides)
     if show_config:
         typer.echo(describe(settings))
@@ -314,7 +316,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else EXIT_DONE if end.code is None else EXIT_BUG
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        from trietune.config.secrets import without_secrets
+
+        sys.stderr.write(f"{without_secrets(str(error))}\n")
         return error.exit_code
     except StopRequested as stop:
         sys.stderr.write(f"stopped by {stop.signal_name} before there was anything to save\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trietune import environment
-from trietune.checkpoints.directory import read_directory, write_directory
+from trietune.checkpoints.directory import Damaged, check_sizes, read_directory, write_directory
 from trietune.checkpoints.manifest import ManifestInfo
 from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
@@ -100,23 +100,30 @@ class Keeper:
     def start(self, resumed: LoadedCheckpoint | None) -> None:
         """Clean up after a killed process, set aside what lies beyond the checkpoint, begin to copy."""
         self.store.clean_leftovers()
+        step = -1 if resumed is None else resumed.step
+        for name in LINE_FILES:
+            abandoned = abandon_lines(self.directory / name, step)
+            if abandoned.num_beyond and abandoned.path is not None:
+                beyond = f"beyond step {step:,}" if resumed is not None else "of a start that saved nothing"
+                self.hub.say(f"{abandoned.num_beyond} lines of {name} {beyond} are now in {abandoned.path.name}")
         if resumed is not None:
-            for name in LINE_FILES:
-                abandoned = abandon_lines(self.directory / name, resumed.step)
-                if abandoned.num_beyond and abandoned.path is not None:
-                    self.hub.say(
-                        f"{abandoned.num_beyond} lines of {name} beyond step {resumed.step:,} are now in "
-                        f"{abandoned.path.name}"
-                    )
             for path in self.store.set_aside_newer(resumed.step):
-                self.hub.say(f"{path.name}, beyond step {resumed.step:,}, is now in {path.parent.name}")
+                self.hub.say(f"what lies beyond step {resumed.step:,} is set aside as {path.name}")
             self.saved_step = resumed.step
         if self.remote is not None and self.settings.sync_to_storage:
             from trietune.checkpoints.uploads import Uploader
 
-            self.remote.check_owner(self.run_id)
             self._uploader = Uploader(self.store, self.remote, resumed_step=resumed.step if resumed else None)
             self._uploader.start()
+
+    def trained_steps(self) -> int | None:
+        """The steps after which this run wrote its final adapter; None if it did not, or the adapter is damaged."""
+        try:
+            info = check_sizes(self.directory / "adapter").info
+        except Damaged:
+            return None
+        trained = info.details.get("trained_steps")
+        return trained if info.run_id == self.run_id and isinstance(trained, int) else None
 
     def restore(
         self, resumed: LoadedCheckpoint, peft_model: PeftModel, optimizer: torch.optim.Optimizer
@@ -195,16 +202,28 @@ class Keeper:
             return None
         if not (value < last if self.settings.checkpoint_metric_mode == "min" else value > last):
             return None
+        try:
+            weights = read_directory(best.path)[1][WEIGHTS_FILE]
+        except Damaged as damage:
+            self.hub.say(f"{damage}: the final adapter is that of the last step, not the best", is_warning=True)
+            return None
         self.hub.say(
             f"the final adapter is that of step {best.step:,}: `{name}` was {value:.4g} there and {last:.4g} at the "
             "last step, on the same examples"
         )
-        return best.step, read_directory(best.path)[1][WEIGHTS_FILE]
+        return best.step, weights
 
     def write_adapter(
-        self, step: int, peft_model: PeftModel, before: Evaluation | None, after: Evaluation | None, encoder: Any
+        self,
+        step: int,
+        peft_model: PeftModel,
+        before: Evaluation | None,
+        after: Evaluation | None,
+        encoder: Any,
+        *,
+        trained_steps: int,
     ) -> Path:
-        """Write `adapter/` whole, with its model card and prompt format."""
+        """Write `adapter/` whole, with its model card and prompt format; its weights are those of `step`."""
         from trietune.model.adapter import adapter_files
 
         begin = time.monotonic()
@@ -215,7 +234,8 @@ class Keeper:
             PROMPT_FILE: self._prompt_format(),
             "README.md": self._card(before, after, encoder).encode(),
         }
-        info = ManifestInfo(self.run_id, step, metrics, kind="adapter", details=self.details())
+        details = {**self.details(), "trained_steps": trained_steps}
+        info = ManifestInfo(self.run_id, step, metrics, kind="adapter", details=details)
         write_directory(target, contents, info=info)
         self.hub.emit(events.Saved("adapter", step, target, metrics, time.monotonic() - begin))
         return target

@@ -135,6 +135,7 @@ class Session:
         self._build_model()
         if resumed is not None:
             self.epoch = float(self.keeper.restore(resumed, self.peft_model, self.optimizer)["epoch"])
+            self._measure_again(resumed)
         if self.settings.print_examples:
             self._show_examples()
         self._self_check()
@@ -146,10 +147,21 @@ class Session:
                 self._after_step(step)
         except LossNotFiniteError as error:
             self._raise_not_finite(error)
-        self._take_best()
+        step_of_adapter = self._take_best()
         after = self._evaluate("after", max_examples=None)
-        adapter = self.keeper.write_adapter(self.step, self.peft_model, before, after, self.encoder)
+        adapter = self.keeper.write_adapter(
+            step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
+        )
         return self._finished(before, after, adapter=adapter)
+
+    def _measure_again(self, resumed: LoadedCheckpoint) -> None:
+        """Take the validation that a signal cut short, so that the checkpoint of a due step is ranked after all."""
+        if resumed.metrics:
+            self.measured, self.measured_step = _finite(resumed.metrics), resumed.step
+        elif resumed.step % self.settings.val_steps_freq == 0 and self.data.validation is not None:
+            self._validate()
+            self.keeper.saved_step = None
+            self._save()
 
     def _start(self, resumed: LoadedCheckpoint | None) -> None:
         self.keeper.start(resumed)
@@ -360,15 +372,17 @@ class Session:
         )
         self.meter.leave_out(seconds)
 
-    def _take_best(self) -> None:
-        """Go back to the best checkpoint's weights if they were measured better than the last ones."""
+    def _take_best(self) -> int:
+        """Go back to the best checkpoint's weights if they were measured better than the last; returns their step."""
         from trietune.model.adapter import set_adapter_tensors
 
         metrics = self.measured if self.measured_step == self.step else {}
         best = self.keeper.better_than_last(self.step, metrics)
-        if best is not None:
-            self.step, weights = best
-            set_adapter_tensors(self.peft_model, weights, where=f"step {self.step}")
+        if best is None:
+            return self.step
+        step, weights = best
+        set_adapter_tensors(self.peft_model, weights, where=f"step {step}")
+        return step
 
     def _emit_histograms(self, step: int) -> None:
         mode = self.settings.wandb_watch_mode
@@ -387,7 +401,8 @@ class Session:
 
     def _already_finished(self, resumed: LoadedCheckpoint) -> Run | None:
         adapter = self.plan.directory / "adapter"
-        if resumed.step < self.plan.num_steps or not adapter.is_dir():
+        trained = self.keeper.trained_steps()
+        if trained is None or trained < self.plan.num_steps:
             return None
         self.hub.say(f"{self.plan.directory.name} has finished: its adapter is in {adapter}; nothing was changed")
         return Run(self.plan.directory, "finished", resumed.step, adapter=adapter)
@@ -446,6 +461,10 @@ class Session:
             "earlier steps are whole",
             exit_code=EXIT_LOSS_NOT_FINITE,
         ) from error
+
+
+def _finite(metrics: Mapping[str, float | int | None]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
 class Meter:

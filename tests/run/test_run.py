@@ -18,7 +18,16 @@ from safetensors.torch import load_file
 from trietune import UserError, load_config, train
 from trietune.run import Run
 from trietune.tracking.dispatch import Tracker
-from trietune.tracking.events import Evaluated, Event, Predicted, RunFinished, Said, StepFinished
+from trietune.tracking.events import (
+    Evaluated,
+    Event,
+    ExamplesShown,
+    Histograms,
+    Predicted,
+    RunFinished,
+    Said,
+    StepFinished,
+)
 from trietune.tracking.jsonl import FilesConsumer
 
 
@@ -317,3 +326,90 @@ def test_validation_frequency_and_size(overrides: dict[str, object]) -> None:
     assert [event.step for event in during] == [2, 4, 6]
     assert {event.num_examples for event in during} == {5}
     assert {event.num_examples for event in recorder.of(Evaluated) if event.when != "during"} == {20}
+
+
+@pytest.mark.parametrize(
+    ("mode", "kinds"),
+    [("all", {"gradients", "parameters"}), ("gradients", {"gradients"}), ("parameters", {"parameters"}), (None, set())],
+)
+def test_histograms_of_the_adapter_come_every_wandb_log_freq_steps(
+    mode: str | None, kinds: set[str], overrides: dict[str, object]
+) -> None:
+    _, recorder = run({**overrides, "wandb_watch_mode": mode, "wandb_log_freq": 2, "max_steps": 5})
+    histograms = recorder.of(Histograms)
+    assert [event.step for event in histograms] == ([2, 4] if kinds else [])
+    assert {name.partition("/")[0] for event in histograms for name in event.arrays} == kinds
+    assert all("lora_" in name for event in histograms for name in event.arrays)
+
+
+def test_resume_option_chooses_the_checkpoint(overrides: dict[str, object]) -> None:
+    settings = {**overrides, "save_strategy": "step", "steps_freq": 1, "keep_last_n": 9, "save_optim": True}
+    first, _ = run({**settings, "max_steps": 4})
+    folder = first.directory / "checkpoints"
+
+    def goes_on_from(**changes: object) -> int:
+        _, recorder = run({**settings, "max_steps": 5, "resume_from_checkpoint": True, **changes})
+        return int(recorder.of(StepFinished)[0].step) - 1
+
+    path = str(folder / "step-00000002")
+    assert goes_on_from(resume_option="path", checkpoint_path=path) == 2
+    # The steps beyond it were set aside and taken again, so the newest is now the last of this line.
+    assert (folder / "abandoned-1-step-00000004").is_dir()
+    assert goes_on_from(max_steps=6) == 5
+    lines = [json.loads(line) for line in (first.directory / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval/loss"] for line in lines if line.get("when") == "during"}
+    assert goes_on_from(max_steps=7, resume_option="best") == min(losses, key=lambda step: losses[step])
+
+
+def test_auto_resume_starts_when_there_never_was_a_checkpoint_and_refuses_damage(overrides: dict[str, object]) -> None:
+    settings = {**overrides, "resume_from_checkpoint": "auto", "save_optim": True}
+    first, recorder = run({**settings, "max_steps": 2})
+    assert recorder.of(StepFinished)[0].step == 1
+    assert any("no checkpoint yet" in said.text for said in recorder.of(Said))
+    weights = first.directory / "checkpoints" / "step-00000002" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError) as caught:
+        run({**settings, "max_steps": 4})
+    assert caught.value.exit_code == 6
+    assert "step-00000002" in str(caught.value)
+
+
+def test_another_training_is_refused_unless_allowed_by_name(overrides: dict[str, object]) -> None:
+    run({**overrides, "max_steps": 2})
+    changed = {**overrides, "max_steps": 4, "resume_from_checkpoint": True, "batch_size": 4}
+    with pytest.raises(UserError) as caught:
+        run(changed)
+    assert caught.value.exit_code == 6
+    assert "--allow-change batch_size" in str(caught.value)
+    resumed, recorder = run(changed, allowed_changes=frozenset({"batch_size"}))
+    assert resumed.step == 4
+    assert recorder.of(StepFinished)[0].step == 3
+
+
+def test_print_examples_shows_labels_before_and_answers_after(overrides: dict[str, object]) -> None:
+    _, shown = run({**overrides, "max_steps": 1, "print_examples": True})
+    [examples] = shown.of(ExamplesShown)
+    assert len(examples.examples) == 3
+    assert all(any(is_label for _, is_label in example.pieces) for example in examples.examples)
+    assert [len(event.predictions) for event in shown.of(Predicted)] == [10, 10]
+    _, silent = run({**overrides, "max_steps": 1, "print_examples": False})
+    assert not silent.of(ExamplesShown)
+    assert not silent.of(Predicted)
+
+
+def test_a_save_that_fails_is_told_and_training_goes_on_or_stops(
+    overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trietune.checkpoints import files
+
+    def full(path: Any) -> None:
+        if "step-" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+
+    write = files.write_file
+    monkeypatch.setattr(files, "write_file", lambda path, *rest: (full(path), write(path, *rest)))
+    finished, recorder = run({**overrides, "max_steps": 2, "save_strategy": "step"})
+    assert finished.status == "finished"
+    assert any("was not saved: No space left" in said.text for said in recorder.of(Said) if said.level == "warning")
+    with pytest.raises(UserError, match="was not saved"):
+        run({**overrides, "max_steps": 2, "save_strategy": "step", "on_save_error": "stop"})

@@ -339,9 +339,7 @@ def _layer_agrees(
     return _is_close(ours, theirs[:, needed])
 
 
-def _probe(
-    attention: _Attention, device: torch.device
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Trie]:
+def _probe(attention: _Attention, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Trie]:
     """Hidden states, rotary angles and a causal mask of one short sequence, and the same sequence as a trie."""
     weight = attention.inputs[0].weight
     generator = torch.Generator().manual_seed(0)
@@ -358,9 +356,7 @@ def _probe(
     return hidden, (cos, sin), mask, trie
 
 
-def _layout(
-    attention: _Attention, trie: Trie, device: torch.device, needed: np.ndarray | None = None
-) -> TrieLayout:
+def _layout(attention: _Attention, trie: Trie, device: torch.device, needed: np.ndarray | None = None) -> TrieLayout:
     query, key = (len(linear.weight) // attention.head_size for linear in attention.inputs[:2])
     return TrieLayout(trie, kind="rows", num_heads=query, num_key_heads=key, device=device, needed=needed)
 
