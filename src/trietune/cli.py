@@ -53,7 +53,7 @@ def train(
     config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint; start if there never was one.")
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and where it is from.")] = False,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_USER_INFO = re.compile(r"(?<=://)[^/\s?#]+@")
+# An address that went through a path has lost one of its slashes.
+_USER_INFO = re.compile(r"(:/{1,2})[^/\s?#]+@")
 _QUERY = re.compile(
     r"([?&;][\w.%-]*(?:token|secret|password|passwd|pwd|signature|sig|credential|api[_-]?key|access[_-]?key|key)=)[^&;#\s]+",
     re.IGNORECASE,
@@ -22,7 +23,7 @@ _TOKENS = re.compile(
 def without_secrets(value: Any) -> Any:
     """The same value (text, or lists and mappings of it) with what looks like a credential replaced by `***`."""
     if isinstance(value, str):
-        return _TOKENS.sub("***", _QUERY.sub(r"\1***", _USER_INFO.sub("***@", value)))
+        return _TOKENS.sub("***", _QUERY.sub(r"\1***", _USER_INFO.sub(r"\1***@", value)))
     if isinstance(value, dict):
         return {key: without_secrets(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
