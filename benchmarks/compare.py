@@ -86,7 +86,7 @@ def main() -> None:
                 break
         results += here
         print(table(here), flush=True)
-        run = {"kind": "run", "model": asdict(model), **environment(device)}
+        run = {"kind": "run", "model": model.record(), **environment(device)}
         out.write_text("".join(json.dumps(result) + "\n" for result in [*results, run]))
         out.with_suffix(".svg").write_text(bar_chart([r for r in results if not is_repeated(r)], title=model.label))
         say(f"{out} written, and its chart")

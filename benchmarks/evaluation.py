@@ -24,7 +24,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def main() -> None:
     ):
         results += [{"model": choice.label, **line} for line in measure(task, ways, count, options.rounds)]
         print(table(results[-len(ways) :]))
-    results.append({"kind": "run", "model": asdict(choice), **environment(device)})
+    results.append({"kind": "run", "model": choice.record(), **environment(device)})
     out = Path(options.out) / f"{options.name or 'evaluation-' + default_name(choice)}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(result) + "\n" for result in results))

@@ -83,7 +83,7 @@ def main() -> None:
     for result in results:
         say_point(result)
     device = torch.device(options.device)
-    results.append({"kind": "run", "model": asdict(model), **environment(device)})
+    results.append({"kind": "run", "model": model.record(), **environment(device)})
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     name = options.name or f"growth-{default_name(model)}"

@@ -61,9 +61,14 @@ def environment(device: torch.device) -> dict[str, Any]:
             "load_average": [round(load, 2) for load in os.getloadavg()],
         },
         "commit": _commit(),
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *map(without_folder, sys.argv[1:])]),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def without_folder(argument: str) -> str:
+    """A path elsewhere on this machine by its last name alone: a result is read on others."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _synchronise(device: torch.device) -> None:

@@ -6,7 +6,7 @@ gemma       Gemma 1.1 2B's true shape with random weights, of `layers` layers: s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,10 @@ class ModelChoice:
         if self.name == "smollm2":
             return f"SmolLM2-135M {self.dtype}"
         return f"Gemma 1.1 2B shape, {self.layers} layers, random weights, {self.dtype}"
+
+    def record(self) -> dict[str, Any]:
+        """For a result file: the fields, the folder by its name."""
+        return {**asdict(self), "folder": Path(self.folder).name}
 
 
 def find_smollm2(folder: str | None) -> str:

@@ -256,3 +256,12 @@ def test_a_stopped_comparison_reports_its_whole_rounds(
     assert measured.is_stopped
     assert [len(one.seconds) for one in measured.engines] == [2, 2]
     assert not any(one.failed for one in measured.engines)
+
+
+def test_results_name_no_folder_of_this_machine(model: ModelChoice, monkeypatch: pytest.MonkeyPatch) -> None:
+    from measure import environment
+
+    monkeypatch.setattr(sys, "argv", ["/a/compare.py", "--model-folder", "/home/somebody/smollm2", "--rounds", "5"])
+    command = environment(torch.device("cpu"))["command"]
+    assert command == "python benchmarks/compare.py --model-folder smollm2 --rounds 5"
+    assert model.record()["folder"] == Path(model.folder).name
