@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-train: $(READY)  ## train the sample model on the sample data (about three minutes on two cores)
+train: $(READY)  ## train the sample model on the sample data (about a minute on two cores)
 	$(BIN)/trietune train
 
 test: $(READY) lint  ## style, types, import contract, and the tests that take under 15 minutes

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -290,6 +291,9 @@ def _prune(layer: Any, attention: _Attention, device: torch.device) -> bool:
         is_pruned = _is_ours(layout) and layout.needed is not None  # type: ignore[union-attr]
         if args or rotary is None or not is_pruned or not attention.is_active():
             return library(hidden_states, *args, **kwargs)
+        if getattr(layer, "gradient_checkpointing", False) and layer.training:
+            # The library checkpoints inside the forward of the class, which this one stands in front of.
+            return layer._gradient_checkpointing_func(partial(pruned, rotary=rotary, layout=layout), hidden_states)
         return pruned(hidden_states, rotary, layout)
 
     layer.forward = forward
