@@ -2,7 +2,8 @@
 
     trl            as it comes: bf16 autocast, gradient checkpointing, rows padded to the longest of a batch
     trl-packed     as it comes with `packing=True`: rows of `max_length` filled by best-fit decreasing
-    trl-fastest    the fastest of its settings here: padded, no checkpointing, no autocast over weights in bf16
+    trl-fastest    the fastest of its settings here: padded, no checkpointing, no autocast over weights in bf16, and
+                   a batch accumulated from parts of 8 rows: 32 at once took 17 GB without checkpointing
 
 All compute logits at label positions only, TRL's default. The model comes in the benchmark's dtype; by its name alone
 TRL would load it in fp32. Packing decides itself which examples meet in a row, so `trl-packed` alone takes other
@@ -22,6 +23,8 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from peers.transformers_trainer import GateCallback, InOrder, as_rows, common_arguments
+
+ROWS_AT_ONCE = 8
 
 
 class GatedSFTTrainer(InOrder, SFTTrainer):
@@ -43,7 +46,9 @@ def train(job: Job, device: torch.device, gate: Gate) -> None:
         settings["per_device_train_batch_size"] = max(1, round(workload.batch_size * num_rows / len(rows)))
         settings["num_train_epochs"] = 1000  # `max_steps` ends it; rows may be fewer than steps need
     if job.engine == "trl-fastest":
-        settings |= {"gradient_checkpointing": False, "bf16": False}
+        at_once = max(n for n in range(1, ROWS_AT_ONCE + 1) if workload.batch_size % n == 0)
+        settings |= {"gradient_checkpointing": False, "bf16": False, "per_device_train_batch_size": at_once}
+        settings["gradient_accumulation_steps"] = workload.batch_size // at_once
     with tempfile.TemporaryDirectory() as folder:
         trainer = GatedSFTTrainer(
             model=add_lora(build_network(job.model, device), job.model),

@@ -105,6 +105,14 @@ def test_a_batch_in_parts_is_the_same_step(engine: str, model: ModelChoice, work
 
 
 @pytest.mark.skipif(not HAS_TRL, reason="benchmarks/requirements.txt is not installed")
+def test_fastest_trl_accumulates_the_same_step(model: ModelChoice, workload: workloads.Workload) -> None:
+    large = workloads.arrange("test", workload.sequences, max_length=48, batch_size=16, grouped=True, num_rounds=2)
+    found, expected = run("trl-fastest", model, large), run("minimal", model, large)
+    assert found.examples == [16, 16, 16]
+    assert found.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.skipif(not HAS_TRL, reason="benchmarks/requirements.txt is not installed")
 def test_packed_trl_counts_the_examples_of_its_rows(model: ModelChoice, workload: workloads.Workload) -> None:
     roomy = dataclasses.replace(workload, max_length=100)  # three examples a row
     found = run("trl-packed", model, roomy, num_steps=len(roomy.batches))
