@@ -93,7 +93,7 @@ def _fuse_norm(module: nn.Module, proven: dict[type, bool]) -> bool:
         fused: Tensor = RmsNorm.apply(x, scale, epsilon)  # type: ignore[no-untyped-call]
         return fused
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     return True
 
 
@@ -214,7 +214,8 @@ def _name_activation(module: nn.Module) -> Activation | None:
         theirs = module(probe)
     except RuntimeError:
         return None
-    for name in ("silu", "gelu_tanh"):
-        if torch.allclose(theirs, _act(probe, name), atol=1e-6):  # type: ignore[arg-type]
-            return name  # type: ignore[return-value]
+    names: tuple[Activation, ...] = ("silu", "gelu_tanh")
+    for name in names:
+        if torch.allclose(theirs, _act(probe, name), atol=1e-6):
+            return name
     return None

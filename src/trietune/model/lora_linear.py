@@ -84,7 +84,7 @@ def fuse_adapters(network: nn.Module) -> int:
     for module in network.modules():
         weights = lora_weights(module)
         if weights is not None:
-            module.forward = _fused_forward(weights)  # type: ignore[method-assign]
+            module.forward = _fused_forward(weights)
             fused += 1
     return fused
 
@@ -95,20 +95,21 @@ def lora_weights(module: nn.Module) -> LoraWeights | None:
 
     if type(module) is not Linear or len(module.active_adapters) != 1:
         return None
-    base, adapter = module.get_base_layer(), module.active_adapters[0]
-    if type(base) is not nn.Linear or adapter not in module.lora_A:
+    layer: Any = module
+    base, adapter = layer.get_base_layer(), layer.active_adapters[0]
+    if type(base) is not nn.Linear or adapter not in layer.lora_A:
         return None
-    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     is_plain = (
-        isinstance(module.lora_dropout[adapter], nn.Identity)
-        and not module.use_dora[adapter]
+        isinstance(layer.lora_dropout[adapter], nn.Identity)
+        and not layer.use_dora[adapter]
         and b.bias is None
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
     )
     if not is_plain:
         return None
-    return LoraWeights(module, adapter, base.weight, base.bias, a.weight, b.weight, float(module.scaling[adapter]))
+    return LoraWeights(layer, adapter, base.weight, base.bias, a.weight, b.weight, float(layer.scaling[adapter]))
 
 
 def _fused_forward(weights: LoraWeights) -> Any:

@@ -162,7 +162,10 @@ class SharedInput(torch.autograd.Function):
         adapters = [a for _, _, a, _, _ in linears if a is not None]
         all_a = torch.cat(adapters).to(x.dtype) if adapters else None
         low_rank = None if all_a is None else rows @ all_a.t()
-        outputs, saved, spans, first = [], [], [], 0
+        outputs: list[Tensor] = []
+        saved: list[Tensor | None] = []
+        spans: list[tuple[int, int, float] | None] = []
+        first = 0
         for weight, bias, a, b, scale in linears:
             out = nn.functional.linear(rows, weight, bias)
             scaled_b = None
