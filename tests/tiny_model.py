@@ -12,8 +12,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """A Llama of two layers; returns the folder."""
+def write_tiny_model(folder: Path, whole: tuple[str, ...] = ()) -> Path:
+    """A Llama of two layers; returns the folder. The texts in `whole` are one token each."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -25,11 +25,12 @@ def write_tiny_model(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<eos>"
     )
+    tokenizer.add_tokens(list(whole))
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(vocabulary) + len(whole),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

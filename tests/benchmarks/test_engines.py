@@ -167,7 +167,10 @@ def test_a_failed_engine_is_reported_as_failed(model: ModelChoice, workload: wor
 
 
 @pytest.mark.slow
-def test_compare_writes_results_a_table_and_a_chart(model: ModelChoice, tmp_path: Path) -> None:
+def test_compare_writes_results_a_table_and_a_chart(tmp_path: Path) -> None:
+    folder = write_tiny_model(
+        tmp_path / "tiny", ("Review: ", "\nOutput:", '{"label": "positive"}', '{"label": "negative"}')
+    )
     data = tmp_path / "data" / "sst2"
     data.mkdir(parents=True)
     (data / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"w{i}\t{i % 2}\n" for i in range(300)))
@@ -175,7 +178,7 @@ def test_compare_writes_results_a_table_and_a_chart(model: ModelChoice, tmp_path
         [
             sys.executable,
             ROOT / "benchmarks" / "compare.py",
-            *("--model-folder", model.folder, "--dtype", "float32", "--data", data.parent, "--rounds", "1"),
+            *("--model-folder", folder, "--dtype", "float32", "--data", data.parent, "--rounds", "1"),
             *("--workloads", "sst2-plain-4", "--engines", "strongest", "trietune", "--out", tmp_path),
         ],
         capture_output=True,
@@ -187,7 +190,7 @@ def test_compare_writes_results_a_table_and_a_chart(model: ModelChoice, tmp_path
     assert {line["engine"] for line in engines} == {"strongest", "trietune"}
     assert last["kind"] == "run"
     assert last["versions"]["torch"] == torch.__version__
-    assert last["command"].startswith("python benchmarks/compare.py --model-folder")
+    assert last["command"].startswith("python benchmarks/compare.py --model-folder tiny --dtype float32")
     assert (tmp_path / "smollm2-float32.svg").exists()
 
 
