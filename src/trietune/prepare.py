@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trietune.demo import DEMO_MODEL, smollm2_gguf
 from trietune.errors import UserError
 from trietune.plan import Plan, Sharing
 from trietune.tracking.events import Working
@@ -142,12 +141,9 @@ def adapter_arguments(settings: Settings) -> dict[str, Any]:
 
 
 def locate_base(model_name: str, hub: Tracker) -> ModelFolder:
-    """The base model's folder; the sample model's name stands for the file in its Python package."""
+    """The base model's folder; what is fetched or converted on the way is shown."""
     from trietune.model.locate import locate_model
 
-    if model_name == DEMO_MODEL:
-        folder = locate_model(str(smollm2_gguf()), report=hub.say, progress=progress_of(hub, "bytes"))
-        return replace(folder, name=DEMO_MODEL)
     return locate_model(model_name, report=hub.say, progress=progress_of(hub, "bytes"))
 
 

@@ -186,6 +186,7 @@ class Session:
         from trietune.model.fused import fuse_network
         from trietune.model.load import enable_checkpointing, load_network
         from trietune.training.optimizer import build_optimizer, learning_rate_schedule
+        from trietune.training.sampler import Sampler
 
         device = self.plan.device.torch_device
         self.hub.say(f"loading {self.base.name}")
@@ -203,6 +204,9 @@ class Session:
             weight_decay=self.settings.weight_decay,
             device=device,
         )
+        self.sampler = Sampler(
+            self.plan.num_train, batch_size=self.plan.batch_size, seed=self.settings.seed, groups=self.groups
+        )
         self.learning_rate = learning_rate_schedule(
             self.settings.lr_scheduler_type,
             peak=self.settings.learning_rate,
@@ -212,9 +216,7 @@ class Session:
 
     def _steps(self) -> Any:
         from trietune.training.loop import Schedules, train
-        from trietune.training.sampler import Sampler
 
-        self.sampler = self._sampler(Sampler)
         self.meter.start()
         return train(
             self.model,
@@ -226,9 +228,6 @@ class Session:
             max_grad_norm=self.settings.max_grad_norm,
             before_update=self._emit_histograms,
         )
-
-    def _sampler(self, kind: Any) -> Any:
-        return kind(self.plan.num_train, batch_size=self.plan.batch_size, seed=self.settings.seed, groups=self.groups)
 
     def _micro_batches(self, indices: Any) -> Any:
         from trietune.trie import make_micro_batches
@@ -350,12 +349,11 @@ class Session:
         if not self.settings.self_check or self.plan.num_steps == 0:
             return
         from trietune.model.self_check import check_against_rows
-        from trietune.training.sampler import Sampler
 
         checked = check_against_rows(
             self.model,
             self.data.train,
-            self._sampler(Sampler).batch(0, 0),
+            self.sampler.batch(0, 0),
             batching=self.plan.batching,
             family=str(self.model.config.model_type),
         )

@@ -26,25 +26,14 @@ from trietune.model.adapter_config import CONFIG_FILE, config_for_file, parse_co
 from trietune.model.adapter_folder import WEIGHTS_FILE, read_adapter
 from trietune.model.card import merged_card
 from trietune.model.load import load_network, quiet_library
-from trietune.model.locate import ModelFolder, locate_model
+from trietune.model.locate import TOKENIZER_FILES, ModelFolder, locate_model
 from trietune.model.staging import whole_folder
 
 Report = Callable[[str], None]
 
 # What belongs to an adapter beside its two files, where it is there.
 _COMPANIONS = ("prompt_format.json", "README.md")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 # fp32 keeps 24 bits; a product of a few thousand terms through some dozen layers leaves about five digits of logits.
 _MERGE_TOLERANCE = 1e-3
 _NUM_CHECKED_TOKENS = 32
@@ -194,7 +183,7 @@ def _write_merged(
     with whole_folder(out) as staging:
         with quiet_library():
             merged.save_pretrained(staging)
-        for name in _TOKENIZER_FILES:
+        for name in _COPIED_FILES:
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, staging / name)
         for name, data in companions.items():

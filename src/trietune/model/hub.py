@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trietune.errors import UserError
-from trietune.model.locate import Progress, Report, check_names
+from trietune.model.locate import TOKENIZER_FILES, Progress, Report, check_names
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -25,15 +25,7 @@ WANTED_FILES = (
     "generation_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TOKENIZER_FILES,
     "README.md",
 )
 # Weights in other layouts beside the ones that are loaded, each as large as the model: `original/`, `onnx/`, Mistral's.

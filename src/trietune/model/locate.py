@@ -24,6 +24,19 @@ from trietune.errors import UserError
 Report = Callable[[str], None]
 Progress = Callable[[str, int, int | None], None]
 
+# What a tokenizer may consist of; not all of it is there for any one.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
