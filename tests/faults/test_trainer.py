@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from trainer import (
     wait_for,
     write_config,
     write_inputs,
+    write_wide_model,
 )
 
 from trietune.checkpoints import tensors
@@ -255,19 +257,59 @@ def weights_of(run: Path) -> dict[str, np.ndarray[Any, Any]]:
     return {name: tensor.to_numpy() for name, tensor in found.items()}
 
 
-def test_other_micro_batches_keep_the_order_and_differ_by_rounding(
-    forge: Forge, place: Path, reference: Path, tmp_path: Path
-) -> None:
-    config = write_config(place, tmp_path)
+def difference(run: Path, reference: Path) -> float:
+    """The largest difference between two adapters, as a share of the largest weight."""
+    found, expected = weights_of(run), weights_of(reference)
+    assert set(found) == set(expected)
+    largest = max(float(np.abs(value).max()) for value in expected.values())
+    return max(float(np.abs(found[name] - value).max()) for name, value in expected.items()) / largest
+
+
+def num_micro_batches(run: Path) -> list[int]:
+    return [event["num_micro_batches"] for event in log_of(run) if event["event"] == "step"]
+
+
+def test_other_micro_batches_keep_the_order_and_differ_by_rounding(forge: Forge, place: Path, tmp_path: Path) -> None:
+    # Without dropout: which number is dropped is drawn a micro-batch, so another cut is another draw.
+    changes = {"batch_size": 8, "lora_dropout": 0.0}
+    assert forge.run("train", write_config(place, tmp_path / "whole", **changes)).exit_code == 0
+    whole = tmp_path / "whole" / "run"
+    config = write_config(place, tmp_path / "cut", **changes)
     life, run = start_and_reach(forge, config, 7)
     kill(life, signal.SIGTERM)
     forge.wait(life)
-    resumed = finish(forge, config, "--set", "max_tokens_per_micro_batch=64")
+    stopped_at = num_lines(run / "batches.jsonl")
+    resumed = finish(forge, config, "--set", "max_tokens_per_micro_batch=48")
     assert "max_tokens_per_micro_batch" in resumed.text
+    assert "dropout" not in resumed.text
+    assert set(num_micro_batches(whole)) == {1}
+    assert min(num_micro_batches(run)[stopped_at:]) >= 2, "it was not cut otherwise"
+    assert (run / "batches.jsonl").read_text() == (whole / "batches.jsonl").read_text()
+    assert difference(run, whole) < ROUNDING
+
+
+def test_other_micro_batches_with_dropout_are_said_to_be_another_draw(
+    forge: Forge, place: Path, reference: Path, tmp_path: Path
+) -> None:
+    run = copy_of_half_a_run(forge, place, tmp_path)
+    resumed = finish(forge, write_config(place, tmp_path), "--set", "max_tokens_per_micro_batch=48")
+    assert "other dropout masks" in resumed.text
     assert (run / "batches.jsonl").read_text() == (reference / "batches.jsonl").read_text()
-    expected = weights_of(reference)
-    largest = max(float(np.abs(value - expected[name]).max()) for name, value in weights_of(run).items())
-    assert largest < ROUNDING * max(float(np.abs(value).max()) for value in expected.values()) * 100
+
+
+def test_another_thread_count_warns_and_differs_by_rounding(forge: Forge, place: Path, tmp_path: Path) -> None:
+    wide = {"model_name": str(write_wide_model(tmp_path / "wide")), "batch_size": 16}
+    assert forge.run("train", write_config(place, tmp_path / "whole", **wide)).exit_code == 0
+    config = write_config(place, tmp_path / "halves", **wide)
+    life, run = start_and_reach(forge, config, 4)
+    kill(life, signal.SIGTERM)
+    forge.wait(life)
+    resumed = forge.wait(forge.start("train", config, "--resume", num_threads=2))
+    assert resumed.exit_code == 0, resumed.text
+    assert re.search(r"num_threads +1 +2 +the same numbers up to rounding", resumed.text), resumed.text
+    whole = tmp_path / "whole" / "run"
+    assert (run / "batches.jsonl").read_text() == (whole / "batches.jsonl").read_text()
+    assert difference(run, whole) < ROUNDING
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -330,6 +372,56 @@ def test_changed_data_and_another_base_model_are_refused(forge: Forge, place: Pa
     (tmp_path / "tiny" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     life = forge.run("train", write_config(place, tmp_path, model_name=str(tmp_path / "tiny")), "--resume")
     assert life.exit_code == 6, life.text
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_base_model_changed_in_its_place_is_refused(file: str, forge: Forge, place: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(place / "tiny", model)
+    config = write_config(place, tmp_path, model_name=str(model))
+    life, run = start_and_reach(forge, config, 3)
+    kill(life, signal.SIGTERM)
+    forge.wait(life)
+    before = snapshot(run)
+    if file == "config.json":
+        values = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps({**values, "rms_norm_eps": 1e-3}))
+    else:
+        data = bytearray((model / file).read_bytes())
+        data[-4096:] = bytes(4096)
+        (model / file).write_bytes(data)
+    life = forge.run("train", config, "--resume")
+    assert life.exit_code == 6, life.text
+    assert "--allow-change base_digest" in life.text
+    assert snapshot(run) == before
+
+
+def test_a_changed_tokenizer_is_refused_by_name_and_accepted_by_name(
+    forge: Forge, place: Path, reference: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(place / "tiny", model)
+    config = write_config(place, tmp_path, model_name=str(model))
+    life, run = start_and_reach(forge, config, 7)
+    kill(life, signal.SIGTERM)
+    forge.wait(life)
+    stopped_at = num_lines(run / "batches.jsonl")
+    before = snapshot(run)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["{"], vocabulary["}"] = vocabulary["}"], vocabulary["{"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused = forge.run("train", config, "--resume")
+    assert refused.exit_code == 6, refused.text
+    assert re.search(r"^ +tokenizer +[0-9a-f.]+ +[0-9a-f.]+ +another training", refused.text, re.MULTILINE)
+    allowed = re.findall(r"--allow-change \w+", refused.text)
+    assert allowed == ["--allow-change data_fingerprint", "--allow-change tokenizer"]
+    assert snapshot(run) == before, "something was changed"
+    half_allowed = forge.run("train", config, "--resume", "--allow-change", "tokenizer")
+    assert half_allowed.exit_code == 6, half_allowed.text
+    finish(forge, config, *" ".join(allowed).split())
+    # No example has a brace, so every id is what it was.
+    assert_equal_runs(run, reference, cut_evaluation=stopped_at)
 
 
 def test_resume_of_a_finished_run_says_so_and_touches_nothing(

@@ -62,12 +62,14 @@ class Forge:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *arguments: object, environment: dict[str, str] | None = None, clock: str = "") -> Life:
+    def start(
+        self, *arguments: object, environment: dict[str, str] | None = None, clock: str = "", num_threads: int = 1
+    ) -> Life:
         """A `trietune` process with these arguments; `clock="back"` sets it back by an hour at every look."""
         self.number += 1
         output = self.folder / f"output-{self.number}.txt"
         command = {"arguments": [str(argument) for argument in arguments], "output": str(output), "clock": clock}
-        return Life(self.ask({**command, "environment": environment or {}}), output)
+        return Life(self.ask({**command, "environment": environment or {}, "num_threads": num_threads}), output)
 
     def wait(self, life: Life) -> Life:
         life.status = self.ask({"wait": life.pid})
@@ -108,6 +110,18 @@ def write_inputs(folder: Path) -> Path:
     lines = [json.dumps(row) for row in rows]
     (folder / "train.jsonl").write_text("\n".join(lines[:48]) + "\n")
     (folder / "validation.jsonl").write_text("\n".join(lines[48:]) + "\n")
+    return folder
+
+
+def write_wide_model(folder: Path) -> Path:
+    """Random weights wide enough for several threads to share a product; the tokenizer of `write_tiny_model`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tiny_model import write_tiny_model
+
+    write_tiny_model(folder)
+    wide = LlamaConfig.from_pretrained(folder, hidden_size=256, intermediate_size=512, head_dim=128)
+    LlamaForCausalLM(wide).save_pretrained(folder)
     return folder
 
 

@@ -13,13 +13,14 @@ import signal
 import sys
 import warnings
 
+import torch
+
 # PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed.
 warnings.simplefilter("ignore", FutureWarning)
 
 
 def import_all() -> None:
     import peft  # noqa: F401
-    import torch
     import transformers  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
@@ -30,8 +31,6 @@ def import_all() -> None:
     import trietune.run
     import trietune.training.loop
     import trietune.training.optimizer  # noqa: F401
-
-    torch.set_num_threads(1)
 
 
 def become_trietune(arguments: list[str], output: str) -> None:
@@ -76,6 +75,7 @@ def main() -> None:
             os.environ.update(command["environment"])
             if command["clock"] == "back":
                 set_clock_back()
+            torch.set_num_threads(command["num_threads"])
             become_trietune(command["arguments"], command["output"])
         answer(pid)
 

@@ -28,6 +28,9 @@ _NOT_MENTIONED = {
 
 _ROUNDING = "the same numbers up to rounding, not the same bits"
 _REPORTED = "only what is reported changes"
+# What dropout takes out is drawn for each micro-batch, in the order in which layers ask.
+_REDRAWN = "other dropout masks from here on: another draw, not the same numbers"
+_DRAWN_BY = {"batching", "device", "fused_layers", "max_tokens_per_micro_batch"}
 _WARNED = {
     "attention": _ROUNDING,
     "batching": _ROUNDING,
@@ -182,6 +185,8 @@ def _effect_of_a_harmless_change(key: str, before: object, now: object, current:
         return "known to one of the two alone, so it cannot be compared"
     if key in _LENGTH_OF_RUN and current.get("lr_scheduler_type", "constant") == "constant":
         return "the run ends elsewhere; up to there nothing changes"
+    if key in _DRAWN_BY and current.get("lora_dropout"):
+        return _REDRAWN
     for prefix, effect in _WARNED_PREFIXES.items():
         if key.startswith(prefix):
             return effect
