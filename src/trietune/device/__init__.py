@@ -1,7 +1,8 @@
 """The machine: which device, which number format, how much memory."""
 
-from trietune.device.choose import Device, choose_device
+from trietune.device.choose import choose_device
+from trietune.device.device import Device, DeviceKind
 from trietune.device.memory import bytes_per_position, micro_batch_bound
 from trietune.device.precision import choose_dtype
 
-__all__ = ["Device", "bytes_per_position", "choose_device", "choose_dtype", "micro_batch_bound"]
+__all__ = ["Device", "DeviceKind", "bytes_per_position", "choose_device", "choose_dtype", "micro_batch_bound"]

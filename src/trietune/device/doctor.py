@@ -18,7 +18,8 @@ import psutil
 import torch
 from packaging.version import Version
 
-from trietune.device.choose import PLUGIN_GROUP, choose_device, has_plugin
+from trietune.device.choose import choose_device
+from trietune.device.plugin import PLUGIN_GROUP, has_plugin
 from trietune.device.precision import product_seconds
 
 # Older ones have holes: CVE-2026-24747 (torch), CVE-2026-4372 and -5241 (transformers), CVE-2026-22701 (filelock).
@@ -91,10 +92,10 @@ def _devices() -> list[Finding]:
         Finding("device", f"a run would use {chosen.name}" + (f" ({chosen.reason})" if chosen.reason else "")),
         Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB free"),
     ]
-    speeds = [
-        f"{str(dtype).removeprefix('torch.')} {PROBE_FLOPS / product_seconds(dtype, chosen) / 1e9:,.0f} GFLOP/s"
-        for dtype in (torch.bfloat16, torch.float32)
-    ]
+    speeds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rate = PROBE_FLOPS / product_seconds(dtype, chosen.torch_device, chosen.synchronise)
+        speeds.append(f"{str(dtype).removeprefix('torch.')} {rate / 1e9:,.0f} GFLOP/s")
     findings.append(Finding("products", ", ".join(speeds)))
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,36 @@
+"""The processor: always there, the most tested path."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from trietune.device.device import Device
+from trietune.device.precision import measure_fastest
+
+CPU = torch.device("cpu")
+
+
+def describe_cpu(reason: str | None = None) -> Device:
+    """This machine's processor."""
+    return Device(
+        kind="cpu",
+        name=f"CPU, {torch.get_num_threads()} threads",
+        reason=reason,
+        torch_device=CPU,
+        dtypes=(torch.bfloat16, torch.float32),
+        attentions=("rows", "mask"),
+        free_memory_bytes=free_host_bytes,
+        used_memory_bytes=resident_bytes,
+        fastest_dtype=lambda: measure_fastest(CPU),
+    )
+
+
+def free_host_bytes() -> int:
+    """Memory of the host that is available without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def resident_bytes() -> int:
+    """Memory of the host that this process holds."""
+    return int(psutil.Process().memory_info().rss)

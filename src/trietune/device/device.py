@@ -1,0 +1,83 @@
+"""What the rest of the program may know of a device: one object, so that nobody asks what kind it is.
+
+Each kind has a file that makes its object (`cpu.py`, `cuda.py`, `mps.py`, `xla.py`). The defaults are those of a device
+that runs each operation when it is called; a device that compiles whole steps says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+DeviceKind = Literal["cpu", "cuda", "mps", "xla", "tt"]
+
+
+def _nothing() -> None:
+    """There is nothing to do at this point on this device."""
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Where a run computes.
+
+    Attributes:
+        kind: for records and messages; no decision is made by it outside this package.
+        name: for people: `CPU, 2 threads`, `NVIDIA H100`.
+        reason: one line on why this one, or None if it is what was asked for.
+        torch_device: where tensors are placed.
+        dtypes: that a base model may be held in.
+        attentions: ways in which a trie can attend here, best first.
+        has_static_shapes: every new tensor shape costs a compilation, so batches are padded to a few shapes, and
+            nothing that happens may depend on a value on the device.
+        runs_own_backwards: whether functions with a backward of their own (`fused_layers`) pay.
+        reads_every_step: whether loss and gradient norm are read after each step. Elsewhere they stay on the device
+            until they are reported.
+        adamw: keyword arguments of PyTorch's AdamW; None where `optim: adamw` may choose what it likes.
+        optimizers: names of `optim` that run here; None for all.
+        free_memory_bytes: memory that a new process could still use without swapping.
+        used_memory_bytes: memory of this process: resident on the host, or the peak of the allocator on the device.
+        fastest_dtype: what `dtype: auto` takes.
+        synchronise: wait until what was asked of the device is done.
+        end_step: what was recorded since the last call is one unit of work: begin it.
+        seed: of what is random on the device.
+        learning_rate: a learning rate as an optimizer's group keeps it here.
+        place: put a network onto the device.
+        checkpoint: run a function that is computed again in the backward instead of keeping its activations.
+        compilations: programs compiled so far in this process.
+    """
+
+    kind: DeviceKind
+    name: str
+    torch_device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    attentions: tuple[str, ...]
+    free_memory_bytes: Callable[[], int]
+    used_memory_bytes: Callable[[], int]
+    fastest_dtype: Callable[[], torch.dtype]
+    reason: str | None = None
+    has_static_shapes: bool = False
+    runs_own_backwards: bool = True
+    reads_every_step: bool = True
+    adamw: Mapping[str, Any] = field(default_factory=lambda: {"foreach": True})
+    fused_adamw: Mapping[str, Any] = field(default_factory=lambda: {"fused": True})
+    optimizers: tuple[str, ...] | None = None
+    synchronise: Callable[[], None] = _nothing
+    end_step: Callable[[], None] = _nothing
+    seed: Callable[[int], object] = torch.manual_seed
+    learning_rate: Callable[[float], Any] = _as_it_is
+    place: Callable[[nn.Module], Any] = _as_it_is
+    checkpoint: Callable[..., Any] = _checkpoint
+    compilations: Callable[[], int | None] = lambda: None
