@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from trietune.device import Device
-    from trietune.model.attention import AttentionKind
+    from trietune.model.trie_layout import AttentionKind
     from trietune.trie import Batching
 
 

@@ -276,11 +276,13 @@ def test_fused_layers_change_speed_alone(overrides: dict[str, object], monkeypat
 
 
 def test_gradient_checkpointing_recomputes(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune.model import attention
+    from trietune.model import row_attention
 
     calls = []
-    forward = attention.RowAttention.forward
-    monkeypatch.setattr(attention.RowAttention, "forward", staticmethod(lambda *a: (calls.append(1), forward(*a))[1]))
+    forward = row_attention.RowAttention.forward
+    monkeypatch.setattr(
+        row_attention.RowAttention, "forward", staticmethod(lambda *a: (calls.append(1), forward(*a))[1])
+    )
     counts = []
     for checkpointing in (False, True):
         calls.clear()
@@ -290,12 +292,12 @@ def test_gradient_checkpointing_recomputes(overrides: dict[str, object], monkeyp
 
 
 def test_self_check_catches_a_wrong_mask(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune.model import attention
+    from trietune.model import trie_layout
 
     def sees_its_future(trie: Any, window: int | None = None) -> np.ndarray:
         return np.ones((trie.num_nodes, trie.num_nodes), bool)
 
-    monkeypatch.setattr(attention, "visibility", sees_its_future)
+    monkeypatch.setattr(trie_layout, "visibility", sees_its_future)
     with pytest.raises(UserError, match="through the library"):
         run({**overrides, "attention": "mask"})
     finished, _ = run({**overrides, "attention": "mask", "self_check": False, "max_steps": 1})

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trietune.model.attention import AttentionKind, TrieLayout, register
+from trietune.model.attention import register
 from trietune.model.loss import label_losses
+from trietune.model.trie_layout import AttentionKind, TrieLayout
 from trietune.trie import MicroBatch, Trie
 
 

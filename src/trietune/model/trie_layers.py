@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from trietune.model.attention import RowAttention, TrieLayout, visibility
 from trietune.model.lora_linear import LoraWeights, adapter_dtype, lora_weights
+from trietune.model.row_attention import RowAttention
+from trietune.model.trie_layout import TrieLayout, visibility
 from trietune.trie import Trie, build_trie
 
 OBSERVER = "trietune-observer"

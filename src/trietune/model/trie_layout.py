@@ -1,0 +1,84 @@
+"""What attention needs to know of a trie: who sees whom, in the form that each way to attend reads."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from trietune.model.row_layout import RowLayout, build_row_layout
+from trietune.trie import Trie
+
+AttentionKind = Literal["rows", "mask"]
+
+
+class TrieLayout:
+    """What attention needs to know of one trie; built once a micro-batch and shared by all layers.
+
+    Layers with a sliding window get a layout of their own, made when the first of them asks.
+
+    Args:
+        kind: `rows`, or `mask`: all nodes at once under a [T, T] mask, the reference.
+        needed: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
+    """
+
+    def __init__(
+        self,
+        trie: Trie,
+        *,
+        kind: AttentionKind,
+        num_heads: int,
+        num_key_heads: int,
+        device: torch.device,
+        needed: Int64[np.ndarray, " N"] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.needed = None if needed is None else torch.from_numpy(needed).to(device)
+        self._needed = needed
+        self._trie = trie
+        self._num_heads = num_heads
+        self._num_key_heads = num_key_heads
+        self._device = device
+        self._rows: dict[tuple[int | None, torch.dtype, bool], RowLayout] = {}
+        self._masks: dict[int | None, Bool[Tensor, "1 1 T T"]] = {}
+        self._deepest = int(trie.position_ids.max(initial=0))
+
+    def rows(self, window: int | None, dtype: torch.dtype, *, of_needed: bool = False) -> RowLayout:
+        """The buckets for a layer.
+
+        Args:
+            window: number of positions that a query sees, itself included.
+            of_needed: only the needed nodes query.
+        """
+        key = (self._effective(window), dtype, of_needed)
+        if key not in self._rows:
+            self._rows[key] = build_row_layout(
+                self._trie,
+                self._needed if of_needed else None,
+                window=key[0],
+                num_heads=self._num_heads,
+                num_key_heads=self._num_key_heads,
+                dtype=dtype,
+                device=self._device,
+            )
+        return self._rows[key]
+
+    def mask(self, window: int | None) -> Bool[Tensor, "1 1 T T"]:
+        """True where a query (third axis) sees a key (fourth)."""
+        window = self._effective(window)
+        if window not in self._masks:
+            self._masks[window] = torch.from_numpy(visibility(self._trie, window)).to(self._device)[None, None]
+        return self._masks[window]
+
+    def _effective(self, window: int | None) -> int | None:
+        return None if window is None or window > self._deepest else window
+
+
+def visibility(trie: Trie, window: int | None = None) -> Bool[np.ndarray, "T T"]:
+    """`[i, j]` is True when node `i` sees node `j`: `j <= i < subtree_end[j]`, and within the window by depth."""
+    node = np.arange(trie.num_nodes)
+    sees: np.ndarray = (node[None] <= node[:, None]) & (node[:, None] < trie.subtree_end[None])
+    if window is not None:
+        sees &= trie.position_ids[:, None] - trie.position_ids[None] < window
+    return sees
