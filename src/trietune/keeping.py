@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trietune import environment
 from trietune.checkpoints.directory import Damaged, check_sizes, read_directory, write_directory
 from trietune.checkpoints.manifest import ManifestInfo
-from trietune.checkpoints.messages import SaveFailed
+from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE, SaveFailed
 from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
 from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from trietune.prepare import Prepared
     from trietune.tracking.dispatch import Tracker
 
-STATE_FILE, OPTIMIZER_FILE, PROMPT_FILE = "trainer_state.json", "optimizer.safetensors", "prompt_format.json"
+STATE_FILE, PROMPT_FILE = "trainer_state.json", "prompt_format.json"
+# One formula in three kernels, whose state is the same.
+SAME_STATE = {"adamw", "adamw_torch", "adamw_torch_fused"}
 # Shown in the model card.
 CARD_SETTINGS = (
     "max_length", "learning_rate", "batch_size", "num_epochs", "lora_r", "lora_alpha", "lora_target_modules", "dtype",
@@ -83,7 +85,10 @@ class Keeper:
 
             for note in fetch(self.store, self.remote, self.settings.resume_option, path):
                 self.hub.say(note)
-        loaded = self.store.load(self.settings.resume_option, path, fresh_if_none=choice == "auto")
+        expendable = {OPTIMIZER_FILE} if OPTIMIZER_STATE in allowed_changes else set()
+        loaded = self.store.load(
+            self.settings.resume_option, path, fresh_if_none=choice == "auto", expendable=expendable
+        )
         if loaded is None:
             self.hub.say("no checkpoint yet: starting from the beginning")
             return None
@@ -135,16 +140,24 @@ class Keeper:
         from trietune.training.state import restore_optimizer
 
         set_adapter_tensors(peft_model, resumed.contents[WEIGHTS_FILE], where=str(resumed.path))
-        if OPTIMIZER_FILE in resumed.contents:
+        if (reason := self._why_moments_start_anew(resumed)) is None:
             restore_optimizer(optimizer, bytes_to_tensors(resumed.contents[OPTIMIZER_FILE]))
             self.hub.say(f"going on from step {resumed.step:,} with the optimizer's state, as if never stopped")
         else:
             self.hub.say(
                 f"going on from step {resumed.step:,}: weights, data order, schedule and step count go on; the "
-                "optimizer's moments start anew (`save_optim: True` keeps them)"
+                f"optimizer's moments start anew ({reason})"
             )
         state: Mapping[str, Any] = json.loads(resumed.contents[STATE_FILE])
         return state
+
+    def _why_moments_start_anew(self, resumed: LoadedCheckpoint) -> str | None:
+        if OPTIMIZER_FILE in resumed.left_out:
+            return "their file is damaged"
+        if OPTIMIZER_FILE not in resumed.contents:
+            return "`save_optim: True` keeps them"
+        kinds = {resumed.details.get("optim"), self.settings.optim}
+        return None if len(kinds) == 1 or kinds <= SAME_STATE else "another `optim` keeps others"
 
     # Saving
 

@@ -60,7 +60,8 @@ def test_last_falls_back_and_says_so(tmp_path: Path) -> None:
     assert loaded.notes == (
         "step-00000150 is not whole: adapter_model.safetensors does not hold the bytes that were written "
         "(its SHA-256 differs); going on from step-00000050",
-        "step-00000100 is not whole: optimizer.safetensors is missing; going on from step-00000050",
+        "step-00000100 is not whole: optimizer.safetensors is missing; going on from step-00000050 "
+        "(`--allow-change optimizer_state` would go on from step-00000100 with a fresh optimizer)",
     )
 
 
@@ -95,16 +96,49 @@ def test_all_damaged_refuses_and_is_no_fresh_start(tmp_path: Path) -> None:
     assert "step-00000100 is not whole" in str(caught.value)
 
 
-def test_a_damaged_optimizer_is_offered_to_be_left_out_and_only_by_path(tmp_path: Path) -> None:
-    store = make_store(tmp_path)
-    path = save(store, 50)
+def flip(path: Path) -> None:
     damage(path, "optimizer.safetensors")
-    with pytest.raises(UserError) as caught:
-        store.load("last")
-    assert "`save_optim: False`" in str(caught.value)
-    loaded = store.load("path", path, without={"optimizer.safetensors"})
+
+
+def cut(path: Path) -> None:
+    os.truncate(path / "optimizer.safetensors", 3)
+
+
+def remove(path: Path) -> None:
+    (path / "optimizer.safetensors").unlink()
+
+
+@pytest.mark.parametrize("harm", [flip, cut, remove])
+@pytest.mark.parametrize("option", ["last", "best", "path"])
+def test_a_damaged_optimizer_is_left_out_only_when_allowed(tmp_path: Path, option: Any, harm: Any) -> None:
+    store = make_store(tmp_path)
+    path = save(store, 50, 0.5)
+    whole = store.load(option, path, expendable={"optimizer.safetensors"})
+    assert whole is not None
+    assert (whole.left_out, whole.notes, set(whole.contents)) == (frozenset(), (), set(contents_of(50)))
+    harm(path)
+    with pytest.raises(UserError, match="--allow-change optimizer_state") as caught:
+        store.load(option, path)
+    assert caught.value.exit_code == 6
+    loaded = store.load(option, path, expendable={"optimizer.safetensors"})
     assert loaded is not None
-    assert set(loaded.contents) == {"adapter_model.safetensors"}
+    assert loaded.contents == {"adapter_model.safetensors": contents_of(50)["adapter_model.safetensors"]}
+    assert loaded.left_out == {"optimizer.safetensors"}
+    assert "it is left out, as `--allow-change optimizer_state` says" in loaded.notes[-1]
+    damage(path)
+    with pytest.raises(UserError, match="adapter_model"):
+        store.load(option, path, expendable={"optimizer.safetensors"})
+
+
+def test_a_newer_one_with_a_damaged_optimizer_is_passed_over_unless_it_is_allowed(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    save(store, 50)
+    flip(save(store, 100))
+    for allowed, step in ((set(), 50), ({"optimizer.safetensors"}, 100)):
+        loaded = store.load("last", expendable=allowed)
+        assert loaded is not None
+        assert loaded.step == step
+        assert "--allow-change optimizer_state" in loaded.notes[0]
 
 
 def test_nothing_there_is_a_fresh_start_only_when_asked_for(tmp_path: Path) -> None:

@@ -456,6 +456,39 @@ def test_without_the_optimizer_the_resume_says_what_restarts(forge: Forge, place
     assert "moments start anew" in resumed.text
 
 
+def test_a_damaged_optimizer_is_done_without_only_when_allowed(
+    forge: Forge, place: Path, reference: Path, tmp_path: Path
+) -> None:
+    run = copy_of_half_a_run(forge, place, tmp_path)
+    *older, newest = sorted((run / "checkpoints").glob("step-*"))
+    for path in older:
+        shutil.rmtree(path)
+    os.truncate(newest / "optimizer.safetensors", 100)
+    before = snapshot(run)
+    config = write_config(place, tmp_path)
+    refused = forge.run("train", config, "--resume")
+    assert refused.exit_code == 6, refused.text
+    assert "--allow-change optimizer_state" in refused.text
+    assert snapshot(run) == before, "something was changed"
+    resumed = finish(forge, config, "--allow-change", "optimizer_state")
+    assert "the optimizer's moments start anew (their file is damaged)" in resumed.text
+    assert (run / "batches.jsonl").read_text() == (reference / "batches.jsonl").read_text()
+    assert difference(run, reference) > 0
+
+
+def test_another_optimizer_that_was_allowed_begins_with_its_own_state(
+    forge: Forge, place: Path, tmp_path: Path
+) -> None:
+    copy_of_half_a_run(forge, place, tmp_path)
+    config = write_config(place, tmp_path, optim="adagrad")
+    resumed = finish(forge, config, "--allow-change", "optim")
+    assert "the optimizer's moments start anew (another `optim` keeps others)" in resumed.text
+    shutil.rmtree(tmp_path / "run")
+    copy_of_half_a_run(forge, place, tmp_path)
+    resumed = finish(forge, write_config(place, tmp_path, optim="adamw_torch"), "--allow-change", "optim")
+    assert "with the optimizer's state, as if never stopped" in resumed.text
+
+
 def test_a_damaged_newest_falls_back_is_said_and_the_end_is_bit_equal(
     forge: Forge, place: Path, reference: Path, tmp_path: Path
 ) -> None:

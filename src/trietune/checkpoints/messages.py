@@ -12,6 +12,9 @@ from trietune.errors import EXIT_RESUME_REFUSED, UserError
 if TYPE_CHECKING:
     from trietune.checkpoints.directory import Damaged
 
+# The one file that a resume can do without, and the word with which a person allows it to.
+OPTIMIZER_FILE, OPTIMIZER_STATE = "optimizer.safetensors", "optimizer_state"
+
 _REMEDIES = {
     errno.ENOSPC: "free some space on that disk; `keep_last_n` and `keep_best_n` bound what a run keeps",
     errno.EDQUOT: "free some of your quota there; `keep_last_n` and `keep_best_n` bound what a run keeps",
@@ -126,12 +129,26 @@ def path_is_damaged(damage: Damaged, others: Sequence[Path]) -> UserError:
     )
 
 
+def passed_over(damage: Damaged, chosen: Path) -> str:
+    """One sentence: a damaged checkpoint was passed over for an older one."""
+    sentence = f"{damage}; going on from {chosen.name}"
+    if damage.file != OPTIMIZER_FILE:
+        return sentence
+    newer = damage.directory.name
+    return f"{sentence} (`--allow-change {OPTIMIZER_STATE}` would go on from {newer} with a fresh optimizer)"
+
+
+def left_out(damage: Damaged) -> str:
+    """One sentence: a file was damaged, and the user allowed to do without it."""
+    return f"{damage}; it is left out, as `--allow-change {OPTIMIZER_STATE}` says"
+
+
 def _offer_without_optimizer(damages: Sequence[Damaged]) -> str | None:
     """Where the optimizer's state alone is damaged, the weights may still serve; only a person may decide that."""
     for damage in damages:
-        if damage.file == "optimizer.safetensors":
+        if damage.file == OPTIMIZER_FILE:
             return (
-                "its weights may be whole: set `resume_option: path`, "
-                f"`checkpoint_path: {damage.directory}`, `save_optim: False` to go on with a fresh optimizer"
+                f"if the weights of {damage.directory.name} are enough: `--resume --allow-change {OPTIMIZER_STATE}` "
+                "goes on from them with a fresh optimizer"
             )
     return None

@@ -61,7 +61,10 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class LoadedCheckpoint:
-    """A checkpoint whose bytes were verified as they were read; `notes` say what was passed over and why."""
+    """A checkpoint whose bytes were verified as they were read; `notes` say what was passed over and why.
+
+    `left_out` names files that were damaged and that the caller could do without; `contents` lacks them.
+    """
 
     path: Path
     step: int
@@ -70,6 +73,7 @@ class LoadedCheckpoint:
     details: Mapping[str, Any]
     contents: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -148,13 +152,13 @@ class CheckpointStore:
             warnings=tuple(warnings),
         )
 
-    def scan(self) -> list[Checkpoint]:
-        """Every `step-*` entry, oldest step first, after a quick look (manifest and sizes)."""
+    def scan(self, *, without: Collection[str] = ()) -> list[Checkpoint]:
+        """Every `step-*` entry, oldest step first, after a quick look (manifest, and sizes but of files `without`)."""
         found = []
         for path in _step_entries(self.folder):
             step = step_of(path)
             try:
-                manifest = directory.check_sizes(path)
+                manifest = directory.check_sizes(path, without=without)
                 self._check_identity(path, step, manifest)
                 found.append(Checkpoint(path, step, manifest))
             except Damaged as damage:
@@ -175,12 +179,12 @@ class CheckpointStore:
         path: Path | None = None,
         *,
         fresh_if_none: bool = False,
-        without: Collection[str] = (),
+        expendable: Collection[str] = (),
     ) -> LoadedCheckpoint | None:
         """Read and verify the checkpoint to go on from; it stays pinned until the next save.
 
         `last` and `best` pass over damaged ones, down to the newest whole one, and say so in `notes`; `path` takes
-        that one or refuses. Files named in `without` are neither verified nor read.
+        that one or refuses. A file named in `expendable` is left out if it is damaged, and that is said.
 
         Returns:
             None when no checkpoint was ever there and `fresh_if_none`.
@@ -188,9 +192,9 @@ class CheckpointStore:
         Raises:
             UserError: exit code 6 when what is there cannot be believed, 2 when `path` is not one of this run.
         """
-        found = self.scan()
+        found = self.scan(without=expendable)
         if option == "path":
-            return self._load_path(path, found, without)
+            return self._load_path(path, found, expendable)
         if not found:
             traces = _traces(self.folder)
             if traces or not fresh_if_none:
@@ -202,9 +206,9 @@ class CheckpointStore:
             order, notes = self._best_before_newest(found)
         damages: list[Damaged] = []
         for checkpoint in order:
-            passed_over = [f"{damage}; going on from {checkpoint.path.name}" for damage in damages]
+            passed_over = [messages.passed_over(damage, checkpoint.path) for damage in damages]
             try:
-                return self._read(checkpoint, without, notes=(*notes, *passed_over))
+                return self._read(checkpoint, expendable, notes=(*notes, *passed_over))
             except Damaged as damage:
                 damages.append(damage)
         raise messages.all_damaged(self.folder, damages)
@@ -287,7 +291,9 @@ class CheckpointStore:
         best = next(item for item in found if item.step == ranked[0].step)
         return [best, *(item for item in newest_first if item is not best)], []
 
-    def _load_path(self, path: Path | None, found: Sequence[Checkpoint], without: Collection[str]) -> LoadedCheckpoint:
+    def _load_path(
+        self, path: Path | None, found: Sequence[Checkpoint], expendable: Collection[str]
+    ) -> LoadedCheckpoint:
         whole = [item.path for item in found if item.damage is None]
         if path is None:
             raise messages.path_is_empty(whole)
@@ -295,14 +301,25 @@ class CheckpointStore:
         if chosen is None:
             raise messages.path_is_not_ours(path, self.folder, whole)
         try:
-            return self._read(chosen, without)
+            return self._read(chosen, expendable)
         except Damaged as damage:
             raise messages.path_is_damaged(damage, [other for other in whole if other != chosen.path]) from damage
 
-    def _read(self, checkpoint: Checkpoint, without: Collection[str], notes: tuple[str, ...] = ()) -> LoadedCheckpoint:
-        manifest, contents = directory.read_directory(checkpoint.path, without=without)
+    def _read(
+        self, checkpoint: Checkpoint, expendable: Collection[str], notes: tuple[str, ...] = ()
+    ) -> LoadedCheckpoint:
+        left_out: set[str] = set()
+        while True:
+            try:
+                manifest, contents = directory.read_directory(checkpoint.path, without=left_out)
+                break
+            except Damaged as damage:
+                if damage.file not in set(expendable) - left_out:
+                    raise
+                left_out.add(damage.file)
+                notes = (*notes, messages.left_out(damage))
         self._check_identity(checkpoint.path, checkpoint.step, manifest)
-        if not without:
+        if not left_out:
             self._known_whole.add(checkpoint.step)
         self._resumed_step = checkpoint.step
         info = manifest.info
@@ -314,6 +331,7 @@ class CheckpointStore:
             details=info.details,
             contents=contents,
             notes=notes,
+            left_out=frozenset(left_out),
         )
 
     def _check_identity(self, path: Path, step: int, manifest: Manifest) -> None:
