@@ -55,7 +55,7 @@ def trie_attention(
     if trie_layout.kind == "mask":
         return _masked(query, key, value, trie_layout.mask(sliding_window), scale, softcap), None
     num_heads, head_size = query.shape[1], query.shape[-1]
-    layout = trie_layout.rows(sliding_window, query.dtype)
+    layout = trie_layout.rows(sliding_window, head_size, query.dtype)
     flat = (x[0].transpose(0, 1).reshape(-1, head_size) for x in (query, key, value))
     out: Tensor = RowAttention.apply(*flat, layout, scale, softcap)  # type: ignore[no-untyped-call]
     return out.view(1, -1, num_heads, head_size), None

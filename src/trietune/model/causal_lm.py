@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trietune.model.attention import register
 from trietune.model.loss import label_losses
 from trietune.model.trie_layout import AttentionKind, TrieLayout
-from trietune.trie import MicroBatch, Trie
+from trietune.trie import MicroBatch, Trie, pad_trie
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,8 @@ class TrieModel:
         attention: AttentionKind | None = "rows",
         prunes_last: bool = False,
     ) -> None:
+        import os
+        self._multiple = int(os.environ.get("MULT", "1"))
         self._prunes_last = prunes_last and attention == "rows"
         self.network = network
         self.device = device
@@ -73,19 +75,26 @@ class TrieModel:
     def hidden_states(self, micro_batch: MicroBatch, needed: np.ndarray | None = None) -> Tensor:
         """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, N, D] of the `needed` nodes."""
         decoder = self.network.get_decoder()  # type: ignore[operator]
-        inputs = {
-            "input_ids": self._tensor(micro_batch.input_ids),
-            "position_ids": self._tensor(micro_batch.position_ids),
-            "use_cache": False,
-        }
         if micro_batch.trie is None:
             mask = self._tensor(np.ascontiguousarray(micro_batch.attention_mask))
-            output = decoder(**inputs, attention_mask=mask.long())
+            output = decoder(
+                input_ids=self._tensor(micro_batch.input_ids),
+                position_ids=self._tensor(micro_batch.position_ids),
+                attention_mask=mask.long(),
+                use_cache=False,
+            )
         else:
+            trie = pad_trie(micro_batch.trie, -(-micro_batch.num_positions // self._multiple) * self._multiple)
             # A mask with four axes is passed through by the library as it is, so that it builds none of its own and
             # does not guess packed sequences from positions that fall back; the layout says what is seen.
             passed_through = torch.zeros(1, 1, 1, 1, device=self.device)
-            output = decoder(**inputs, attention_mask=passed_through, trie_layout=self.layout(micro_batch.trie, needed))
+            output = decoder(
+                input_ids=self._tensor(trie.input_ids[None]),
+                position_ids=self._tensor(trie.position_ids[None]),
+                attention_mask=passed_through,
+                use_cache=False,
+                trie_layout=self.layout(trie, needed),
+            )
         hidden: Tensor = output.last_hidden_state
         return hidden
 

@@ -1,32 +1,61 @@
-"""The rows of a trie sorted into buckets: where each query, key and output lies.
+"""The rows of a trie gathered into blocks, and blocks into buckets: where each query, key and output lies.
 
 In sorted order the nodes that a sequence adds are one contiguous row, and everything they see lies on that sequence's
 path, so attention is a set of small causal problems aligned at their ends:
 
     row 0   queries 0 1 2   keys 0 1 2          row 1   queries 3   keys 0 1 3
 
-Rows of similar length are padded into one bucket. Heads that share a key and value head are stacked under each other,
-so keys and values are gathered once for all of them.
+Neighbouring rows may be computed as one *block*: their nodes attend what all of them share and each other, under a
+mask. That wastes scores and saves gathers, copies and operations; one block of everything is the masked trie, a block
+a row wastes nothing. The cut is the one with the least estimated time. Blocks of similar size are padded into one
+bucket. Heads that share a key and value head are stacked under each other, so keys and values are gathered once for all
+of them.
 
-Letters: T nodes, H query heads, G key and value heads; in a bucket R rows, Q queries and K keys a row.
+Letters: T nodes, H query heads, G key and value heads; in a bucket R blocks, Q queries and K keys a block.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from trietune.trie import Trie
 
-# Rows and paths are rounded up to the next of these lengths, so that few buckets hold all rows of a trie.
-BUCKET_GROWTH = 1.35
+# Blocks of more rows than this are not considered, unless the whole trie is one: it bounds the search.
+MOST_ROWS_OF_A_BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCost:
+    """Microseconds that attention takes, forward and backward, in a layer; `benchmarks/attention.py` fits them.
+
+    Attributes:
+        bucket: the operations of one bucket, however small.
+        gathered: one query or key of one block, copied there and back.
+        score: one query with one key, all heads.
+    """
+
+    bucket: float
+    gathered: float
+    score: float
+
+    def of(self, num_blocks: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Of one bucket a number."""
+        cost: np.ndarray = self.bucket + num_blocks * (self.gathered * (queries + keys) + self.score * queries * keys)
+        return cost
+
+
+def attention_cost(*, num_heads: int, head_size: int, dtype: torch.dtype) -> AttentionCost:
+    """Measured on two cores with AVX-512; only the ratios matter, and they matter little."""
+    product = 0.0155e-3 if dtype == torch.bfloat16 else 0.06e-3
+    return AttentionCost(bucket=220.0, gathered=0.15, score=num_heads * (0.6e-3 + product * head_size))
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Rows padded to one shape.
+    """Blocks padded to one shape.
 
     Attributes:
         shape: (R, Q, K).
@@ -60,6 +89,26 @@ class RowLayout:
     key_start: Int64[Tensor, " TG"]
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What each block computes: its queries, and as keys some ancestors and then its own nodes.
+
+    Attributes:
+        first_query, num_queries: of each block, as places in the array of querying nodes.
+        keys: nodes, block after block.
+        key_start: where each block's keys begin in `keys`, and their number at the end.
+    """
+
+    first_query: Int64[np.ndarray, " R"]
+    num_queries: Int64[np.ndarray, " R"]
+    keys: Int64[np.ndarray, " A"]
+    key_start: Int64[np.ndarray, " R+1"]
+
+    @property
+    def num_keys(self) -> Int64[np.ndarray, " R"]:
+        return np.diff(self.key_start)
+
+
 def build_row_layout(
     trie: Trie,
     querying: Int64[np.ndarray, " N"] | None = None,
@@ -67,37 +116,33 @@ def build_row_layout(
     window: int | None,
     num_heads: int,
     num_key_heads: int,
+    head_size: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> RowLayout:
-    """Sort the rows of `trie` into buckets and index their queries, keys and outputs.
+    """Cut `trie` into blocks, sort them into buckets, and index their queries, keys and outputs.
 
     Args:
         querying: nodes that query, ascending; None: all. Queries and outputs are then numbered by their place here.
+        window: number of positions that a query sees, itself included.
     """
     if querying is None:
         querying = np.arange(trie.num_nodes)
-    row_of_query = np.searchsorted(trie.row_start, querying, side="right") - 1
-    row, first, num_queries = np.unique(row_of_query, return_index=True, return_counts=True)
-    path_start, path_end = (trie.row_path_start[row + at].astype(np.int64) for at in (0, 1))
-    num_keys = path_end - path_start
-    if window is not None:  # keys further back than the row's first query can see are not gathered
-        last_depth = trie.position_ids[trie.row_path[path_end - 1]]
-        num_keys = np.minimum(num_keys, last_depth - trie.position_ids[querying[first]] + window)
+    cost = attention_cost(num_heads=num_heads, head_size=head_size, dtype=dtype)
+    blocks, groups = cut_into_blocks(trie, querying, window, cost)
     buckets, output_node, output_at, key_node, key_at = [], [], [], [], []
     queries_before = keys_before = 0
-    for group in group_rows(num_queries, num_keys):
-        queries, keys, bias, is_query, is_key = _bucket_nodes(
-            trie, querying, first[group], num_queries[group], path_end[group], num_keys[group], window
-        )
+    for group in groups:
+        queries, keys, sees, is_query, is_key = _bucket_nodes(trie, querying, blocks, group, window)
         query_rows = _head_rows(queries, num_heads)  # [R, H, Q]: heads of one key head are neighbours
         key_rows = _head_rows(keys, num_key_heads)
+        bias = np.where(sees, np.float32(0), -np.inf)[:, None, None]
         buckets.append(
             Bucket(
-                shape=bias.shape,
+                shape=sees.shape,
                 query_rows=torch.from_numpy(query_rows.reshape(-1)).to(device),
                 key_rows=torch.from_numpy(key_rows.reshape(-1)).to(device),
-                bias=torch.from_numpy(bias[:, None, None]).to(device, dtype),
+                bias=torch.from_numpy(bias).to(device, dtype),
             )
         )
         real = np.broadcast_to(is_query[:, None], query_rows.shape)
@@ -121,41 +166,178 @@ def build_row_layout(
     )
 
 
-def group_rows(num_queries: Int64[np.ndarray, " R"], num_keys: Int64[np.ndarray, " R"]) -> list[np.ndarray]:
-    """Rows whose query and key counts round up to the same two lengths, largest first."""
-    size = np.stack((_rounded(num_queries), _rounded(num_keys)))
+def cut_into_blocks(
+    trie: Trie, querying: Int64[np.ndarray, " N"], window: int | None, cost: AttentionCost
+) -> tuple[Blocks, list[np.ndarray]]:
+    """The blocks, and for each bucket which blocks it holds, that take the least time of those that are tried."""
+    rows = _QueryRows.of(trie, querying)
+    cuts = [np.array([0, rows.num_rows])]  # one block: the masked trie
+    # What a block must save to be worth its own: nothing, if many share a bucket; a whole bucket, if it stands alone.
+    cuts += [_cut(rows, cost, worth_a_block) for worth_a_block in (0.0, 0.15 * cost.bucket, cost.bucket)]
+    best: tuple[float, Blocks, list[np.ndarray]] | None = None
+    for cut in cuts:
+        blocks = _make_blocks(trie, querying, rows, cut, window)
+        groups, microseconds = _fill_buckets(blocks.num_queries, blocks.num_keys, cost)
+        if best is None or microseconds < best[0]:
+            best = microseconds, blocks, groups
+    assert best is not None
+    return best[1], best[2]
+
+
+@dataclass(frozen=True, slots=True)
+class _QueryRows:
+    """Rows that have a query.
+
+    Attributes:
+        first_query, num_queries: as places in the array of querying nodes.
+        first_node, end_node: of the row up to its last query.
+        num_ancestors: nodes of its path before its first node.
+        path_start: of its path in `row_path`.
+    """
+
+    first_query: Int64[np.ndarray, " R"]
+    num_queries: Int64[np.ndarray, " R"]
+    first_node: Int64[np.ndarray, " R"]
+    end_node: Int64[np.ndarray, " R"]
+    num_ancestors: Int64[np.ndarray, " R"]
+    path_start: Int64[np.ndarray, " R"]
+
+    @classmethod
+    def of(cls, trie: Trie, querying: Int64[np.ndarray, " N"]) -> "_QueryRows":
+        row_of_query = np.searchsorted(trie.row_start, querying, side="right") - 1
+        row, first, num_queries = np.unique(row_of_query, return_index=True, return_counts=True)
+        first_node, path_start, path_end, end_of_row = (
+            x.astype(np.int64)
+            for x in (
+                trie.row_start[row],
+                trie.row_path_start[row],
+                trie.row_path_start[row + 1],
+                trie.row_start[row + 1],
+            )
+        )
+        return cls(
+            first_query=first,
+            num_queries=num_queries,
+            first_node=first_node,
+            end_node=querying[first + num_queries - 1].astype(np.int64) + 1,
+            num_ancestors=path_end - path_start - (end_of_row - first_node),
+            path_start=path_start,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.first_query)
+
+
+def _cut(rows: _QueryRows, cost: AttentionCost, worth_a_block: float) -> Int64[np.ndarray, " R+1"]:
+    """Where blocks begin, and the number of rows at the end; dynamic programming over the last block."""
+    num = rows.num_rows
+    queries = np.concatenate(([0], np.cumsum(rows.num_queries)))
+    least = np.zeros(num + 1)
+    best_first = np.zeros(num + 1, np.int64)
+    for end in range(1, num + 1):
+        first = np.arange(max(0, end - MOST_ROWS_OF_A_BLOCK), end)
+        num_queries = queries[end] - queries[first]
+        num_keys = rows.num_ancestors[first] + rows.end_node[end - 1] - rows.first_node[first]
+        block = cost.gathered * (num_queries + num_keys) + cost.score * num_queries * num_keys
+        total = least[first] + worth_a_block + block
+        at = int(total.argmin())
+        least[end], best_first[end] = total[at], first[at]
+    starts = [num]
+    while starts[-1] > 0:
+        starts.append(int(best_first[starts[-1]]))
+    return np.array(starts[::-1])
+
+
+def _make_blocks(
+    trie: Trie, querying: Int64[np.ndarray, " N"], rows: _QueryRows, cut: Int64[np.ndarray, " R+1"], window: int | None
+) -> Blocks:
+    first, last = cut[:-1], cut[1:] - 1
+    first_query = rows.first_query[first]
+    num_queries = np.add.reduceat(rows.num_queries, first)
+    ancestors, own = rows.num_ancestors[first], rows.end_node[last] - rows.first_node[first]
+    num_keys = ancestors + own
+    key_start = np.concatenate(([0], np.cumsum(num_keys)))
+    at = np.arange(key_start[-1]) - np.repeat(key_start[:-1], num_keys)
+    is_ancestor = at < np.repeat(ancestors, num_keys)
+    keys = np.where(
+        is_ancestor,
+        trie.row_path[np.minimum(np.repeat(rows.path_start[first], num_keys) + at, len(trie.row_path) - 1)],
+        np.repeat(rows.first_node[first] - ancestors, num_keys) + at,
+    ).astype(np.int64)
+    if window is not None:  # keys further back than the block's shallowest query can see are not gathered
+        shallowest = np.minimum.reduceat(trie.position_ids[querying].astype(np.int64), first_query)
+        is_seen = trie.position_ids[keys] > np.repeat(shallowest - window, num_keys)
+        block = np.repeat(np.arange(len(first)), num_keys)[is_seen]
+        keys = keys[is_seen]
+        key_start = np.concatenate(([0], np.cumsum(np.bincount(block, minlength=len(first)))))
+    return Blocks(first_query, num_queries, keys, key_start)
+
+
+def _fill_buckets(
+    num_queries: Int64[np.ndarray, " R"], num_keys: Int64[np.ndarray, " R"], cost: AttentionCost
+) -> tuple[list[np.ndarray], float]:
+    """Which blocks share a bucket, and the estimated time of all buckets.
+
+    Blocks of similar sizes begin together; then two buckets become one as long as that takes less time.
+    """
+    size = np.stack((_size_class(num_keys), _size_class(num_queries)))
     _, group = np.unique(size, axis=1, return_inverse=True)
     order = np.argsort(-group.ravel(), kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(group.ravel()[order])) + 1)
+    groups = np.split(order, np.flatnonzero(np.diff(group.ravel()[order])) + 1)
+    count = np.array([len(g) for g in groups])
+    queries = np.array([num_queries[g].max() for g in groups])
+    keys = np.array([num_keys[g].max() for g in groups])
+    while len(groups) > 1:
+        together = cost.of(
+            count[:, None] + count[None], np.maximum.outer(queries, queries), np.maximum.outer(keys, keys)
+        )
+        apart = cost.of(count, queries, keys)
+        saved = apart[:, None] + apart[None] - together
+        np.fill_diagonal(saved, -np.inf)
+        a, b = sorted(divmod(int(saved.argmax()), len(groups)))
+        if saved[a, b] <= 0:
+            break
+        groups[a] = np.concatenate((groups[a], groups.pop(b)))
+        count[a] += count[b]
+        queries[a], keys[a] = max(queries[a], queries[b]), max(keys[a], keys[b])
+        count, queries, keys = (np.delete(x, b) for x in (count, queries, keys))
+    return groups, float(cost.of(count, queries, keys).sum())
 
 
-def _rounded(length: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " R"]:
-    exponent: np.ndarray = np.ceil(np.log(np.maximum(length, 8) / 8) / np.log(BUCKET_GROWTH))
-    return exponent.astype(np.int64)
+def _size_class(length: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " R"]:
+    """Lengths within a fifth of each other; the shortest all together."""
+    size: np.ndarray = np.ceil(np.log(np.maximum(length, 8) / 8) / np.log(1.2))
+    return size.astype(np.int64)
 
 
 def _bucket_nodes(
     trie: Trie,
     querying: Int64[np.ndarray, " N"],
-    first: Int64[np.ndarray, " R"],
-    num_queries: Int64[np.ndarray, " R"],
-    path_end: Int64[np.ndarray, " R"],
-    num_keys: Int64[np.ndarray, " R"],
+    blocks: Blocks,
+    group: Int64[np.ndarray, " r"],
     window: int | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Queries [R, Q] by their place in `querying`, keys [R, K] by node, their bias, and which of them are real.
+) -> tuple[
+    Int64[np.ndarray, "r Q"],
+    Int64[np.ndarray, "r K"],
+    Bool[np.ndarray, "r Q K"],
+    Bool[np.ndarray, "r Q"],
+    Bool[np.ndarray, "r K"],
+]:
+    """Queries by their place in `querying`, keys by node, who sees whom, and which of them are real.
 
-    Rows and paths begin at the left; padding repeats the last node, and no real query sees a padding key.
+    Padding repeats the last query or key, and no query sees a padding key.
     """
+    num_queries, num_keys = blocks.num_queries[group], blocks.num_keys[group]
     query_at, key_at = np.arange(num_queries.max()), np.arange(num_keys.max())
     is_query, is_key = query_at < num_queries[:, None], key_at < num_keys[:, None]
-    queries = first[:, None] + np.minimum(query_at, num_queries[:, None] - 1)
-    keys = trie.row_path[(path_end - num_keys)[:, None] + np.minimum(key_at, num_keys[:, None] - 1)]
-    distance = trie.position_ids[querying[queries]][:, :, None] - trie.position_ids[keys][:, None, :]
-    sees = (distance >= 0) & is_key[:, None, :]
+    queries = blocks.first_query[group, None] + np.minimum(query_at, num_queries[:, None] - 1)
+    keys = blocks.keys[blocks.key_start[group, None] + np.minimum(key_at, num_keys[:, None] - 1)]
+    query_node, key_node = querying[queries][:, :, None], keys[:, None, :]
+    sees = (key_node <= query_node) & (query_node < trie.subtree_end[keys][:, None, :]) & is_key[:, None, :]
     if window is not None:
-        sees &= distance < window
-    return queries.astype(np.int64), keys.astype(np.int64), np.where(sees, np.float32(0), -np.inf), is_query, is_key
+        sees &= trie.position_ids[query_node] - trie.position_ids[key_node] < window
+    return queries.astype(np.int64), keys, sees, is_query, is_key
 
 
 def _head_rows(nodes: Int64[np.ndarray, "R L"], num_heads: int) -> Int64[np.ndarray, "R H L"]:

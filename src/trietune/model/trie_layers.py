@@ -142,7 +142,7 @@ class _Attention:
             query, key = norm(query), self.module.k_norm(key)
         query = Rotary.apply(query, query_cos, query_sin)  # type: ignore[no-untyped-call]
         key = Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
-        rows = layout.rows(self.window, query.dtype, of_needed=at is not None)
+        rows = layout.rows(self.window, self.head_size, query.dtype, of_needed=at is not None)
         flat = (x.reshape(-1, self.head_size) for x in (query, key, value))
         out = RowAttention.apply(*flat, rows, self.scale, self.softcap)  # type: ignore[no-untyped-call]
         projected: Tensor = self.module.o_proj(out.view(1, query.shape[0], -1))

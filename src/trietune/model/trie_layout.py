@@ -40,18 +40,18 @@ class TrieLayout:
         self._num_heads = num_heads
         self._num_key_heads = num_key_heads
         self._device = device
-        self._rows: dict[tuple[int | None, torch.dtype, bool], RowLayout] = {}
+        self._rows: dict[tuple[int | None, int, torch.dtype, bool], RowLayout] = {}
         self._masks: dict[int | None, Bool[Tensor, "1 1 T T"]] = {}
         self._deepest = int(trie.position_ids.max(initial=0))
 
-    def rows(self, window: int | None, dtype: torch.dtype, *, of_needed: bool = False) -> RowLayout:
+    def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, of_needed: bool = False) -> RowLayout:
         """The buckets for a layer.
 
         Args:
             window: number of positions that a query sees, itself included.
             of_needed: only the needed nodes query.
         """
-        key = (self._effective(window), dtype, of_needed)
+        key = (self._effective(window), head_size, dtype, of_needed)
         if key not in self._rows:
             self._rows[key] = build_row_layout(
                 self._trie,
@@ -59,6 +59,7 @@ class TrieLayout:
                 window=key[0],
                 num_heads=self._num_heads,
                 num_key_heads=self._num_key_heads,
+                head_size=head_size,
                 dtype=dtype,
                 device=self._device,
             )

@@ -1,7 +1,7 @@
 """Token sequences become tries, batches and micro-batches. Pure NumPy: nothing here knows torch or files."""
 
 from trietune.trie.batching import Batching, MicroBatch, Sequences, make_micro_batches, total_weight
-from trietune.trie.trie import Trie, build_trie, common_prefix_lengths, num_nodes_alone, sort_sequences
+from trietune.trie.trie import Trie, build_trie, common_prefix_lengths, num_nodes_alone, pad_trie, sort_sequences
 
 __all__ = [
     "Batching",
@@ -12,6 +12,7 @@ __all__ = [
     "common_prefix_lengths",
     "make_micro_batches",
     "num_nodes_alone",
+    "pad_trie",
     "sort_sequences",
     "total_weight",
 ]

@@ -16,7 +16,7 @@ block, so a subtree is only an end index, and the nodes that a sequence adds are
 Letters: T nodes, R rows, P nodes of all paths, N (node, label) pairs, M labels before merging, B sequences, K tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float64, Int, Int32, Int64
@@ -90,6 +90,26 @@ def build_trie(
     starts, lengths = starts[order], lengths[order]
     shared = common_prefix_lengths(input_ids, starts, lengths) if share else np.zeros_like(lengths)
     return _assemble(input_ids, labels, order, starts, lengths, shared)
+
+
+def pad_trie(trie: Trie, num_nodes: int) -> Trie:
+    """The same trie with padding at its end, up to `num_nodes` nodes: one more row, that nobody else sees.
+
+    Padding nodes hold token 0, see each other alone and predict nothing.
+    """
+    added = num_nodes - trie.num_nodes
+    if added <= 0:
+        return trie
+    nodes = np.arange(trie.num_nodes, num_nodes, dtype=np.int32)
+    return replace(
+        trie,
+        input_ids=np.append(trie.input_ids, np.zeros(added, np.int32)),
+        position_ids=np.append(trie.position_ids, np.arange(added, dtype=np.int32)),
+        subtree_end=np.append(trie.subtree_end, np.full(added, num_nodes, np.int32)),
+        row_start=np.append(trie.row_start, np.int32(num_nodes)),
+        row_path=np.append(trie.row_path, nodes),
+        row_path_start=np.append(trie.row_path_start, np.int32(len(trie.row_path) + added)),
+    )
 
 
 def num_nodes_alone(labels: Int32[np.ndarray, " K"], offsets: Int64[np.ndarray, " B+1"]) -> Int64[np.ndarray, " B"]:
