@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 DeviceKind = Literal["cpu", "cuda", "mps", "xla", "tt"]
@@ -25,7 +25,8 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function`, keep no activations, and call it again in the backward; PyTorch's non-reentrant kind."""
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
@@ -54,8 +55,10 @@ class Device:
         end_step: what was recorded since the last call is one unit of work: begin it.
         seed: of what is random on the device.
         learning_rate: a learning rate as an optimizer's group keeps it here.
-        place: put a network onto the device.
-        checkpoint: run a function that is computed again in the backward instead of keeping its activations.
+        place_rows: take a tensor to the device whose first axis is the rows of a micro-batch; where several devices
+            share the rows, each gets its part.
+        place_network: take a network to the device, and split its weights where several devices share them.
+        recompute: run a function that is computed again in the backward instead of keeping its activations.
         compilations: programs compiled so far in this process.
     """
 
@@ -77,7 +80,8 @@ class Device:
     synchronise: Callable[[], None] = _nothing
     end_step: Callable[[], None] = _nothing
     seed: Callable[[int], object] = torch.manual_seed
-    learning_rate: Callable[[float], Any] = _as_it_is
-    place: Callable[[nn.Module], Any] = _as_it_is
-    checkpoint: Callable[..., Any] = _checkpoint
+    learning_rate: Callable[[float], float | Tensor] = _as_it_is
+    place_rows: Callable[[Tensor], Tensor] | None = None
+    place_network: Callable[[nn.Module], None] | None = None
+    recompute: Callable[..., Any] = recompute
     compilations: Callable[[], int | None] = lambda: None
