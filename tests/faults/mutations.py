@@ -218,7 +218,7 @@ MUTATIONS = [
     ),
     Mutation(
         "randomness of a step not tied to the step", "training/loop.py",
-        "        torch.manual_seed(step_seed(seed, number))\n", "", (BIT_EQUAL,),
+        "    torch.manual_seed(step_seed(seed, number))\n", "", (BIT_EQUAL,),
     ),
     Mutation(
         "schedule begins anew", "training/loop.py",
