@@ -58,7 +58,8 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and where it is from.")] = False,
     allow_change: Annotated[
-        list[str], typer.Option("--allow-change", metavar="KEY", help="Accept a difference, or `optimizer_state`, when resuming.")
+        list[str],
+        typer.Option("--allow-change", metavar="KEY", help="Accept a difference, or `optimizer_state`, when resuming."),
     ] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")] = False,
 ) -> None:
