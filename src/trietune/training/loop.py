@@ -14,7 +14,7 @@ Whoever iterates decides what a finished step means: log it, evaluate, save, sto
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -112,7 +112,7 @@ def train(
     max_grad_norm: float | None = None,
     before_update: Callable[[int], None] | None = None,
     cut_smaller: Callable[[MicroBatchTooLargeError], None] | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Take the steps `schedules.first_step + 1 .. num_steps`, yielding each.
 
     Args:
