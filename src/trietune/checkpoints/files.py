@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -96,11 +96,12 @@ def rewrite_lock(descriptor: int, data: bytes) -> None:
 # What follows is made of the functions above.
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Create `path` with `data` and flush it; the folder still needs its flush."""
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Create `path`, write its pieces one after another, and flush it; the folder still needs its flush."""
     descriptor = create_file(path)
     try:
-        write(descriptor, data)
+        for piece in pieces:
+            write(descriptor, piece)
         flush(descriptor)
     finally:
         close(descriptor)
@@ -109,7 +110,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 def replace_file(path: Path, staging: Path, data: bytes) -> None:
     """Put `data` in place of `path` so that a reader finds the old or the new bytes whole; `staging` is a sibling."""
     try:
-        write_file(staging, data)
+        write_file(staging, [data])
         rename(staging, path)
     except BaseException:
         discard(staging)
