@@ -55,9 +55,9 @@ class TrieModel:
         place: Callable[[Tensor], Tensor] | None = None,
         recompute: Callable[..., Any] = recompute,
     ) -> None:
-        self._prunes_last = prunes_last and attention == "rows"
+        self._prunes_last = prunes_last and attention not in (None, "mask")
         self.shapes = shapes
-        self._place = place or (lambda tensor: tensor.to(device, non_blocking=True))
+        self.place = place or (lambda tensor: tensor.to(device, non_blocking=True))
         self._recompute = recompute
         self.network = network
         self.device = device
@@ -121,7 +121,7 @@ class TrieModel:
     def _layout_of(self, trie: Trie, needed: np.ndarray | None) -> TrieLayout | StaticLayout:
         if self.shapes is None:
             return self.layout(trie, needed)
-        return StaticLayout(trie, num_rows=self.shapes.num_rows, deepest=self.shapes.deepest, place=self._place)
+        return StaticLayout(trie, num_rows=self.shapes.num_rows, deepest=self.shapes.deepest, place=self.place)
 
     def layout(self, trie: Trie, needed: np.ndarray | None = None) -> TrieLayout:
         """How this model's layers attend on `trie`; of the last layer, only `needed` nodes are wanted."""
@@ -155,4 +155,4 @@ class TrieModel:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if tensor.dtype == torch.int32:
             tensor = tensor.long()
-        return self._place(tensor)
+        return self.place(tensor)
