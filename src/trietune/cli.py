@@ -153,10 +153,10 @@ def predict(
         answers = ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=signals.check)
     records = [{"input": given, **answer} for given, answer in zip(inputs, answers, strict=True)]
     if output_file is not None:
-        from trietune.tracking.jsonl import write_atomically
+        from trietune import files
 
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_atomically(output_file, lines.encode())
+        files.replace_file(output_file, lines.encode())
         typer.echo(f"{len(records):,} answers in {output_file}", err=True)
     elif as_json:
         _print_json({"target": target, "predictions": records})

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trietune.checkpoints import directory, files, manifest
+from trietune import files
+from trietune.checkpoints import directory, manifest
 from trietune.checkpoints.directory import (
     Damaged,
     Streamed,

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trietune.checkpoints import directory, files, resume
+from trietune import files
+from trietune.checkpoints import directory, resume
 from trietune.checkpoints.attempts import Patience
 from trietune.checkpoints.directory import Content, Streamed
 from trietune.checkpoints.lock import RunLock

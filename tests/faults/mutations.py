@@ -37,17 +37,17 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
-        "flush of a file left out", "checkpoints/files.py",
+        "flush of a file left out", "files.py",
         "            write(descriptor, piece)\n        flush(descriptor)\n", "            write(descriptor, piece)\n",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
     ),
     Mutation(
-        "flush that does nothing", "checkpoints/files.py",
+        "flush that does nothing", "files.py",
         "    else:\n        os.fsync(descriptor)\n", "    else:\n        return\n",
         ("tests/faults/test_power_cuts.py::test_a_power_cut_never_loses_what_was_acknowledged[ext4]",), needs="root",
     ),
     Mutation(
-        "flush that does nothing, seen by the kernel's trace", "checkpoints/files.py",
+        "flush that does nothing, seen by the kernel's trace", "files.py",
         "    else:\n        os.fsync(descriptor)\n", "    else:\n        return\n",
         ("tests/faults/test_system_calls.py::test_the_recording_is_what_the_kernel_saw",), needs="strace",
     ),
@@ -109,19 +109,19 @@ MUTATIONS = [
         ("tests/checkpoints/test_lock.py",),
     ),
     Mutation(
-        "the lock file opened through links", "checkpoints/files.py",
+        "the lock file opened through links", "files.py",
         "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW", "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC",
         ("tests/checkpoints/test_lock.py",),
     ),
     Mutation(
-        "a failed flush swallowed", "checkpoints/files.py",
+        "a failed flush swallowed", "files.py",
         "            write(descriptor, piece)\n        flush(descriptor)\n",
         "            write(descriptor, piece)\n        try:\n            flush(descriptor)\n"
         "        except OSError:\n            pass\n",
         ("tests/checkpoints/test_directory.py", "tests/checkpoints/test_store.py"),
     ),
     Mutation(
-        "a failed flush tried again", "checkpoints/files.py",
+        "a failed flush tried again", "files.py",
         "            write(descriptor, piece)\n        flush(descriptor)\n",
         "            write(descriptor, piece)\n        try:\n            flush(descriptor)\n"
         "        except OSError:\n            flush(descriptor)\n",

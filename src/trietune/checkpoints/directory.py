@@ -19,7 +19,6 @@ import hashlib
 import io
 import os
 import re
-import secrets
 import shutil
 import stat
 import time
@@ -31,7 +30,8 @@ from typing import BinaryIO
 
 import psutil
 
-from trietune.checkpoints import files, manifest, messages
+from trietune import files
+from trietune.checkpoints import manifest, messages
 from trietune.checkpoints.manifest import MANIFEST_NAME, FileEntry, Manifest, ManifestInfo
 from trietune.errors import UserError
 
@@ -106,7 +106,7 @@ def write_directory(target: Path, contents: Mapping[str, Content], *, info: Mani
 def _write_directory(target: Path, contents: Mapping[str, Content], info: ManifestInfo) -> WrittenDirectory:
     started = time.perf_counter()
     check_space(target.parent, sum(_size_of(content) for content in contents.values()))
-    staging = hidden_sibling("staging", target)
+    staging = files.hidden_sibling("staging", target)
     try:
         files.make_folder(staging)
         entries = {name: _write_one(staging / name, content) for name, content in contents.items()}
@@ -186,7 +186,7 @@ def check_sizes(directory: Path, *, without: Collection[str] = ()) -> Manifest:
 
 def remove_directory(directory: Path) -> None:
     """Remove a directory so that no reader ever sees half of it: first the name, for good, then what is inside."""
-    hidden = hidden_sibling("removed", directory)
+    hidden = files.hidden_sibling("removed", directory)
     files.rename(directory, hidden)
     files.flush_folder(directory.parent)
     files.remove_tree(hidden)
@@ -221,11 +221,6 @@ def check_space(folder: Path, num_bytes: int) -> None:
             f"{os.strerror(errno.ENOSPC)} ({num_bytes:,} bytes and one megabyte to spare are needed, {free:,} free)"
         )
         raise OSError(errno.ENOSPC, reason, str(folder))
-
-
-def hidden_sibling(purpose: str, target: Path) -> Path:
-    """A name that nobody has yet, beside `target`, of the form `.<purpose>-<name>-<random>`."""
-    return target.with_name(f".{purpose}-{target.name}-{secrets.token_hex(6)}")
 
 
 def move_aside(directory: Path) -> Path:
@@ -265,7 +260,7 @@ def _make_room(target: Path) -> Path | None:
         verify_directory(target)
     except Damaged:
         return move_aside(target)
-    aside = hidden_sibling("replaced", target)
+    aside = files.hidden_sibling("replaced", target)
     files.rename(target, aside)
     files.flush_folder(target.parent)
     return aside

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from trietune.checkpoints import directory, files, messages, retention
+from trietune import files
+from trietune.checkpoints import directory, messages, retention
 from trietune.checkpoints.directory import Content, Damaged
 from trietune.checkpoints.manifest import Manifest, ManifestInfo
 from trietune.checkpoints.messages import SaveFailed
@@ -30,7 +31,7 @@ from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
 ResumeOption = Literal["last", "best", "path"]
 
 # What this package stages in the run directory itself; nothing else there is ever cleaned.
-_STAGED_IN_RUN = re.compile(r"adapter|\.run-id|[a-z]+(\.abandoned-[0-9]+)?\.jsonl", re.ASCII)
+_STAGED_IN_RUN = re.compile(r"adapter|\.run-id|[a-z]+(\.abandoned-[0-9]+)?\.(jsonl|json|yaml|html)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
