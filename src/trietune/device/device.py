@@ -14,11 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trietune.device.attention import AttentionNeeds
+
 DeviceKind = Literal["cpu", "cuda", "mps", "xla", "tt"]
 
 
 def _nothing() -> None:
     """There is nothing to do at this point on this device."""
+
+
+def _refuses_nothing(kind: str, needs: AttentionNeeds) -> None:
+    """Every way to attend takes any model."""
 
 
 def _as_it_is(value: Any) -> Any:
@@ -40,7 +46,8 @@ class Device:
         reason: one line on why this one, or None if it is what was asked for.
         torch_device: where tensors are placed.
         dtypes: that a base model may be held in.
-        attentions: ways in which a trie can attend here, best first.
+        attentions: ways in which a trie can attend here, best first; the last takes any model.
+        refuses_attention: why one of these ways does not take a model; None if it does.
         has_static_shapes: every new tensor shape costs a compilation, so batches are padded to a few shapes, and
             nothing that happens may depend on a value on the device.
         runs_own_backwards: whether functions with a backward of their own (`fused_layers`) pay.
@@ -71,6 +78,7 @@ class Device:
     used_memory_bytes: Callable[[], int]
     fastest_dtype: Callable[[], torch.dtype]
     reason: str | None = None
+    refuses_attention: Callable[[str, AttentionNeeds], str | None] = _refuses_nothing
     has_static_shapes: bool = False
     runs_own_backwards: bool = True
     reads_every_step: bool = True
