@@ -58,7 +58,8 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and where it is from.")] = False,
     allow_change: Annotated[
-        list[str], typer.Option("--allow-change", metavar="KEY", help="Accept a difference, or `optimizer_state`, when resuming.")
+        list[str],
+        typer.Option("--allow-change", metavar="KEY", help="Accept a difference, or `optimizer_state`, when resuming."),
     ] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")] = False,
 ) -> None:
@@ -152,10 +153,10 @@ def predict(
         answers = ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=signals.check)
     records = [{"input": given, **answer} for given, answer in zip(inputs, answers, strict=True)]
     if output_file is not None:
-        from trietune.tracking.jsonl import write_atomically
+        from trietune import files
 
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_atomically(output_file, lines.encode())
+        files.replace_file(output_file, lines.encode())
         typer.echo(f"{len(records):,} answers in {output_file}", err=True)
     elif as_json:
         _print_json({"target": target, "predictions": records})

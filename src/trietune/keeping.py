@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trietune import environment
-from trietune.checkpoints.directory import Damaged, check_sizes, read_directory, write_directory
+from trietune.checkpoints.directory import Content, Damaged, check_sizes, read_directory, write_directory
 from trietune.checkpoints.manifest import ManifestInfo
 from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE, SaveFailed
 from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
@@ -133,22 +133,23 @@ class Keeper:
     def restore(
         self, resumed: LoadedCheckpoint, peft_model: PeftModel, optimizer: torch.optim.Optimizer
     ) -> Mapping[str, Any]:
-        """Put the checkpoint's weights (and optimizer) back; returns `trainer_state.json`."""
+        """Put the checkpoint's weights (and optimizer) back and forget its bytes; returns `trainer_state.json`."""
         from trietune.model.adapter import set_adapter_tensors
         from trietune.model.adapter_folder import WEIGHTS_FILE
         from trietune.model.raw_tensors import bytes_to_tensors
         from trietune.training.state import restore_optimizer
 
-        set_adapter_tensors(peft_model, resumed.contents[WEIGHTS_FILE], where=str(resumed.path))
+        set_adapter_tensors(peft_model, resumed.take(WEIGHTS_FILE), where=str(resumed.path))
         if (reason := self._why_moments_start_anew(resumed)) is None:
-            restore_optimizer(optimizer, bytes_to_tensors(resumed.contents[OPTIMIZER_FILE]))
+            restore_optimizer(optimizer, bytes_to_tensors(resumed.take(OPTIMIZER_FILE)))
             self.hub.say(f"going on from step {resumed.step:,} with the optimizer's state, as if never stopped")
         else:
             self.hub.say(
                 f"going on from step {resumed.step:,}: weights, data order, schedule and step count go on; the "
                 f"optimizer's moments start anew ({reason})"
             )
-        state: Mapping[str, Any] = json.loads(resumed.contents[STATE_FILE])
+        state: Mapping[str, Any] = json.loads(resumed.take(STATE_FILE))
+        resumed.contents.clear()
         return state
 
     def _why_moments_start_anew(self, resumed: LoadedCheckpoint) -> str | None:
@@ -216,7 +217,7 @@ class Keeper:
         if not (value < last if self.settings.checkpoint_metric_mode == "min" else value > last):
             return None
         try:
-            weights = read_directory(best.path)[1][WEIGHTS_FILE]
+            weights = read_directory(best.path, without={OPTIMIZER_FILE})[1][WEIGHTS_FILE]
         except Damaged as damage:
             self.hub.say(f"{damage}: the final adapter is that of the last step, not the best", is_warning=True)
             return None
@@ -242,7 +243,7 @@ class Keeper:
         begin = time.monotonic()
         target = self.directory / "adapter"
         metrics = dict(after.metrics) if after is not None else {}
-        contents = {
+        contents: dict[str, Content] = {
             **adapter_files(peft_model, self.prepared.base),
             PROMPT_FILE: self._prompt_format(),
             "README.md": self._card(before, after, encoder).encode(),
@@ -282,16 +283,19 @@ class Keeper:
 
     def _checkpoint_files(
         self, step: int, epoch: float, peft_model: PeftModel, optimizer: torch.optim.Optimizer
-    ) -> dict[str, bytes]:
+    ) -> dict[str, Content]:
         from trietune.model.adapter import adapter_files
-        from trietune.model.raw_tensors import tensors_to_bytes
+        from trietune.model.raw_tensors import tensors_to_content
         from trietune.training.state import optimizer_tensors
 
-        contents = {**adapter_files(peft_model, self.prepared.base), PROMPT_FILE: self._prompt_format()}
+        contents: dict[str, Content] = {
+            **adapter_files(peft_model, self.prepared.base),
+            PROMPT_FILE: self._prompt_format(),
+        }
         state = {"step": step, "epoch": epoch, "has_optimizer": self.settings.save_optim}
         contents[STATE_FILE] = json.dumps(state, indent=2).encode()
         if self.settings.save_optim:
-            contents[OPTIMIZER_FILE] = tensors_to_bytes(optimizer_tensors(optimizer))
+            contents[OPTIMIZER_FILE] = tensors_to_content(optimizer_tensors(optimizer))
         return contents
 
     def _prompt_format(self) -> bytes:

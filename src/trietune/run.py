@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trietune.checkpoints.files import make_folders
 from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
+from trietune.files import make_folders
 from trietune.keeping import Keeper
 from trietune.prepare import Prepared, adapter_arguments, prepare, progress_of
 from trietune.signals import StopSignals
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.evaluation.evaluate import Evaluation
     from trietune.tracking.dispatch import Tracker
-    from trietune.training.loop import LossNotFiniteError, Step
+    from trietune.training.loop import LossNotFiniteError, MicroBatchTooLargeError, Step
 
 SHOWN_EXAMPLES, SHOWN_PREDICTIONS = 3, 10
 # `max_time` leaves this many steps' time, and this many seconds, to save in.
@@ -110,6 +110,7 @@ class Session:
         self.epoch = 0.0
         self.measured: dict[str, float] = {}
         self.measured_step: int | None = None
+        self.max_positions = self.plan.max_positions
         self.keeper = Keeper(prepared, hub)
         self.meter = Meter()
 
@@ -143,8 +144,9 @@ class Session:
         if self.plan.num_steps == 0:
             return self._finished(before, None, adapter=None)
         try:
-            for step in self._steps():
-                self._after_step(step)
+            with closing(self._steps()) as steps:
+                for step in steps:
+                    self._after_step(step)
         except LossNotFiniteError as error:
             self._raise_not_finite(error)
         step_of_adapter = self._take_best()
@@ -227,13 +229,31 @@ class Session:
             seed=self.settings.seed,
             max_grad_norm=self.settings.max_grad_norm,
             before_update=self._emit_histograms,
+            cut_smaller=self._cut_smaller,
         )
 
     def _micro_batches(self, indices: Any) -> Any:
         from trietune.trie import make_micro_batches
 
-        return make_micro_batches(
-            self.data.train, indices, batching=self.plan.batching, max_nodes=self.plan.max_positions
+        return make_micro_batches(self.data.train, indices, batching=self.plan.batching, max_nodes=self.max_positions)
+
+    def _cut_smaller(self, error: MicroBatchTooLargeError) -> None:
+        """Memory ran out: half as much at once from here on, in validations too."""
+        if error.num_positions <= error.longest:
+            raise UserError(
+                f"not enough memory for one example of {error.longest:,} tokens",
+                where=f"step {self.step + 1}, on {self.plan.device.name}; checkpoints of earlier steps are whole",
+                next_step="`--set gradient_checkpointing=True`"
+                if not self.settings.gradient_checkpointing
+                else f"leave longer examples out: `--set max_length={max(error.longest // 2, 1)}`, or take a smaller "
+                "base model",
+            ) from error
+        self.max_positions = max(error.num_positions // 2, error.longest)
+        redrawn = "; dropout draws other masks" if self.settings.lora_dropout else ""
+        self.hub.say(
+            f"memory ran out at a micro-batch of {error.num_positions:,} tokens: at most {self.max_positions:,} from "
+            f"here on, and step {self.step + 1:,} begins again{redrawn}",
+            is_warning=True,
         )
 
     def _after_step(self, step: Step) -> None:
@@ -296,7 +316,7 @@ class Session:
             self.data.validation,
             self.encoder,
             batching=self.plan.batching,
-            max_nodes=self.plan.max_positions,
+            max_nodes=self.max_positions,
             batch_size=self.plan.eval_batch_size,
             max_examples=max_examples,
             seed=self.settings.seed,

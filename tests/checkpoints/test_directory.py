@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from trietune.checkpoints import directory, files, manifest
+from trietune import files
+from trietune.checkpoints import directory, manifest
 from trietune.checkpoints.directory import (
     Damaged,
+    Streamed,
     clean_leftovers,
     read_directory,
     remove_directory,
@@ -37,8 +39,33 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 
 def test_a_streamed_file_is_hashed_on_its_way(tmp_path: Path) -> None:
     pieces = [os.urandom(3 * 2**20 + 1) for _ in range(3)]
-    written = write_directory(tmp_path / "adapter", {"big.bin": lambda file: file.writelines(pieces)}, info=INFO)
+    size = sum(map(len, pieces))
+    written = write_directory(tmp_path / "adapter", {"big.bin": Streamed(size, lambda: iter(pieces))}, info=INFO)
     assert read_directory(written.path)[1]["big.bin"] == b"".join(pieces)
+
+
+def test_a_streamed_file_that_breaks_its_word_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"big\.bin has 5 bytes, 6 were promised"):
+        write_directory(tmp_path / "adapter", {"big.bin": Streamed(6, lambda: iter([b"123", b"45"]))}, info=INFO)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["create_file", "write", "flush", "close"])
+def test_a_streamed_file_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    fail_always(monkeypatch, call)
+    with pytest.raises(SaveFailed, match="adapter was not saved: Input/output error"):
+        write_directory(tmp_path / "adapter", {"big.bin": Streamed(6, lambda: iter([b"123", b"456"]))}, info=INFO)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_space_is_looked_for_before_a_streamed_file_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: _Usage(free=2**20))
+    with pytest.raises(SaveFailed, match=r"1,000,000 bytes and one megabyte to spare"):
+        write_directory(tmp_path / "adapter", {"big.bin": Streamed(10**6, lambda: pytest.fail("asked"))}, info=INFO)
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:
@@ -129,21 +156,26 @@ def test_a_replaced_directory_comes_back_when_its_successor_never_arrived(
 @pytest.mark.parametrize("call", ["make_folder", "create_file", "write", "flush", "close", "rename"])
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     write_directory(tmp_path / "step-00000050", CONTENTS, info=INFO)
-    calls = 0
+    calls = fail_always(monkeypatch, call)
+    with pytest.raises(SaveFailed, match="step-00000100 was not saved: Input/output error"):
+        write_directory(tmp_path / "step-00000100", CONTENTS, info=INFO)
+    assert calls == [call], "a failed call is never tried again"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000050"]
+
+
+def fail_always(monkeypatch: pytest.MonkeyPatch, call: str) -> list[str]:
+    """Let a function of `files` fail; returns the list that notes each call."""
+    calls = []
     real = getattr(files, call)
 
     def fail(*arguments: object) -> object:
-        nonlocal calls
-        calls += 1
+        calls.append(call)
         if call == "close":
             real(*arguments)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(files, call, fail)
-    with pytest.raises(SaveFailed, match="step-00000100 was not saved: Input/output error"):
-        write_directory(tmp_path / "step-00000100", CONTENTS, info=INFO)
-    assert calls == 1, "a failed call is never tried again"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000050"]
+    return calls
 
 
 def test_a_full_disk_is_seen_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trietune.checkpoints import files
+from trietune import files
 from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
 from trietune.errors import UserError
 

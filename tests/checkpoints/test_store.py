@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from trietune.checkpoints import directory, files
+from trietune import files
+from trietune.checkpoints import directory
 from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError

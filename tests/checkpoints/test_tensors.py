@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -44,22 +44,36 @@ def test_bf16_goes_through_as_bit_patterns() -> None:
     assert safetensors.deserialize(data)[0][1]["dtype"] == "BF16"
 
 
-def test_streaming_gives_the_same_bytes_one_tensor_at_a_time() -> None:
+# Numbers in a piece that is written by itself.
+LARGE = 2**20 + 1
+
+
+def test_pieces_give_the_same_bytes_one_at_a_time() -> None:
     alive: list[str] = []
 
     def make(name: str) -> RawTensor:
-        def data() -> bytes:
-            alive.append(name)
-            return name.encode() * 4
+        def data() -> Iterator[bytes]:
+            for number in range(3):
+                alive.append(f"{name}{number}")
+                yield name.encode() * 4 * LARGE
 
-        return RawTensor("F32", (1,), data)
+        return RawTensor("F32", (3 * LARGE,), data)
 
     lazy = {name: make(name) for name in "cab"}
-    file = io.BytesIO()
-    tensors.stream(lazy)(file)
-    assert alive == ["a", "b", "c"]
-    assert file.getvalue() == tensors.serialise(lazy)
-    assert len(file.getvalue()) == tensors.size_bytes(lazy)
+    given = tensors.pieces({**lazy, "d": RawTensor("F32", (1,), b"1234"), "e": RawTensor("F32", (1,), b"5678")})
+    assert next(given)[8:9] == b"{"
+    assert next(given) == b"a" * 4 * LARGE
+    assert alive == ["a0"], "more than one piece was asked for"
+    assert [bytes(piece[:1]) for piece in given] == [b"a"] * 2 + [b"b"] * 3 + [b"c"] * 3 + [b"1"]
+    text = b"".join(tensors.pieces(lazy))
+    assert text == tensors.serialise(lazy)
+    assert len(text) == tensors.size_bytes(lazy)
+
+
+def test_a_tensor_that_gives_other_than_its_shape_says_is_an_error() -> None:
+    short = {"a": RawTensor("F32", (2,), lambda: iter([b"1234"]))}
+    with pytest.raises(TensorError, match="`a` has 4 bytes, its shape says 8"):
+        tensors.serialise(short)
 
 
 def header(document: Any, data: bytes = b"") -> bytes:

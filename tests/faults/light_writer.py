@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trietune.checkpoints import directory, files, resume
+from trietune import files
+from trietune.checkpoints import directory, resume
 from trietune.checkpoints.attempts import Patience
+from trietune.checkpoints.directory import Content, Streamed
 from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.manifest import ManifestInfo
 from trietune.checkpoints.messages import SaveFailed
@@ -50,6 +52,14 @@ def contents_of(weights: bytes, step: int, size: int) -> dict[str, bytes]:
         "optimizer.safetensors": weights,
         "trainer_state.json": json.dumps({"step": step}).encode(),
     }
+
+
+def streamed(contents: dict[str, bytes]) -> dict[str, Content]:
+    """The same with the weights given in three pieces, as those of a large adapter are."""
+    weights = contents["adapter_model.safetensors"]
+    third = len(weights) // 3
+    pieces = [weights[:third], weights[third : 2 * third], weights[2 * third :]]
+    return {**contents, "adapter_model.safetensors": Streamed(len(weights), lambda: iter(pieces))}
 
 
 def make_store(run: Path) -> CheckpointStore:
@@ -97,7 +107,8 @@ def train(options: Any) -> None:
             save(store, remote, step, weights, options.size)
     info = ManifestInfo(run_id="run1", step=step, kind="adapter")
     try:
-        directory.write_directory(options.run / "adapter", contents_of(weights, step, options.size), info=info)
+        contents = streamed(contents_of(weights, step, options.size))
+        directory.write_directory(options.run / "adapter", contents, info=info)
         say("finished", step)
     except SaveFailed as error:
         say("failed", "adapter", error.number)
@@ -107,7 +118,7 @@ def save(store: CheckpointStore, remote: RemoteRun | None, step: int, weights: b
     say("saving", step)
     try:
         saved = store.save(
-            step, contents_of(weights, step, size), metrics={"eval/loss": weights[0]},
+            step, streamed(contents_of(weights, step, size)), metrics={"eval/loss": weights[0]},
             flush_first=[store.run_directory / "metrics.jsonl"],
         )  # fmt: skip
     except SaveFailed as error:

@@ -212,7 +212,7 @@ def test_another_user_can_read_what_the_umask_lets_him(tmp_path: Path) -> None:
 
 
 def test_a_log_on_a_full_disk_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune.checkpoints import files
+    from trietune import files
 
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}\n')

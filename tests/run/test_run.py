@@ -402,7 +402,7 @@ def test_print_examples_shows_labels_before_and_answers_after(overrides: dict[st
 def test_a_save_that_fails_is_told_and_training_goes_on_or_stops(
     overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trietune.checkpoints import files
+    from trietune import files
 
     def full(path: Any) -> None:
         if "step-" in str(path):

@@ -2,7 +2,7 @@
 
     write_directory(.../step-00000050)
         mkdir   .staging-step-00000050-3f9ac1d20b7e         a sibling, so that the rename stays on one file system
-        write   adapter_config.json, ...       flush each    hashed from the bytes in memory, never read back
+        write   adapter_config.json, ...       flush each    hashed in memory on their way, never read back
         write   manifest.json                  flush         last: size and SHA-256 of all the others
         flush   .staging-step-00000050-3f9ac1d20b7e          its entries
         rename  .staging-...  ->  step-00000050              at once
@@ -19,23 +19,21 @@ import hashlib
 import io
 import os
 import re
-import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import psutil
 
-from trietune.checkpoints import files, manifest, messages
+from trietune import files
+from trietune.checkpoints import manifest, messages
 from trietune.checkpoints.manifest import MANIFEST_NAME, FileEntry, Manifest, ManifestInfo
 from trietune.errors import UserError
-
-Content = bytes | Callable[[BinaryIO], None]
 
 STAGING = re.compile(r"\.staging-(?P<name>.+)-[0-9a-f]{12}")
 REPLACED = re.compile(r"\.replaced-(?P<name>.+)-[0-9a-f]{12}")
@@ -58,6 +56,17 @@ class Damaged(Exception):  # noqa: N818  (a state of a directory, not a failure 
 
 
 @dataclass(frozen=True, slots=True)
+class Streamed:
+    """A file that is too large to be in memory a second time: its size, and what gives its bytes piece by piece."""
+
+    size_bytes: int
+    pieces: Callable[[], Iterable[bytes | memoryview]]
+
+
+Content = bytes | Streamed
+
+
+@dataclass(frozen=True, slots=True)
 class WrittenDirectory:
     """A directory that is on disk for good; `moved_aside` is what stood in its place and was damaged."""
 
@@ -76,39 +85,33 @@ class Verified:
     extra: tuple[str, ...] = ()
 
 
-def write_directory(
-    target: Path, contents: Mapping[str, Content], *, info: ManifestInfo, expected_bytes: int = 0
-) -> WrittenDirectory:
+def write_directory(target: Path, contents: Mapping[str, Content], *, info: ManifestInfo) -> WrittenDirectory:
     """Write `contents` as the directory `target`, whole or not at all.
 
     Args:
         target: its parent must exist. What stands there already is replaced when it is whole, and moved to
             `.damaged-<name>-<n>` beside it when it is not.
-        contents: by file name; bytes, or a function that writes them to the binary file that it is given, for what
-            is too large to hold twice.
+        contents: by file name.
         info: what the manifest says beside the files.
-        expected_bytes: of the functions in `contents`, for the check of free space; bytes count themselves.
 
     Raises:
         SaveFailed: the disk refused, or free space would not do. `target` is then what it was before.
     """
     try:
-        return _write_directory(target, contents, info, expected_bytes)
+        return _write_directory(target, contents, info)
     except OSError as error:
         raise messages.save_failed(error, target) from error
 
 
-def _write_directory(
-    target: Path, contents: Mapping[str, Content], info: ManifestInfo, expected_bytes: int
-) -> WrittenDirectory:
+def _write_directory(target: Path, contents: Mapping[str, Content], info: ManifestInfo) -> WrittenDirectory:
     started = time.perf_counter()
-    check_space(target.parent, expected_bytes + sum(len(data) for data in contents.values() if isinstance(data, bytes)))
-    staging = hidden_sibling("staging", target)
+    check_space(target.parent, sum(_size_of(content) for content in contents.values()))
+    staging = files.hidden_sibling("staging", target)
     try:
         files.make_folder(staging)
         entries = {name: _write_one(staging / name, content) for name, content in contents.items()}
         written = Manifest(info=info, files=entries)
-        files.write_file(staging / MANIFEST_NAME, manifest.serialise(written))
+        files.write_file(staging / MANIFEST_NAME, [manifest.serialise(written)])
         files.flush_folder(staging)
         moved_aside = _make_room(target)
         files.rename(staging, target)
@@ -183,7 +186,7 @@ def check_sizes(directory: Path, *, without: Collection[str] = ()) -> Manifest:
 
 def remove_directory(directory: Path) -> None:
     """Remove a directory so that no reader ever sees half of it: first the name, for good, then what is inside."""
-    hidden = hidden_sibling("removed", directory)
+    hidden = files.hidden_sibling("removed", directory)
     files.rename(directory, hidden)
     files.flush_folder(directory.parent)
     files.remove_tree(hidden)
@@ -220,11 +223,6 @@ def check_space(folder: Path, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, reason, str(folder))
 
 
-def hidden_sibling(purpose: str, target: Path) -> Path:
-    """A name that nobody has yet, beside `target`, of the form `.<purpose>-<name>-<random>`."""
-    return target.with_name(f".{purpose}-{target.name}-{secrets.token_hex(6)}")
-
-
 def move_aside(directory: Path) -> Path:
     """Rename a damaged directory to the first free `.damaged-<name>-<n>` beside it and return that path."""
     number = 1
@@ -236,40 +234,23 @@ def move_aside(directory: Path) -> Path:
 
 
 def _write_one(path: Path, content: Content) -> FileEntry:
-    if isinstance(content, bytes):
-        entry = FileEntry(len(content), hashlib.sha256(content).hexdigest())
-        files.write_file(path, content)
-        return entry
-    raw = _HashedFile(path)
-    with io.BufferedWriter(cast(io.RawIOBase, raw), _CHUNK_BYTES) as file:
-        content(file)
-        file.flush()
-        files.flush(raw.descriptor)
-    return FileEntry(raw.size, raw.digest.hexdigest())
+    digest, size = hashlib.sha256(), 0
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        nonlocal size
+        for piece in [content] if isinstance(content, bytes) else content.pieces():
+            digest.update(piece)
+            size += memoryview(piece).nbytes
+            yield piece
+
+    files.write_file(path, hashed())
+    if size != _size_of(content):
+        raise ValueError(f"{path.name} has {size:,} bytes, {_size_of(content):,} were promised")
+    return FileEntry(size, digest.hexdigest())
 
 
-class _HashedFile(io.RawIOBase):
-    """A new file that counts and hashes what goes into it."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = files.create_file(path)
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]  # a buffer is all that ever comes
-        view = memoryview(data).cast("B")
-        files.write(self.descriptor, view)
-        self.digest.update(view)
-        self.size += len(view)
-        return len(view)
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            files.close(self.descriptor)
+def _size_of(content: Content) -> int:
+    return len(content) if isinstance(content, bytes) else content.size_bytes
 
 
 def _make_room(target: Path) -> Path | None:
@@ -279,7 +260,7 @@ def _make_room(target: Path) -> Path | None:
         verify_directory(target)
     except Damaged:
         return move_aside(target)
-    aside = hidden_sibling("replaced", target)
+    aside = files.hidden_sibling("replaced", target)
     files.rename(target, aside)
     files.flush_folder(target.parent)
     return aside

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from trietune.checkpoints import files, strict_json
+from trietune import files
+from trietune.checkpoints import strict_json
 from trietune.errors import UserError
 
 LOCK_NAME = ".lock"

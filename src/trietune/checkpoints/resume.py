@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trietune.checkpoints import files, messages, strict_json
+from trietune import files
+from trietune.checkpoints import messages, strict_json
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 
 _NOT_MENTIONED = {
@@ -152,7 +153,7 @@ def abandon_lines(path: Path, after_step: int) -> AbandonedLines:
         return AbandonedLines(0, 0, None)
     try:
         abandoned = _keep_abandoned(path, b"".join(surplus)) if surplus else None
-        files.replace_file(path, _staging(path), repaired)
+        files.replace_file(path, repaired)
     except OSError as error:
         raise messages.start_failed(error, path) from error
     return AbandonedLines(len(surplus) - num_torn, num_torn, abandoned)
@@ -169,7 +170,7 @@ def load_or_create_run_id(run_directory: Path, *, adopt: str | None = None) -> s
     except FileNotFoundError:
         run_id = adopt or secrets.token_hex(16)
         try:
-            files.replace_file(path, _staging(path), f"{run_id}\n".encode())
+            files.replace_file(path, f"{run_id}\n".encode())
         except OSError as error:
             raise messages.start_failed(error, path) from error
         return run_id
@@ -219,12 +220,8 @@ def _keep_abandoned(path: Path, data: bytes) -> Path:
         if abandoned.is_file() and abandoned.read_bytes() == data:
             return abandoned
         number += 1
-    files.replace_file(abandoned, _staging(abandoned), data)
+    files.replace_file(abandoned, data)
     return abandoned
-
-
-def _staging(path: Path) -> Path:
-    return path.with_name(f".staging-{path.name}-{secrets.token_hex(6)}")
 
 
 def _unreadable_id(path: Path) -> UserError:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from trietune.checkpoints import files
+from trietune import files
 from trietune.errors import UserError
 
 PROTOCOLS = {"s3": "s3", "gcs": "gcs", "azure": "abfs"}

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from trietune.checkpoints import directory, files, messages, retention
+from trietune import files
+from trietune.checkpoints import directory, messages, retention
 from trietune.checkpoints.directory import Content, Damaged
 from trietune.checkpoints.manifest import Manifest, ManifestInfo
 from trietune.checkpoints.messages import SaveFailed
@@ -30,7 +31,7 @@ from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
 ResumeOption = Literal["last", "best", "path"]
 
 # What this package stages in the run directory itself; nothing else there is ever cleaned.
-_STAGED_IN_RUN = re.compile(r"adapter|\.run-id|[a-z]+(\.abandoned-[0-9]+)?\.jsonl", re.ASCII)
+_STAGED_IN_RUN = re.compile(r"adapter|\.run-id|[a-z]+(\.abandoned-[0-9]+)?\.(jsonl|json|yaml|html)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,13 @@ class LoadedCheckpoint:
     run_id: str
     metrics: Mapping[str, float | int | None]
     details: Mapping[str, Any]
-    contents: Mapping[str, bytes]
+    contents: dict[str, bytes]
     notes: tuple[str, ...] = ()
     left_out: frozenset[str] = frozenset()
+
+    def take(self, name: str) -> bytes:
+        """The bytes of a file, forgotten here, so that they go when the caller has made something of them."""
+        return self.contents.pop(name)
 
 
 @dataclass(slots=True)
@@ -107,7 +112,6 @@ class CheckpointStore:
         *,
         metrics: Mapping[str, float | int | None] | None = None,
         details: Mapping[str, Any] | None = None,
-        expected_bytes: int = 0,
         flush_first: Sequence[Path] = (),
     ) -> SavedCheckpoint:
         """Write the checkpoint of `step`, then remove what the limits no longer keep.
@@ -115,7 +119,6 @@ class CheckpointStore:
         Args:
             metrics: measured on exactly these weights; NaN and infinities are kept as null and never rank.
             details: what `resume.compare` looks at; plain JSON values.
-            expected_bytes: that the functions in `contents` will write.
             flush_first: files, such as `metrics.jsonl`, that must reach the device before the checkpoint does.
 
         Raises:
@@ -129,7 +132,7 @@ class CheckpointStore:
             for path in flush_first:
                 if path.exists():
                     files.flush_file(path)
-            written = directory.write_directory(target, contents, info=info, expected_bytes=expected_bytes)
+            written = directory.write_directory(target, contents, info=info)
         except (OSError, SaveFailed) as error:
             failure = error if isinstance(error, SaveFailed) else messages.save_failed(error, target)
             raise messages.checkpoint_not_saved(failure, newest_whole=self._newest_whole()) from error

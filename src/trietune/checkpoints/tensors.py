@@ -1,4 +1,4 @@
-"""Tensors as safetensors bytes, without torch: written to memory or streamed, and parsed without trust.
+"""Tensors as safetensors bytes, without torch: at once or in pieces, and parsed without trust.
 
     8 bytes    length of the header, little-endian
     header     {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"format": "pt"}}
@@ -14,9 +14,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +30,8 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
 MAX_NAME_BYTES = 512
+# One system call for so many small tensors.
+_GATHERED_BYTES = 4 * 2**20
 
 _NUMPY_DTYPES = {
     "F64": "<f8", "I64": "<i8", "U64": "<u8", "F32": "<f4", "I32": "<i4", "U32": "<u4", "F16": "<f2", "I16": "<i2",
@@ -47,23 +49,26 @@ class TensorError(ValueError):
 class RawTensor:
     """A tensor as bytes: `dtype` in the format's own words (`F32`, `BF16`, ...), row-major, little-endian.
 
-    `data` may be a function that makes the bytes, called once when they are written, so that a large tensor that
-    lives elsewhere (on a device, in another precision) is copied only in its turn.
+    `data` may be a function that gives the bytes in pieces, called when they are written, so that of a large tensor
+    that lives elsewhere (on a device) only a piece at a time is copied.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes | memoryview | Callable[[], bytes | memoryview]
+    data: bytes | memoryview | Callable[[], Iterable[bytes | memoryview]]
 
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
+    def to_buffer(self) -> bytes | memoryview:
+        """All bytes in one."""
+        return b"".join(self.data()) if callable(self.data) else self.data
+
     def to_numpy(self) -> np.ndarray[Any, Any]:
         """A read-only array over the same bytes; BF16 and the eight-bit floats come as their bit patterns, unsigned."""
         raw_dtype = _NUMPY_DTYPES.get(self.dtype) or f"<u{ITEM_BYTES[self.dtype]}"
-        data = self.data() if callable(self.data) else self.data
-        array = np.frombuffer(data, dtype=raw_dtype).reshape(self.shape)
+        array = np.frombuffer(self.to_buffer(), dtype=raw_dtype).reshape(self.shape)
         array.flags.writeable = False
         return array
 
@@ -84,20 +89,27 @@ def serialise(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] |
     return b"".join(_pieces(tensors, metadata))
 
 
-def stream(
+def pieces(
     tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None
-) -> Callable[[BinaryIO], None]:
-    """The same bytes as `serialise`, written one tensor at a time to the file that the result is called with."""
-
-    def write(file: BinaryIO) -> None:
-        for piece in _pieces(tensors, metadata):
-            file.write(piece)
-
-    return write
+) -> Iterator[bytes | memoryview]:
+    """The same bytes as `serialise` in pieces: small tensors together, large ones as they come."""
+    small: list[bytes | memoryview] = []
+    num_small = 0
+    for piece in _pieces(tensors, metadata):
+        num_bytes = memoryview(piece).nbytes
+        if small and num_small + num_bytes > _GATHERED_BYTES:
+            yield b"".join(small)
+            small, num_small = [], 0
+        if num_bytes > _GATHERED_BYTES:
+            yield piece
+        else:
+            small.append(piece)
+            num_small += num_bytes
+    yield b"".join(small)
 
 
 def size_bytes(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None) -> int:
-    """How many bytes `serialise` and `stream` write."""
+    """How many bytes `serialise` and `pieces` give."""
     return len(_header(_in_order(tensors), metadata)) + sum(tensor.size_bytes for tensor in tensors.values())
 
 
@@ -137,10 +149,12 @@ def _pieces(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str] | None
     ordered = _in_order(tensors)
     yield _header(ordered, metadata)
     for name, tensor in ordered:
-        data = tensor.data() if callable(tensor.data) else tensor.data
-        if memoryview(data).nbytes != tensor.size_bytes:
-            raise TensorError(f"`{name}` has {memoryview(data).nbytes:,} bytes, its shape says {tensor.size_bytes:,}")
-        yield data
+        num_bytes = 0
+        for piece in tensor.data() if callable(tensor.data) else [tensor.data]:
+            num_bytes += memoryview(piece).nbytes
+            yield piece
+        if num_bytes != tensor.size_bytes:
+            raise TensorError(f"`{name}` has {num_bytes:,} bytes, its shape says {tensor.size_bytes:,}")
 
 
 def _in_order(tensors: Mapping[str, RawTensor]) -> list[tuple[str, RawTensor]]:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trietune.checkpoints import attempts, directory, files, manifest, retention
+from trietune import files
+from trietune.checkpoints import attempts, directory, manifest, retention
 from trietune.checkpoints.attempts import Patience
 from trietune.checkpoints.directory import Damaged
 from trietune.checkpoints.remote import RemoteCopy, RemoteRun

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from importlib.util import find_spec
+
 import torch
 
+from trietune.device.attention import Card, card_refuses
 from trietune.device.device import Device
 from trietune.errors import UserError
 
@@ -16,7 +20,12 @@ def has_cuda() -> bool:
 
 
 def describe_cuda(reason: str | None = None) -> Device:
-    """The current card."""
+    """The current card.
+
+    PyTorch's attention through cuDNN is turned off for the process: under a mask its gradient of the queries is NaN on
+    H100 where the length leaves 64 after division by 128 (pytorch/pytorch issue 196678).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return Device(
         kind="cuda",
@@ -24,11 +33,22 @@ def describe_cuda(reason: str | None = None) -> Device:
         reason=reason,
         torch_device=CUDA,
         dtypes=(*((torch.bfloat16,) if has_bfloat16 else ()), torch.float32, torch.float16),
-        attentions=("rows", "mask"),
+        attentions=("varlen", "flex", "mask", "rows"),
+        refuses_attention=partial(card_refuses, _card()),
         free_memory_bytes=lambda: int(torch.cuda.mem_get_info()[0]),
         used_memory_bytes=lambda: int(torch.cuda.max_memory_allocated()),
         fastest_dtype=lambda: torch.bfloat16 if has_bfloat16 else torch.float32,
         synchronise=torch.cuda.synchronize,
+    )
+
+
+def _card() -> Card:
+    properties = torch.cuda.get_device_properties()
+    return Card(
+        capability=(properties.major, properties.minor),
+        shared_memory_bytes=getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
+        has_flash=torch.backends.cuda.is_flash_attention_available(),
+        has_triton=find_spec("triton") is not None,
     )
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from trietune.device.attention import AttentionNeeds
 
 DeviceKind = Literal["cpu", "cuda", "mps", "xla", "tt"]
 
@@ -21,11 +23,16 @@ def _nothing() -> None:
     """There is nothing to do at this point on this device."""
 
 
+def _refuses_nothing(kind: str, needs: AttentionNeeds) -> None:
+    """Every way to attend takes any model."""
+
+
 def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function`, keep no activations, and call it again in the backward; PyTorch's non-reentrant kind."""
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
@@ -39,7 +46,8 @@ class Device:
         reason: one line on why this one, or None if it is what was asked for.
         torch_device: where tensors are placed.
         dtypes: that a base model may be held in.
-        attentions: ways in which a trie can attend here, best first.
+        attentions: ways in which a trie can attend here, best first; the last takes any model.
+        refuses_attention: why one of these ways does not take a model; None if it does.
         has_static_shapes: every new tensor shape costs a compilation, so batches are padded to a few shapes, and
             nothing that happens may depend on a value on the device.
         runs_own_backwards: whether functions with a backward of their own (`fused_layers`) pay.
@@ -54,8 +62,10 @@ class Device:
         end_step: what was recorded since the last call is one unit of work: begin it.
         seed: of what is random on the device.
         learning_rate: a learning rate as an optimizer's group keeps it here.
-        place: put a network onto the device.
-        checkpoint: run a function that is computed again in the backward instead of keeping its activations.
+        place_rows: take a tensor to the device whose first axis is the rows of a micro-batch; where several devices
+            share the rows, each gets its part.
+        place_network: take a network to the device, and split its weights where several devices share them.
+        recompute: run a function that is computed again in the backward instead of keeping its activations.
         compilations: programs compiled so far in this process.
     """
 
@@ -68,6 +78,7 @@ class Device:
     used_memory_bytes: Callable[[], int]
     fastest_dtype: Callable[[], torch.dtype]
     reason: str | None = None
+    refuses_attention: Callable[[str, AttentionNeeds], str | None] = _refuses_nothing
     has_static_shapes: bool = False
     runs_own_backwards: bool = True
     reads_every_step: bool = True
@@ -77,7 +88,8 @@ class Device:
     synchronise: Callable[[], None] = _nothing
     end_step: Callable[[], None] = _nothing
     seed: Callable[[int], object] = torch.manual_seed
-    learning_rate: Callable[[float], Any] = _as_it_is
-    place: Callable[[nn.Module], Any] = _as_it_is
-    checkpoint: Callable[..., Any] = _checkpoint
+    learning_rate: Callable[[float], float | Tensor] = _as_it_is
+    place_rows: Callable[[Tensor], Tensor] | None = None
+    place_network: Callable[[nn.Module], None] | None = None
+    recompute: Callable[..., Any] = recompute
     compilations: Callable[[], int | None] = lambda: None

@@ -63,11 +63,10 @@ def _describe(kind: Any, name: str, device: torch.device, reason: str | None) ->
     def learning_rate(value: float) -> torch.Tensor:
         return torch.tensor([value]).to(device)[0]
 
-    def place(network: nn.Module) -> nn.Module:
+    def place_network(network: nn.Module) -> None:
         network.to(device)
         # Moving to XLA makes new parameters, so a head that was the embedding is a copy of it now.
         network.tie_weights()  # type: ignore[operator]  # of transformers, which is untyped
-        return network
 
     return Device(
         kind=kind,
@@ -88,13 +87,13 @@ def _describe(kind: Any, name: str, device: torch.device, reason: str | None) ->
         end_step=torch_xla.sync,
         seed=lambda seed: torch_xla.manual_seed(seed & 0xFFFFFFFF),
         learning_rate=learning_rate,
-        place=place,
-        checkpoint=_checkpoint,
+        place_network=place_network,
+        recompute=_recompute,
         compilations=num_compilations,
     )
 
 
-def _checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+def _recompute(function: Any, *args: Any, **kwargs: Any) -> Any:
     """PyTorch's own checkpointing looks for a `torch.xla` that does not exist; this is torch_xla's, reentrant."""
     from torch_xla.utils.checkpoint import checkpoint
 

@@ -23,12 +23,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trietune.checkpoints import strict_json
-from trietune.checkpoints.tensors import TensorError, check_names, parse, serialise
+from trietune.checkpoints.directory import Content
+from trietune.checkpoints.tensors import TensorError, check_names, parse
 from trietune.errors import UserError
 from trietune.model.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES, config_for_file, parse_config
 from trietune.model.adapter_folder import WEIGHTS_FILE, read_plain_file, read_shapes
 from trietune.model.locate import ModelFolder
-from trietune.model.raw_tensors import from_raw, to_raw
+from trietune.model.raw_tensors import copy_into, tensors_to_content
 
 _FLOATING_POINT = ("F64", "F32", "F16", "BF16")
 
@@ -84,15 +85,14 @@ def add_adapter(
     return _wrap(network, config, base=base, seed=seed, where="lora_target_modules")
 
 
-def adapter_files(peft_model: PeftModel, base: ModelFolder) -> dict[str, bytes]:
-    """The two files of the adapter as bytes, copied from the device now; equal weights give equal bytes."""
+def adapter_files(peft_model: PeftModel, base: ModelFolder) -> dict[str, Content]:
+    """The two files of the adapter; equal weights give equal bytes. Weights of many megabytes are taken as written."""
     lora_config = peft_model.peft_config["default"]
     assert isinstance(lora_config, LoraConfig)
     config = config_for_file(lora_config, base_name=base.name, revision=base.revision)
-    tensors = {name: to_raw(tensor) for name, tensor in adapter_tensors(peft_model).items()}
     return {
         CONFIG_FILE: strict_json.serialise(config),
-        WEIGHTS_FILE: serialise(tensors, metadata={"format": "pt"}),
+        WEIGHTS_FILE: tensors_to_content(adapter_tensors(peft_model)),
     }
 
 
@@ -171,7 +171,7 @@ def set_adapter_tensors(peft_model: PeftModel, data: bytes, *, where: str) -> No
             raise _does_not_fit(where, TensorError(f"`{name}` holds {raw.dtype}, not floating-point numbers"))
     with torch.no_grad():
         for name, raw in tensors.items():
-            live[name].copy_(from_raw(raw))
+            copy_into(live[name], raw)
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], live: Mapping[str, torch.Tensor], *, where: str) -> None:

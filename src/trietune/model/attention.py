@@ -1,9 +1,13 @@
-"""How the nodes of a trie attend, as the library's attention interface: by rows, or all at once under a mask.
+"""How the nodes of a trie attend, and the library's attention interface in front of it.
 
-Rows against their paths are the way that trains (`row_attention.py`); the mask is the reference. Without a trie
-(generation, padded rows) the library's own attention runs.
+    rows     batched products of rows and their paths (`row_attention.py`): runs anywhere
+    varlen   the same rows as sequences of one flash kernel (`varlen_attention.py`)
+    flex     one kernel under a mask of blocks (`flex_attention.py`)
+    mask     all nodes at once under a `T x T` mask: the reference
 
-Letters: T nodes, H query heads, G key and value heads, d head size.
+Without a trie (generation, padded rows) the library's own attention runs.
+
+Letters: T nodes, N nodes that query, H query heads, G key and value heads, d head size.
 """
 
 from collections.abc import Callable
@@ -13,8 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trietune.model.flex_attention import flex_attend
 from trietune.model.row_attention import RowAttention
 from trietune.model.trie_layout import TrieLayout
+from trietune.model.varlen_attention import VarlenAttention
 
 
 def trie_attention(
@@ -54,11 +60,47 @@ def trie_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if trie_layout.kind == "mask":
         return _masked(query, key, value, trie_layout.mask(sliding_window), scale, softcap), None
-    num_heads, head_size = query.shape[1], query.shape[-1]
-    layout = trie_layout.rows(sliding_window, head_size, query.dtype)
-    flat = (x[0].transpose(0, 1).reshape(-1, head_size) for x in (query, key, value))
-    out: Tensor = RowAttention.apply(*flat, layout, scale, softcap)  # type: ignore[no-untyped-call]
-    return out.view(1, -1, num_heads, head_size), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(q, k, v, trie_layout, window=sliding_window, scale=scale, softcap=softcap)[None], None
+
+
+def attend(
+    query: Float[Tensor, "N H d"],
+    key: Float[Tensor, "T G d"],
+    value: Float[Tensor, "T G d"],
+    layout: TrieLayout,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    of_needed: bool = False,
+) -> Float[Tensor, "N H d"]:
+    """Softmax attention of nodes by rows, runs or blocks, as the layout is made for.
+
+    Args:
+        window: number of positions that a query sees, itself included.
+        of_needed: only the layout's needed nodes query.
+
+    Raises:
+        ValueError: a layout of another kind; soft-capping by variable-length attention, whose kernel has none.
+    """
+    match layout.kind:
+        case "varlen":
+            if softcap is not None:
+                raise ValueError("variable-length attention knows no soft-capping")
+            runs = layout.varlen(window, of_needed=of_needed)
+            out: Tensor = VarlenAttention.apply(query, key, value, runs, scale)  # type: ignore[no-untyped-call]
+            return out
+        case "flex":
+            blocks = layout.flex(window, of_needed=of_needed)
+            return flex_attend(query, key, value, blocks, scale=scale, softcap=softcap)
+        case "rows":
+            rows = layout.rows(window, query.shape[-1], query.dtype, of_needed=of_needed)
+            flat = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
+            out = RowAttention.apply(*flat, rows, scale, softcap)  # type: ignore[no-untyped-call]
+            return out.view(query.shape)
+        case _:
+            raise ValueError(f"nodes do not attend by `{layout.kind}` here")
 
 
 def _masked(

@@ -7,16 +7,21 @@ The network stays the library's own: with a trie, only its attention is told wha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trietune.device.device import recompute
 from trietune.model.attention import register
 from trietune.model.loss import label_losses
+from trietune.model.static_layout import StaticLayout
 from trietune.model.trie_layout import AttentionKind, TrieLayout
 from trietune.trie import MicroBatch, Trie, pad_trie
+from trietune.trie.static_shapes import StaticShapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,11 @@ class TrieModel:
         network: a causal language model of transformers, on `device`, its adapter layers in place.
         attention: how tries attend; None leaves the library's attention alone, for padded rows only.
         prunes_last: whether the network's last layer computes the needed positions alone (`fuse_trie_layers`).
+        shapes: what micro-batches are padded to, on a device that compiles a program for each shape.
+        place: takes what belongs to the rows of a micro-batch to the device; first axis: rows.
+        recompute: runs a function that is computed again in the backward (`Device.recompute`).
+        multiple_of: tries are padded to such a number of positions. Matrix products of odd sizes are slower, by a third
+            at worst, and new sizes cost the library time and memory.
     """
 
     def __init__(
@@ -43,10 +53,16 @@ class TrieModel:
         device: torch.device,
         attention: AttentionKind | None = "rows",
         prunes_last: bool = False,
+        shapes: StaticShapes | None = None,
+        place: Callable[[Tensor], Tensor] | None = None,
+        recompute: Callable[..., Any] = recompute,
+        multiple_of: int = 16,
     ) -> None:
-        import os
-        self._multiple = int(os.environ.get("MULT", "1"))
-        self._prunes_last = prunes_last and attention == "rows"
+        self._multiple_of = multiple_of
+        self._prunes_last = prunes_last and attention not in (None, "mask")
+        self.shapes = shapes
+        self.place = place or (lambda tensor: tensor.to(device, non_blocking=True))
+        self._recompute = recompute
         self.network = network
         self.device = device
         self.attention = attention
@@ -62,41 +78,58 @@ class TrieModel:
     def vocabulary_size(self) -> int:
         return int(self.config.vocab_size)
 
+    def arrange(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """The micro-batches in the shapes that this device computes; what they mean stays."""
+        return micro_batches if self.shapes is None else self.shapes.arrange(micro_batches)
+
     def label_losses(self, micro_batch: MicroBatch) -> Tensor:
         """`-log p(label)` of each (position, label) pair of the micro-batch: [N], fp32 or fp64, with gradients."""
         places = micro_batch.label_index
         needed = None
         if self._prunes_last and micro_batch.trie is not None:
             needed, places = np.unique(micro_batch.label_index, return_inverse=True)
-        hidden = self.hidden_states(micro_batch, needed)
-        at_labels = hidden.flatten(0, 1).index_select(0, self._tensor(places))
-        return label_losses(at_labels, self._tensor(micro_batch.labels), self.project, self.vocabulary_size)
+        at_labels = self._at_labels(self.hidden_states(micro_batch, needed), places)
+        labels = self.tensor(micro_batch.labels)
+        return label_losses(at_labels, labels, self.project, self.vocabulary_size, self._recompute)
+
+    def _at_labels(self, hidden_SWD: Tensor, places: np.ndarray) -> Tensor:
+        num_rows, width, _ = hidden_SWD.shape
+        if self.shapes is None or num_rows == 1:
+            return hidden_SWD.flatten(0, 1).index_select(0, self.tensor(places))
+        # Row by row, so that each device of a mesh looks into its own rows.
+        in_row = places.reshape(num_rows, -1) - width * np.arange(num_rows)[:, None]
+        index = self.tensor(in_row)[:, :, None].expand(-1, -1, hidden_SWD.shape[2])
+        return hidden_SWD.gather(1, index).flatten(0, 1)
 
     def hidden_states(self, micro_batch: MicroBatch, needed: np.ndarray | None = None) -> Tensor:
         """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, N, D] of the `needed` nodes."""
         decoder = self.network.get_decoder()  # type: ignore[operator]
-        if micro_batch.trie is None:
-            mask = self._tensor(np.ascontiguousarray(micro_batch.attention_mask))
-            output = decoder(
-                input_ids=self._tensor(micro_batch.input_ids),
-                position_ids=self._tensor(micro_batch.position_ids),
-                attention_mask=mask.long(),
-                use_cache=False,
-            )
+        trie = self._padded(micro_batch.trie)
+        inputs = {
+            "input_ids": self.tensor(micro_batch.input_ids if trie is None else trie.input_ids[None]),
+            "position_ids": self.tensor(micro_batch.position_ids if trie is None else trie.position_ids[None]),
+            "use_cache": False,
+        }
+        if trie is None:
+            mask = self.tensor(np.ascontiguousarray(micro_batch.attention_mask))
+            output = decoder(**inputs, attention_mask=mask.long())
         else:
-            trie = pad_trie(micro_batch.trie, -(-micro_batch.num_positions // self._multiple) * self._multiple)
             # A mask with four axes is passed through by the library as it is, so that it builds none of its own and
             # does not guess packed sequences from positions that fall back; the layout says what is seen.
             passed_through = torch.zeros(1, 1, 1, 1, device=self.device)
-            output = decoder(
-                input_ids=self._tensor(trie.input_ids[None]),
-                position_ids=self._tensor(trie.position_ids[None]),
-                attention_mask=passed_through,
-                use_cache=False,
-                trie_layout=self.layout(trie, needed),
-            )
+            output = decoder(**inputs, attention_mask=passed_through, trie_layout=self._layout_of(trie, needed))
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _padded(self, trie: Trie | None) -> Trie | None:
+        if trie is None or self.shapes is not None:
+            return trie
+        return pad_trie(trie, -(-trie.num_nodes // self._multiple_of) * self._multiple_of)
+
+    def _layout_of(self, trie: Trie, needed: np.ndarray | None) -> TrieLayout | StaticLayout:
+        if self.shapes is None:
+            return self.layout(trie, needed)
+        return StaticLayout(trie, num_rows=self.shapes.num_rows, deepest=self.shapes.deepest, place=self.place)
 
     def layout(self, trie: Trie, needed: np.ndarray | None = None) -> TrieLayout:
         """How this model's layers attend on `trie`; of the last layer, only `needed` nodes are wanted."""
@@ -125,8 +158,9 @@ class TrieModel:
                 logits = softcap * torch.tanh(logits / softcap)
         return logits
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """An array of a micro-batch on the device; indices as int64."""
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if tensor.dtype == torch.int32:
             tensor = tensor.long()
-        return tensor.to(self.device, non_blocking=True)
+        return self.place(tensor)

@@ -7,11 +7,13 @@ Letters: N (node, label) pairs, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from trietune.device.device import recompute
 
 # Logits kept at once, in elements; more labels than fit are taken in chunks whose logits are computed again in the
 # backward. 2 GB in fp32.
@@ -23,6 +25,7 @@ def label_losses(
     labels: Int64[Tensor, " N"],
     project: Callable[[Float[Tensor, "n D"]], Float[Tensor, "n V"]],
     vocabulary_size: int,
+    recompute: Callable[..., Any] = recompute,
 ) -> Float[Tensor, " N"]:
     """`-log p(label)` of each pair, in fp32 (fp64 for fp64 hidden states).
 
@@ -31,12 +34,13 @@ def label_losses(
         labels: token to predict.
         project: the model's head, soft-capping included.
         vocabulary_size: V, to bound the memory.
+        recompute: runs a function that is computed again in the backward.
     """
     chunk = max(1, MAX_LOGITS // vocabulary_size)
     if len(labels) <= chunk:
         return _losses(hidden_ND, labels, project)
     parts = [
-        checkpoint(_losses, hidden_nD, labels_n, project, use_reentrant=False)
+        recompute(_losses, hidden_nD, labels_n, project)
         for hidden_nD, labels_n in zip(torch.split(hidden_ND, chunk), torch.split(labels, chunk), strict=True)
     ]
     return torch.cat(parts)

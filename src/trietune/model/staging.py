@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trietune import files
 from trietune.errors import UserError
 
 
@@ -39,7 +40,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _flush_directory(final.parent)
+        files.flush_folder(final.parent)
     except OSError as error:
         raise write_error(error, final) from error
     finally:
@@ -76,24 +77,12 @@ def _let_others_read(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _flush_directory(directory)
-
-
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        if path.is_file():
+            files.flush_file(path)
+    for inner in [*(path for path in paths if path.is_dir()), folder]:
+        files.flush_folder(inner)
 
 
 def _free_bytes(place: Path) -> int:

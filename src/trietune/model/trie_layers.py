@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from trietune.model.attention import attend
 from trietune.model.lora_linear import LoraWeights, adapter_dtype, lora_weights
-from trietune.model.row_attention import RowAttention
 from trietune.model.trie_layout import TrieLayout, visibility
 from trietune.trie import Trie, build_trie
 
@@ -142,10 +142,18 @@ class _Attention:
             query, key = norm(query), self.module.k_norm(key)
         query = Rotary.apply(query, query_cos, query_sin)  # type: ignore[no-untyped-call]
         key = Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
-        rows = layout.rows(self.window, self.head_size, query.dtype, of_needed=at is not None)
-        flat = (x.reshape(-1, self.head_size) for x in (query, key, value))
-        out = RowAttention.apply(*flat, rows, self.scale, self.softcap)  # type: ignore[no-untyped-call]
-        projected: Tensor = self.module.o_proj(out.view(1, query.shape[0], -1))
+        value = value.view(key.shape)
+        out = attend(
+            query,
+            key,
+            value,
+            layout,
+            window=self.window,
+            scale=self.scale,
+            softcap=self.softcap,
+            of_needed=at is not None,
+        )
+        projected: Tensor = self.module.o_proj(out.reshape(1, query.shape[0], -1))
         return projected
 
 
@@ -271,7 +279,7 @@ def _observe(module: Any, weight: Tensor) -> dict[str, Any] | None:
 
 
 def _is_ours(layout: object) -> bool:
-    return isinstance(layout, TrieLayout) and layout.kind == "rows"
+    return isinstance(layout, TrieLayout) and layout.kind != "mask"
 
 
 def _prune(layer: Any, attention: _Attention, device: torch.device) -> bool:

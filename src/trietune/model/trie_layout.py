@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from trietune.model.flex_attention import FlexLayout, build_flex_layout
 from trietune.model.row_layout import RowLayout, build_row_layout
+from trietune.model.varlen_attention import VarlenLayout, build_varlen_layout
 from trietune.trie import Trie
 
-AttentionKind = Literal["rows", "mask"]
+AttentionKind = Literal["rows", "varlen", "flex", "mask"]
 
 
 class TrieLayout:
@@ -19,7 +21,7 @@ class TrieLayout:
     Layers with a sliding window get a layout of their own, made when the first of them asks.
 
     Args:
-        kind: `rows`, or `mask`: all nodes at once under a [T, T] mask, the reference.
+        kind: `rows`, `varlen`, `flex`, or `mask`: all nodes at once under a [T, T] mask, the reference.
         needed: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
     """
 
@@ -41,6 +43,8 @@ class TrieLayout:
         self._num_key_heads = num_key_heads
         self._device = device
         self._rows: dict[tuple[int | None, int, torch.dtype, bool], RowLayout] = {}
+        self._varlen: dict[tuple[int | None, bool], VarlenLayout] = {}
+        self._flex: dict[tuple[int | None, bool], FlexLayout] = {}
         self._masks: dict[int | None, Bool[Tensor, "1 1 T T"]] = {}
         self._deepest = int(trie.position_ids.max(initial=0))
 
@@ -64,6 +68,22 @@ class TrieLayout:
                 device=self._device,
             )
         return self._rows[key]
+
+    def varlen(self, window: int | None, *, of_needed: bool = False) -> VarlenLayout:
+        """The runs for a layer; arguments as in `rows`."""
+        key = (self._effective(window), of_needed)
+        if key not in self._varlen:
+            querying = self._needed if of_needed else None
+            self._varlen[key] = build_varlen_layout(self._trie, querying, window=key[0], device=self._device)
+        return self._varlen[key]
+
+    def flex(self, window: int | None, *, of_needed: bool = False) -> FlexLayout:
+        """The mask of blocks for a layer; arguments as in `rows`."""
+        key = (self._effective(window), of_needed)
+        if key not in self._flex:
+            querying = self._needed if of_needed else None
+            self._flex[key] = build_flex_layout(self._trie, querying, window=key[0], device=self._device)
+        return self._flex[key]
 
     def mask(self, window: int | None) -> Bool[Tensor, "1 1 T T"]:
         """True where a query (third axis) sees a key (fourth)."""

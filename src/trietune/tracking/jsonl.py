@@ -23,6 +23,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from trietune import files
 from trietune.tracking.dispatch import StillTrying
 from trietune.tracking.events import (
     Evaluated,
@@ -260,29 +261,9 @@ def write_settings(directory: Path, config: Mapping[str, Any], environment: Mapp
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the order of the settings
     yaml.dump(plain(config), text)
-    write_atomically(directory / CONFIG, text.getvalue().encode())
+    files.replace_file(directory / CONFIG, text.getvalue().encode())
     content = json.dumps(plain(environment), ensure_ascii=False, allow_nan=False, indent=2)
-    write_atomically(directory / ENVIRONMENT, content.encode("utf-8", "backslashreplace") + b"\n")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` so that a reader, or a crash, finds the old file or the new one."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    files.replace_file(directory / ENVIRONMENT, content.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def _begin_of_last_line(file: io.BufferedRandom, end: int, block_bytes: int = 1 << 16) -> int:

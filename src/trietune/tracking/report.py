@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trietune import files
 from trietune.tracking import result, wording
 from trietune.tracking.curves import charts_of
 from trietune.tracking.events import Evaluated, Event, Predicted, RunFinished, RunStarted
-from trietune.tracking.jsonl import plain, write_atomically
+from trietune.tracking.jsonl import plain
 from trietune.tracking.record import RunRecord, read_run
 
 PAGE = Path(__file__).with_name("page")
@@ -28,7 +29,7 @@ LARGEST_SHARE_OF_TIME = 0.01
 
 def write_report(run_directories: Sequence[Path], out: Path) -> None:
     """Write the page for these runs to `out`, whole or not at all. Raises `UserError` for a folder without a run."""
-    write_atomically(out, render_page(_read_runs(run_directories)).encode())
+    files.replace_file(out, render_page(_read_runs(run_directories)).encode())
 
 
 def render_page(runs: Sequence[RunRecord]) -> str:

@@ -25,8 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from trietune import files
 from trietune.tracking.events import Evaluated, Event, Histograms, RunFinished, RunStarted, Saved, StepFinished
-from trietune.tracking.jsonl import plain, write_atomically
+from trietune.tracking.jsonl import plain
 from trietune.tracking.outbox import Outbox
 from trietune.tracking.wandb_access import Access, find_access
 from trietune.tracking.wandb_process import STEP_AXIS
@@ -307,7 +308,7 @@ def find_run_id(directory: Path, environ: Mapping[str, str]) -> str:
 def keep_run_id(directory: Path, run_id: str) -> None:
     """Let a resume find this id."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / RUN_FILE, json.dumps({"id": run_id}).encode() + b"\n")
+    files.replace_file(directory / RUN_FILE, json.dumps({"id": run_id}).encode() + b"\n")
 
 
 def sync_command(directory: Path | None) -> str:

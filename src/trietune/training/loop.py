@@ -2,6 +2,9 @@
 
     for each step:  its batches -> micro-batches -> one divisor -> forward, backward each -> clip -> optimizer -> Step
 
+What a step computes follows from its number, so it is laid out one step ahead, in a thread of its own, and again when
+memory has run out and smaller micro-batches are asked for.
+
 The divisor of a step is the number of its labels over all micro-batches and batches that it accumulates, known before
 the first forward. So the loss is the mean over label tokens of one large padded batch, however the step is cut.
 
@@ -10,14 +13,18 @@ Whoever iterates decides what a finished step means: log it, evaluate, save, sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import gc
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trietune.device.memory import is_out_of_memory, release_cached_memory
 from trietune.model.causal_lm import TrieModel
+from trietune.training.ahead import one_ahead
 from trietune.training.optimizer import Schedule
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, total_weight
@@ -63,6 +70,20 @@ class LossNotFiniteError(Exception):
         self.sequence_indices = sequence_indices
 
 
+class MicroBatchTooLargeError(Exception):
+    """Memory ran out in a micro-batch; the weights are those of the step before.
+
+    Attributes:
+        num_positions: of that micro-batch.
+        longest: positions of its longest sequence, below which no cut can go.
+    """
+
+    def __init__(self, num_positions: int, longest: int) -> None:
+        super().__init__(f"no memory for {num_positions} positions, {longest} of them of one sequence")
+        self.num_positions = num_positions
+        self.longest = longest
+
+
 @dataclass(frozen=True, slots=True)
 class Schedules:
     """What a run's steps are: how many, from where, and with which learning rate.
@@ -90,65 +111,135 @@ def train(
     seed: int,
     max_grad_norm: float | None = None,
     before_update: Callable[[int], None] | None = None,
-) -> Iterator[Step]:
+    cut_smaller: Callable[[MicroBatchTooLargeError], None] | None = None,
+) -> Generator[Step, None, None]:
     """Take the steps `schedules.first_step + 1 .. num_steps`, yielding each.
 
     Args:
-        make_micro_batches: cuts the sequences of one batch into micro-batches.
+        make_micro_batches: cuts the sequences of one batch into micro-batches; called in another thread.
         seed: of dropout, which is drawn anew from (seed, step) at each step, so that no random state outlives a step.
         max_grad_norm: longer gradients are shortened to this length.
         before_update: called with the step's number when all gradients are there, before the optimizer uses them.
+        cut_smaller: told of a micro-batch that did not fit; from then on `make_micro_batches` cuts smaller ones, and
+            the step is taken again from its beginning. Its result is the same up to rounding, but with dropout, whose
+            draws follow the cut.
 
     Raises:
         LossNotFiniteError: before the optimizer would have used such a gradient.
+        MicroBatchTooLargeError: without `cut_smaller`; with it, whatever it raises.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def lay_out(number: int) -> _StepLayout:
+        return _lay_out(number, sampler, schedules, make_micro_batches)
+
+    number = schedules.first_step
+    while number < schedules.num_steps:
+        with closing(one_ahead(lay_out, range(number, schedules.num_steps))) as layouts:
+            for layout in layouts:
+                try:
+                    step = _take_step(model, optimizer, schedules, layout, seed, max_grad_norm, before_update)
+                except MicroBatchTooLargeError as error:
+                    optimizer.zero_grad(set_to_none=True)
+                    if cut_smaller is None:
+                        raise
+                    cut_smaller(error)
+                    break
+                number += 1
+                yield step
+
+
+@dataclass(frozen=True, slots=True)
+class _StepLayout:
+    """What step `number` (from 0) computes; `epoch` as in `Step`."""
+
+    number: int
+    epoch: float
+    sequence_indices: np.ndarray
+    micro_batches: list[MicroBatch]
+
+
+def _lay_out(
+    number: int,
+    sampler: Sampler,
+    schedules: Schedules,
+    make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]],
+) -> _StepLayout:
     steps_per_epoch = -(-sampler.batches_per_epoch // schedules.batches_per_step)
-    for number in range(schedules.first_step, schedules.num_steps):
-        epoch, step_in_epoch = divmod(number, steps_per_epoch)
-        first_batch = step_in_epoch * schedules.batches_per_step
-        last_batch = min(first_batch + schedules.batches_per_step, sampler.batches_per_epoch)
-        batches = [sampler.batch(epoch, b) for b in range(first_batch, last_batch)]
-        micro_batches = [micro_batch for batch in batches for micro_batch in make_micro_batches(batch)]
-        sequence_indices = np.concatenate(batches)
+    epoch, step_in_epoch = divmod(number, steps_per_epoch)
+    first_batch = step_in_epoch * schedules.batches_per_step
+    last_batch = min(first_batch + schedules.batches_per_step, sampler.batches_per_epoch)
+    batches = [sampler.batch(epoch, b) for b in range(first_batch, last_batch)]
+    return _StepLayout(
+        number,
+        epoch + (step_in_epoch + 1) / steps_per_epoch,
+        np.concatenate(batches),
+        [micro_batch for batch in batches for micro_batch in make_micro_batches(batch)],
+    )
 
-        learning_rate = schedules.learning_rate(number)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        torch.manual_seed(step_seed(seed, number))
-        model.network.train()
-        loss = accumulate_gradients(model, micro_batches)
-        grad_norm = _clip(parameters, max_grad_norm)
-        if not np.isfinite(loss) or not np.isfinite(grad_norm):
-            optimizer.zero_grad(set_to_none=True)
-            raise LossNotFiniteError(number + 1, loss, grad_norm, sequence_indices)
-        if before_update is not None:
-            before_update(number + 1)
-        optimizer.step()
+
+def _take_step(
+    model: TrieModel,
+    optimizer: torch.optim.Optimizer,
+    schedules: Schedules,
+    layout: _StepLayout,
+    seed: int,
+    max_grad_norm: float | None,
+    before_update: Callable[[int], None] | None,
+) -> Step:
+    number, micro_batches = layout.number, layout.micro_batches
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    learning_rate = schedules.learning_rate(number)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    torch.manual_seed(step_seed(seed, number))
+    model.network.train()
+    loss = accumulate_gradients(model, micro_batches)
+    grad_norm = _clip(parameters, max_grad_norm)
+    if not np.isfinite(loss) or not np.isfinite(grad_norm):
         optimizer.zero_grad(set_to_none=True)
-
-        yield Step(
-            number=number + 1,
-            epoch=epoch + (step_in_epoch + 1) / steps_per_epoch,
-            loss=loss,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            sequence_indices=sequence_indices,
-            num_labels=int(total_weight(micro_batches)),
-            num_tokens=sum(micro_batch.num_tokens for micro_batch in micro_batches),
-            num_positions=sum(micro_batch.num_positions for micro_batch in micro_batches),
-            num_micro_batches=len(micro_batches),
-        )
+        raise LossNotFiniteError(number + 1, loss, grad_norm, layout.sequence_indices)
+    if before_update is not None:
+        before_update(number + 1)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Step(
+        number=number + 1,
+        epoch=layout.epoch,
+        loss=loss,
+        learning_rate=learning_rate,
+        grad_norm=grad_norm,
+        sequence_indices=layout.sequence_indices,
+        num_labels=int(total_weight(micro_batches)),
+        num_tokens=sum(micro_batch.num_tokens for micro_batch in micro_batches),
+        num_positions=sum(micro_batch.num_positions for micro_batch in micro_batches),
+        num_micro_batches=len(micro_batches),
+    )
 
 
 def accumulate_gradients(model: TrieModel, micro_batches: Sequence[MicroBatch]) -> float:
-    """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss."""
+    """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss.
+
+    Raises:
+        MicroBatchTooLargeError: memory ran out; some gradients may have been added.
+    """
     divisor = total_weight(micro_batches)
     parts = [_backward(model, micro_batch, divisor) for micro_batch in micro_batches]
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
 def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float) -> Tensor:
+    try:
+        return _add_gradients(model, micro_batch, divisor)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # Only here has the error gone, and with it the frames that held the activations.
+    gc.collect()
+    release_cached_memory()
+    raise MicroBatchTooLargeError(micro_batch.num_positions, int(micro_batch.position_ids.max()) + 1)
+
+
+def _add_gradients(model: TrieModel, micro_batch: MicroBatch, divisor: float) -> Tensor:
     losses = model.label_losses(micro_batch)
     weight = torch.from_numpy(micro_batch.label_weight / divisor).to(losses.device, losses.dtype)
     part = torch.dot(losses, weight)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from trietune.trie.batching import Sequences
-from trietune.trie.trie import common_prefix_lengths, num_nodes_alone, sort_sequences
+from trietune.trie.sorting import sort_all
 
 # Neighbours that share at least this part of the shorter sequence belong together.
 SHARED_PART = 0.5
@@ -44,11 +44,7 @@ class PrefixGroups:
 
 def find_prefix_groups(sequences: Sequences, *, batch_size: int) -> PrefixGroups:
     """Sort all sequences once and cut them into groups of at most `batch_size`."""
-    input_ids, offsets = np.asarray(sequences.input_ids), np.asarray(sequences.offsets)
-    lengths = num_nodes_alone(np.asarray(sequences.labels), offsets)
-    order = sort_sequences(input_ids, offsets[:-1], lengths)
-    lengths = lengths[order]
-    shared = common_prefix_lengths(input_ids, offsets[:-1][order], lengths)
+    order, lengths, shared = sort_all(sequences)
     together = np.zeros(len(order), bool)
     together[1:] = shared[1:] >= np.maximum(1, SHARED_PART * np.minimum(lengths[1:], lengths[:-1]))
     return PrefixGroups(

@@ -125,10 +125,16 @@ def sort_sequences(
     input_ids: Int32[np.ndarray, " K"], starts: Int64[np.ndarray, " B"], lengths: Int64[np.ndarray, " B"]
 ) -> Int64[np.ndarray, " B"]:
     """Lexicographic order, a prefix before its extensions, equal sequences in the order given."""
-    # Big-endian bytes compare like the tokens themselves, so Python sorts with one memcmp a comparison.
-    text = input_ids.astype(">i4").tobytes()
-    keys = [text[4 * a : 4 * (a + n)] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+    keys = sort_keys(input_ids, starts, lengths)
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+
+
+def sort_keys(
+    input_ids: Int32[np.ndarray, " K"], starts: Int64[np.ndarray, " B"], lengths: Int64[np.ndarray, " B"]
+) -> list[bytes]:
+    """Bytes that compare as the sequences do: big-endian, so that Python sorts with one memcmp a comparison."""
+    text = input_ids.astype(">i4").tobytes()
+    return [text[4 * a : 4 * (a + n)] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
 
 
 def common_prefix_lengths(

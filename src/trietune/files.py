@@ -1,8 +1,8 @@
-"""Every change that this package makes to disk, as a dozen functions over one system call each.
+"""Changes to disk, as a dozen functions over one system call each.
 
-Nothing else in `trietune.checkpoints` opens a file for writing, renames or removes. So a test can record what a save
-does, lay out every state that a power cut could leave, or make the n-th call fail, by replacing the functions here.
-Callers therefore write `files.rename(...)`, never `from files import rename`.
+Nothing in `trietune.checkpoints` opens a file for writing, renames or removes by other means. So a test can record what
+a save does, lay out every state that a power cut could leave, or make the n-th call fail, by replacing the functions
+here. Callers therefore write `files.rename(...)`, never `from files import rename`.
 
 New files and folders get the modes that the umask leaves (0666 and 0777 before it), so other users and servers read
 an adapter as they read any file of this user.
@@ -13,7 +13,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -96,20 +97,27 @@ def rewrite_lock(descriptor: int, data: bytes) -> None:
 # What follows is made of the functions above.
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Create `path` with `data` and flush it; the folder still needs its flush."""
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Create `path`, write its pieces one after another, and flush it; the folder still needs its flush."""
     descriptor = create_file(path)
     try:
-        write(descriptor, data)
+        for piece in pieces:
+            write(descriptor, piece)
         flush(descriptor)
     finally:
         close(descriptor)
 
 
-def replace_file(path: Path, staging: Path, data: bytes) -> None:
-    """Put `data` in place of `path` so that a reader finds the old or the new bytes whole; `staging` is a sibling."""
+def hidden_sibling(purpose: str, target: Path) -> Path:
+    """A name that nobody has yet, beside `target`, of the form `.<purpose>-<name>-<random>`."""
+    return target.with_name(f".{purpose}-{target.name}-{secrets.token_hex(6)}")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` in place of `path` so that a reader, or a crash, finds the old or the new bytes whole."""
+    staging = hidden_sibling("staging", path)
     try:
-        write_file(staging, data)
+        write_file(staging, [data])
         rename(staging, path)
     except BaseException:
         discard(staging)

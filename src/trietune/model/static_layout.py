@@ -1,0 +1,52 @@
+"""What attention needs to know of a micro-batch of static shape: masks that were built on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trietune.trie import Trie
+
+
+class StaticLayout:
+    """As `TrieLayout` for rows of a forest that attend under masks; one mask for each window that a layer asks for.
+
+    Args:
+        forest: S tries of W nodes each, padding included.
+        num_rows: S.
+        deepest: greatest depth that the run can meet. A window beyond it needs no mask of its own.
+        place: takes a mask to the device.
+    """
+
+    kind = "mask"
+    needed = None
+
+    def __init__(self, forest: Trie, *, num_rows: int, deepest: int, place: Callable[[Tensor], Tensor]) -> None:
+        self._forest = forest
+        self._num_rows = num_rows
+        self._deepest = deepest
+        self._place = place
+        self._masks: dict[int | None, Tensor] = {}
+
+    def mask(self, window: int | None) -> Tensor:
+        """True where a query (third axis) sees a key (fourth): [S, 1, W, W]."""
+        window = None if window is None or window > self._deepest else window
+        if window not in self._masks:
+            sees = visibility_of_rows(self._forest, self._num_rows, window)
+            self._masks[window] = self._place(torch.from_numpy(sees[:, None]))
+        return self._masks[window]
+
+
+def visibility_of_rows(forest: Trie, num_rows: int, window: int | None = None) -> np.ndarray:
+    """`[r, i, j]` is True when node `i` of row `r` sees node `j` of that row; bool [S, W, W]."""
+    width = forest.num_nodes // num_rows
+    node = np.arange(width)
+    ends = forest.subtree_end.reshape(num_rows, width) - width * np.arange(num_rows)[:, None]
+    sees: np.ndarray = (node[None] <= node[:, None]) & (node[:, None] < ends[:, None, :])
+    if window is not None:
+        depth = forest.position_ids.reshape(num_rows, width)
+        sees &= depth[:, :, None] - depth[:, None, :] < window
+    return sees

@@ -1,0 +1,127 @@
+"""Which way to attend is taken on which card, for which model, and what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from trietune.device.attention import AttentionNeeds, Card, card_refuses, choose_attention
+from trietune.device.cpu import describe_cpu
+from trietune.device.device import Device
+from trietune.errors import UserError
+
+KB = 1024
+T4 = Card(capability=(7, 5), shared_memory_bytes=64 * KB)
+RTX_4090 = Card(capability=(8, 9), shared_memory_bytes=99 * KB)
+A100 = Card(capability=(8, 0), shared_memory_bytes=163 * KB)
+H100 = Card(capability=(9, 0), shared_memory_bytes=227 * KB)
+
+GEMMA = AttentionNeeds(head_size=256, dtype=torch.bfloat16, has_soft_cap=False, num_positions=4096)
+GEMMA2 = replace(GEMMA, has_soft_cap=True)
+LLAMA = replace(GEMMA, head_size=128)
+SMOLLM2 = replace(GEMMA, head_size=64)
+
+
+def on(card: Card) -> Device:
+    """A device with this card's kernels; nothing is computed on it."""
+    return replace(
+        describe_cpu(),
+        kind="cuda",
+        name="a card",
+        attentions=("varlen", "flex", "mask", "rows"),
+        refuses_attention=partial(card_refuses, card),
+    )
+
+
+@pytest.mark.parametrize(
+    ("card", "needs", "kind", "reason"),
+    [
+        (H100, GEMMA, "varlen", None),
+        (A100, SMOLLM2, "varlen", None),
+        (RTX_4090, GEMMA, "varlen", None),
+        (H100, GEMMA2, "flex", "not varlen: its kernel knows no soft-capping"),
+        (
+            RTX_4090,
+            GEMMA2,
+            "rows",
+            "not varlen: its kernel knows no soft-capping; not flex: the backward of its kernel needs more shared "
+            "memory for heads of 256 numbers than this card has (99 KB); not mask: it pays for micro-batches of at "
+            "most 2,048 tokens",
+        ),
+        (
+            A100,
+            replace(LLAMA, dtype=torch.float32),
+            "flex",
+            "not varlen: its kernel computes in bfloat16 and float16, not in float32",
+        ),
+        (
+            T4,
+            replace(LLAMA, dtype=torch.float16),
+            "flex",
+            "not varlen: its kernel needs compute capability 8.0, and this card has 7.5",
+        ),
+        (
+            RTX_4090,
+            replace(LLAMA, head_size=200),
+            "rows",
+            "not varlen: on this card its kernel has no backward for heads of 200 numbers; not flex: the backward of "
+            "its kernel needs more shared memory for heads of 200 numbers than this card has (99 KB); not mask: it "
+            "pays for micro-batches of at most 2,048 tokens",
+        ),
+        (
+            H100,
+            replace(LLAMA, head_size=512, num_positions=1024),
+            "mask",
+            "not varlen: its kernel takes heads of 8, 16, ... 256 numbers, not of 512; not flex: its kernel takes "
+            "heads of 16 to 256 numbers, not of 512",
+        ),
+        (
+            replace(H100, has_flash=False, has_triton=False),
+            LLAMA,
+            "rows",
+            "not varlen: this build of PyTorch has no flash attention; not flex: it is compiled by Triton, which is "
+            "not installed; not mask: it pays for micro-batches of at most 2,048 tokens",
+        ),
+        (
+            Card(capability=(6, 1), shared_memory_bytes=48 * KB),
+            replace(LLAMA, dtype=torch.float32, num_positions=2048),
+            "mask",
+            "not varlen: its kernel needs compute capability 8.0, and this card has 6.1; not flex: Triton needs "
+            "compute capability 7.0, and this card has 6.1",
+        ),
+    ],
+)
+def test_the_best_way_that_takes_the_model(card: Card, needs: AttentionNeeds, kind: str, reason: str | None) -> None:
+    assert choose_attention("auto", on(card), needs, where="attention") == (kind, reason)
+
+
+@pytest.mark.parametrize("asked", ["varlen", "flex", "mask", "rows"])
+def test_a_way_that_was_asked_for_is_taken_without_a_word(asked: str) -> None:
+    assert choose_attention(asked, on(H100), GEMMA, where="attention") == (asked, None)
+
+
+def test_a_way_that_was_asked_for_and_does_not_take_the_model_is_refused() -> None:
+    with pytest.raises(UserError) as refused:
+        choose_attention("varlen", on(H100), GEMMA2, where="sst2.yaml, line 3")
+    assert refused.value.what == "`attention: varlen` does not run here: its kernel knows no soft-capping"
+    assert refused.value.where == "sst2.yaml, line 3"
+    assert refused.value.next_step == "`--set attention=auto`, which takes `flex` on this device"
+
+
+@pytest.mark.parametrize("asked", ["varlen", "flex"])
+def test_ways_of_cuda_are_refused_on_a_cpu(asked: str) -> None:
+    cpu = replace(describe_cpu(), name="CPU, 2 threads")
+    with pytest.raises(UserError) as refused:
+        choose_attention(asked, cpu, LLAMA, where="attention")
+    assert refused.value.what == (
+        f"`attention: {asked}` does not run here: its kernel runs on CUDA, and this run is on CPU, 2 threads"
+    )
+    assert refused.value.next_step == "`--set attention=auto`, which takes `rows` on this device"
+
+
+def test_a_cpu_takes_rows_whatever_the_model() -> None:
+    for needs in (GEMMA, GEMMA2, replace(LLAMA, dtype=torch.float32, num_positions=100)):
+        assert choose_attention("auto", describe_cpu(), needs, where="attention") == ("rows", None)

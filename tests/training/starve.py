@@ -1,0 +1,104 @@
+"""Train the same steps with all memory, then with an address space that a whole batch does not fit into.
+
+A head of 30,000 tokens makes a micro-batch large: 3 copies of 120 KB a label. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from strategies import flat
+from trietune.model.causal_lm import TrieModel
+from trietune.training import loop
+from trietune.training.loop import MicroBatchTooLargeError, Schedules, Step
+from trietune.training.sampler import Sampler
+from trietune.trie import MicroBatch, make_micro_batches
+
+VOCABULARY = 30_000
+LABELS = 16
+# A batch of 64 takes about 64 * 16 * 0.12 MB * 3 = 370 MB at its peak.
+BATCH_SIZE = 64
+HEADROOM = 250_000_000
+NUM_STEPS = 2
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    generator = np.random.default_rng(0)
+    tokens = [generator.integers(0, VOCABULARY, 20).tolist() for _ in range(BATCH_SIZE * NUM_STEPS)]
+    sequences = flat(tokens, [[-100] * (20 - LABELS) + sequence[-LABELS:] for sequence in tokens])
+    expected, _, _ = train(sequences, None)
+    found, steps, trouble = train(sequences, HEADROOM)
+    print(
+        json.dumps(
+            {
+                "difference": float((found - expected).norm() / expected.norm()),
+                "num_micro_batches": [step.num_micro_batches for step in steps],
+                **trouble,
+            }
+        )
+    )
+
+
+def train(sequences: Any, headroom: int | None) -> tuple[torch.Tensor, list[Step], dict[str, list[Any]]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    network = LlamaForCausalLM(config)
+    network.requires_grad_(False)
+    network.model.layers[0].mlp.requires_grad_(True)
+    model = TrieModel(network, device=torch.device("cpu"))
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    max_nodes = 10**6
+    trouble: dict[str, list[Any]] = {"failures": [], "errors": []}
+
+    def cut(indices: np.ndarray) -> list[MicroBatch]:
+        return make_micro_batches(sequences, indices, batching="trie", max_nodes=max_nodes)
+
+    def halve(error: MicroBatchTooLargeError) -> None:
+        nonlocal max_nodes
+        trouble["failures"].append(error.num_positions)
+        max_nodes = max(error.num_positions // 2, error.longest)
+
+    def listen(error: BaseException) -> bool:
+        is_memory = recognise(error)
+        if is_memory:
+            trouble["errors"].append(str(error))
+        return is_memory
+
+    recognise, loop.is_out_of_memory = loop.is_out_of_memory, listen
+    sampler = Sampler(len(sequences), batch_size=BATCH_SIZE, seed=0)
+    steps = []
+    for step in loop.train(
+        model,
+        torch.optim.AdamW(parameters, lr=1e-2),
+        sampler,
+        Schedules(NUM_STEPS, 0, 1, lambda number: 1e-2),
+        cut,
+        seed=0,
+        cut_smaller=halve,
+    ):
+        steps.append(step)
+        if headroom is not None and len(steps) == 1:
+            limit = address_space() + headroom
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    loop.is_out_of_memory = recognise
+    return torch.cat([p.detach().flatten() for p in parameters]), steps, trouble
+
+
+def address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main()
