@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trietune.model.frozen_weight import FrozenWeight, fuse_frozen_linears, pack_weights
 from trietune.model.lora_linear import LoraWeights, adapter_dtype, fuse_adapters, lora_weights
 from trietune.model.trie_layers import TrieLayers, fuse_trie_layers
 
@@ -34,11 +35,19 @@ class Fused:
     gated_mlps: int
 
 
-def fuse_network(network: nn.Module) -> TrieLayers:
-    """Let every part of `network` run fused that can; says what became of its attention and its last layer."""
+def fuse_network(network: nn.Module, *, pack_bytes: int = 0) -> TrieLayers:
+    """Let every part of `network` run fused that can; says what became of its attention and its last layer.
+
+    Args:
+        pack_bytes: memory that blocked copies of frozen weights may take (`frozen_weight.py`); none are made if all of
+            them would take more.
+    """
     fuse_adapters(network)
     fuse_layers(network)
-    return fuse_trie_layers(network)
+    fuse_frozen_linears(network)
+    layers = fuse_trie_layers(network)
+    pack_weights(network, most_bytes=pack_bytes)
+    return layers
 
 
 def fuse_layers(network: nn.Module) -> Fused:
@@ -118,8 +127,8 @@ class GatedMlp(torch.autograd.Function):
     def forward(
         context: Any,
         x: Tensor,
-        gate_weight: Tensor,
-        up_weight: Tensor,
+        gate_weight: FrozenWeight,
+        up_weight: FrozenWeight,
         gate_a: Tensor,
         gate_b: Tensor,
         up_a: Tensor,
@@ -133,15 +142,16 @@ class GatedMlp(torch.autograd.Function):
         scaled_gate_b, scaled_up_b = (gate_b * gate_scale).to(x.dtype), (up_b * up_scale).to(x.dtype)
         low_rank = rows @ both_a.t()
         rank = len(gate_a)
-        gate = (rows @ gate_weight.t()).addmm_(low_rank[:, :rank], scaled_gate_b.t())
-        up = (rows @ up_weight.t()).addmm_(low_rank[:, rank:], scaled_up_b.t())
-        context.save_for_backward(rows, gate_weight, up_weight, both_a, scaled_gate_b, scaled_up_b, low_rank, gate, up)
+        gate = gate_weight.forward(rows).addmm_(low_rank[:, :rank], scaled_gate_b.t())
+        up = up_weight.forward(rows).addmm_(low_rank[:, rank:], scaled_up_b.t())
+        context.save_for_backward(rows, both_a, scaled_gate_b, scaled_up_b, low_rank, gate, up)
+        context.weights = gate_weight, up_weight
         context.rank, context.scales, context.activation = rank, (gate_scale, up_scale), activation
         return (_act(gate, activation).mul_(up)).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(context: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate_weight, up_weight, both_a, gate_b, up_b, low_rank, gate, up = context.saved_tensors
+        rows, both_a, gate_b, up_b, low_rank, gate, up = context.saved_tensors
         grad = grad_out.reshape(-1, grad_out.shape[-1])
         grad_up = _act(gate, context.activation).mul_(grad)
         grad_gate = _act_backward(grad * up, gate, context.activation)
@@ -153,7 +163,8 @@ class GatedMlp(torch.autograd.Function):
         grad_up_b = (grad_up.t() @ low_rank[:, rank:]).to(precise) * up_scale
         grad_x = None
         if context.needs_input_grad[0]:
-            grad_x = (grad_gate @ gate_weight).addmm_(grad_up, up_weight).addmm_(grad_low, both_a)
+            gate_weight, up_weight = context.weights
+            grad_x = gate_weight.backward(grad_gate).add_(up_weight.backward(grad_up)).addmm_(grad_low, both_a)
             grad_x = grad_x.view(*grad_out.shape[:-1], -1)
         return grad_x, None, None, grad_a[:rank], grad_gate_b, grad_a[rank:], grad_up_b, None, None, None
 
@@ -177,7 +188,7 @@ def _fuse_mlp(module: Any) -> bool:
         return False
     library: Callable[[Tensor], Tensor] = module.forward
     forward = _mlp_forward(module, gate, up, activation, library)
-    if not _agrees_as_mlp(forward, library, gate.weight):
+    if not _agrees_as_mlp(forward, library, gate.weight.weight):
         return False
     module.forward = forward
     return True

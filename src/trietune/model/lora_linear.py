@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trietune.model.frozen_weight import FrozenWeight, frozen_weight
+
 
 class LoraLinear(torch.autograd.Function):
-    """Inputs: x [..., in], weight [out, in], bias [out] or None, A [r, in], B [out, r], scale; output [..., out].
+    """Inputs: x [..., in], the frozen weight, bias [out] or None, A [r, in], B [out, r], scale; output [..., out].
 
     Products run in `x`'s dtype and accumulate in fp32; the gradients of A and B are returned in their own dtype. The
     base's weight and bias get none.
@@ -25,27 +27,27 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        context: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         a, scaled_b = a.to(x.dtype), (b * scale).to(x.dtype)
         low_rank = rows @ a.t()
-        out = torch.nn.functional.linear(rows, weight, bias)
+        out = weight.forward(rows, bias)
         out.addmm_(low_rank, scaled_b.t())
-        context.save_for_backward(rows, weight, a, scaled_b, low_rank)
-        context.scale = scale
+        context.save_for_backward(rows, a, scaled_b, low_rank)
+        context.weight, context.scale = weight, scale
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(context: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, scaled_b, low_rank = context.saved_tensors
+        rows, a, scaled_b, low_rank = context.saved_tensors
         grad = grad_out.reshape(-1, grad_out.shape[-1])
         grad_low_rank = grad @ scaled_b
         grad_a = (grad_low_rank.t() @ rows).to(adapter_dtype(rows.dtype))
         grad_b = (grad.t() @ low_rank).to(adapter_dtype(rows.dtype)) * context.scale
         grad_x = None
         if context.needs_input_grad[0]:
-            grad_x = grad @ weight
+            grad_x = context.weight.backward(grad)
             grad_x.addmm_(grad_low_rank, a)
             grad_x = grad_x.view(*grad_out.shape[:-1], -1)
         return grad_x, None, None, grad_a, grad_b, None
@@ -62,7 +64,7 @@ class LoraWeights:
 
     layer: Any
     adapter: str
-    weight: Tensor
+    weight: FrozenWeight
     bias: Tensor | None
     a: Tensor
     b: Tensor
@@ -109,7 +111,7 @@ def lora_weights(module: nn.Module) -> LoraWeights | None:
     )
     if not is_plain:
         return None
-    return LoraWeights(layer, adapter, base.weight, base.bias, a.weight, b.weight, float(layer.scaling[adapter]))
+    return LoraWeights(layer, adapter, frozen_weight(base), base.bias, a.weight, b.weight, float(layer.scaling[adapter]))
 
 
 def _fused_forward(weights: LoraWeights) -> Any:

@@ -47,6 +47,27 @@ def label_losses(
 
 
 def _losses(hidden_nD: Tensor, labels_n: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-    logits_nV = project(hidden_nD)
-    accumulate = torch.promote_types(logits_nV.dtype, torch.float32)
-    return torch.nn.functional.cross_entropy(logits_nV.to(accumulate), labels_n, reduction="none")
+    losses: Tensor = CrossEntropy.apply(project(hidden_nD), labels_n)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class CrossEntropy(torch.autograd.Function):
+    """`-log softmax(logits)[label]` of each row, in fp32 (fp64 for fp64 logits): logits [n, V], labels [n] -> [n].
+
+    The log-probabilities become the gradient in place, so a row of logits is held twice, not five times. The graph can
+    be walked back once.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        context.save_for_backward(log_p, labels)
+        context.dtype = logits.dtype
+        return log_p.gather(1, labels[:, None])[:, 0].neg()
+
+    @staticmethod
+    def backward(context: Any, grad_losses: Tensor) -> tuple[Tensor, None]:
+        log_p, labels = context.saved_tensors
+        p_less_one = log_p.exp_().scatter_add_(1, labels[:, None], log_p.new_full((len(labels), 1), -1.0))
+        grad = torch.empty_like(log_p, dtype=context.dtype)
+        return torch.mul(p_less_one, grad_losses[:, None], out=grad), None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from trietune.model.attention import attend
+from trietune.model.frozen_weight import FrozenWeight, frozen_weight
 from trietune.model.lora_linear import LoraWeights, adapter_dtype, lora_weights
 from trietune.model.trie_layout import TrieLayout, visibility
 from trietune.trie import Trie, build_trie
@@ -68,7 +69,7 @@ def fuse_trie_layers(network: Any) -> TrieLayers:
 class _Linear:
     """A frozen linear layer, with or without a plain adapter."""
 
-    weight: Tensor
+    weight: FrozenWeight
     bias: Tensor | None
     lora: LoraWeights | None
 
@@ -79,7 +80,7 @@ class _Linear:
             return cls(lora.weight, lora.bias, lora)
         if type(module) is not nn.Linear or any(parameter.requires_grad for parameter in module.parameters()):
             return None
-        return cls(module.weight, module.bias, None)
+        return cls(frozen_weight(module), module.bias, None)
 
     def is_active(self) -> bool:
         return self.lora is None or self.lora.is_active()
@@ -110,7 +111,7 @@ class _Attention:
         linears = [_Linear.of(getattr(module, name)) for name in ("q_proj", "k_proj", "v_proj")]
         if any(linear is None for linear in linears):
             return None
-        told = _observe(module, linears[0].weight)  # type: ignore[union-attr]  # none is None
+        told = _observe(module, linears[0].weight.weight)  # type: ignore[union-attr]  # none is None
         if told is None or told.get("scaling") is None:
             return None
         return cls(
@@ -176,7 +177,7 @@ class SharedInput(torch.autograd.Function):
         spans: list[tuple[int, int, float] | None] = []
         first = 0
         for weight, bias, a, b, scale in linears:
-            out = nn.functional.linear(rows, weight, bias)
+            out = weight.forward(rows, bias)
             scaled_b = None
             if a is not None and low_rank is not None:
                 scaled_b = (b * scale).to(x.dtype)
@@ -186,9 +187,9 @@ class SharedInput(torch.autograd.Function):
             else:
                 spans.append(None)
             outputs.append(out)
-            saved.extend((weight, scaled_b))
+            saved.append(scaled_b)
         context.save_for_backward(rows, all_a, low_rank, *saved)
-        context.spans, context.shape = spans, x.shape
+        context.weights, context.spans, context.shape = [linear[0] for linear in linears], spans, x.shape
         return tuple(outputs)
 
     @staticmethod
@@ -198,9 +199,10 @@ class SharedInput(torch.autograd.Function):
         grad_x: Tensor | None = None
         grads_low, grads_b = [], []
         for number, (grad, span) in enumerate(zip(grad_outputs, context.spans, strict=True)):
-            weight, scaled_b = saved[2 * number : 2 * number + 2]
+            scaled_b = saved[number]
             if needs_x:
-                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+                through = context.weights[number].backward(grad)
+                grad_x = through if grad_x is None else grad_x.add_(through)
             if span is not None:
                 begin, end, scale = span
                 grads_low.append(grad @ scaled_b)
@@ -357,7 +359,7 @@ def _layer_agrees(
 
 def _probe(attention: _Attention, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Trie]:
     """Hidden states, rotary angles and a causal mask of one short sequence, and the same sequence as a trie."""
-    weight = attention.inputs[0].weight
+    weight = attention.inputs[0].weight.weight
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, PROBE_TOKENS, weight.shape[1], generator=generator)
     angle = torch.rand(1, PROBE_TOKENS, attention.head_size // 2, generator=generator).mul(6)
@@ -373,7 +375,7 @@ def _probe(attention: _Attention, device: torch.device) -> tuple[Tensor, tuple[T
 
 
 def _layout(attention: _Attention, trie: Trie, device: torch.device, needed: np.ndarray | None = None) -> TrieLayout:
-    query, key = (len(linear.weight) // attention.head_size for linear in attention.inputs[:2])
+    query, key = (len(linear.weight.weight) // attention.head_size for linear in attention.inputs[:2])
     return TrieLayout(trie, kind="rows", num_heads=query, num_key_heads=key, device=device, needed=needed)
 
 
