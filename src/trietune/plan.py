@@ -40,6 +40,7 @@ class Plan:
         directory: the run's folder; its name is the run's.
         dtype: of the base model; adapter and optimizer are fp32.
         attention: how tries attend; None for padded rows, which keep the library's attention.
+        attention_reason: why not in the device's best way; None if they do.
         is_grouped: whether examples with a long common prefix meet in a batch.
         max_positions: most positions of a micro-batch.
         shapes: what micro-batches are padded to, on a device of static shapes; None elsewhere.
@@ -60,6 +61,7 @@ class Plan:
     dtype: torch.dtype
     batching: Batching
     attention: AttentionKind | None
+    attention_reason: str | None
     is_grouped: bool
     max_positions: int
     num_train: int
@@ -93,6 +95,7 @@ class Plan:
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
             ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
+            *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),
             (
                 "sharing",
                 f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens an example "
