@@ -7,16 +7,20 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trietune.errors import UserError
 from trietune.plan import Plan, Sharing
 from trietune.tracking.events import Working
 
 if TYPE_CHECKING:
+    import torch
+
     from trietune.config.settings import Settings
     from trietune.data.load import Data
+    from trietune.device import Device
     from trietune.model.locate import ModelFolder
+    from trietune.model.trie_layout import AttentionKind
     from trietune.tracking.dispatch import Tracker
     from trietune.trie.groups import PrefixGroups
     from trietune.trie.work import Work
@@ -70,7 +74,6 @@ def prepare(
     if device.reason:
         hub.say(device.reason)
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
-    attention = choose_attention(settings)
 
     base = locate_base(settings.model_name, hub)
     tokenizer = load_tokenizer(base.path)
@@ -81,6 +84,7 @@ def prepare(
             where=f"`batching: {settings.batching}` ({settings.where('batching')})",
             next_step="`--set batching=padded`, which trains it on plain rows",
         )
+    attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
 
     data = load_data(
         settings,
@@ -123,6 +127,7 @@ def prepare(
         dtype=dtype,
         batching=settings.batching,
         attention=attention,
+        attention_reason=attention_reason,
         is_grouped=groups is not None,
         max_positions=max_positions,
         num_train=num_train,
@@ -182,17 +187,27 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def choose_attention(settings: Settings) -> Any:
-    """How tries attend; only the ways that this build has are accepted."""
+def choose_attention(
+    settings: Settings, device: Device, config: Any, dtype: torch.dtype
+) -> tuple[AttentionKind | None, str | None]:
+    """How tries attend, None for padded rows; and why not in the device's best way.
+
+    Args:
+        config: the text config of a causal model of transformers.
+    """
+    from trietune.device.attention import AttentionNeeds, choose_way
+
     if settings.batching == "padded":
-        return None
-    if settings.attention in ("varlen", "flex"):
-        raise UserError(
-            f"`attention: {settings.attention}` needs a CUDA device and is not in this build yet",
-            where=settings.where("attention"),
-            next_step="`--set attention=auto`",
-        )
-    return "rows" if settings.attention == "auto" else settings.attention
+        return None, None
+    bound = settings.max_tokens_per_micro_batch
+    needs = AttentionNeeds(
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dtype=dtype,
+        has_soft_cap=getattr(config, "attn_logit_softcapping", None) is not None,
+        num_positions=2**31 if bound == "auto" else bound,
+    )
+    kind, reason = choose_way(settings.attention, device, needs, where=settings.where("attention"))
+    return cast("AttentionKind", kind), reason
 
 
 def choose_groups(settings: Settings, sequences: Any, hub: Tracker) -> tuple[PrefixGroups | None, Work]:
