@@ -27,6 +27,7 @@ from trietune.device.device import Device
 from trietune.device.memory import is_out_of_memory, release_cached_memory
 from trietune.model.causal_lm import TrieModel
 from trietune.training.ahead import one_ahead
+from trietune.training.loss_scale import LossScale
 from trietune.training.optimizer import Schedule, make_state
 from trietune.training.readings import Readings
 from trietune.training.sampler import Sampler
@@ -105,6 +106,7 @@ def train(
     before_update: Callable[[int], None] | None = None,
     cut_smaller: Callable[[MicroBatchTooLargeError], None] | None = None,
     device: Device | None = None,
+    loss_scale: LossScale | None = None,
     is_read: Callable[[int], bool] = lambda number: True,
 ) -> Generator[Step, None, None]:
     """Take the steps `schedules.first_step + 1 .. num_steps`, yielding each.
@@ -118,6 +120,7 @@ def train(
             the step is taken again from its beginning. Its result is the same up to rounding, but with dropout, whose
             draws follow the cut.
         device: that the model is on; None for one that runs each operation when it is called.
+        loss_scale: for a base model in fp16. A step whose gradients it made infinite is taken again, with half of it.
         is_read: on a device that does not read every step, whether step `number` (from 1) is read.
 
     Raises:
@@ -126,7 +129,7 @@ def train(
         MicroBatchTooLargeError: without `cut_smaller`; with it, whatever it raises.
     """
     device = device or describe_cpu()
-    taker = _StepTaker(model, optimizer, schedules, device, seed, max_grad_norm, before_update, is_read)
+    taker = _StepTaker(model, optimizer, schedules, device, seed, max_grad_norm, before_update, loss_scale, is_read)
     if device.has_static_shapes:
         make_state(optimizer)
         device.end_step()
@@ -190,6 +193,7 @@ class _StepTaker:
     seed: int
     max_grad_norm: float | None
     before_update: Callable[[int], None] | None
+    loss_scale: LossScale | None
     is_read: Callable[[int], bool]
     readings: Readings = field(default_factory=Readings)
 
@@ -199,17 +203,22 @@ class _StepTaker:
         learning_rate = self.schedules.learning_rate(number)
         for group in optimizer.param_groups:
             group["lr"] = device.learning_rate(learning_rate)
-        device.seed(step_seed(self.seed, number))
         self.model.network.train()
-        loss_there = accumulate_gradients(self.model, layout.micro_batches, device.end_step)
-        norm_there = _clip([p for group in optimizer.param_groups for p in group["params"]], self.max_grad_norm)
+        loss_there, norm_there = self._gradients(layout)
+        while self.loss_scale is not None and self.loss_scale.has_overflowed(loss_there, norm_there):
+            self.loss_scale.update(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            loss_there, norm_there = self._gradients(layout)
         self.readings.note(number + 1, loss_there, norm_there, layout.sequence_indices)
         loss = grad_norm = None
         if device.reads_every_step:
             loss, grad_norm = self.readings.read()
         if self.before_update is not None:
             self.before_update(number + 1)
-        optimizer.step()
+        if self.loss_scale is None:
+            optimizer.step()
+        else:
+            self.loss_scale.update(optimizer)
         # Where steps are programs, gradients stay the same tensors: made anew, they would be another program.
         optimizer.zero_grad(set_to_none=not device.has_static_shapes)
         device.end_step()
@@ -228,14 +237,27 @@ class _StepTaker:
             num_micro_batches=len(layout.micro_batches),
         )
 
+    def _gradients(self, layout: _StepLayout) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm, still on the device; the clipped gradients are with the parameters."""
+        self.device.seed(step_seed(self.seed, layout.number))
+        loss = accumulate_gradients(self.model, layout.micro_batches, self.device.end_step, self.loss_scale)
+        if self.loss_scale is not None:
+            self.loss_scale.divide_gradients(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return loss, _clip(parameters, self.max_grad_norm)
+
 
 def accumulate_gradients(
-    model: TrieModel, micro_batches: Sequence[MicroBatch], between: Callable[[], None] = lambda: None
+    model: TrieModel,
+    micro_batches: Sequence[MicroBatch],
+    between: Callable[[], None] = lambda: None,
+    loss_scale: LossScale | None = None,
 ) -> Tensor:
     """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss, still on the device.
 
     Args:
         between: called after each micro-batch but the last, which goes together with the update.
+        loss_scale: that the gradients are multiplied with.
 
     Raises:
         MicroBatchTooLargeError: memory ran out; some gradients may have been added.
@@ -246,13 +268,13 @@ def accumulate_gradients(
     for micro_batch in micro_batches:
         if micro_batch is not micro_batches[0]:
             between()
-        loss = loss + _backward(model, micro_batch, divisor)
+        loss = loss + _backward(model, micro_batch, divisor, loss_scale)
     return loss
 
 
-def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float) -> Tensor:
+def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float, loss_scale: LossScale | None) -> Tensor:
     try:
-        return _add_gradients(model, micro_batch, divisor)
+        return _add_gradients(model, micro_batch, divisor, loss_scale)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -262,11 +284,12 @@ def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float) -> Tens
     raise MicroBatchTooLargeError(micro_batch.num_positions, int(micro_batch.position_ids.max()) + 1)
 
 
-def _add_gradients(model: TrieModel, micro_batch: MicroBatch, divisor: float) -> Tensor:
+def _add_gradients(model: TrieModel, micro_batch: MicroBatch, divisor: float, loss_scale: LossScale | None) -> Tensor:
     losses = model.label_losses(micro_batch)
     weight = model.place(torch.from_numpy(micro_batch.label_weight / divisor).to(losses.dtype))
     part = torch.dot(losses, weight)
-    part.backward()  # type: ignore[no-untyped-call]
+    to_differentiate = part if loss_scale is None else loss_scale.multiply(part)
+    to_differentiate.backward()  # type: ignore[no-untyped-call]
     return part.detach()
 
 
