@@ -14,6 +14,7 @@ import torch
 from job import LEARNING_RATE, WEIGHT_DECAY, Gate, Job
 from models import add_lora, build_network, trained_parameters
 
+from trietune.device import choose_device
 from trietune.model.causal_lm import TrieModel
 from trietune.model.fused import fuse_network
 from trietune.training.loop import Schedules
@@ -51,7 +52,7 @@ def train(job: Job, device: torch.device, gate: Gate) -> None:
         trained_parameters(network),
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
-        device=device,
+        device=choose_device(device.type, use_tt=False),
     )
     workload = job.workload
     steps = train_steps(

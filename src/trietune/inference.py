@@ -160,9 +160,8 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
     from trietune.model.adapter import load_adapter
     from trietune.model.architecture import check_architecture
-    from trietune.model.causal_lm import TrieModel
+    from trietune.model.assemble import assemble
     from trietune.model.export import base_name_of
-    from trietune.model.fused import fuse_network
     from trietune.model.load import load_network
 
     path = Path(target).expanduser()
@@ -180,21 +179,20 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     device = choose_device(settings.device, use_tt=settings.use_tt, where=settings.where)
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
     base = locate_base(base_name_of(adapter) if adapter else str(target), hub)
-    network = load_network(base, dtype=dtype, device=device.torch_device, report=hub.say)
+    network = load_network(base, dtype=dtype, device=device.loading_device, report=hub.say)
     prompt_format = None
     if adapter is not None:
         load_adapter(network, adapter)
         file = adapter / "prompt_format.json"
         if file.is_file():
             prompt_format = PromptFormat.from_json(file.read_text("utf-8"), where=str(file))
-    prunes_last = settings.fused_layers and fuse_network(network).prunes_last
-    attention = choose_attention(settings)
+    attention, _ = choose_attention(settings, device, network.config.get_text_config(), dtype)
     if attention is not None and check_architecture(network) is not None:
         settings, attention = settings.model_copy(update={"batching": "padded"}), None
     position_bytes = bytes_per_position(network.config.get_text_config(), dtype, gradient_checkpointing=True)
     return Opened(
         name=str(target),
-        model=TrieModel(network, device=device.torch_device, attention=attention, prunes_last=prunes_last),
+        model=assemble(network, device, attention=attention, fused_layers=settings.fused_layers),
         tokenizer=load_tokenizer(base.path),
         base=base,
         settings=settings,

@@ -181,6 +181,7 @@ class Keeper:
         """
         if self.saved_step == step:
             return 0.0
+        begin = time.monotonic()
         try:
             saved = self.store.save(
                 step,
@@ -197,13 +198,14 @@ class Keeper:
         self.saved_step = step
         for warning in saved.warnings:
             self.hub.say(warning, is_warning=True)
-        self.hub.emit(events.Saved("checkpoint", step, saved.path, dict(metrics), saved.seconds))
+        seconds = time.monotonic() - begin
+        self.hub.emit(events.Saved("checkpoint", step, saved.path, dict(metrics), seconds))
         for path in saved.removed:
             self.hub.emit(events.Removed(int(path.name.removeprefix("step-")), path))
         self.tell_uploads()
         if self._uploader is not None:
             self._uploader.saved()
-        return saved.seconds
+        return seconds
 
     def better_than_last(self, step: int, metrics: Mapping[str, float]) -> tuple[int, bytes] | None:
         """Step and weights of the best checkpoint, if it was measured better than the weights of `step`."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trietune.device import Device
     from trietune.model.trie_layout import AttentionKind
     from trietune.trie import Batching
+    from trietune.trie.static_shapes import StaticShapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,16 @@ class Plan:
         directory: the run's folder; its name is the run's.
         dtype: of the base model; adapter and optimizer are fp32.
         attention: how tries attend; None for padded rows, which keep the library's attention.
+        attention_reason: why not in the device's best way; None if they do.
         is_grouped: whether examples with a long common prefix meet in a batch.
         max_positions: most positions of a micro-batch.
+        shapes: what micro-batches are padded to, on a device of static shapes; None elsewhere.
         num_steps: optimizer steps of the whole run.
         eval_max_examples: examples of a periodic validation; None takes all.
         eval_batch_size: answers generated together.
+        model_bytes: of the base model, the adapter, its gradients and its optimizer.
+        position_bytes: estimate for one position of a micro-batch.
+        largest_micro_batch: positions of the largest micro-batch of those that were looked at.
     """
 
     directory: Path
@@ -55,6 +61,7 @@ class Plan:
     dtype: torch.dtype
     batching: Batching
     attention: AttentionKind | None
+    attention_reason: str | None
     is_grouped: bool
     max_positions: int
     num_train: int
@@ -67,7 +74,10 @@ class Plan:
     eval_max_examples: int | None
     eval_batch_size: int
     sharing: Sharing
+    model_bytes: int
     position_bytes: int
+    largest_micro_batch: int
+    shapes: StaticShapes | None = None
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan for people: (name, value), in the order in which things happen."""
@@ -78,7 +88,6 @@ class Plan:
         epochs = self.num_steps / self.steps_per_epoch
         attention = self.attention or "the model's own"
         validation = "all" if self.eval_max_examples is None else f"{self.eval_max_examples:,}"
-        memory = self.max_positions * self.position_bytes / 2**30
         return [
             ("model", f"{self.model_name}{revision}, {_millions(self.num_parameters)} parameters"),
             ("adapter", f"{self.num_trainable:,} trained parameters, in float32"),
@@ -86,18 +95,32 @@ class Plan:
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
             ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
+            *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),
             (
                 "sharing",
                 f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens an example "
                 f"are computed ({self.sharing.factor:.2f}x)",
             ),
-            ("micro-batch", f"at most {self.max_positions:,} tokens, about {memory:.1f} GB"),
+            (
+                "memory",
+                f"{_gigabytes(self.model_bytes)} for model and optimizer; about "
+                f"{_gigabytes(self.largest_micro_batch * self.position_bytes)} for a micro-batch of "
+                f"{self.largest_micro_batch:,} tokens",
+            ),
+            (
+                "micro-batch",
+                f"at most {self.max_positions:,} tokens, about {_gigabytes(self.max_positions * self.position_bytes)}",
+            ),
             ("validation", f"{validation} examples while training, all before and after"),
         ]
 
 
 def _millions(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2g} GB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
 def _grouping(is_grouped: bool) -> str:

@@ -7,28 +7,37 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trietune.errors import UserError
 from trietune.plan import Plan, Sharing
 from trietune.tracking.events import Working
 
 if TYPE_CHECKING:
+    import torch
+
     from trietune.config.settings import Settings
     from trietune.data.load import Data
+    from trietune.device import Device
     from trietune.model.locate import ModelFolder
+    from trietune.model.trie_layout import AttentionKind
     from trietune.tracking.dispatch import Tracker
     from trietune.trie.groups import PrefixGroups
+    from trietune.trie.work import Work
 
 # Grouping pays if it saves this much of the positions that plain shuffling computes.
 GROUPING_SAVES = 0.25
-# Batches that are laid out to measure what is shared.
+# Batches that are laid out to measure what is shared and how much memory they take.
 SAMPLED_BATCHES = 8
 # With `eval_max_examples: auto`, a periodic validation takes about a tenth of the training between two of them; a
 # training example costs three forward passes.
 VALIDATION_SHARE = 0.1
 FEWEST_VALIDATED = 32
 DEFAULT_EVAL_BATCH = 32
+# Of a parameter of the adapter, in fp32: itself, its gradient, and two moments of the optimizer.
+BYTES_A_TRAINED_PARAMETER = 16
+# No bound: a batch is one micro-batch.
+UNBOUNDED = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,6 @@ def prepare(
     if device.reason:
         hub.say(device.reason)
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
-    attention = choose_attention(settings)
 
     base = locate_base(settings.model_name, hub)
     tokenizer = load_tokenizer(base.path)
@@ -76,6 +84,7 @@ def prepare(
             where=f"`batching: {settings.batching}` ({settings.where('batching')})",
             next_step="`--set batching=padded`, which trains it on plain rows",
         )
+    attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
 
     data = load_data(
         settings,
@@ -86,7 +95,7 @@ def prepare(
         check_stop=check_stop,
     )
     num_train = len(data.train)
-    groups = choose_groups(settings, data.train, hub)
+    groups, work = choose_groups(settings, data.train, hub)
     batches_per_epoch = math.ceil(num_train / settings.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
     num_steps = steps_per_epoch * settings.num_epochs
@@ -94,10 +103,20 @@ def prepare(
         if settings.max_steps > num_steps:
             hub.say(f"`num_epochs: {settings.num_epochs}` ends after {num_steps:,} steps, before `max_steps`")
         num_steps = min(settings.max_steps, num_steps)
-    position_bytes = bytes_per_position(shape.config, dtype, gradient_checkpointing=settings.gradient_checkpointing)
+    position_bytes = bytes_per_position(
+        shape.config,
+        dtype,
+        scores_per_position=work.scores_per_position,
+        labels_per_position=work.labels_per_position,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        is_fused=settings.fused_layers and not settings.lora_dropout and not settings.use_dora,
+    )
+    model_bytes = shape.num_bytes(dtype) + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
     max_positions = settings.max_tokens_per_micro_batch
     if max_positions == "auto":
-        max_positions = micro_batch_bound(device.free_memory_bytes() - shape.num_bytes(dtype), position_bytes)
+        max_positions = micro_batch_bound(device.free_memory_bytes() - model_bytes, position_bytes)
+    if work.largest > max_positions:
+        work = measure_batches(settings, data.train, groups, max_positions)
     plan = Plan(
         directory=directory or run_directory(settings),
         model_name=base.name,
@@ -108,6 +127,7 @@ def prepare(
         dtype=dtype,
         batching=settings.batching,
         attention=attention,
+        attention_reason=attention_reason,
         is_grouped=groups is not None,
         max_positions=max_positions,
         num_train=num_train,
@@ -119,8 +139,10 @@ def prepare(
         num_warmup_steps=settings.num_warmup_steps(num_steps),
         eval_max_examples=validation_bound(settings, data),
         eval_batch_size=DEFAULT_EVAL_BATCH if settings.eval_batch_size == "auto" else settings.eval_batch_size,
-        sharing=measure_sharing(settings, data.train, groups, max_positions),
+        sharing=sharing_of(work, num_sampled(settings, num_train)),
+        model_bytes=model_bytes,
         position_bytes=position_bytes,
+        largest_micro_batch=work.largest,
     )
     return Prepared(settings, plan, base, tokenizer, data, groups)
 
@@ -165,25 +187,35 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def choose_attention(settings: Settings) -> Any:
-    """How tries attend; only the ways that this build has are accepted."""
+def choose_attention(
+    settings: Settings, device: Device, config: Any, dtype: torch.dtype
+) -> tuple[AttentionKind | None, str | None]:
+    """How tries attend, None for padded rows; and why not in the device's best way.
+
+    Args:
+        config: the text config of a causal model of transformers.
+    """
+    from trietune.device.attention import AttentionNeeds, choose_way
+
     if settings.batching == "padded":
-        return None
-    if settings.attention in ("varlen", "flex"):
-        raise UserError(
-            f"`attention: {settings.attention}` needs a CUDA device and is not in this build yet",
-            where=settings.where("attention"),
-            next_step="`--set attention=auto`",
-        )
-    return "rows" if settings.attention == "auto" else settings.attention
+        return None, None
+    bound = settings.max_tokens_per_micro_batch
+    needs = AttentionNeeds(
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dtype=dtype,
+        has_soft_cap=getattr(config, "attn_logit_softcapping", None) is not None,
+        num_positions=2**31 if bound == "auto" else bound,
+    )
+    kind, reason = choose_way(settings.attention, device, needs, where=settings.where("attention"))
+    return cast("AttentionKind", kind), reason
 
 
-def choose_groups(settings: Settings, sequences: Any, hub: Tracker) -> PrefixGroups | None:
-    """Prefix groups if `group_by_prefix` asks for them, or, with `auto`, if they save much."""
+def choose_groups(settings: Settings, sequences: Any, hub: Tracker) -> tuple[PrefixGroups | None, Work]:
+    """Prefix groups if `group_by_prefix` asks for them, or, with `auto`, if they save much; and a few batches' work."""
     from trietune.trie.groups import find_prefix_groups
 
     if settings.group_by_prefix is False or settings.batching != "trie":
-        return None
+        return None, measure_batches(settings, sequences, None, UNBOUNDED)
     if settings.batch_size * settings.gradient_accumulation_steps == 1:
         groups = find_prefix_groups(sequences, batch_size=32)
         if groups.num_distinct < (1 - GROUPING_SAVES) * groups.num_tokens:
@@ -192,29 +224,42 @@ def choose_groups(settings: Settings, sequences: Any, hub: Tracker) -> PrefixGro
                 f"{1 - groups.num_distinct / groups.num_tokens:.0%} of their tokens. `--set batch_size=32` computes "
                 "shared beginnings once (compare the learning rate: docs/batches.md)"
             )
-        return None
+        return None, measure_batches(settings, sequences, None, UNBOUNDED)
     groups = find_prefix_groups(sequences, batch_size=settings.batch_size)
+    grouped = measure_batches(settings, sequences, groups, UNBOUNDED)
     if settings.group_by_prefix is True:
-        return groups
-    shuffled = measure_sharing(settings, sequences, None, 2**31).positions_per_example
-    grouped = measure_sharing(settings, sequences, groups, 2**31).positions_per_example
-    return groups if grouped < (1 - GROUPING_SAVES) * shuffled else None
+        return groups, grouped
+    shuffled = measure_batches(settings, sequences, None, UNBOUNDED)
+    saves_much = grouped.num_positions < (1 - GROUPING_SAVES) * shuffled.num_positions
+    return (groups, grouped) if saves_much else (None, shuffled)
 
 
-def measure_sharing(settings: Settings, sequences: Any, groups: PrefixGroups | None, max_positions: int) -> Sharing:
-    """Lay out a few batches of the first epoch as training will."""
+def measure_batches(settings: Settings, sequences: Any, groups: PrefixGroups | None, max_positions: int) -> Work:
+    """What a few batches of the first epoch hold, laid out as training will."""
     from trietune.training.sampler import Sampler
     from trietune.trie import make_micro_batches
+    from trietune.trie.work import measure_work
 
     sampler = Sampler(len(sequences), batch_size=settings.batch_size, seed=settings.seed, groups=groups)
-    num_examples = num_tokens = num_positions = 0
-    for number in range(min(SAMPLED_BATCHES, sampler.batches_per_epoch)):
-        indices = sampler.batch(0, number)
-        for micro_batch in make_micro_batches(sequences, indices, batching=settings.batching, max_nodes=max_positions):
-            num_tokens += micro_batch.num_tokens
-            num_positions += micro_batch.num_positions
-        num_examples += len(indices)
-    return Sharing(num_tokens / num_examples, num_positions / num_examples)
+    return measure_work(
+        [
+            micro_batch
+            for number in range(min(SAMPLED_BATCHES, sampler.batches_per_epoch))
+            for micro_batch in make_micro_batches(
+                sequences, sampler.batch(0, number), batching=settings.batching, max_nodes=max_positions
+            )
+        ]
+    )
+
+
+def num_sampled(settings: Settings, num_train: int) -> int:
+    """Examples in the batches of `measure_batches`."""
+    return min(SAMPLED_BATCHES * settings.batch_size, num_train)
+
+
+def sharing_of(work: Work, num_examples: int) -> Sharing:
+    """What `work` on so many examples says about sharing."""
+    return Sharing(work.num_tokens / num_examples, work.num_positions / num_examples)
 
 
 def validation_bound(settings: Settings, data: Data) -> int | None:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.evaluation.evaluate import Evaluation
     from trietune.tracking.dispatch import Tracker
-    from trietune.training.loop import LossNotFiniteError, MicroBatchTooLargeError, Step
+    from trietune.training.loop import MicroBatchTooLargeError, Step
+    from trietune.training.readings import LossNotFiniteError
 
 SHOWN_EXAMPLES, SHOWN_PREDICTIONS = 3, 10
 # `max_time` leaves this many steps' time, and this many seconds, to save in.
@@ -130,7 +131,7 @@ class Session:
             raise
 
     def _run(self, resumed: LoadedCheckpoint | None) -> Run:
-        from trietune.training.loop import LossNotFiniteError
+        from trietune.training.readings import LossNotFiniteError
 
         self._start(resumed)
         self._build_model()
@@ -184,20 +185,23 @@ class Session:
     def _build_model(self) -> None:
         from trietune.data.tokenizer import make_encoder
         from trietune.model.adapter import add_adapter
-        from trietune.model.causal_lm import TrieModel
-        from trietune.model.fused import fuse_network
-        from trietune.model.load import enable_checkpointing, load_network
+        from trietune.model.assemble import assemble
+        from trietune.model.load import load_network
         from trietune.training.optimizer import build_optimizer, learning_rate_schedule
         from trietune.training.sampler import Sampler
 
-        device = self.plan.device.torch_device
+        device = self.plan.device
         self.hub.say(f"loading {self.base.name}")
-        network = load_network(self.base, dtype=self.plan.dtype, device=device, report=self.hub.say)
+        network = load_network(self.base, dtype=self.plan.dtype, device=device.loading_device, report=self.hub.say)
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
-        prunes_last = self.settings.fused_layers and fuse_network(network).prunes_last
-        if self.settings.gradient_checkpointing:
-            enable_checkpointing(network)
-        self.model = TrieModel(network, device=device, attention=self.plan.attention, prunes_last=prunes_last)
+        self.model = assemble(
+            network,
+            device,
+            attention=self.plan.attention,
+            fused_layers=self.settings.fused_layers,
+            shapes=self.plan.shapes,
+            gradient_checkpointing=self.settings.gradient_checkpointing,
+        )
         self.encoder = make_encoder(self.tokenizer, self.data.prompt_format)
         self.optimizer = build_optimizer(
             self.settings.optim,
@@ -230,12 +234,27 @@ class Session:
             max_grad_norm=self.settings.max_grad_norm,
             before_update=self._emit_histograms,
             cut_smaller=self._cut_smaller,
+            device=self.plan.device,
+            is_read=self._is_read,
         )
 
     def _micro_batches(self, indices: Any) -> Any:
         from trietune.trie import make_micro_batches
 
-        return make_micro_batches(self.data.train, indices, batching=self.plan.batching, max_nodes=self.max_positions)
+        return self.model.arrange(
+            make_micro_batches(self.data.train, indices, batching=self.plan.batching, max_nodes=self.max_positions)
+        )
+
+    def _is_read(self, number: int) -> bool:
+        """Whether anybody asks for the loss of step `number`, or acts on it."""
+        return (
+            self._is_logged(number)
+            or number % self.settings.val_steps_freq == 0
+            or self._is_save_due(number, number == self.plan.num_steps)
+        )
+
+    def _is_logged(self, number: int) -> bool:
+        return number % self.settings.steps_freq == 0 or number in (1, self.plan.num_steps)
 
     def _cut_smaller(self, error: MicroBatchTooLargeError) -> None:
         """Memory ran out: half as much at once from here on, in validations too."""
@@ -260,17 +279,16 @@ class Session:
         """Log, validate, save, and stop if it is time to."""
         self.step, self.epoch = step.number, step.epoch
         is_last = step.number == self.plan.num_steps
-        is_logged = step.number % self.settings.steps_freq == 0 or is_last or step.number == 1
         self.hub.emit(
             events.StepFinished(
                 step=step.number,
                 epoch=step.epoch,
                 metrics=self.meter.metrics(step, self.plan.device.used_memory_bytes()),
                 example_ids=[self.data.train.ids[index] for index in step.sequence_indices],
-                is_logged=is_logged,
+                is_logged=self._is_logged(step.number),
             )
         )
-        is_saved = self._is_save_due(step, is_last)
+        is_saved = self._is_save_due(step.number, is_last)
         if step.number % self.settings.val_steps_freq == 0 or is_saved or is_last:
             self._validate()
         if is_saved:
@@ -280,14 +298,13 @@ class Session:
             self.signals.check()
             self._check_time()
 
-    def _is_save_due(self, step: Step, is_last: bool) -> bool:
+    def _is_save_due(self, step: int, is_last: bool) -> bool:
         match self.settings.save_strategy:
             case "step":
-                return step.number % self.settings.steps_freq == 0
+                return step % self.settings.steps_freq == 0
             case "epoch":
-                ends_epoch = step.number % self.plan.steps_per_epoch == 0
-                number = step.number // self.plan.steps_per_epoch
-                return (ends_epoch and number % self.settings.epoch_freq == 0) or is_last
+                epoch, steps_beyond = divmod(step, self.plan.steps_per_epoch)
+                return (steps_beyond == 0 and epoch % self.settings.epoch_freq == 0) or is_last
             case _:
                 return False
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from trietune.device.attention import AttentionNeeds, Card, card_refuses, choose_attention
+from trietune.device.attention import AttentionNeeds, Card, card_refuses, choose_way
 from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
 from trietune.errors import UserError
@@ -95,17 +95,17 @@ def on(card: Card) -> Device:
     ],
 )
 def test_the_best_way_that_takes_the_model(card: Card, needs: AttentionNeeds, kind: str, reason: str | None) -> None:
-    assert choose_attention("auto", on(card), needs, where="attention") == (kind, reason)
+    assert choose_way("auto", on(card), needs, where="attention") == (kind, reason)
 
 
 @pytest.mark.parametrize("asked", ["varlen", "flex", "mask", "rows"])
 def test_a_way_that_was_asked_for_is_taken_without_a_word(asked: str) -> None:
-    assert choose_attention(asked, on(H100), GEMMA, where="attention") == (asked, None)
+    assert choose_way(asked, on(H100), GEMMA, where="attention") == (asked, None)
 
 
 def test_a_way_that_was_asked_for_and_does_not_take_the_model_is_refused() -> None:
     with pytest.raises(UserError) as refused:
-        choose_attention("varlen", on(H100), GEMMA2, where="sst2.yaml, line 3")
+        choose_way("varlen", on(H100), GEMMA2, where="sst2.yaml, line 3")
     assert refused.value.what == "`attention: varlen` does not run here: its kernel knows no soft-capping"
     assert refused.value.where == "sst2.yaml, line 3"
     assert refused.value.next_step == "`--set attention=auto`, which takes `flex` on this device"
@@ -115,7 +115,7 @@ def test_a_way_that_was_asked_for_and_does_not_take_the_model_is_refused() -> No
 def test_ways_of_cuda_are_refused_on_a_cpu(asked: str) -> None:
     cpu = replace(describe_cpu(), name="CPU, 2 threads")
     with pytest.raises(UserError) as refused:
-        choose_attention(asked, cpu, LLAMA, where="attention")
+        choose_way(asked, cpu, LLAMA, where="attention")
     assert refused.value.what == (
         f"`attention: {asked}` does not run here: its kernel runs on CUDA, and this run is on CPU, 2 threads"
     )
@@ -124,4 +124,4 @@ def test_ways_of_cuda_are_refused_on_a_cpu(asked: str) -> None:
 
 def test_a_cpu_takes_rows_whatever_the_model() -> None:
     for needs in (GEMMA, GEMMA2, replace(LLAMA, dtype=torch.float32, num_positions=100)):
-        assert choose_attention("auto", describe_cpu(), needs, where="attention") == ("rows", None)
+        assert choose_way("auto", describe_cpu(), needs, where="attention") == ("rows", None)

@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no staging: written under its final name", "checkpoints/directory.py",
-        '    staging = hidden_sibling("staging", target)\n', "    staging = target\n",
+        '    staging = files.hidden_sibling("staging", target)\n', "    staging = target\n",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut", "tests/checkpoints/test_directory.py"),
     ),
     Mutation(
@@ -217,13 +217,37 @@ MUTATIONS = [
         (BIT_EQUAL,),
     ),
     Mutation(
+        "a damaged optimizer left out without being asked", "keeping.py",
+        "{OPTIMIZER_FILE} if OPTIMIZER_STATE in allowed_changes else set()", "{OPTIMIZER_FILE}",
+        (f"{TRAINER}::test_a_damaged_optimizer_is_done_without_only_when_allowed",),
+    ),
+    Mutation(
+        "another optimizer's state restored", "keeping.py",
+        "kinds <= SAME_STATE else", "True else",
+        (f"{TRAINER}::test_another_optimizer_that_was_allowed_begins_with_its_own_state",),
+    ),
+    Mutation(
+        "a base model in a folder not looked into", "environment.py",
+        "prepared.base.digest or _sampled_digest(prepared.base.path)", "prepared.base.digest",
+        (f"{TRAINER}::test_a_base_model_changed_in_its_place_is_refused",),
+    ),
+    Mutation(
+        "a large file made in memory at once", "model/raw_tensors.py",
+        "    if num_bytes <= STREAMED_ABOVE_BYTES:\n", "    if True:\n", ("tests/checkpoints/test_memory.py",),
+    ),
+    Mutation(
+        "what a resume has read held on", "checkpoints/store.py",
+        "        return self.contents.pop(name)\n", "        return self.contents[name]\n",
+        ("tests/checkpoints/test_memory.py",),
+    ),
+    Mutation(
         "adapter not restored", "keeping.py",
         "        set_adapter_tensors(peft_model, resumed.take(WEIGHTS_FILE), where=str(resumed.path))\n", "",
         (BIT_EQUAL,),
     ),
     Mutation(
         "randomness of a step not tied to the step", "training/loop.py",
-        "    torch.manual_seed(step_seed(seed, number))\n", "", (BIT_EQUAL,),
+        "        self.device.seed(step_seed(self.seed, layout.number))\n", "", (BIT_EQUAL,),
     ),
     Mutation(
         "schedule begins anew", "training/loop.py",

@@ -19,6 +19,7 @@ from model.families import FAMILIES
 from strategies import FlatSequences, flat, question_batch
 from trietune.data.tokenizer import load_tokenizer
 from trietune.demo import smollm2_gguf
+from trietune.device.cpu import describe_cpu
 from trietune.errors import UserError
 from trietune.model.causal_lm import TrieModel
 from trietune.model.locate import locate_model
@@ -88,7 +89,7 @@ def steps_of_trietune(
 ) -> Iterator[Step]:
     network = model.get_base_model()
     assert fuse_adapters(network) > 0
-    device = torch.device("cpu")
+    device = describe_cpu()
     optimizer = build_optimizer(
         "adamw",
         [p for p in network.parameters() if p.requires_grad],
@@ -97,7 +98,7 @@ def steps_of_trietune(
         device=device,
     )
     return train(
-        TrieModel(network, device=device, attention=None if batching == "padded" else "rows"),
+        TrieModel(network, device=device.torch_device, attention=None if batching == "padded" else "rows"),
         optimizer,
         Sampler(len(sequences), batch_size=batch_size, seed=5),
         Schedules(num_steps, 0, 1, lambda step: minimal_loop.LEARNING_RATE),

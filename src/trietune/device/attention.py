@@ -68,7 +68,7 @@ class Card:
     has_triton: bool = True
 
 
-def choose_attention(asked: str, device: Device, needs: AttentionNeeds, *, where: str) -> tuple[str, str | None]:
+def choose_way(asked: str, device: Device, needs: AttentionNeeds, *, where: str) -> tuple[str, str | None]:
     """How tries attend, and why not in the device's best way (None if they do, or if it was asked for).
 
     Args:
@@ -79,14 +79,14 @@ def choose_attention(asked: str, device: Device, needs: AttentionNeeds, *, where
     """
     if asked != "auto":
         if refusal := _refusal(asked, device, needs):
-            kind, _ = choose_attention("auto", device, needs, where=where)
+            kind, _ = choose_way("auto", device, needs, where=where)
             raise UserError(
                 f"`attention: {asked}` does not run here: {refusal}",
                 where=where,
                 next_step=f"`--set attention=auto`, which takes `{kind}` on this device",
             )
         return asked, None
-    refusals = []
+    refusals: list[str] = []
     for kind in device.attentions:
         refusal = _refusal(kind, device, needs)
         if refusal is None and kind == "mask" and needs.num_positions > SMALL_TRIE and len(device.attentions) > 1:

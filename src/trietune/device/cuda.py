@@ -38,6 +38,7 @@ def describe_cuda(reason: str | None = None) -> Device:
         free_memory_bytes=lambda: int(torch.cuda.mem_get_info()[0]),
         used_memory_bytes=lambda: int(torch.cuda.max_memory_allocated()),
         fastest_dtype=lambda: torch.bfloat16 if has_bfloat16 else torch.float32,
+        runs_bitsandbytes=True,
         synchronise=torch.cuda.synchronize,
     )
 

@@ -53,8 +53,9 @@ class Device:
         runs_own_backwards: whether functions with a backward of their own (`fused_layers`) pay.
         reads_every_step: whether loss and gradient norm are read after each step. Elsewhere they stay on the device
             until they are reported.
-        adamw: keyword arguments of PyTorch's AdamW; None where `optim: adamw` may choose what it likes.
-        optimizers: names of `optim` that run here; None for all.
+        adamw, fastest_adamw: keyword arguments of PyTorch's AdamW for `optim: adamw_torch` and `optim: adamw`.
+        optimizers: names of `optim` that run here; None for all but the 8-bit ones.
+        runs_bitsandbytes: whether bitsandbytes has kernels for it.
         free_memory_bytes: memory that a new process could still use without swapping.
         used_memory_bytes: memory of this process: resident on the host, or the peak of the allocator on the device.
         fastest_dtype: what `dtype: auto` takes.
@@ -83,8 +84,9 @@ class Device:
     runs_own_backwards: bool = True
     reads_every_step: bool = True
     adamw: Mapping[str, Any] = field(default_factory=lambda: {"foreach": True})
-    fused_adamw: Mapping[str, Any] = field(default_factory=lambda: {"fused": True})
+    fastest_adamw: Mapping[str, Any] = field(default_factory=lambda: {"fused": True})
     optimizers: tuple[str, ...] | None = None
+    runs_bitsandbytes: bool = False
     synchronise: Callable[[], None] = _nothing
     end_step: Callable[[], None] = _nothing
     seed: Callable[[int], object] = torch.manual_seed
@@ -93,3 +95,8 @@ class Device:
     place_network: Callable[[nn.Module], None] | None = None
     recompute: Callable[..., Any] = recompute
     compilations: Callable[[], int | None] = lambda: None
+
+    @property
+    def loading_device(self) -> torch.device:
+        """Where a network is put together before `place_network` takes it to the device."""
+        return self.torch_device if self.place_network is None else torch.device("cpu")

@@ -1,4 +1,7 @@
-"""How many positions fit into memory at once: the bound behind `max_tokens_per_micro_batch: auto`."""
+"""How much memory a micro-batch takes, and how many positions fit: behind `max_tokens_per_micro_batch: auto`.
+
+The formulas follow what the layers keep for their backward; `benchmarks/memory.py` holds them against real peaks.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,20 @@ from typing import Any
 
 import torch
 
-# Activations kept for the backward, in numbers a position and layer: inputs of norms and projections, the normed
-# copies in fp32, rotary products, attention's output, and the MLP's gate, up and product.
-HIDDEN_COPIES = 16
-INTERMEDIATE_COPIES = 6
-# Logits in the model's dtype, in fp32, and their gradient, for the share of positions that carry a label.
+# Numbers that a layer keeps a position, in the base's dtype. Fused: two residuals and two normed inputs; queries, keys,
+# values and attention's output; gate, up and their product. The library's and PEFT's own layers keep copies in fp32 of
+# what goes into norms and adapters as well.
+KEPT_HIDDEN, KEPT_INTERMEDIATE = 4, 3
+# What the backward of one layer takes on top while it runs, alike.
+PASSING_HIDDEN, PASSING_INTERMEDIATE, PASSING_SCORES = 6, 4, 2
+# Layers that are not fused, as a multiple of the above.
+UNFUSED = 2.2
+# Rows and paths are padded to the lengths of a bucket.
+SCORES_PADDING = 1.2
+# A label's logits: in the base's dtype, in fp32, their log-softmax and its gradient.
 LOGIT_BYTES = 12
-LABELLED_SHARE = 0.35
+# For work whose batches have not been looked at.
+ASSUMED_SCORES, ASSUMED_LABELS = 300, 0.35
 # What is left for the optimizer, the next micro-batch and the rest of the machine.
 USABLE_SHARE = 0.6
 
@@ -24,17 +34,40 @@ LARGEST_BOUND = 16_384
 OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "out_of_memory", "resource_exhausted")
 
 
-def bytes_per_position(config: Any, dtype: torch.dtype, *, gradient_checkpointing: bool) -> int:
-    """An estimate of what one position of a micro-batch takes, forward and backward.
+def bytes_per_position(
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    scores_per_position: float = ASSUMED_SCORES,
+    labels_per_position: float = ASSUMED_LABELS,
+    gradient_checkpointing: bool = False,
+    is_fused: bool = True,
+) -> int:
+    """An estimate of what one position of a micro-batch takes at the peak of its forward and backward.
 
     Args:
         config: the text config of a causal model of transformers.
+        scores_per_position: keys that a query is multiplied with, whose probabilities are kept; 0 for attention that
+            keeps none.
+        labels_per_position: positions' share that goes through the output head.
+        gradient_checkpointing: only the inputs of layers are kept.
+        is_fused: layers run as functions with a backward of their own (`fused_layers`).
     """
     size = torch.finfo(dtype).bits // 8
-    layer = (HIDDEN_COPIES * config.hidden_size + INTERMEDIATE_COPIES * config.intermediate_size) * size
-    layers = config.num_hidden_layers
-    kept = layer + layers * config.hidden_size * size if gradient_checkpointing else layers * layer
-    return int(kept + LABELLED_SHARE * LOGIT_BYTES * config.vocab_size)
+    hidden, intermediate, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    attended = 2 * (config.num_attention_heads + key_heads) * head_size
+    scores = SCORES_PADDING * config.num_attention_heads * scores_per_position
+    layer = KEPT_HIDDEN * hidden + attended + KEPT_INTERMEDIATE * intermediate + scores
+    passing = PASSING_HIDDEN * hidden + PASSING_INTERMEDIATE * intermediate + PASSING_SCORES * scores
+    if not is_fused:
+        layer, passing = UNFUSED * layer, UNFUSED * passing
+    # The last layer of fused ones computes labelled positions alone.
+    whole_layers = layers - 1 + labels_per_position if is_fused else layers
+    kept = layers * hidden + layer if gradient_checkpointing else whole_layers * layer
+    logits = LOGIT_BYTES * labels_per_position * config.vocab_size
+    return int(kept * size + max(passing * size, logits))
 
 
 def micro_batch_bound(free_bytes: int, position_bytes: int) -> int:

@@ -26,6 +26,8 @@ from trietune.errors import UserError
 TENSTORRENT_TYPE = "TT"
 # What answers when nobody chose: torch_xla's own client for the host's processor.
 FALLBACK_TYPE = "CPU"
+# Steps are counted and learning rates applied on the device; no Python number changes from step to step.
+CAPTURABLE = {"foreach": False, "capturable": True}
 ON_ANOTHER_DEVICE = "`--set device=cpu`, which trains without XLA"
 
 
@@ -81,7 +83,8 @@ def _describe(kind: Any, name: str, device: torch.device, reason: str | None) ->
         has_static_shapes=True,
         runs_own_backwards=False,
         reads_every_step=False,
-        adamw={"foreach": False, "capturable": True},
+        adamw=CAPTURABLE,
+        fastest_adamw=CAPTURABLE,
         optimizers=("adamw", "adamw_torch"),
         synchronise=lambda: torch_xla.sync(wait=True),
         end_step=torch_xla.sync,
@@ -93,11 +96,22 @@ def _describe(kind: Any, name: str, device: torch.device, reason: str | None) ->
     )
 
 
-def _recompute(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """PyTorch's own checkpointing looks for a `torch.xla` that does not exist; this is torch_xla's, reentrant."""
+def _recompute(function: Any, *args: Any) -> Any:
+    """torch_xla's checkpointing; PyTorch's own looks for a `torch.xla` that does not exist.
+
+    It is of the reentrant kind, which gives no gradient at all unless an input asks for one; behind a frozen embedding
+    none does.
+    """
     from torch_xla.utils.checkpoint import checkpoint
 
-    return checkpoint(function, *args, use_reentrant=True, **kwargs)
+    if torch.is_grad_enabled() and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+        args = tuple(_asking(arg) for arg in args)
+    return checkpoint(function, *args, use_reentrant=True)
+
+
+def _asking(value: Any) -> Any:
+    is_real = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_() if is_real else value
 
 
 def num_compilations() -> int:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from trietune.device.device import recompute
 from trietune.errors import UserError
 from trietune.model.locate import ModelFolder
 
@@ -198,9 +199,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def enable_checkpointing(network: PreTrainedModel) -> None:
-    """Compute activations a second time in the backward; the non-reentrant kind, which carries any argument."""
+def enable_checkpointing(network: PreTrainedModel, recompute: Callable[..., Any] = recompute) -> None:
+    """Compute activations a second time in the backward, layer by layer, by `recompute` (`Device.recompute`)."""
     # transformers 5.20 renamed it.
     enable: Any = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     parameter = next(name for name in inspect.signature(enable).parameters if name.endswith("checkpointing_kwargs"))
     enable(**{parameter: {"use_reentrant": False}})
+    layers: Iterator[Any] = network.modules()
+    for layer in layers:
+        if hasattr(layer, "_gradient_checkpointing_func"):
+            layer._gradient_checkpointing_func = recompute

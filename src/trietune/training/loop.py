@@ -16,16 +16,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trietune.device.cpu import describe_cpu
+from trietune.device.device import Device
 from trietune.device.memory import is_out_of_memory, release_cached_memory
 from trietune.model.causal_lm import TrieModel
 from trietune.training.ahead import one_ahead
-from trietune.training.optimizer import Schedule
+from trietune.training.loss_scale import LossScale
+from trietune.training.optimizer import Schedule, make_state
+from trietune.training.readings import Readings
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, total_weight
 
@@ -37,9 +41,9 @@ class Step:
     Attributes:
         number: steps taken so far, this one included; the first is 1.
         epoch: passes over the data so far, as a fraction.
-        loss: mean `-log p` over the labels of the step, before the update.
+        loss: mean `-log p` over the labels of the step, before the update; None where it was not read.
         learning_rate: of this update.
-        grad_norm: length of the gradient before clipping.
+        grad_norm: length of the gradient before clipping; None where it was not read.
         sequence_indices: the step's examples, in the order drawn.
         num_labels: label tokens, repeated ones counted each time.
         num_tokens: positions of plain rows without padding.
@@ -49,25 +53,14 @@ class Step:
 
     number: int
     epoch: float
-    loss: float
+    loss: float | None
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     sequence_indices: np.ndarray
     num_labels: int
     num_tokens: int
     num_positions: int
     num_micro_batches: int
-
-
-class LossNotFiniteError(Exception):
-    """The loss or the gradient of a step is NaN or infinite; the weights are those of the step before."""
-
-    def __init__(self, number: int, loss: float, grad_norm: float, sequence_indices: np.ndarray) -> None:
-        super().__init__(f"step {number}: loss {loss}, gradient norm {grad_norm}")
-        self.number = number
-        self.loss = loss
-        self.grad_norm = grad_norm
-        self.sequence_indices = sequence_indices
 
 
 class MicroBatchTooLargeError(Exception):
@@ -112,6 +105,9 @@ def train(
     max_grad_norm: float | None = None,
     before_update: Callable[[int], None] | None = None,
     cut_smaller: Callable[[MicroBatchTooLargeError], None] | None = None,
+    device: Device | None = None,
+    loss_scale: LossScale | None = None,
+    is_read: Callable[[int], bool] = lambda number: True,
 ) -> Generator[Step, None, None]:
     """Take the steps `schedules.first_step + 1 .. num_steps`, yielding each.
 
@@ -123,11 +119,20 @@ def train(
         cut_smaller: told of a micro-batch that did not fit; from then on `make_micro_batches` cuts smaller ones, and
             the step is taken again from its beginning. Its result is the same up to rounding, but with dropout, whose
             draws follow the cut.
+        device: that the model is on; None for one that runs each operation when it is called.
+        loss_scale: for a base model in fp16. A step whose gradients it made infinite is taken again, with half of it.
+        is_read: on a device that does not read every step, whether step `number` (from 1) is read.
 
     Raises:
-        LossNotFiniteError: before the optimizer would have used such a gradient.
+        LossNotFiniteError: before the optimizer would have used such a gradient; at the next step that is read where
+            not all are.
         MicroBatchTooLargeError: without `cut_smaller`; with it, whatever it raises.
     """
+    device = device or describe_cpu()
+    taker = _StepTaker(model, optimizer, schedules, device, seed, max_grad_norm, before_update, loss_scale, is_read)
+    if device.has_static_shapes:
+        make_state(optimizer)
+        device.end_step()
 
     def lay_out(number: int) -> _StepLayout:
         return _lay_out(number, sampler, schedules, make_micro_batches)
@@ -137,7 +142,7 @@ def train(
         with closing(one_ahead(lay_out, range(number, schedules.num_steps))) as layouts:
             for layout in layouts:
                 try:
-                    step = _take_step(model, optimizer, schedules, layout, seed, max_grad_norm, before_update)
+                    step = taker.take(layout)
                 except MicroBatchTooLargeError as error:
                     optimizer.zero_grad(set_to_none=True)
                     if cut_smaller is None:
@@ -177,59 +182,99 @@ def _lay_out(
     )
 
 
-def _take_step(
+@dataclass(frozen=True, slots=True)
+class _StepTaker:
+    """What all steps of a run have in common."""
+
+    model: TrieModel
+    optimizer: torch.optim.Optimizer
+    schedules: Schedules
+    device: Device
+    seed: int
+    max_grad_norm: float | None
+    before_update: Callable[[int], None] | None
+    loss_scale: LossScale | None
+    is_read: Callable[[int], bool]
+    readings: Readings = field(default_factory=Readings)
+
+    def take(self, layout: _StepLayout) -> Step:
+        """Gradients, update, and what there is to say of them."""
+        number, device, optimizer = layout.number, self.device, self.optimizer
+        learning_rate = self.schedules.learning_rate(number)
+        for group in optimizer.param_groups:
+            group["lr"] = device.learning_rate(learning_rate)
+        self.model.network.train()
+        loss_there, norm_there = self._gradients(layout)
+        while self.loss_scale is not None and self.loss_scale.has_overflowed(loss_there, norm_there):
+            self.loss_scale.update(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            loss_there, norm_there = self._gradients(layout)
+        self.readings.note(number + 1, loss_there, norm_there, layout.sequence_indices)
+        loss = grad_norm = None
+        if device.reads_every_step:
+            loss, grad_norm = self.readings.read()
+        if self.before_update is not None:
+            self.before_update(number + 1)
+        if self.loss_scale is None:
+            optimizer.step()
+        else:
+            self.loss_scale.update(optimizer)
+        # Where steps are programs, gradients stay the same tensors: made anew, they would be another program.
+        optimizer.zero_grad(set_to_none=not device.has_static_shapes)
+        device.end_step()
+        if not device.reads_every_step and self.is_read(number + 1):
+            loss, grad_norm = self.readings.read()
+        return Step(
+            number=number + 1,
+            epoch=layout.epoch,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            sequence_indices=layout.sequence_indices,
+            num_labels=int(total_weight(layout.micro_batches)),
+            num_tokens=sum(micro_batch.num_tokens for micro_batch in layout.micro_batches),
+            num_positions=sum(micro_batch.num_positions for micro_batch in layout.micro_batches),
+            num_micro_batches=len(layout.micro_batches),
+        )
+
+    def _gradients(self, layout: _StepLayout) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm, still on the device; the clipped gradients are with the parameters."""
+        self.device.seed(step_seed(self.seed, layout.number))
+        loss = accumulate_gradients(self.model, layout.micro_batches, self.device.end_step, self.loss_scale)
+        if self.loss_scale is not None:
+            self.loss_scale.divide_gradients(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return loss, _clip(parameters, self.max_grad_norm)
+
+
+def accumulate_gradients(
     model: TrieModel,
-    optimizer: torch.optim.Optimizer,
-    schedules: Schedules,
-    layout: _StepLayout,
-    seed: int,
-    max_grad_norm: float | None,
-    before_update: Callable[[int], None] | None,
-) -> Step:
-    number, micro_batches = layout.number, layout.micro_batches
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    learning_rate = schedules.learning_rate(number)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    torch.manual_seed(step_seed(seed, number))
-    model.network.train()
-    loss = accumulate_gradients(model, micro_batches)
-    grad_norm = _clip(parameters, max_grad_norm)
-    if not np.isfinite(loss) or not np.isfinite(grad_norm):
-        optimizer.zero_grad(set_to_none=True)
-        raise LossNotFiniteError(number + 1, loss, grad_norm, layout.sequence_indices)
-    if before_update is not None:
-        before_update(number + 1)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return Step(
-        number=number + 1,
-        epoch=layout.epoch,
-        loss=loss,
-        learning_rate=learning_rate,
-        grad_norm=grad_norm,
-        sequence_indices=layout.sequence_indices,
-        num_labels=int(total_weight(micro_batches)),
-        num_tokens=sum(micro_batch.num_tokens for micro_batch in micro_batches),
-        num_positions=sum(micro_batch.num_positions for micro_batch in micro_batches),
-        num_micro_batches=len(micro_batches),
-    )
+    micro_batches: Sequence[MicroBatch],
+    between: Callable[[], None] = lambda: None,
+    loss_scale: LossScale | None = None,
+) -> Tensor:
+    """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss, still on the device.
 
-
-def accumulate_gradients(model: TrieModel, micro_batches: Sequence[MicroBatch]) -> float:
-    """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss.
+    Args:
+        between: called after each micro-batch but the last, which goes together with the update.
+        loss_scale: that the gradients are multiplied with.
 
     Raises:
         MicroBatchTooLargeError: memory ran out; some gradients may have been added.
     """
     divisor = total_weight(micro_batches)
-    parts = [_backward(model, micro_batch, divisor) for micro_batch in micro_batches]
-    return float(torch.stack(parts).sum()) if parts else 0.0
+    # A tensor of one element from the host is data; a number would be a part of the program.
+    loss = model.place(torch.zeros(1))[0]
+    for micro_batch in micro_batches:
+        if micro_batch is not micro_batches[0]:
+            between()
+        loss = loss + _backward(model, micro_batch, divisor, loss_scale)
+    return loss
 
 
-def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float) -> Tensor:
+def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float, loss_scale: LossScale | None) -> Tensor:
     try:
-        return _add_gradients(model, micro_batch, divisor)
+        return _add_gradients(model, micro_batch, divisor, loss_scale)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -239,17 +284,18 @@ def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float) -> Tens
     raise MicroBatchTooLargeError(micro_batch.num_positions, int(micro_batch.position_ids.max()) + 1)
 
 
-def _add_gradients(model: TrieModel, micro_batch: MicroBatch, divisor: float) -> Tensor:
+def _add_gradients(model: TrieModel, micro_batch: MicroBatch, divisor: float, loss_scale: LossScale | None) -> Tensor:
     losses = model.label_losses(micro_batch)
-    weight = torch.from_numpy(micro_batch.label_weight / divisor).to(losses.device, losses.dtype)
+    weight = model.place(torch.from_numpy(micro_batch.label_weight / divisor).to(losses.dtype))
     part = torch.dot(losses, weight)
-    part.backward()  # type: ignore[no-untyped-call]
+    to_differentiate = part if loss_scale is None else loss_scale.multiply(part)
+    to_differentiate.backward()  # type: ignore[no-untyped-call]
     return part.detach()
 
 
-def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float | None) -> float:
+def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float | None) -> Tensor:
     bound = float("inf") if max_grad_norm is None else max_grad_norm
-    return float(nn.utils.clip_grad_norm_(parameters, bound))
+    return nn.utils.clip_grad_norm_(parameters, bound)
 
 
 def step_seed(seed: int, number: int) -> int:

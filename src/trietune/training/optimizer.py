@@ -10,31 +10,36 @@ from typing import Any
 import torch
 from torch import nn
 
+from trietune.device import Device
 from trietune.errors import UserError
 
 Schedule = Callable[[int], float]
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float, device: torch.device
+    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float, device: Device
 ) -> torch.optim.Optimizer:
     """The optimizer that `optim` names, over the adapter's parameters.
 
     `adamw` takes PyTorch's fused kernel where the device has one; `adamw_torch` does not, `adamw_torch_fused` insists.
 
     Raises:
-        UserError: for the 8-bit ones without bitsandbytes or CUDA.
+        UserError: for the 8-bit ones without bitsandbytes or CUDA, and for one that does not run on this device.
     """
+    if device.optimizers is not None and name not in device.optimizers:
+        raise UserError(
+            f"`optim: {name}` does not run on {device.name}: it reads numbers back at each step",
+            next_step=" or ".join(f"`--set optim={other}`" for other in device.optimizers),
+        )
     parameters = list(parameters)
-    common: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
+    common: dict[str, Any] = {"lr": device.learning_rate(learning_rate), "weight_decay": weight_decay}
     match name:
         case "adamw_torch":
-            return torch.optim.AdamW(parameters, **common, foreach=True)
+            return torch.optim.AdamW(parameters, **common, **device.adamw)
         case "adamw_torch_fused":
             return torch.optim.AdamW(parameters, **common, fused=True)
         case "adamw":
-            fused = device.type in ("cpu", "cuda", "mps")
-            return torch.optim.AdamW(parameters, **common, fused=fused, foreach=not fused)
+            return torch.optim.AdamW(parameters, **common, **device.fastest_adamw)
         case "sgd":
             return torch.optim.SGD(parameters, **common)
         case "adafactor":
@@ -50,22 +55,38 @@ def build_optimizer(
 
 
 def _eight_bit(
-    name: str, parameters: list[nn.Parameter], common: dict[str, Any], device: torch.device
+    name: str, parameters: list[nn.Parameter], common: dict[str, Any], device: Device
 ) -> torch.optim.Optimizer:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"`optim: {name}` needs bitsandbytes, which is not installed",
             next_step="pip install bitsandbytes, or `--set optim=adamw`",
         )
-    if device.type != "cuda":
+    if not device.runs_bitsandbytes:
         raise UserError(
-            f"`optim: {name}` runs on CUDA, and this run is on {device.type}", next_step="`--set optim=adamw`"
+            f"`optim: {name}` runs on CUDA, and this run is on {device.kind}", next_step="`--set optim=adamw`"
         )
     import bitsandbytes
 
     kind = bitsandbytes.optim.PagedAdamW8bit if name.startswith("paged") else bitsandbytes.optim.AdamW8bit
     optimizer: torch.optim.Optimizer = kind(parameters, **common)
     return optimizer
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter of an AdamW a gradient, and moments and a step count unless it has them, all zero.
+
+    Made within the first step, they would make its program another one than that of all later steps.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def learning_rate_schedule(kind: str, *, peak: float, num_steps: int, num_warmup_steps: int) -> Schedule:

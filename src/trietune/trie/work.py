@@ -51,6 +51,6 @@ def measure_work(micro_batches: Sequence[MicroBatch]) -> Work:
 def _num_scores(micro_batch: MicroBatch) -> int:
     trie = micro_batch.trie
     if trie is None:
-        return micro_batch.num_positions * micro_batch.input_ids.shape[1]
+        return int(micro_batch.num_positions * micro_batch.input_ids.shape[1])
     queries, keys = np.diff(trie.row_start).astype(np.int64), np.diff(trie.row_path_start)
     return int((queries * keys).sum())

@@ -1,0 +1,45 @@
+"""A network with its adapter becomes a model that takes micro-batches, in the way that its device computes best."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from trietune.device import Device
+from trietune.model.causal_lm import TrieModel
+from trietune.model.fused import fuse_network
+from trietune.model.load import enable_checkpointing
+from trietune.model.trie_layout import AttentionKind
+from trietune.trie.static_shapes import StaticShapes
+
+
+def assemble(
+    network: PreTrainedModel,
+    device: Device,
+    *,
+    attention: AttentionKind | None,
+    fused_layers: bool,
+    shapes: StaticShapes | None = None,
+    gradient_checkpointing: bool = False,
+) -> TrieModel:
+    """Take `network` from `device.loading_device` to the device, and say how its parts run there.
+
+    Args:
+        attention: how tries attend; None for padded rows, which keep the library's attention.
+        fused_layers: whether parts run as functions with a backward of their own, where the device gains by that.
+        shapes: what micro-batches are padded to, on a device of static shapes.
+        gradient_checkpointing: whether activations are computed again in the backward.
+    """
+    if device.place_network is not None:
+        device.place_network(network)
+    prunes_last = fused_layers and device.runs_own_backwards and fuse_network(network).prunes_last
+    if gradient_checkpointing:
+        enable_checkpointing(network, device.recompute)
+    return TrieModel(
+        network,
+        device=device.torch_device,
+        attention=attention,
+        prunes_last=prunes_last,
+        shapes=shapes,
+        place=device.place_rows,
+        recompute=device.recompute,
+    )
