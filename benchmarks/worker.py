@@ -35,6 +35,10 @@ def main(job_file: Path) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
+    from trietune.host_memory import keep_freed_memory
+
+    # `trietune train` does it for itself; here every engine gets it.
+    keep_freed_memory()
     import torch
     from job import FinishedError, Gate, Job, synchroniser
     from transformers.utils import logging

@@ -15,8 +15,7 @@ from job import LEARNING_RATE, WEIGHT_DECAY, Gate, Job
 from models import add_lora, build_network, trained_parameters
 
 from trietune.device import choose_device
-from trietune.model.causal_lm import TrieModel
-from trietune.model.fused import fuse_network
+from trietune.model.assemble import assemble
 from trietune.training.loop import Schedules
 from trietune.training.loop import train as train_steps
 from trietune.training.optimizer import build_optimizer
@@ -44,15 +43,20 @@ class GivenBatches:
 def train(job: Job, device: torch.device, gate: Gate) -> None:
     batching = {"trietune": "trie", "trietune-packed": "packed", "trietune-padded": "padded"}[job.engine]
     network = add_lora(build_network(job.model, device), job.model).get_base_model()
-    layers = fuse_network(network)
-    attention = None if batching == "padded" else "rows"
-    model = TrieModel(network, device=device, attention=attention, prunes_last=layers.prunes_last)  # type: ignore[arg-type]
+    place = choose_device(device.type, use_tt=False)
+    model = assemble(
+        network,
+        place,
+        attention=None if batching == "padded" else place.attentions[0],  # type: ignore[arg-type]
+        fused_layers=True,
+        pack_weights="auto",
+    )
     optimizer = build_optimizer(
         "adamw",
         trained_parameters(network),
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
-        device=choose_device(device.type, use_tt=False),
+        device=place,
     )
     workload = job.workload
     steps = train_steps(
@@ -67,6 +71,7 @@ def train(job: Job, device: torch.device, gate: Gate) -> None:
             max_nodes=MAX_PADDED if batching == "padded" else MAX_NODES,
         ),
         seed=1,
+        device=place,
     )
     gate.open()
     for step in steps:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
+from trietune.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -312,6 +313,7 @@ def doctor(as_json: AsJson = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of the user are printed without a traceback."""
     _leave_telemetry_off()
+    keep_freed_memory()
     try:
         app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="trietune")
     except SystemExit as end:

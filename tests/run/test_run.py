@@ -275,6 +275,21 @@ def test_fused_layers_change_speed_alone(overrides: dict[str, object], monkeypat
     np.testing.assert_allclose(losses, plain, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pack_weights", [True, False])
+def test_pack_weights_changes_speed_alone(
+    pack_weights: bool, overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trietune.model import frozen_weight
+
+    products = []
+    product = frozen_weight._product
+    monkeypatch.setattr(frozen_weight, "_product", lambda *a: (products.append(1), product(*a))[1])
+    losses = run({**overrides, "max_steps": 3, "pack_weights": pack_weights})[1].losses
+    assert bool(products) == pack_weights
+    plain = run({**overrides, "max_steps": 3, "fused_layers": False})[1].losses
+    np.testing.assert_allclose(losses, plain, rtol=1e-4)
+
+
 def test_gradient_checkpointing_recomputes(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     from trietune.model import row_attention
 

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies import IGNORED, batches, flat
-from trietune.trie import Trie, build_trie, common_prefix_lengths, make_micro_batches, num_nodes_alone, sort_sequences
+from trietune.trie import (
+    Trie,
+    build_trie,
+    common_prefix_lengths,
+    make_micro_batches,
+    num_nodes_alone,
+    pad_trie,
+    sort_sequences,
+)
 
 Batch = tuple[list[list[int]], list[list[int]]]
 
@@ -39,6 +47,22 @@ def prefix_of(trie: Trie, node: int, parent: np.ndarray) -> tuple[int, ...]:
         tokens.append(int(trie.input_ids[node]))
         node = int(parent[node])
     return tuple(tokens[::-1])
+
+
+@given(batches(), st.integers(0, 9))
+def test_padding_sees_and_is_seen_by_itself_alone(batch: Batch, extra: int) -> None:
+    trie = build(batch)
+    padded = pad_trie(trie, trie.num_nodes + extra)
+    node = np.arange(padded.num_nodes)
+    sees = (node[None] <= node[:, None]) & (node[:, None] < padded.subtree_end[None])
+    assert not sees[: trie.num_nodes, trie.num_nodes :].any()
+    assert not sees[trie.num_nodes :, : trie.num_nodes].any()
+    assert sees[node, node].all()
+    assert padded.num_rows == trie.num_rows + (extra > 0)
+    assert (padded.input_ids[: trie.num_nodes] == trie.input_ids).all()
+    assert padded.labels is trie.labels
+    assert padded.row_path_start[-1] == len(padded.row_path)
+    assert pad_trie(trie, 0) is trie
 
 
 def test_the_example_of_the_module() -> None:

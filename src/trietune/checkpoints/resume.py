@@ -47,6 +47,7 @@ _WARNED = {
     "mesh_axis_names": _ROUNDING,
     "mesh_shape": _ROUNDING,
     "num_threads": _ROUNDING,
+    "pack_weights": _ROUNDING,
     "parallelism_strategy": _ROUNDING,
     "use_tt": _ROUNDING,
     "validation_file": _REPORTED,

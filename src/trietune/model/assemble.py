@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from transformers import PreTrainedModel
 
 from trietune.device import Device
 from trietune.model.causal_lm import TrieModel
+from trietune.model.frozen_weight import pack_frozen_weights
 from trietune.model.fused import fuse_network
 from trietune.model.load import enable_checkpointing
 from trietune.model.trie_layout import AttentionKind
 from trietune.trie.static_shapes import StaticShapes
+
+# Of the free memory, for blocked copies of weights; micro-batches are bounded by `device.memory.USABLE_SHARE`.
+PACKED_SHARE = 0.3
 
 
 def assemble(
@@ -18,6 +24,7 @@ def assemble(
     *,
     attention: AttentionKind | None,
     fused_layers: bool,
+    pack_weights: bool | Literal["auto"] = False,
     shapes: StaticShapes | None = None,
     gradient_checkpointing: bool = False,
 ) -> TrieModel:
@@ -26,12 +33,19 @@ def assemble(
     Args:
         attention: how tries attend; None for padded rows, which keep the library's attention.
         fused_layers: whether parts run as functions with a backward of their own, where the device gains by that.
+        pack_weights: whether fused parts keep frozen weights blocked for the matrix library; `auto`: as many as fit
+            into a part of the memory that is free now.
         shapes: what micro-batches are padded to, on a device of static shapes.
         gradient_checkpointing: whether activations are computed again in the backward.
     """
     if device.place_network is not None:
         device.place_network(network)
-    prunes_last = fused_layers and device.runs_own_backwards and fuse_network(network).prunes_last
+    prunes_last = False
+    if fused_layers and device.runs_own_backwards:
+        prunes_last = fuse_network(network).prunes_last
+        if pack_weights:
+            bound = int(PACKED_SHARE * device.free_memory_bytes()) if pack_weights == "auto" else None
+            pack_frozen_weights(network, most_bytes=bound)
     if gradient_checkpointing:
         enable_checkpointing(network, device.recompute)
     return TrieModel(

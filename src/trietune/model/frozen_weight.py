@@ -19,42 +19,44 @@ PACKED_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class FrozenWeight:
-    """A weight [out, in] and its blocked copies, if it has been packed.
+    """A weight [out, in] and, if they may be made, its blocked copies, each made when it is first multiplied with.
 
-    A weight that is changed after it was packed (a merged adapter, a loaded state) is multiplied as it is.
+    A weight that is changed afterwards (a merged adapter, a loaded state) is multiplied as it is.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+        self.may_pack = False
         self._forward: Tensor | None = None
         self._backward: Tensor | None = None
-        self._packed_version = -1
-
-    @property
-    def is_packed(self) -> bool:
-        return self._forward is not None and self.weight._version == self._packed_version
-
-    def pack(self) -> None:
-        """Keep copies blocked for both products."""
-        weight = self.weight.detach()
-        self._forward = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self._backward = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous())
-        self._packed_version = self.weight._version
+        self._version = weight._version
 
     def forward(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """`rows` [T, in] times W', plus the bias: [T, out]."""
-        if self.is_packed and rows.dtype == self.weight.dtype:
-            return _product(rows, self._forward, bias)
-        return nn.functional.linear(rows, self.weight, bias)
+        if not self._packs(rows):
+            return nn.functional.linear(rows, self.weight, bias)
+        if self._forward is None:
+            self._forward = _blocked(self.weight.detach())
+        return _product(rows, self._forward, bias)
 
     def backward(self, grad: Tensor) -> Tensor:
         """`grad` [T, out] times W: [T, in]."""
-        if self.is_packed and grad.dtype == self.weight.dtype:
-            return _product(grad, self._backward, None)
-        return grad @ self.weight
+        if not self._packs(grad):
+            return grad @ self.weight
+        if self._backward is None:
+            self._backward = _blocked(self.weight.detach().t())
+        return _product(grad, self._backward, None)
+
+    def _packs(self, operand: Tensor) -> bool:
+        return self.may_pack and operand.dtype == self.weight.dtype and self.weight._version == self._version
 
 
-def _product(rows: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
+def _blocked(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return packed
+
+
+def _product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), packed, bias, "none", [], "")
     return out
 
@@ -108,19 +110,22 @@ def _frozen_forward(module: nn.Linear) -> Any:
     return forward
 
 
-def pack_weights(network: nn.Module, *, most_bytes: int) -> int:
-    """Pack every frozen weight of `network` if all copies together take at most `most_bytes`; returns what they take.
+def pack_frozen_weights(network: nn.Module, *, most_bytes: int | None = None) -> int:
+    """Let frozen weights of `network` be packed, layer after layer, while all copies take at most `most_bytes`.
 
-    Nothing is packed where the matrix library has no such products: off the CPU, or in another dtype.
+    Returns what the copies will take. Nothing is packed where the matrix library has no such products: off the CPU, or
+    in another dtype.
     """
     found = (module.__dict__.get("frozen_weight") for module in network.modules())
-    weights = [frozen for frozen in found if isinstance(frozen, FrozenWeight) and _can_pack(frozen.weight)]
-    num_bytes = sum(2 * frozen.weight.numel() * frozen.weight.element_size() for frozen in weights)
-    if num_bytes > most_bytes:
-        return 0
-    for frozen in weights:
-        frozen.pack()
-    return num_bytes
+    total = 0
+    for frozen in found:
+        if not isinstance(frozen, FrozenWeight) or not _can_pack(frozen.weight):
+            continue
+        num_bytes = 2 * frozen.weight.numel() * frozen.weight.element_size()
+        if most_bytes is None or total + num_bytes <= most_bytes:
+            frozen.may_pack = True
+            total += num_bytes
+    return total
 
 
 def _can_pack(weight: Tensor) -> bool:

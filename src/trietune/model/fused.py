@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trietune.model.frozen_weight import FrozenWeight, fuse_frozen_linears, pack_weights
+from trietune.model.frozen_weight import FrozenWeight, fuse_frozen_linears
 from trietune.model.lora_linear import LoraWeights, adapter_dtype, fuse_adapters, lora_weights
 from trietune.model.trie_layers import TrieLayers, fuse_trie_layers
 
@@ -35,19 +35,12 @@ class Fused:
     gated_mlps: int
 
 
-def fuse_network(network: nn.Module, *, pack_bytes: int = 0) -> TrieLayers:
-    """Let every part of `network` run fused that can; says what became of its attention and its last layer.
-
-    Args:
-        pack_bytes: memory that blocked copies of frozen weights may take (`frozen_weight.py`); none are made if all of
-            them would take more.
-    """
+def fuse_network(network: nn.Module) -> TrieLayers:
+    """Let every part of `network` run fused that can; says what became of its attention and its last layer."""
     fuse_adapters(network)
     fuse_layers(network)
     fuse_frozen_linears(network)
-    layers = fuse_trie_layers(network)
-    pack_weights(network, most_bytes=pack_bytes)
-    return layers
+    return fuse_trie_layers(network)
 
 
 def fuse_layers(network: nn.Module) -> Fused:

@@ -111,7 +111,9 @@ def lora_weights(module: nn.Module) -> LoraWeights | None:
     )
     if not is_plain:
         return None
-    return LoraWeights(layer, adapter, frozen_weight(base), base.bias, a.weight, b.weight, float(layer.scaling[adapter]))
+    return LoraWeights(
+        layer, adapter, frozen_weight(base), base.bias, a.weight, b.weight, float(layer.scaling[adapter])
+    )
 
 
 def _fused_forward(weights: LoraWeights) -> Any:

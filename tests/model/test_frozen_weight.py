@@ -1,0 +1,94 @@
+"""Frozen weights: blocked copies give the same products, and are left alone when they are no longer the weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trietune.model import frozen_weight
+from trietune.model.frozen_weight import FrozenWeight, fuse_frozen_linears, pack_frozen_weights
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each product with a blocked copy."""
+    rows: list[int] = []
+    product = frozen_weight._product
+
+    def counted(operand: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        rows.append(len(operand))
+        return product(operand, packed, bias)
+
+    monkeypatch.setattr(frozen_weight, "_product", counted)
+    return rows
+
+
+def packed(weight: Tensor) -> FrozenWeight:
+    frozen = FrozenWeight(weight)
+    frozen.may_pack = True
+    return frozen
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("num_rows", [1, 7, 80, 257])
+def test_products_of_both_sides(dtype: torch.dtype, tolerance: float, num_rows: int, products: list[int]) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    weight = torch.randn(48, 36, generator=generator, dtype=torch.float64)
+    bias = torch.randn(48, generator=generator, dtype=torch.float64)
+    x, grad = (torch.randn(num_rows, n, generator=generator, dtype=torch.float64) for n in (36, 48))
+    frozen = packed(weight.to(dtype))
+    forward = frozen.forward(x.to(dtype), bias.to(dtype)).double()
+    backward = frozen.backward(grad.to(dtype)).double()
+    assert products == [num_rows, num_rows]
+    assert (forward - (x @ weight.t() + bias)).abs().max() < tolerance * forward.abs().max()
+    assert (backward - grad @ weight).abs().max() < tolerance * backward.abs().max()
+
+
+def test_a_weight_that_was_changed_is_multiplied_as_it_is(products: list[int]) -> None:
+    frozen = packed(torch.ones(4, 3))
+    assert frozen.forward(torch.ones(2, 3)).tolist() == [[3.0] * 4] * 2
+    frozen.weight.mul_(2)
+    assert frozen.forward(torch.ones(2, 3)).tolist() == [[6.0] * 4] * 2
+    assert frozen.backward(torch.ones(2, 4)).tolist() == [[8.0] * 3] * 2
+    assert products == [2]
+
+
+def test_double_precision_is_not_packed() -> None:
+    network = nn.Sequential(nn.Linear(8, 8)).double().requires_grad_(False)
+    assert fuse_frozen_linears(network) == 1
+    network(torch.ones(2, 8, dtype=torch.float64))
+    assert pack_frozen_weights(network) == 0
+
+
+def test_as_many_weights_as_the_bound_allows(products: list[int]) -> None:
+    network = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(3))).requires_grad_(False)
+    fuse_frozen_linears(network)
+    x = torch.randn(5, 16)
+    plain = network(x)
+    each = 2 * 16 * 16 * 4
+    assert pack_frozen_weights(network, most_bytes=2 * each + 1) == 2 * each
+    torch.testing.assert_close(network(x), plain)
+    assert products == [5, 5]
+
+
+def test_gradients_go_through_to_the_input_alone() -> None:
+    network = nn.Sequential(nn.Linear(6, 9)).requires_grad_(False)
+    x = torch.randn(4, 6, requires_grad=True)
+    network(x).square().sum().backward()
+    expected = x.grad
+    fuse_frozen_linears(network)
+    pack_frozen_weights(network)
+    x.grad = None
+    network(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_trained_layers_keep_their_own_code() -> None:
+    network = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 2))
+    network[0].requires_grad_(False)
+    assert fuse_frozen_linears(network) == 1
+    network(torch.ones(1, 6)).sum().backward()
+    assert network[1].weight.grad is not None
