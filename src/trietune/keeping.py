@@ -170,6 +170,7 @@ class Keeper:
         peft_model: PeftModel,
         optimizer: torch.optim.Optimizer,
         *,
+        loss_scale: Mapping[str, Any] | None = None,
         must_succeed: bool = False,
     ) -> float:
         """Write the checkpoint of `step` unless it is there; returns the seconds that it took.
@@ -178,6 +179,7 @@ class Keeper:
 
         Args:
             metrics: measured on exactly these weights; empty if they were not measured.
+            loss_scale: state of it, where the base is in fp16.
         """
         if self.saved_step == step:
             return 0.0
@@ -185,7 +187,7 @@ class Keeper:
         try:
             saved = self.store.save(
                 step,
-                self._checkpoint_files(step, epoch, peft_model, optimizer),
+                self._checkpoint_files(step, epoch, peft_model, optimizer, loss_scale),
                 metrics=metrics,
                 details=self.details(),
                 flush_first=[self.directory / name for name in LINE_FILES],
@@ -284,7 +286,12 @@ class Keeper:
         return {**self.settings.dump_public(), **environment.compared(self.environment)}
 
     def _checkpoint_files(
-        self, step: int, epoch: float, peft_model: PeftModel, optimizer: torch.optim.Optimizer
+        self,
+        step: int,
+        epoch: float,
+        peft_model: PeftModel,
+        optimizer: torch.optim.Optimizer,
+        loss_scale: Mapping[str, Any] | None,
     ) -> dict[str, Content]:
         from trietune.model.adapter import adapter_files
         from trietune.model.raw_tensors import tensors_to_content
@@ -294,7 +301,9 @@ class Keeper:
             **adapter_files(peft_model, self.prepared.base),
             PROMPT_FILE: self._prompt_format(),
         }
-        state = {"step": step, "epoch": epoch, "has_optimizer": self.settings.save_optim}
+        state: dict[str, Any] = {"step": step, "epoch": epoch, "has_optimizer": self.settings.save_optim}
+        if loss_scale is not None:
+            state["loss_scale"] = dict(loss_scale)
         contents[STATE_FILE] = json.dumps(state, indent=2).encode()
         if self.settings.save_optim:
             contents[OPTIMIZER_FILE] = tensors_to_content(optimizer_tensors(optimizer))

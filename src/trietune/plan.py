@@ -79,6 +79,16 @@ class Plan:
     largest_micro_batch: int
     shapes: StaticShapes | None = None
 
+    @property
+    def has_loss_scale(self) -> bool:
+        """Whether losses are multiplied before the backward, as fp16 needs it."""
+        return str(self.dtype) == "torch.float16"
+
+    @property
+    def _dtype(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name}, with a scaled loss" if self.has_loss_scale else name
+
     def lines(self) -> list[tuple[str, str]]:
         """The plan for people: (name, value), in the order in which things happen."""
         revision = f" at {self.model_revision[:12]}" if self.model_revision else ""
@@ -91,7 +101,7 @@ class Plan:
         return [
             ("model", f"{self.model_name}{revision}, {_millions(self.num_parameters)} parameters"),
             ("adapter", f"{self.num_trainable:,} trained parameters, in float32"),
-            ("device", f"{self.device.name}, base in {str(self.dtype).removeprefix('torch.')}"),
+            ("device", f"{self.device.name}, base in {self._dtype}"),
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
             ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),

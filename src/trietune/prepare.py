@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trietune.errors import UserError
-from trietune.plan import Plan, Sharing
+from trietune.grouping import choose_groups, measure_batches, sharing_of
+from trietune.plan import Plan
 from trietune.tracking.events import Working
 
 if TYPE_CHECKING:
@@ -23,12 +24,7 @@ if TYPE_CHECKING:
     from trietune.model.trie_layout import AttentionKind
     from trietune.tracking.dispatch import Tracker
     from trietune.trie.groups import PrefixGroups
-    from trietune.trie.work import Work
 
-# Grouping pays if it saves this much of the positions that plain shuffling computes.
-GROUPING_SAVES = 0.25
-# Batches that are laid out to measure what is shared and how much memory they take.
-SAMPLED_BATCHES = 8
 # With `eval_max_examples: auto`, a periodic validation takes about a tenth of the training between two of them; a
 # training example costs three forward passes.
 VALIDATION_SHARE = 0.1
@@ -36,8 +32,6 @@ FEWEST_VALIDATED = 32
 DEFAULT_EVAL_BATCH = 32
 # Of a parameter of the adapter, in fp32: itself, its gradient, and two moments of the optimizer.
 BYTES_A_TRAINED_PARAMETER = 16
-# No bound: a batch is one micro-batch.
-UNBOUNDED = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +80,17 @@ def prepare(
         )
     attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
 
+    kept = cache_folder() / "data"
     data = load_data(
         settings,
         tokenizer,
-        cache_folder=cache_folder() / "data",
+        cache_folder=kept,
         report=hub.say,
         progress=progress_of(hub, "examples"),
         check_stop=check_stop,
     )
     num_train = len(data.train)
-    groups, work = choose_groups(settings, data.train, hub)
+    groups, work = choose_groups(settings, data, kept, hub)
     batches_per_epoch = math.ceil(num_train / settings.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
     num_steps = steps_per_epoch * settings.num_epochs
@@ -139,7 +134,7 @@ def prepare(
         num_warmup_steps=settings.num_warmup_steps(num_steps),
         eval_max_examples=validation_bound(settings, data),
         eval_batch_size=DEFAULT_EVAL_BATCH if settings.eval_batch_size == "auto" else settings.eval_batch_size,
-        sharing=sharing_of(work, num_sampled(settings, num_train)),
+        sharing=sharing_of(work, settings, num_train),
         model_bytes=model_bytes,
         position_bytes=position_bytes,
         largest_micro_batch=work.largest,
@@ -208,58 +203,6 @@ def choose_attention(
     )
     kind, reason = choose_way(settings.attention, device, needs, where=settings.where("attention"))
     return cast("AttentionKind", kind), reason
-
-
-def choose_groups(settings: Settings, sequences: Any, hub: Tracker) -> tuple[PrefixGroups | None, Work]:
-    """Prefix groups if `group_by_prefix` asks for them, or, with `auto`, if they save much; and a few batches' work."""
-    from trietune.trie.groups import find_prefix_groups
-
-    if settings.group_by_prefix is False or settings.batching != "trie":
-        return None, measure_batches(settings, sequences, None, UNBOUNDED)
-    if settings.batch_size * settings.gradient_accumulation_steps == 1:
-        groups = find_prefix_groups(sequences, batch_size=32)
-        if groups.num_distinct < (1 - GROUPING_SAVES) * groups.num_tokens:
-            hub.say(
-                "`batch_size: 1` computes every example alone; the examples share "
-                f"{1 - groups.num_distinct / groups.num_tokens:.0%} of their tokens. `--set batch_size=32` computes "
-                "shared beginnings once (compare the learning rate: docs/batches.md)"
-            )
-        return None, measure_batches(settings, sequences, None, UNBOUNDED)
-    groups = find_prefix_groups(sequences, batch_size=settings.batch_size)
-    grouped = measure_batches(settings, sequences, groups, UNBOUNDED)
-    if settings.group_by_prefix is True:
-        return groups, grouped
-    shuffled = measure_batches(settings, sequences, None, UNBOUNDED)
-    saves_much = grouped.num_positions < (1 - GROUPING_SAVES) * shuffled.num_positions
-    return (groups, grouped) if saves_much else (None, shuffled)
-
-
-def measure_batches(settings: Settings, sequences: Any, groups: PrefixGroups | None, max_positions: int) -> Work:
-    """What a few batches of the first epoch hold, laid out as training will."""
-    from trietune.training.sampler import Sampler
-    from trietune.trie import make_micro_batches
-    from trietune.trie.work import measure_work
-
-    sampler = Sampler(len(sequences), batch_size=settings.batch_size, seed=settings.seed, groups=groups)
-    return measure_work(
-        [
-            micro_batch
-            for number in range(min(SAMPLED_BATCHES, sampler.batches_per_epoch))
-            for micro_batch in make_micro_batches(
-                sequences, sampler.batch(0, number), batching=settings.batching, max_nodes=max_positions
-            )
-        ]
-    )
-
-
-def num_sampled(settings: Settings, num_train: int) -> int:
-    """Examples in the batches of `measure_batches`."""
-    return min(SAMPLED_BATCHES * settings.batch_size, num_train)
-
-
-def sharing_of(work: Work, num_examples: int) -> Sharing:
-    """What `work` on so many examples says about sharing."""
-    return Sharing(work.num_tokens / num_examples, work.num_positions / num_examples)
 
 
 def validation_bound(settings: Settings, data: Data) -> int | None:

@@ -29,9 +29,11 @@ from trietune.tracking.wandb import are_histograms_due, watched_kinds
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
+    from trietune.device import Device
     from trietune.evaluation.evaluate import Evaluation
     from trietune.tracking.dispatch import Tracker
     from trietune.training.loop import MicroBatchTooLargeError, Step
+    from trietune.training.loss_scale import LossScale
     from trietune.training.readings import LossNotFiniteError
 
 SHOWN_EXAMPLES, SHOWN_PREDICTIONS = 3, 10
@@ -116,6 +118,7 @@ class Session:
         self.max_positions = self.plan.max_positions
         self.keeper = Keeper(prepared, hub)
         self.meter = Meter()
+        self.loss_scale: LossScale | None = None
 
     # The run, in the order in which things happen
 
@@ -138,7 +141,7 @@ class Session:
         self._start(resumed)
         self._build_model()
         if resumed is not None:
-            self.epoch = float(self.keeper.restore(resumed, self.peft_model, self.optimizer)["epoch"])
+            self._restore(resumed)
             self._measure_again(resumed)
         if self.settings.print_examples:
             self._show_examples()
@@ -158,6 +161,14 @@ class Session:
             step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
         )
         return self._finished(before, after, adapter=adapter)
+
+    def _restore(self, resumed: LoadedCheckpoint) -> None:
+        from trietune.training.loss_scale import LossScale
+
+        state = self.keeper.restore(resumed, self.peft_model, self.optimizer)
+        self.epoch = float(state["epoch"])
+        if self.loss_scale is not None and "loss_scale" in state:
+            self.loss_scale = LossScale(self.plan.device.torch_device, state["loss_scale"])
 
     def _measure_again(self, resumed: LoadedCheckpoint) -> None:
         """Take the validation that a signal cut short, so that the checkpoint of a due step is ranked after all."""
@@ -189,10 +200,12 @@ class Session:
         from trietune.model.adapter import add_adapter
         from trietune.model.assemble import assemble
         from trietune.model.load import load_network
+        from trietune.training.loss_scale import LossScale
         from trietune.training.optimizer import build_optimizer, learning_rate_schedule
         from trietune.training.sampler import Sampler
 
         device = self.plan.device
+        device.watch_memory()
         self.hub.say(f"loading {self.base.name}")
         network = load_network(self.base, dtype=self.plan.dtype, device=device.loading_device, report=self.hub.say)
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
@@ -213,6 +226,7 @@ class Session:
             weight_decay=self.settings.weight_decay,
             device=device,
         )
+        self.loss_scale = LossScale(device.torch_device) if self.plan.has_loss_scale else None
         self.sampler = Sampler(
             self.plan.num_train, batch_size=self.plan.batch_size, seed=self.settings.seed, groups=self.groups
         )
@@ -238,6 +252,7 @@ class Session:
             before_update=self._emit_histograms,
             cut_smaller=self._cut_smaller,
             device=self.plan.device,
+            loss_scale=self.loss_scale,
             is_read=self._is_read,
         )
 
@@ -261,6 +276,7 @@ class Session:
 
     def _cut_smaller(self, error: MicroBatchTooLargeError) -> None:
         """Memory ran out: half as much at once from here on, in validations too."""
+        self._write_memory_snapshot()
         if error.num_positions <= error.longest:
             raise UserError(
                 f"not enough memory for one example of {error.longest:,} tokens",
@@ -278,6 +294,15 @@ class Session:
             is_warning=True,
         )
 
+    def _write_memory_snapshot(self) -> None:
+        """What took memory until it ran out, the first time."""
+        path = self.plan.directory / "memory_snapshot.pickle"
+        try:
+            if not path.exists() and self.plan.device.write_memory_snapshot(path):
+                self.hub.say(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
+        except OSError as error:
+            self.hub.say(f"no memory snapshot: {error}", is_warning=True)
+
     def _after_step(self, step: Step) -> None:
         """Log, validate, save, and stop if it is time to."""
         self.step, self.epoch = step.number, step.epoch
@@ -286,7 +311,7 @@ class Session:
             events.StepFinished(
                 step=step.number,
                 epoch=step.epoch,
-                metrics=self.meter.metrics(step, self.plan.device.used_memory_bytes()),
+                metrics=self.meter.metrics(step, self.plan.device),
                 example_ids=[self.data.train.ids[index] for index in step.sequence_indices],
                 is_logged=self._is_logged(step.number),
             )
@@ -406,7 +431,13 @@ class Session:
     def _save(self, *, must_succeed: bool = False) -> None:
         metrics = self.measured if self.measured_step == self.step else {}
         seconds = self.keeper.save(
-            self.step, self.epoch, metrics, self.peft_model, self.optimizer, must_succeed=must_succeed
+            self.step,
+            self.epoch,
+            metrics,
+            self.peft_model,
+            self.optimizer,
+            loss_scale=None if self.loss_scale is None else self.loss_scale.state(),
+            must_succeed=must_succeed,
         )
         self.meter.leave_out(seconds)
 
@@ -521,13 +552,13 @@ class Meter:
         """Time that is not training's."""
         self._left_out += seconds
 
-    def metrics(self, step: Step, memory_bytes: int) -> dict[str, float | int | None]:
-        """The metrics of one step."""
+    def metrics(self, step: Step, device: Device) -> dict[str, float | int | None]:
+        """The metrics of one step; `num_compilations` where something has been compiled."""
         now = time.monotonic()
         seconds = max(now - self._last - self._left_out, 1e-9)
         self._last, self._left_out = now, 0.0
         self.slowest_step = max(self.slowest_step, seconds)
-        return {
+        metrics: dict[str, float | int | None] = {
             "train/loss": step.loss,
             "learning_rate": step.learning_rate,
             "grad_norm": step.grad_norm,
@@ -536,5 +567,7 @@ class Meter:
             "sharing_factor": step.num_tokens / max(step.num_positions, 1),
             "num_labels": step.num_labels,
             "num_micro_batches": step.num_micro_batches,
-            "memory_bytes": memory_bytes,
+            "memory_bytes": device.used_memory_bytes(),
         }
+        num_compilations = device.compilations()
+        return metrics if num_compilations is None else {**metrics, "num_compilations": num_compilations}

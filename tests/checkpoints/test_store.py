@@ -337,6 +337,8 @@ def test_leftovers_of_the_whole_run_are_cleaned_and_nothing_else(tmp_path: Path)
         tmp_path / ".staging-adapter-0123456789ab",
         tmp_path / ".staging-metrics.jsonl-0123456789ab",
         tmp_path / ".staging-.run-id-0123456789ab",
+        tmp_path / ".staging-report.html-0123456789ab",
+        tmp_path / ".staging-config.yaml-0123456789ab",
         store.folder / ".staging-step-00000100-0123456789ab",
     ]
     strangers = [tmp_path / ".staging-notes-0123456789ab", tmp_path / "adapter-copy", store.folder / "mine"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,8 @@ from trietune.device.device import Device
 from trietune.errors import UserError
 
 CUDA = torch.device("cuda")
+# Allocations, the latest ones, that are kept for a snapshot: some steps of a model of a few dozen layers.
+MEMORY_EVENTS = 100_000
 
 
 def has_cuda() -> bool:
@@ -37,9 +40,13 @@ def describe_cuda(reason: str | None = None) -> Device:
         refuses_attention=partial(card_refuses, _card()),
         free_memory_bytes=lambda: int(torch.cuda.mem_get_info()[0]),
         used_memory_bytes=lambda: int(torch.cuda.max_memory_allocated()),
-        fastest_dtype=lambda: torch.bfloat16 if has_bfloat16 else torch.float32,
+        fastest_dtype=lambda: torch.bfloat16 if has_bfloat16 else torch.float16,
         runs_bitsandbytes=True,
+        watch_memory=_watch_memory,
+        write_memory_snapshot=_write_memory_snapshot,
         synchronise=torch.cuda.synchronize,
+        place_rows=_place_rows,
+        compilations=_num_compilations,
     )
 
 
@@ -51,6 +58,29 @@ def _card() -> Card:
         has_flash=torch.backends.cuda.is_flash_attention_available(),
         has_triton=find_spec("triton") is not None,
     )
+
+
+def _place_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """To the card without waiting: it copies from pinned memory while the host goes on."""
+    return tensor.pin_memory().to(CUDA, non_blocking=True)
+
+
+def _watch_memory() -> None:
+    # Sizes and order alone cost nothing that can be measured; lines of code would cost 2 us an allocation.
+    torch.cuda.memory._record_memory_history(context=None, max_entries=MEMORY_EVENTS)
+
+
+def _write_memory_snapshot(path: Path) -> bool:
+    """A file for https://pytorch.org/memory_viz; it is a pickle, which is written here and read by nothing of ours."""
+    torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+    return True
+
+
+def _num_compilations() -> int | None:
+    """Programs that `torch.compile` has made in this process; None before the first."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"] or None
 
 
 def missing_cuda(where: str) -> UserError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,11 @@ def _nothing() -> None:
 
 def _refuses_nothing(kind: str, needs: AttentionNeeds) -> None:
     """Every way to attend takes any model."""
+
+
+def _writes_nothing(path: Path) -> bool:
+    """Nothing has been noted."""
+    return False
 
 
 def _as_it_is(value: Any) -> Any:
@@ -59,6 +65,8 @@ class Device:
         free_memory_bytes: memory that a new process could still use without swapping.
         used_memory_bytes: memory of this process: resident on the host, or the peak of the allocator on the device.
         fastest_dtype: what `dtype: auto` takes.
+        watch_memory: begin to note what allocates memory, for `write_memory_snapshot`.
+        write_memory_snapshot: write what took memory until it ran out into a file; False where nothing is noted.
         synchronise: wait until what was asked of the device is done.
         end_step: what was recorded since the last call is one unit of work: begin it.
         seed: of what is random on the device.
@@ -87,6 +95,8 @@ class Device:
     fastest_adamw: Mapping[str, Any] = field(default_factory=lambda: {"fused": True})
     optimizers: tuple[str, ...] | None = None
     runs_bitsandbytes: bool = False
+    watch_memory: Callable[[], None] = _nothing
+    write_memory_snapshot: Callable[[Path], bool] = _writes_nothing
     synchronise: Callable[[], None] = _nothing
     end_step: Callable[[], None] = _nothing
     seed: Callable[[int], object] = torch.manual_seed

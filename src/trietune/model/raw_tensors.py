@@ -15,8 +15,6 @@ _SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
 }  # fmt: skip
 _TORCH_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_DTYPES.items()}
-
-
 _METADATA = {"format": "pt"}
 # Up to here a file is made in memory at once; a larger one, such as one with a whole embedding, is not there twice.
 STREAMED_ABOVE_BYTES = 64 * 2**20

@@ -3,9 +3,11 @@
     a sample, sorted       b ......... k ......... r ......
     ranges of the order      0     |      1    |     2         every sequence goes to one, where it is sorted
 
-Equal sequences go to one range, so the order is that of one sort of everything.
+Equal sequences go to one range, so the order is that of one sort of everything. Pages of a mapped file count as memory
+of the process once they were read, so they are let go of after each range.
 """
 
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterator
 
@@ -39,6 +41,7 @@ def sort_all(
         shared = common_prefix_lengths(ids, starts, ends - starts)
         shared[0] = _num_equal(last, ids[starts[0] : ends[0]])
         last = ids[starts[-1] : ends[-1]].copy()
+        _let_go(sequences.input_ids)
         orders.append(members[order])
         shares.append(shared)
     if not orders:
@@ -48,11 +51,12 @@ def sort_all(
 
 
 def _lengths(sequences: Sequences, offsets: Int64[np.ndarray, " B+1"]) -> Int64[np.ndarray, " B"]:
-    parts = [
-        num_nodes_alone(np.asarray(sequences.labels[offsets[a] : offsets[b]]), offsets[a : b + 1] - offsets[a])
-        for a, b in _blocks(offsets)
-    ]
-    return np.concatenate([np.zeros(0, np.int64), *parts])
+    parts = [np.zeros(0, np.int64)]
+    for a, b in _blocks(offsets):
+        labels = np.asarray(sequences.labels[offsets[a] : offsets[b]])
+        parts.append(num_nodes_alone(labels, offsets[a : b + 1] - offsets[a]))
+        _let_go(sequences.labels)
+    return np.concatenate(parts)
 
 
 def _ranges_of_order(
@@ -71,6 +75,7 @@ def _ranges_of_order(
     for a, b in _blocks(offsets):
         keys = sort_keys(sequences.input_ids[offsets[a] : offsets[b]], offsets[a:b] - offsets[a], lengths[a:b])
         range_of[a:b] = [bisect_right(borders, key) for key in keys]
+        _let_go(sequences.input_ids)
     for number in range(len(borders) + 1):
         members = np.flatnonzero(range_of == number)
         if len(members):
@@ -101,3 +106,9 @@ def _num_equal(a: Int32[np.ndarray, " J"], b: Int32[np.ndarray, " K"]) -> int:
     shorter = min(len(a), len(b))
     differs = np.flatnonzero(a[:shorter] != b[:shorter])
     return int(differs[0]) if len(differs) else shorter
+
+
+def _let_go(array: np.ndarray) -> None:
+    mapped: object = array.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
