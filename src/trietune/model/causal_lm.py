@@ -104,10 +104,13 @@ class TrieModel:
     def hidden_states(self, micro_batch: MicroBatch, needed: np.ndarray | None = None) -> Tensor:
         """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, N, D] of the `needed` nodes."""
         decoder = self.network.get_decoder()  # type: ignore[operator]
-        trie = self._padded(micro_batch.trie)
+        trie, input_ids, position_ids = micro_batch.trie, micro_batch.input_ids, micro_batch.position_ids
+        if trie is not None and self.shapes is None:
+            trie = pad_trie(trie, -(-trie.num_nodes // self._multiple_of) * self._multiple_of)
+            input_ids, position_ids = trie.input_ids[None], trie.position_ids[None]
         inputs = {
-            "input_ids": self.tensor(micro_batch.input_ids if trie is None else trie.input_ids[None]),
-            "position_ids": self.tensor(micro_batch.position_ids if trie is None else trie.position_ids[None]),
+            "input_ids": self.tensor(input_ids),
+            "position_ids": self.tensor(position_ids),
             "use_cache": False,
         }
         if trie is None:
@@ -120,11 +123,6 @@ class TrieModel:
             output = decoder(**inputs, attention_mask=passed_through, trie_layout=self._layout_of(trie, needed))
         hidden: Tensor = output.last_hidden_state
         return hidden
-
-    def _padded(self, trie: Trie | None) -> Trie | None:
-        if trie is None or self.shapes is not None:
-            return trie
-        return pad_trie(trie, -(-trie.num_nodes // self._multiple_of) * self._multiple_of)
 
     def _layout_of(self, trie: Trie, needed: np.ndarray | None) -> TrieLayout | StaticLayout:
         if self.shapes is None:
