@@ -19,7 +19,6 @@ from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
 from trietune.files import make_folders
-from trietune.host_memory import keep_freed_memory
 from trietune.keeping import Keeper
 from trietune.prepare import Prepared, adapter_arguments, prepare, progress_of
 from trietune.signals import StopSignals
@@ -29,7 +28,6 @@ from trietune.tracking.wandb import are_histograms_due, watched_kinds
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
-    from trietune.device import Device
     from trietune.evaluation.evaluate import Evaluation
     from trietune.tracking.dispatch import Tracker
     from trietune.training.loop import MicroBatchTooLargeError, Step
@@ -77,7 +75,6 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused.
         StopRequested: a signal came before there was anything to save.
     """
-    keep_freed_memory()
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         hub = tracker or open_tracker(
@@ -207,14 +204,19 @@ class Session:
         device = self.plan.device
         device.watch_memory()
         self.hub.say(f"loading {self.base.name}")
-        network = load_network(self.base, dtype=self.plan.dtype, device=device.loading_device, report=self.hub.say)
+        network = load_network(
+            self.base,
+            dtype=self.plan.dtype,
+            device=device.loading_device,
+            load_in_4bit=self.plan.load_in_4bit,
+            report=self.hub.say,
+        )
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         self.model = assemble(
             network,
             device,
             attention=self.plan.attention,
             fused_layers=self.settings.fused_layers,
-            pack_weights=self.settings.pack_weights,
             shapes=self.plan.shapes,
             gradient_checkpointing=self.settings.gradient_checkpointing,
         )
@@ -306,12 +308,12 @@ class Session:
     def _after_step(self, step: Step) -> None:
         """Log, validate, save, and stop if it is time to."""
         self.step, self.epoch = step.number, step.epoch
-        is_last = step.number == self.plan.num_steps
+        is_last, device = step.number == self.plan.num_steps, self.plan.device
         self.hub.emit(
             events.StepFinished(
                 step=step.number,
                 epoch=step.epoch,
-                metrics=self.meter.metrics(step, self.plan.device),
+                metrics=self.meter.metrics(step, device.used_memory_bytes(), device.compilations()),
                 example_ids=[self.data.train.ids[index] for index in step.sequence_indices],
                 is_logged=self._is_logged(step.number),
             )
@@ -552,7 +554,9 @@ class Meter:
         """Time that is not training's."""
         self._left_out += seconds
 
-    def metrics(self, step: Step, device: Device) -> dict[str, float | int | None]:
+    def metrics(
+        self, step: Step, memory_bytes: int, num_compilations: int | None = None
+    ) -> dict[str, float | int | None]:
         """The metrics of one step; `num_compilations` where something has been compiled."""
         now = time.monotonic()
         seconds = max(now - self._last - self._left_out, 1e-9)
@@ -567,7 +571,6 @@ class Meter:
             "sharing_factor": step.num_tokens / max(step.num_positions, 1),
             "num_labels": step.num_labels,
             "num_micro_batches": step.num_micro_batches,
-            "memory_bytes": device.used_memory_bytes(),
+            "memory_bytes": memory_bytes,
         }
-        num_compilations = device.compilations()
         return metrics if num_compilations is None else {**metrics, "num_compilations": num_compilations}

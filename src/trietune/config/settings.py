@@ -129,6 +129,10 @@ class Settings(BaseModel):
     """Number format of the base model's weights. The adapter and the optimizer keep float32 in any case. `auto` takes
     what this device multiplies fastest; `float16` needs CUDA."""
 
+    load_in_4bit: bool = False
+    """Whether the base model's linear layers are held in 4 bits (QLoRA) and compute in `dtype`: a third of the memory,
+    slower, not quite the same model. Needs CUDA and bitsandbytes."""
+
     framework: Literal["pytorch"] = "pytorch"
     """Framework that trains."""
 
@@ -245,10 +249,6 @@ class Settings(BaseModel):
     fused_layers: bool = True
     """Whether adapters, norms and gated MLPs run as functions with a backward of their own. Same results up to
     rounding, faster; a layer of another kind keeps the library's code in any case."""
-
-    pack_weights: bool | Auto = "auto"
-    """Whether weights that are not trained are kept a second and third time in the form that the CPU's matrix library
-    multiplies fastest. Same results up to rounding. `auto` packs as many as fit into a part of the free memory."""
 
     self_check: bool = True
     """Whether the first batch is compared with plain padded rows. A difference stops the run."""
