@@ -197,7 +197,9 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     position_bytes = bytes_per_position(network.config.get_text_config(), dtype, gradient_checkpointing=True)
     return Opened(
         name=str(target),
-        model=assemble(network, device, attention=attention, fused_layers=settings.fused_layers),
+        model=assemble(
+            network, device, attention=attention, fused_layers=settings.fused_layers, pack_weights=settings.pack_weights
+        ),
         tokenizer=load_tokenizer(base.path),
         base=base,
         settings=settings,

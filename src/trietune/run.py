@@ -19,6 +19,7 @@ from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
 from trietune.files import make_folders
+from trietune.host_memory import keep_freed_memory
 from trietune.keeping import Keeper
 from trietune.prepare import Prepared, adapter_arguments, prepare, progress_of
 from trietune.signals import StopSignals
@@ -75,6 +76,7 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused.
         StopRequested: a signal came before there was anything to save.
     """
+    keep_freed_memory()
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         hub = tracker or open_tracker(
@@ -217,6 +219,7 @@ class Session:
             device,
             attention=self.plan.attention,
             fused_layers=self.settings.fused_layers,
+            pack_weights=self.settings.pack_weights,
             shapes=self.plan.shapes,
             gradient_checkpointing=self.settings.gradient_checkpointing,
         )

@@ -250,6 +250,10 @@ class Settings(BaseModel):
     """Whether adapters, norms and gated MLPs run as functions with a backward of their own. Same results up to
     rounding, faster; a layer of another kind keeps the library's code in any case."""
 
+    pack_weights: bool | Auto = "auto"
+    """Whether weights that are not trained are kept a second and third time in the form that the CPU's matrix library
+    multiplies fastest. Same results up to rounding. `auto` packs as many as fit into a part of the free memory."""
+
     self_check: bool = True
     """Whether the first batch is compared with plain padded rows. A difference stops the run."""
 
