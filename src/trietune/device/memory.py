@@ -13,7 +13,7 @@ import torch
 # their product; and, counted by heads, queries, keys, values and attention's output.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 4, 3
 # What the backward of one layer takes on top while it runs, alike.
-PASSING_HIDDEN, PASSING_INTERMEDIATE, PASSING_SCORES = 6, 4, 2
+PASSING_HIDDEN, PASSING_INTERMEDIATE, PASSING_SCORES = 6, 3, 2
 # Layers of the library and of PEFT, as a multiple of fused ones. Over a base of 16 bits they keep copies in fp32 of
 # what goes into norms and adapters.
 UNFUSED, UNFUSED_16_BITS = 1.2, 2.0
@@ -21,6 +21,8 @@ UNFUSED, UNFUSED_16_BITS = 1.2, 2.0
 SCORES_PADDING = 1.2
 # A label's logits in fp32: their log-softmax, and two gradients of that size.
 LOGIT_BYTES = 12
+# With checkpointing, each kept input ends between freed tensors; as a multiple of the inputs, holes included.
+INPUT_WITH_HOLES = 2.5
 # What the allocator and the libraries take on top: holes between tensors, reordered weights, the batch's own arrays.
 ALLOCATOR = 1.15
 # For work whose batches have not been looked at.
@@ -71,7 +73,8 @@ def bytes_per_position(
     logits = LOGIT_BYTES * labels_per_position * config.vocab_size
     if gradient_checkpointing:
         # Logits are there when only inputs are kept; a layer is computed again when the logits have gone.
-        return int(ALLOCATOR * (layers * hidden * size + max(logits, (layer + passing) * size)))
+        inputs = INPUT_WITH_HOLES * layers * hidden * size
+        return int(ALLOCATOR * (inputs + max(logits, (layer + passing) * size)))
     return int(ALLOCATOR * (whole_layers * layer * size + max(logits, passing * size)))
 
 
