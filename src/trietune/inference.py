@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trietune.config import load_config
 from trietune.config.settings import Settings
+from trietune.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
 from trietune.errors import UserError
 from trietune.prepare import choose_attention, locate_base, make_deterministic, progress_of
 
@@ -158,12 +160,6 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.data.templates import PromptFormat
     from trietune.data.tokenizer import load_tokenizer
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
-    from trietune.model.adapter import load_adapter
-    from trietune.model.architecture import check_architecture
-    from trietune.model.assemble import assemble
-    from trietune.model.export import base_name_of
-    from trietune.model.four_bits import check_four_bits
-    from trietune.model.load import load_network
 
     path = Path(target).expanduser()
     adapter = _find_adapter(path)
@@ -177,7 +173,17 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     settings = load_config(run / "config.yaml" if run else None, overrides)
     if settings.deterministic:
         make_deterministic()
-    device = choose_device(settings.device, use_tt=settings.use_tt, where=settings.where)
+    options = device_options(settings)
+    device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
+    check_device(settings, device, options, hub.say)
+    # transformers starts an XLA device when it is imported, so these wait until one has been chosen.
+    from trietune.model.adapter import load_adapter
+    from trietune.model.architecture import check_architecture
+    from trietune.model.assemble import assemble
+    from trietune.model.export import base_name_of
+    from trietune.model.four_bits import check_four_bits
+    from trietune.model.load import load_network
+
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
     if settings.load_in_4bit:
         check_four_bits(device, where=settings.where("load_in_4bit"))
@@ -194,20 +200,32 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     attention, _ = choose_attention(settings, device, network.config.get_text_config(), dtype)
     if attention is not None and check_architecture(network) is not None:
         settings, attention = settings.model_copy(update={"batching": "padded"}), None
-    position_bytes = bytes_per_position(network.config.get_text_config(), dtype, gradient_checkpointing=True)
+        check_device(settings, device, options, hub.say)
+    config = network.config.get_text_config()
+    bytes_with_scores = partial(bytes_per_position, config, dtype, gradient_checkpointing=True)
+    shapes, max_positions = None, settings.max_tokens_per_micro_batch
+    if device.has_static_shapes:
+        bound = largest_under_mask(settings, device.free_memory_bytes(), bytes_with_scores)
+        shapes = shapes_for_any_data(bound, deepest=config.max_position_embeddings - 1, num_rows=device.num_rows)
+        max_positions = bound
+    elif max_positions == "auto":
+        max_positions = micro_batch_bound(device.free_memory_bytes(), bytes_with_scores())
     return Opened(
         name=str(target),
         model=assemble(
-            network, device, attention=attention, fused_layers=settings.fused_layers, pack_weights=settings.pack_weights
+            network,
+            device,
+            attention=attention,
+            fused_layers=settings.fused_layers,
+            pack_weights=settings.pack_weights,
+            shapes=shapes,
         ),
         tokenizer=load_tokenizer(base.path),
         base=base,
         settings=settings,
         prompt_format=prompt_format,
         device=device,
-        max_positions=settings.max_tokens_per_micro_batch
-        if settings.max_tokens_per_micro_batch != "auto"
-        else micro_batch_bound(device.free_memory_bytes(), position_bytes),
+        max_positions=max_positions,
     )
 
 

@@ -33,6 +33,25 @@ class Sharing:
 
 
 @dataclass(frozen=True, slots=True)
+class StaticPlan:
+    """Shapes, and what they add to positions and to labels, as parts of them."""
+
+    shapes: StaticShapes
+    added_positions: float
+    added_labels: float
+
+    @property
+    def description(self) -> str:
+        """For the plan."""
+        listed = ", ".join(f"{shape.num_positions:,} x {shape.num_labels:,}" for shape in self.shapes.shapes)
+        rows = f", {self.shapes.num_rows} side by side" if self.shapes.num_rows > 1 else ""
+        return (
+            f"{listed} (tokens x labels){rows}; padding adds {self.added_positions:.1%} to the tokens and "
+            f"{self.added_labels:.0%} to the labels"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A run with nothing left open.
 
@@ -44,7 +63,7 @@ class Plan:
         attention_reason: why not in the device's best way; None if they do.
         is_grouped: whether examples with a long common prefix meet in a batch.
         max_positions: most positions of a micro-batch.
-        shapes: what micro-batches are padded to, on a device of static shapes; None elsewhere.
+        static: the shapes that micro-batches are padded to, on a device that needs such; None elsewhere.
         num_steps: optimizer steps of the whole run.
         eval_max_examples: examples of a periodic validation; None takes all.
         eval_batch_size: answers generated together.
@@ -79,7 +98,7 @@ class Plan:
     model_bytes: int
     position_bytes: int
     largest_micro_batch: int
-    shapes: StaticShapes | None = None
+    static: StaticPlan | None = None
 
     @property
     def has_loss_scale(self) -> bool:
@@ -125,6 +144,7 @@ class Plan:
                 "micro-batch",
                 f"at most {self.max_positions:,} tokens, about {_gigabytes(self.max_positions * self.position_bytes)}",
             ),
+            *([("shapes", self.static.description)] if self.static else []),
             ("validation", f"{validation} examples while training, all before and after"),
         ]
 

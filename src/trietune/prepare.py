@@ -6,9 +6,11 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from trietune.device_plan import check_device, device_options, plan_shapes
 from trietune.errors import UserError
 from trietune.grouping import choose_groups, measure_batches, sharing_of
 from trietune.plan import Plan
@@ -57,7 +59,6 @@ def prepare(
     from trietune.data.load import load_data
     from trietune.data.tokenizer import load_tokenizer
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
-    from trietune.model.describe import describe_network
     from trietune.model.four_bits import check_four_bits
     from trietune.model.gguf import cache_folder
 
@@ -65,9 +66,13 @@ def prepare(
         hub.say(note, is_warning=True)
     if settings.deterministic:
         make_deterministic()
-    device = choose_device(settings.device, use_tt=settings.use_tt, where=settings.where)
+    options = device_options(settings)
+    device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
     if device.reason:
         hub.say(device.reason)
+    check_device(settings, device, options, hub.say)
+    from trietune.model.describe import describe_network  # transformers starts XLA devices when it is imported
+
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
     if settings.load_in_4bit:
         check_four_bits(device, where=settings.where("load_in_4bit"))
@@ -101,19 +106,29 @@ def prepare(
         if settings.max_steps > num_steps:
             hub.say(f"`num_epochs: {settings.num_epochs}` ends after {num_steps:,} steps, before `max_steps`")
         num_steps = min(settings.max_steps, num_steps)
-    position_bytes = bytes_per_position(
+    bytes_with_scores = partial(
+        bytes_per_position,
         shape.config,
         dtype,
-        scores_per_position=work.scores_per_position,
         labels_per_position=work.labels_per_position,
         gradient_checkpointing=settings.gradient_checkpointing,
-        is_fused=settings.fused_layers and not settings.lora_dropout and not settings.use_dora,
+        is_fused=settings.fused_layers
+        and device.runs_own_backwards
+        and not settings.lora_dropout
+        and not settings.use_dora,
     )
+    position_bytes = bytes_with_scores(scores_per_position=work.scores_per_position)
     base_bytes = shape.num_bytes(dtype, load_in_4bit=settings.load_in_4bit)
     model_bytes = base_bytes + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
+    free_bytes = device.free_memory_bytes() - model_bytes
     max_positions = settings.max_tokens_per_micro_batch
     if max_positions == "auto":
-        max_positions = micro_batch_bound(device.free_memory_bytes() - model_bytes, position_bytes)
+        max_positions = micro_batch_bound(free_bytes, position_bytes)
+    static = None
+    if device.has_static_shapes:
+        static = plan_shapes(settings, device, data, groups, free_bytes, bytes_with_scores)
+        max_positions = static.shapes.max_positions
+        position_bytes = bytes_with_scores(scores_per_position=max_positions)
     if work.largest > max_positions:
         work = measure_batches(settings, data.train, groups, max_positions)
     plan = Plan(
@@ -143,6 +158,7 @@ def prepare(
         model_bytes=model_bytes,
         position_bytes=position_bytes,
         largest_micro_batch=work.largest,
+        static=static,
     )
     return Prepared(settings, plan, base, tokenizer, data, groups)
 

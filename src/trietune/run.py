@@ -220,7 +220,7 @@ class Session:
             attention=self.plan.attention,
             fused_layers=self.settings.fused_layers,
             pack_weights=self.settings.pack_weights,
-            shapes=self.plan.shapes,
+            shapes=self.plan.static.shapes if self.plan.static else None,
             gradient_checkpointing=self.settings.gradient_checkpointing,
         )
         self.encoder = make_encoder(self.tokenizer, self.data.prompt_format)

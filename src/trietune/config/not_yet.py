@@ -27,23 +27,11 @@ def _is_set(value: Any) -> bool:
     return value not in (None, False, "", (), [], {})
 
 
-_ONE_DEVICE = "this build trains on one device"
-
 NOT_YET: Mapping[str, Refusal] = {
     "parallelism_strategy": Refusal(
-        lambda value: value != "single", _ONE_DEVICE, "write `parallelism_strategy: single`"
-    ),
-    "mesh_shape": Refusal(_is_set, _ONE_DEVICE, "write `mesh_shape: null`"),
-    "mesh_axis_names": Refusal(_is_set, _ONE_DEVICE, "write `mesh_axis_names: null`"),
-    "tp_sharding_specs": Refusal(_is_set, _ONE_DEVICE, "remove it"),
-    "model_sharding_patterns": Refusal(_is_set, _ONE_DEVICE, "remove it"),
-    "input_sharding_dim": Refusal(lambda value: value is not None, _ONE_DEVICE, "remove it"),
-    "enable_trace": Refusal(_is_set, "this build records no traces", "write `enable_trace: False`"),
-    "trace_region_size_mb": Refusal(_is_set, "this build records no traces", "remove it"),
-    "device": Refusal(
-        lambda value: value in {"tt", "xla"},
-        "this build trains on cpu, cuda and mps",
-        "write `device: auto`, which takes what is there",
+        lambda value: value == "fsdp",
+        "weights are split by patterns here, over a mesh of XLA devices",
+        "write `parallelism_strategy: tensor_parallel` with `model_sharding_patterns`, or `single`",
     ),
 }
 

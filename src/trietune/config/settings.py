@@ -382,19 +382,26 @@ class Settings(BaseModel):
     """Names of the mesh's axes."""
 
     tp_sharding_specs: dict[str, Any] | list[Any] | None = None
-    """Axes over which parameters are split, by a pattern of their names."""
+    """Axes over which weights are split, by the names of parameters: `{name: ["model", null]}`, one axis or null for
+    each dimension."""
 
     model_sharding_patterns: dict[str, Any] | list[Any] | None = None
-    """Later name of `tp_sharding_specs`."""
+    """Axes over which weights are split, by regular expressions that are searched in the names of modules:
+    `[[".q_proj", ["model", null]]]`. The first that is found decides."""
 
-    input_sharding_dim: Count | None = None
-    """Dimension of the input that is split over the data axis."""
+    input_sharding_dim: str | Count | None = None
+    """Axis of the mesh whose devices split a batch, by its name or number. Without it, an axis called `data` or
+    `batch`."""
 
     enable_trace: bool = False
     """Whether the device records its commands once and replays them (Tenstorrent)."""
 
     trace_region_size_mb: Positive | None = None
     """Device memory set aside for `enable_trace`, in MB."""
+
+    xla_compile_options: dict[str, Any] | None = None
+    """Names and values for the compiler behind an XLA device, such as `optimization_level: 1`. They need a torch_xla
+    that takes them, which is Tenstorrent's own; one line says so elsewhere."""
 
     # Seen in later files of the original
 

@@ -56,6 +56,9 @@ class Device:
         refuses_attention: why one of these ways does not take a model; None if it does.
         has_static_shapes: every new tensor shape costs a compilation, so batches are padded to a few shapes, and
             nothing that happens may depend on a value on the device.
+        num_rows: tries that are computed side by side: devices that split a batch.
+        has_mesh: whether several devices can share a run.
+        notes: what a user should be told once about how the device was started.
         runs_own_backwards: whether functions with a backward of their own (`fused_layers`) pay.
         reads_every_step: whether loss and gradient norm are read after each step. Elsewhere they stay on the device
             until they are reported.
@@ -89,6 +92,9 @@ class Device:
     reason: str | None = None
     refuses_attention: Callable[[str, AttentionNeeds], str | None] = _refuses_nothing
     has_static_shapes: bool = False
+    num_rows: int = 1
+    has_mesh: bool = False
+    notes: tuple[str, ...] = ()
     runs_own_backwards: bool = True
     reads_every_step: bool = True
     adamw: Mapping[str, Any] = field(default_factory=lambda: {"foreach": True})

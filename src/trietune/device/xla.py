@@ -8,11 +8,8 @@ AdamW counts its steps on the device (`capturable`).
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import logging
 import os
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,18 +17,19 @@ from torch import nn
 
 from trietune.device.cpu import free_host_bytes, resident_bytes
 from trietune.device.device import Device
+from trietune.device.options import DeviceOptions
 from trietune.device.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
+from trietune.device.xla_mesh import Sharder
+from trietune.device.xla_runtime import FALLBACK_TYPE, TENSTORRENT_TYPE, start_runtime, torch_xla_version
 from trietune.errors import UserError
 
-TENSTORRENT_TYPE = "TT"
-# What answers when nobody chose: torch_xla's own client for the host's processor.
-FALLBACK_TYPE = "CPU"
+# Bytes that Tenstorrent's runtime sets aside for recorded commands; read when it starts.
+TRACE_REGION = "TT_RUNTIME_TRACE_REGION_SIZE"
 # Steps are counted and learning rates applied on the device; no Python number changes from step to step.
 CAPTURABLE = {"foreach": False, "capturable": True}
-ON_ANOTHER_DEVICE = "`--set device=cpu`, which trains without XLA"
 
 
-def start_tenstorrent(where: str, reason: str | None = None) -> Device:
+def start_tenstorrent(options: DeviceOptions, where: str, reason: str | None = None) -> Device:
     """Start the Tenstorrent plug-in.
 
     Raises:
@@ -43,44 +41,65 @@ def start_tenstorrent(where: str, reason: str | None = None) -> Device:
             where=f"{where}; no entry point `tt` in the group {PLUGIN_GROUP}",
             next_step=f"{INSTALL_TENSTORRENT}; `--set device=auto` takes what is there",
         )
-    device = _start(TENSTORRENT_TYPE, where)
-    return _describe("tt", f"Tenstorrent device through PJRT ({device})", device, reason)
+    return _start(TENSTORRENT_TYPE, options, where, reason)
 
 
-def start_xla(where: str) -> Device:
+def start_xla(options: DeviceOptions, where: str) -> Device:
     """Start what PJRT offers: the type that PJRT_DEVICE names, else a Tenstorrent plug-in, else XLA's CPU client.
 
     Raises:
         UserError: torch_xla is missing, or XLA cannot be started.
     """
     chosen = os.environ.get("PJRT_DEVICE") or (TENSTORRENT_TYPE if has_plugin() else FALLBACK_TYPE)
-    device = _start(chosen, where)
-    kind = "tt" if chosen == TENSTORRENT_TYPE else "xla"
-    return _describe(kind, f"{chosen} through PJRT ({device})", device, None)
+    return _start(chosen, options, where, None)
 
 
-def _describe(kind: Any, name: str, device: torch.device, reason: str | None) -> Device:
+def _start(device_type: str, options: DeviceOptions, where: str, reason: str | None) -> Device:
+    if options.trace_region_mb is not None:
+        os.environ[TRACE_REGION] = str(options.trace_region_mb * 1_000_000)
+    device = start_runtime(device_type, where, is_mesh=options.mesh is not None)
+    sharder = Sharder.of(options.mesh, where) if options.mesh is not None else None
+    return _describe(device_type, device, sharder, reason, _set_compile_options(options.compile_options))
+
+
+def _describe(
+    device_type: str, device: torch.device, sharder: Sharder | None, reason: str | None, notes: tuple[str, ...]
+) -> Device:
     import torch_xla
+
+    is_tenstorrent = device_type == TENSTORRENT_TYPE
 
     def learning_rate(value: float) -> torch.Tensor:
         return torch.tensor([value]).to(device)[0]
+
+    def place_rows(tensor: torch.Tensor) -> torch.Tensor:
+        there = tensor.to(device)
+        if sharder is not None:
+            sharder.split_rows(there)
+        return there
 
     def place_network(network: nn.Module) -> None:
         network.to(device)
         # Moving to XLA makes new parameters, so a head that was the embedding is a copy of it now.
         network.tie_weights()  # type: ignore[operator]  # of transformers, which is untyped
+        if sharder is not None:
+            sharder.split_weights(network)
 
+    name = "Tenstorrent device through PJRT" if is_tenstorrent else f"{device_type} through PJRT"
     return Device(
-        kind=kind,
-        name=name,
+        kind="tt" if is_tenstorrent else "xla",
+        name=name if sharder is None else f"{name}, mesh of {sharder.description}",
         reason=reason,
         torch_device=device,
         dtypes=(torch.bfloat16, torch.float32),
         attentions=("mask",),
         free_memory_bytes=lambda: _memory(device)[0],
         used_memory_bytes=lambda: _memory(device)[1],
-        fastest_dtype=lambda: torch.bfloat16 if kind == "tt" else torch.float32,
+        fastest_dtype=lambda: torch.bfloat16 if is_tenstorrent else torch.float32,
         has_static_shapes=True,
+        num_rows=1 if sharder is None else sharder.mesh.num_rows,
+        has_mesh=True,
+        notes=notes,
         runs_own_backwards=False,
         reads_every_step=False,
         adamw=CAPTURABLE,
@@ -88,12 +107,30 @@ def _describe(kind: Any, name: str, device: torch.device, reason: str | None) ->
         optimizers=("adamw", "adamw_torch"),
         synchronise=lambda: torch_xla.sync(wait=True),
         end_step=torch_xla.sync,
+        # Its generator holds 32 bits.
         seed=lambda seed: torch_xla.manual_seed(seed & 0xFFFFFFFF),
         learning_rate=learning_rate,
+        place_rows=place_rows,
         place_network=place_network,
         recompute=_recompute,
         compilations=num_compilations,
     )
+
+
+def _set_compile_options(options: Mapping[str, str]) -> tuple[str, ...]:
+    """Tell the compiler; a line for the user where the installed torch_xla cannot be told."""
+    if not options:
+        return ()
+    import torch_xla
+
+    shown = ", ".join(f"{name}={value}" for name, value in options.items())
+    if not hasattr(torch_xla, "set_custom_compile_options"):
+        return (
+            f"torch_xla {torch_xla_version()} takes no compile options, so {shown} has no effect: they need "
+            "Tenstorrent's own build of it",
+        )
+    torch_xla.set_custom_compile_options(dict(options))
+    return (f"compiling with {shown}",)
 
 
 def _recompute(function: Any, *args: Any) -> Any:
@@ -134,92 +171,3 @@ def _memory(device: torch.device) -> tuple[int, int]:
         return free_host_bytes(), resident_bytes()
     used = int(info["bytes_used"])
     return int(info["bytes_limit"]) - used, int(info.get("peak_bytes_used", used))
-
-
-# Starting
-
-
-@cache
-def _start(device_type: str, where: str) -> torch.device:
-    if importlib.util.find_spec("torch_xla") is None:
-        raise UserError(
-            "XLA devices need torch_xla, which is not installed",
-            where=f"{where}; torch {torch.__version__}",
-            next_step=f"{_install_command(device_type)}; or {ON_ANOTHER_DEVICE}",
-        )
-    # transformers and peft start whatever they find when they are imported, unless this says what it shall be.
-    before = os.environ.get("PJRT_DEVICE")
-    os.environ.setdefault("PJRT_DEVICE", device_type)
-    try:
-        torch_xla = importlib.import_module("torch_xla")
-        runtime = importlib.import_module("torch_xla.runtime")
-    except Exception as error:  # a build for another torch, a plug-in whose code fails: torch_xla imports all of them
-        if before is None:
-            os.environ.pop("PJRT_DEVICE", None)
-        raise UserError(
-            f"torch_xla is installed, but it cannot be imported: {_first_line(error)}",
-            where=f"{where}; torch {torch.__version__}, torch_xla {_version()}",
-            next_step=f"install the two together: {_install_command(device_type)}; or {ON_ANOTHER_DEVICE}",
-        ) from error
-    logging.getLogger("torch_xla").setLevel(logging.ERROR)
-    try:
-        runtime.set_device_type(device_type)
-        device: torch.device = torch_xla.device()
-        _check_backward(device)
-    except RuntimeError as error:
-        raise _explain(error, device_type, where) from error
-    return device
-
-
-def _check_backward(device: torch.device) -> None:
-    """A backward on the host before XLA starts breaks every backward on the device of this process, so try one."""
-    torch.ones(1, device=device, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
-
-
-def _explain(error: RuntimeError, device_type: str, where: str) -> UserError:
-    text = str(error)
-    if "device_ready_queues_" in text or "after XLA runtime is initialized" in text:
-        return UserError(
-            f"XLA cannot be started for {device_type} any more: this process has already computed on another device",
-            where=f"{where}; {_first_line(error)}",
-            next_step="train in a new process, in which the first device is this one",
-        )
-    if "No PjRtPlugin registered" in text:
-        return UserError(
-            f"PJRT has no plug-in for the device type {device_type}",
-            where=f"{where}; {_first_line(error)}",
-            next_step=INSTALL_TENSTORRENT
-            if device_type == TENSTORRENT_TYPE
-            else f"PJRT_DEVICE={FALLBACK_TYPE}, or the plug-in of that device; or {ON_ANOTHER_DEVICE}",
-        )
-    if "Failed to open" in text or "cannot open shared object" in text:
-        return UserError(
-            f"the plug-in for {device_type} is installed, but its library cannot be opened",
-            where=f"{where}; {_first_line(error)}",
-            next_step=f"install the plug-in again, and the driver of the card; or {ON_ANOTHER_DEVICE}",
-        )
-    return UserError(
-        f"the device {device_type} could not be started: {_first_line(error)}",
-        where=f"{where}; torch {torch.__version__}, torch_xla {_version()}",
-        next_step=ON_ANOTHER_DEVICE,
-    )
-
-
-def _install_command(device_type: str) -> str:
-    if device_type == TENSTORRENT_TYPE:
-        return INSTALL_TENSTORRENT
-    return "pip install torch==2.9.0 torch_xla==2.9.0, in an environment of its own"
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("torch_xla")
-    except metadata.PackageNotFoundError:
-        return "of an unknown version"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -7,7 +7,9 @@ finished, and what is left of the older ones decodes along with it. The tokens a
 at a time. Where the gold completions are known, they are branches of the same tries, so that an evaluation gets its
 loss and its answers from one computation of each context.
 
-Models whose attention cannot be replaced go through the library's `generate` on padded rows instead.
+Models whose attention cannot be replaced go through the library's `generate` on padded rows instead. On devices of
+static shapes each token comes from another pass over all tries: nothing is kept from token to token, because what is
+kept grows, and every size would be a program of its own.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def generate(
     if not prompts:
         return []
     sequences = _end_in_a_label(prompts)
-    run = _run_padded if model.attention is None else _run_tries
+    run = _run_padded if model.attention is None else _run_static if model.shapes is not None else _run_tries
     with inference(model.network):
         finished = run(model, sequences, np.arange(len(prompts)), limits, check_stop=check_stop, on_token=on_token)
         return _collect(finished, len(prompts), limits, progress)
@@ -113,18 +115,19 @@ def generate_and_score(
     Returns:
         New tokens of each, the summed loss of its label tokens (float64 [B]), and their number (float64 [B]).
     """
-    if model.attention is None:
+    if model.attention is None or model.shapes is not None:
         losses, weights = sequence_losses(
             model,
             sequences,
             indices,
-            batching="padded",
+            batching="padded" if model.attention is None else "trie",
             max_nodes=limits.max_nodes,
             check_stop=check_stop,
             progress=progress,
         )
+        run = _run_padded if model.attention is None else _run_static
         with inference(model.network):
-            finished = _run_padded(model, sequences, indices, limits, check_stop=check_stop)
+            finished = run(model, sequences, indices, limits, check_stop=check_stop)
             return _collect(finished, len(indices), limits, progress), losses, weights
     losses, weights = np.zeros(len(indices)), np.zeros(len(indices))
     with inference(model.network):
@@ -286,6 +289,47 @@ def _attention(network: Any, name: str) -> Iterator[None]:
         yield
     finally:
         network.set_attn_implementation(before)
+
+
+def _run_static(
+    model: TrieModel,
+    sequences: Sequences,
+    indices: np.ndarray,
+    limits: GenerationLimits,
+    *,
+    check_stop: CheckStop,
+    on_token: OnToken | None = None,
+) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Each token of all rows from one pass over tries of their prompts and what they have said so far."""
+    starts, lengths = np.asarray(sequences.offsets)[indices], find_prompt_lengths(sequences)[indices]
+    tokens = [np.asarray(sequences.input_ids[a : a + n]).tolist() for a, n in zip(starts, lengths, strict=True)]
+    waiting = sort_sequences(np.asarray(sequences.input_ids), starts, lengths)
+    while len(waiting):
+        batch, waiting = waiting[: limits.batch_size], waiting[limits.batch_size :]
+        rows = {int(place): list(tokens[place]) for place in batch}
+        while rows:
+            check_stop()
+            places = list(rows)
+            for place, token in zip(places, _next_tokens(model, [rows[p] for p in places], limits), strict=True):
+                rows[place].append(token)
+                if on_token is not None:
+                    on_token(np.array([place]), token)
+                num_new = len(rows[place]) - len(tokens[place])
+                if token in limits.stop_ids or num_new == limits.max_new_tokens:
+                    yield np.array([place]), rows.pop(place)[-num_new:]
+
+
+def _next_tokens(model: TrieModel, rows: list[list[int]], limits: GenerationLimits) -> list[int]:
+    """The most likely token after each row."""
+    sequences = _end_in_a_label(rows)
+    following = [0] * len(rows)
+    micro_batches = make_micro_batches(sequences, np.arange(len(rows)), batching="trie", max_nodes=limits.max_nodes)
+    for micro_batch in model.arrange(micro_batches):
+        chosen = model.likeliest(micro_batch).cpu().numpy()
+        of_label = chosen[micro_batch.pair_of_label]
+        for sequence, token in zip(micro_batch.sequence_of_label, of_label, strict=True):
+            following[micro_batch.sequence_indices[sequence]] = int(token)
+    return following
 
 
 def _run_padded(

@@ -44,6 +44,8 @@ class ScoringModel(Protocol):
     @property
     def network(self) -> torch.nn.Module: ...
 
+    def arrange(self, micro_batches: Sequence[MicroBatch], /) -> Sequence[MicroBatch]: ...
+
     def label_losses(self, micro_batch: MicroBatch, /) -> torch.Tensor: ...
 
 
@@ -180,7 +182,8 @@ def inference(network: torch.nn.Module) -> Iterator[None]:
     was_training = [module for module in network.modules() if module.training]
     network.eval()
     try:
-        with torch.inference_mode():
+        # Not `inference_mode`: XLA counts versions of tensors, which inference tensors have none of.
+        with torch.no_grad():
             yield
     finally:
         for module in was_training:
@@ -200,9 +203,10 @@ def _score(
     place = np.zeros(len(sequences.offsets) - 1, np.int64)
     place[indices] = np.arange(len(indices))
     losses, weights = np.zeros(len(indices)), np.zeros(len(indices))
-    for micro_batch in make_micro_batches(sequences, indices, batching=batching, max_nodes=max_nodes):
+    micro_batches = make_micro_batches(sequences, indices, batching=batching, max_nodes=max_nodes)
+    for micro_batch in model.arrange(micro_batches):
         check_stop()
-        pair_losses = model.label_losses(micro_batch).double().cpu().numpy()
+        pair_losses = model.label_losses(micro_batch).cpu().double().numpy()
         add_up(losses, weights, micro_batch, place[micro_batch.sequence_indices], pair_losses)
     return losses, weights
 

@@ -84,15 +84,20 @@ class TrieModel:
 
     def label_losses(self, micro_batch: MicroBatch) -> Tensor:
         """`-log p(label)` of each (position, label) pair of the micro-batch: [N], fp32 or fp64, with gradients."""
+        labels = self.tensor(micro_batch.labels)
+        return label_losses(self._at_labels(micro_batch), labels, self.project, self.vocabulary_size, self._recompute)
+
+    def likeliest(self, micro_batch: MicroBatch) -> Tensor:
+        """The most likely token at each (position, label) pair, whatever the label: int64 [N]."""
+        return self.project(self._at_labels(micro_batch)).argmax(dim=-1)
+
+    def _at_labels(self, micro_batch: MicroBatch) -> Tensor:
+        """Hidden states [N, D] where labels are predicted."""
         places = micro_batch.label_index
         needed = None
         if self._prunes_last and micro_batch.trie is not None:
             needed, places = np.unique(micro_batch.label_index, return_inverse=True)
-        at_labels = self._at_labels(self.hidden_states(micro_batch, needed), places)
-        labels = self.tensor(micro_batch.labels)
-        return label_losses(at_labels, labels, self.project, self.vocabulary_size, self._recompute)
-
-    def _at_labels(self, hidden_SWD: Tensor, places: np.ndarray) -> Tensor:
+        hidden_SWD = self.hidden_states(micro_batch, needed)
         num_rows, width, _ = hidden_SWD.shape
         if self.shapes is None or num_rows == 1:
             return hidden_SWD.flatten(0, 1).index_select(0, self.tensor(places))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from trietune.data.examples import IGNORED_LABEL
 from trietune.errors import UserError
 from trietune.model.causal_lm import TrieModel
 from trietune.trie import Batching, Sequences, make_micro_batches
@@ -42,7 +43,7 @@ def check_against_rows(
     lengths = np.diff(np.asarray(sequences.offsets))[indices]
     fitting = indices[lengths * model.vocabulary_size <= MAX_LOGITS_A_ROW]
     chosen = _neighbours(sequences, fitting)
-    micro_batches = make_micro_batches(sequences, chosen, batching=batching, max_nodes=2**31)
+    micro_batches = model.arrange(make_micro_batches(sequences, chosen, batching=batching, max_nodes=2**31))
     if not micro_batches:
         return None
     was_training = model.network.training
@@ -50,7 +51,7 @@ def check_against_rows(
     try:
         with torch.no_grad():
             total = sum(
-                float(torch.dot(model.label_losses(mb).double().cpu(), torch.from_numpy(mb.label_weight)))
+                float(torch.dot(model.label_losses(mb).cpu().double(), torch.from_numpy(mb.label_weight)))
                 for mb in micro_batches
             )
             weight = sum(mb.total_weight for mb in micro_batches)
@@ -85,10 +86,20 @@ def _neighbours(sequences: Sequences, indices: np.ndarray) -> np.ndarray:
 def _row_loss(model: TrieModel, sequences: Sequences, index: int) -> float:
     """Summed loss of one example, through the library's own attention and head."""
     begin, end = (int(x) for x in np.asarray(sequences.offsets)[index : index + 2])
-    tokens = torch.from_numpy(np.array(sequences.input_ids[begin:end], np.int64))[None].to(model.device)
-    labels = torch.from_numpy(np.array(sequences.labels[begin:end], np.int64))[1:].to(model.device)
-    if end - begin < 2 or bool((labels == -100).all()):
+    labels = np.array(sequences.labels[begin:end], np.int64)[1:]
+    if end - begin < 2 or bool((labels == IGNORED_LABEL).all()):
         return 0.0
-    logits = model.network(input_ids=tokens, use_cache=False).logits[0, :-1]
-    accumulate = torch.promote_types(logits.dtype, torch.float32)
-    return float(torch.nn.functional.cross_entropy(logits.to(accumulate), labels, reduction="sum", ignore_index=-100))
+    # Padding at the end: a causal model does not see it from any label.
+    width = end - begin if model.shapes is None else model.shapes.holding(end - begin, 1).num_positions
+    tokens = np.zeros((1, width), np.int64)
+    tokens[0, : end - begin] = sequences.input_ids[begin:end]
+    padded_labels = np.full(width - 1, IGNORED_LABEL, np.int64)
+    padded_labels[: end - begin - 1] = labels
+    logits = model.network(input_ids=torch.from_numpy(tokens).to(model.device), use_cache=False).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        torch.from_numpy(padded_labels).to(model.device),
+        reduction="sum",
+        ignore_index=IGNORED_LABEL,
+    )
+    return float(losses)

@@ -294,8 +294,10 @@ def _add_gradients(model: TrieModel, micro_batch: MicroBatch, divisor: float, lo
 
 
 def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float | None) -> Tensor:
-    bound = float("inf") if max_grad_norm is None else max_grad_norm
-    return nn.utils.clip_grad_norm_(parameters, bound)
+    """The gradients' length, before they are shortened to `max_grad_norm`."""
+    if max_grad_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def step_seed(seed: int, number: int) -> int:
