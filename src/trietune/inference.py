@@ -162,6 +162,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.model.architecture import check_architecture
     from trietune.model.assemble import assemble
     from trietune.model.export import base_name_of
+    from trietune.model.four_bits import check_four_bits
     from trietune.model.load import load_network
 
     path = Path(target).expanduser()
@@ -178,8 +179,12 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
         make_deterministic()
     device = choose_device(settings.device, use_tt=settings.use_tt, where=settings.where)
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
+    if settings.load_in_4bit:
+        check_four_bits(device, where=settings.where("load_in_4bit"))
     base = locate_base(base_name_of(adapter) if adapter else str(target), hub)
-    network = load_network(base, dtype=dtype, device=device.loading_device, report=hub.say)
+    network = load_network(
+        base, dtype=dtype, device=device.loading_device, load_in_4bit=settings.load_in_4bit, report=hub.say
+    )
     prompt_format = None
     if adapter is not None:
         load_adapter(network, adapter)

@@ -39,6 +39,7 @@ class Plan:
     Attributes:
         directory: the run's folder; its name is the run's.
         dtype: of the base model; adapter and optimizer are fp32.
+        load_in_4bit: whether its linear layers are held in 4 bits and only compute in `dtype`.
         attention: how tries attend; None for padded rows, which keep the library's attention.
         attention_reason: why not in the device's best way; None if they do.
         is_grouped: whether examples with a long common prefix meet in a batch.
@@ -59,6 +60,7 @@ class Plan:
     num_trainable: int
     device: Device
     dtype: torch.dtype
+    load_in_4bit: bool
     batching: Batching
     attention: AttentionKind | None
     attention_reason: str | None
@@ -87,6 +89,8 @@ class Plan:
     @property
     def _dtype(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
+        if self.load_in_4bit:
+            name = f"4 bits, computing in {name}"
         return f"{name}, with a scaled loss" if self.has_loss_scale else name
 
     def lines(self) -> list[tuple[str, str]]:

@@ -58,6 +58,7 @@ def prepare(
     from trietune.data.tokenizer import load_tokenizer
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
     from trietune.model.describe import describe_network
+    from trietune.model.four_bits import check_four_bits
     from trietune.model.gguf import cache_folder
 
     for note in settings.notes:
@@ -68,6 +69,8 @@ def prepare(
     if device.reason:
         hub.say(device.reason)
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
+    if settings.load_in_4bit:
+        check_four_bits(device, where=settings.where("load_in_4bit"))
 
     base = locate_base(settings.model_name, hub)
     tokenizer = load_tokenizer(base.path)
@@ -106,7 +109,8 @@ def prepare(
         gradient_checkpointing=settings.gradient_checkpointing,
         is_fused=settings.fused_layers and not settings.lora_dropout and not settings.use_dora,
     )
-    model_bytes = shape.num_bytes(dtype) + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
+    base_bytes = shape.num_bytes(dtype, load_in_4bit=settings.load_in_4bit)
+    model_bytes = base_bytes + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
     max_positions = settings.max_tokens_per_micro_batch
     if max_positions == "auto":
         max_positions = micro_batch_bound(device.free_memory_bytes() - model_bytes, position_bytes)
@@ -120,6 +124,7 @@ def prepare(
         num_trainable=shape.num_trainable,
         device=device,
         dtype=dtype,
+        load_in_4bit=settings.load_in_4bit,
         batching=settings.batching,
         attention=attention,
         attention_reason=attention_reason,

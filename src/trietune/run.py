@@ -29,7 +29,6 @@ from trietune.tracking.wandb import are_histograms_due, watched_kinds
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
-    from trietune.device import Device
     from trietune.evaluation.evaluate import Evaluation
     from trietune.tracking.dispatch import Tracker
     from trietune.training.loop import MicroBatchTooLargeError, Step
@@ -207,7 +206,13 @@ class Session:
         device = self.plan.device
         device.watch_memory()
         self.hub.say(f"loading {self.base.name}")
-        network = load_network(self.base, dtype=self.plan.dtype, device=device.loading_device, report=self.hub.say)
+        network = load_network(
+            self.base,
+            dtype=self.plan.dtype,
+            device=device.loading_device,
+            load_in_4bit=self.plan.load_in_4bit,
+            report=self.hub.say,
+        )
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         self.model = assemble(
             network,
@@ -306,12 +311,12 @@ class Session:
     def _after_step(self, step: Step) -> None:
         """Log, validate, save, and stop if it is time to."""
         self.step, self.epoch = step.number, step.epoch
-        is_last = step.number == self.plan.num_steps
+        is_last, device = step.number == self.plan.num_steps, self.plan.device
         self.hub.emit(
             events.StepFinished(
                 step=step.number,
                 epoch=step.epoch,
-                metrics=self.meter.metrics(step, self.plan.device),
+                metrics=self.meter.metrics(step, device.used_memory_bytes(), device.compilations()),
                 example_ids=[self.data.train.ids[index] for index in step.sequence_indices],
                 is_logged=self._is_logged(step.number),
             )
@@ -552,7 +557,9 @@ class Meter:
         """Time that is not training's."""
         self._left_out += seconds
 
-    def metrics(self, step: Step, device: Device) -> dict[str, float | int | None]:
+    def metrics(
+        self, step: Step, memory_bytes: int, num_compilations: int | None = None
+    ) -> dict[str, float | int | None]:
         """The metrics of one step; `num_compilations` where something has been compiled."""
         now = time.monotonic()
         seconds = max(now - self._last - self._left_out, 1e-9)
@@ -567,7 +574,6 @@ class Meter:
             "sharing_factor": step.num_tokens / max(step.num_positions, 1),
             "num_labels": step.num_labels,
             "num_micro_batches": step.num_micro_batches,
-            "memory_bytes": device.used_memory_bytes(),
+            "memory_bytes": memory_bytes,
         }
-        num_compilations = device.compilations()
         return metrics if num_compilations is None else {**metrics, "num_compilations": num_compilations}

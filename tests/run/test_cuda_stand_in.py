@@ -179,3 +179,10 @@ def test_a_checkpoint_of_the_card_goes_on_on_the_cpu_and_back(wide: dict[str, ob
     found = adapter_of(finished)
     difference = max(float((found[n] - t).norm() / t.norm()) for n, t in expected.items())
     assert difference < 1e-4
+
+
+def test_a_base_in_4_bits_is_refused_on_a_cpu(wide: dict[str, object]) -> None:
+    with pytest.raises(UserError) as refused:
+        run({**wide, "load_in_4bit": True, "device": "cpu"})
+    assert refused.value.what.startswith("`load_in_4bit: True` needs a CUDA device, and this run is on CPU")
+    assert refused.value.where == "argument"

@@ -42,6 +42,7 @@ _REVISION = '`model_name: "owner/name@{text}"`'
 _AFTER_NAME = "a revision follows the model's name after `@`"
 _NO_SECRETS = "a configuration is kept and shared, and a secret is not"
 _DTYPE_HERE = "the base model's number format is one key here, and the adapter is float32 in any case"
+_FOUR_BITS = "the base model's layers are held in `dtype` or, with `load_in_4bit: True`, in 4 bits"
 
 FOREIGN_NAMES: Mapping[str, ForeignName] = {
     # model
@@ -58,9 +59,8 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "tf32": ForeignName(f"transformers, {AXOLOTL}", ("dtype",), None, _DTYPE_HERE),
     "torch_dtype": _same("transformers", "dtype"),
     "precision": _same("several tools", "dtype"),
-    "load_in_4bit": ForeignName(f"TRL, {AXOLOTL}", ("dtype",), None, "the base model is not quantized here"),
-    "load_in_8bit": ForeignName(f"TRL, {AXOLOTL}", ("dtype",), None, "the base model is not quantized here"),
-    "quantization_bit": ForeignName(FACTORY, ("dtype",), None, "the base model is not quantized here"),
+    "load_in_8bit": ForeignName(f"TRL, {AXOLOTL}", ("load_in_4bit",), None, _FOUR_BITS),
+    "quantization_bit": ForeignName(FACTORY, ("load_in_4bit",), None, _FOUR_BITS),
     # data
     "dataset_name": _same(HF, "dataset_id"),
     "datasets": ForeignName(AXOLOTL, ("dataset_id", "train_file"), "`train_file: data.jsonl`", "one data set a run"),

@@ -129,6 +129,10 @@ class Settings(BaseModel):
     """Number format of the base model's weights. The adapter and the optimizer keep float32 in any case. `auto` takes
     what this device multiplies fastest; `float16` needs CUDA."""
 
+    load_in_4bit: bool = False
+    """Whether the base model's linear layers are held in 4 bits (QLoRA) and compute in `dtype`: a third of the memory,
+    slower, not quite the same model. Needs CUDA and bitsandbytes."""
+
     framework: Literal["pytorch"] = "pytorch"
     """Framework that trains."""
 

@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 
-# Numbers that a layer keeps a position, in the base's dtype. Fused: two residuals and two normed inputs; queries, keys,
-# values and attention's output; gate, up and their product. The library's and PEFT's own layers keep copies in fp32 of
-# what goes into norms and adapters as well.
+# Numbers that a fused layer keeps a position, in the base's dtype: two residuals and two normed inputs; gate, up and
+# their product; and, counted by heads, queries, keys, values and attention's output.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 4, 3
 # What the backward of one layer takes on top while it runs, alike.
-PASSING_HIDDEN, PASSING_INTERMEDIATE, PASSING_SCORES = 6, 4, 2
-# Layers that are not fused, as a multiple of the above.
-UNFUSED = 2.2
+PASSING_HIDDEN, PASSING_INTERMEDIATE, PASSING_SCORES = 6, 3, 2
+# Layers of the library and of PEFT, as a multiple of fused ones. Over a base of 16 bits they keep copies in fp32 of
+# what goes into norms and adapters.
+UNFUSED, UNFUSED_16_BITS = 1.2, 2.0
 # Rows and paths are padded to the lengths of a bucket.
 SCORES_PADDING = 1.2
-# A label's logits: in the base's dtype, in fp32, their log-softmax and its gradient.
+# A label's logits in fp32: their log-softmax, and two gradients of that size.
 LOGIT_BYTES = 12
+# With checkpointing, each kept input ends between freed tensors; as a multiple of the inputs, holes included.
+INPUT_WITH_HOLES = 2.5
+# What the allocator and the libraries take on top: holes between tensors, reordered weights, the batch's own arrays.
+ALLOCATOR = 1.15
 # For work whose batches have not been looked at.
 ASSUMED_SCORES, ASSUMED_LABELS = 300, 0.35
 # What is left for the optimizer, the next micro-batch and the rest of the machine.
@@ -62,12 +66,16 @@ def bytes_per_position(
     layer = KEPT_HIDDEN * hidden + attended + KEPT_INTERMEDIATE * intermediate + scores
     passing = PASSING_HIDDEN * hidden + PASSING_INTERMEDIATE * intermediate + PASSING_SCORES * scores
     if not is_fused:
-        layer, passing = UNFUSED * layer, UNFUSED * passing
+        more = UNFUSED_16_BITS if size == 2 else UNFUSED
+        layer, passing = more * layer, more * passing
     # The last layer of fused ones computes labelled positions alone.
     whole_layers = layers - 1 + labels_per_position if is_fused else layers
-    kept = layers * hidden + layer if gradient_checkpointing else whole_layers * layer
     logits = LOGIT_BYTES * labels_per_position * config.vocab_size
-    return int(kept * size + max(passing * size, logits))
+    if gradient_checkpointing:
+        # Logits are there when only inputs are kept; a layer is computed again when the logits have gone.
+        inputs = INPUT_WITH_HOLES * layers * hidden * size
+        return int(ALLOCATOR * (inputs + max(logits, (layer + passing) * size)))
+    return int(ALLOCATOR * (whole_layers * layer * size + max(logits, passing * size)))
 
 
 def micro_batch_bound(free_bytes: int, position_bytes: int) -> int:

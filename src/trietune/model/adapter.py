@@ -58,8 +58,8 @@ def add_adapter(
         seed: of the initialisation alone; the global random state is neither read nor changed.
 
     Raises:
-        UserError: a name matches nothing, a module is of a kind that LoRA cannot wrap, or biases are to be trained on
-            a base that is not fp32.
+        UserError: a name matches nothing, a module is of a kind that LoRA cannot wrap, biases are to be trained on a
+            base that is not fp32, or a module that is held in 4 bits is to be trained whole.
     """
     if bias != "none" and network.dtype not in (torch.float32, torch.float64):
         raise UserError(
@@ -71,6 +71,7 @@ def add_adapter(
     _check_matches("lora_target_modules", network, targets)
     saved_whole = _full_names(network, modules_to_save or ())
     _check_not_tied(network, saved_whole)
+    _check_not_quantized(network, saved_whole)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions, its annotation does not
@@ -83,6 +84,15 @@ def add_adapter(
         task_type="CAUSAL_LM",
     )
     return _wrap(network, config, base=base, seed=seed, where="lora_target_modules")
+
+
+def _check_not_quantized(network: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        if any(not p.is_floating_point() for p in network.get_submodule(name).parameters()):
+            raise UserError(
+                f"`modules_to_save` would train `{name}` whole, and it is held in 4 bits",
+                next_step="remove it from the list (an adapter can be on it), or `--set load_in_4bit=False`",
+            )
 
 
 def adapter_files(peft_model: PeftModel, base: ModelFolder) -> dict[str, Content]:

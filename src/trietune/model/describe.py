@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trietune.model.adapter import add_adapter
 from trietune.model.architecture import check_architecture
+from trietune.model.four_bits import BYTES_A_WEIGHT, is_quantized
 from trietune.model.load import check_config
 from trietune.model.locate import ModelFolder
 
@@ -23,17 +24,20 @@ class NetworkShape:
         config: its text config, of transformers.
         num_parameters: of the base model, tied ones once.
         num_trainable: of the adapter.
+        num_in_layers: of the base model's parameters, those of linear layers below the output head.
         refusal: why tries cannot be computed, as the end of a sentence; None if they can.
     """
 
     config: Any
     num_parameters: int
     num_trainable: int
+    num_in_layers: int
     refusal: str | None
 
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        """Of the base model's weights in `dtype`."""
-        return self.num_parameters * torch.finfo(dtype).bits // 8
+    def num_bytes(self, dtype: torch.dtype, *, load_in_4bit: bool = False) -> int:
+        """Of the base model's weights in `dtype`, its layers in 4 bits if asked."""
+        in_layers = BYTES_A_WEIGHT if load_in_4bit else dtype.itemsize
+        return int((self.num_parameters - self.num_in_layers) * dtype.itemsize + self.num_in_layers * in_layers)
 
 
 def describe_network(base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[str, Any]) -> NetworkShape:
@@ -52,6 +56,7 @@ def describe_network(base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[
         network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
         refusal = check_architecture(network)
         num_parameters = sum(p.numel() for p in network.parameters())
+        num_in_layers = sum(p.numel() for name, p in network.named_parameters() if is_quantized(name, tuple(p.shape)))
         peft_model = add_adapter(network, base=base, **adapter)
     num_trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    return NetworkShape(network.config.get_text_config(), num_parameters, num_trainable, refusal)
+    return NetworkShape(network.config.get_text_config(), num_parameters, num_trainable, num_in_layers, refusal)

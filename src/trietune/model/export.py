@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trietune.checkpoints import strict_json
+from trietune.checkpoints.directory import Damaged, check_sizes
 from trietune.checkpoints.tensors import RawTensor, from_numpy, parse, serialise
 from trietune.errors import UserError
 from trietune.model.adapter import load_adapter_files
@@ -106,7 +107,8 @@ def export_adapter(
         base = base or locate_model(base_name_of(folder), report=report)
         if "README.md" in companions and readme is None:
             companions["README.md"] = merged_card(companions["README.md"].decode(errors="replace")).encode()
-        return _write_merged(files, companions, base, out, where=str(folder), report=report)
+        was_in_4bit = _was_trained_in_4bit(folder)
+        return _write_merged(files, companions, base, out, where=str(folder), was_in_4bit=was_in_4bit, report=report)
     if plain:
         files = fold_scale(files, where=str(folder))
     return _write_files({**companions, **files}, out)
@@ -162,8 +164,14 @@ def _write_merged(
     out: Path,
     *,
     where: str,
+    was_in_4bit: bool,
     report: Report,
 ) -> Exported:
+    if was_in_4bit:
+        report(
+            "this adapter was trained on its base in 4 bits and is merged into the base's own weights, which are not "
+            "quite those: evaluate the merged model anew"
+        )
     network = load_network(base, dtype=torch.float32, device=torch.device("cpu"), report=report)
     tokens = _checked_tokens(network.config.get_text_config().vocab_size)
     adapted = load_adapter_files(network, files, where=where)
@@ -192,6 +200,14 @@ def _write_merged(
     for name, difference in differences.items():
         report(f"merged logits differ from base and adapter by at most {difference:.2g} in {name}")
     return Exported(out, num_bytes, differences)
+
+
+def _was_trained_in_4bit(folder: Path) -> bool:
+    """What the manifest beside an adapter of ours says; other adapters say nothing of it."""
+    try:
+        return bool(check_sizes(folder).info.details.get("load_in_4bit"))
+    except Damaged:
+        return False
 
 
 def _merge(adapted: PeftModel) -> Any:

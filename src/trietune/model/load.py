@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from trietune.device.device import recompute
 from trietune.errors import UserError
+from trietune.model.four_bits import BYTES_A_WEIGHT, is_quantized, loading_options
 from trietune.model.locate import ModelFolder
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -31,9 +32,13 @@ def load_network(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    load_in_4bit: bool = False,
     report: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
     """The causal language model of `folder`, in evaluation mode, all weights in `dtype` on `device`.
+
+    Args:
+        load_in_4bit: linear layers are held in 4 bits and compute in `dtype`; see `four_bits.check_four_bits`.
 
     Raises:
         UserError: needs code of its own, is no causal language model, is quantized, lacks weights, is damaged, does
@@ -42,7 +47,7 @@ def load_network(
     if dtype not in SUPPORTED_DTYPES:
         raise UserError(f"a base model cannot be held in {dtype}", next_step="dtype: bfloat16   (or float32)")
     check_config(folder)
-    _check_memory(folder.path, dtype, device)
+    _check_memory(folder.path, dtype, device, load_in_4bit)
     try:
         with quiet_library():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -53,9 +58,11 @@ def load_network(
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # counted below, with the name of the first
+                **(loading_options(dtype, device) if load_in_4bit else {}),
             )
         network, info = loaded
-        network.to(device)
+        if not load_in_4bit:
+            network.to(device)
     except SafetensorError as error:
         raise UserError(
             f"the weights of `{folder.name}` are damaged: {error}",
@@ -67,7 +74,7 @@ def load_network(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise _too_large(folder.path, dtype, device) from error
+        raise _too_large(folder.path, dtype, device, load_in_4bit) from error
     _check_loaded(folder, info, report)
     network.train(False)
     return network  # type: ignore[no-any-return]  # the library gives a pair when it is asked for one
@@ -134,32 +141,37 @@ def quiet_library() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(folder: Path, dtype: torch.dtype, device: torch.device, load_in_4bit: bool) -> None:
     """Refuse before the machine begins to swap: Linux ends a process without a word where others raise."""
     if device.type not in ("cpu", "cuda"):
         return
-    if _needed_bytes(folder, dtype) > _available_bytes(device):
-        raise _too_large(folder, dtype, device)
+    if _needed_bytes(folder, dtype, load_in_4bit) > _available_bytes(device):
+        raise _too_large(folder, dtype, device, load_in_4bit)
 
 
-def _too_large(folder: Path, dtype: torch.dtype, device: torch.device) -> UserError:
-    needed = f"{_needed_bytes(folder, dtype) / 1e9:.1f} GB"
+def _too_large(folder: Path, dtype: torch.dtype, device: torch.device, load_in_4bit: bool) -> UserError:
+    needed = f"{_needed_bytes(folder, dtype, load_in_4bit) / 1e9:.1f} GB"
     where = f"{_available_bytes(device) / 1e9:.1f} GB are free on {device}" if device.type in ("cpu", "cuda") else None
-    smaller = "a smaller model" if dtype.itemsize <= 2 else "dtype: bfloat16   (half the memory), or a smaller model"
-    return UserError(
-        f"the model needs {needed} for its weights alone in {_name(dtype)}", where=where, next_step=smaller
+    held, is_small = ("4 bits", True) if load_in_4bit else (_name(dtype), dtype.itemsize <= 2)
+    smaller = "a smaller model" if is_small else "dtype: bfloat16   (half the memory), or a smaller model"
+    return UserError(f"the model needs {needed} for its weights alone in {held}", where=where, next_step=smaller)
+
+
+def _needed_bytes(folder: Path, dtype: torch.dtype, load_in_4bit: bool) -> int:
+    """Bytes of all weights once they are in `dtype` or 4 bits, from the headers of their files."""
+    shapes = (shape for file in folder.glob("*.safetensors") for shape in _shapes(file).items())
+    return int(
+        sum(
+            _count(shape) * (BYTES_A_WEIGHT if load_in_4bit and is_quantized(name, shape) else dtype.itemsize)
+            for name, shape in shapes
+        )
     )
 
 
-def _needed_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of all weights once they are in `dtype`, from the headers of their files."""
-    return sum(_num_weights(file) for file in folder.glob("*.safetensors")) * dtype.itemsize
-
-
-def _num_weights(file: Path) -> int:
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return sum(_count(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
             f"`{file}` is damaged or only a part of a download: {error}",
@@ -168,7 +180,7 @@ def _num_weights(file: Path) -> int:
         ) from error
 
 
-def _count(shape: list[int]) -> int:
+def _count(shape: tuple[int, ...]) -> int:
     size = 1
     for length in shape:
         size *= length
