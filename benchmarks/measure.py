@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,16 @@ def matmul_ceiling(dtype: torch.dtype, device: torch.device, repeats: int = 3) -
             _synchronise(device)
             best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - began))
     return best
+
+
+def median_seconds(function: Callable[[], object], repeats: int = 15) -> float:
+    """Of one call on the CPU, after three that do not count."""
+    seconds = []
+    for _ in range(repeats + 3):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[3:])
 
 
 def reset_peak_memory() -> int:

@@ -124,8 +124,7 @@ class Worker:
 
     def __init__(self, job_file: Path) -> None:
         self._log = job_file.with_suffix(".log")
-        # Workers that wait must not spin on their cores.
-        environ = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        environ = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).parent / "worker.py"), str(job_file)],

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from model.trie_examples import trie_of
 from strategies import FlatSequences, batches, flat
-from trietune.model import row_layout
 from trietune.model.row_layout import AttentionCost, attention_cost, build_row_layout, cut_into_blocks
 from trietune.model.trie_layout import visibility
 from trietune.trie import build_trie
@@ -29,20 +28,17 @@ def test_each_query_sees_exactly_its_ancestors(
         return
     keep = np.array([random.random() < 0.6 for _ in range(trie.num_nodes)])  # type: ignore[attr-defined]
     querying = np.flatnonzero(keep) if keep.any() else np.arange(trie.num_nodes)
-    saved, row_layout.attention_cost = row_layout.attention_cost, lambda **_: COSTS[which]  # type: ignore[assignment]
-    try:
-        layout = build_row_layout(
-            trie,
-            querying,
-            window=window,
-            num_heads=HEADS,
-            num_key_heads=KEY_HEADS,
-            head_size=8,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-        )
-    finally:
-        row_layout.attention_cost = saved  # type: ignore[assignment]
+    layout = build_row_layout(
+        trie,
+        querying,
+        window=window,
+        num_heads=HEADS,
+        num_key_heads=KEY_HEADS,
+        head_size=8,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        cost=COSTS[which],
+    )
     sees = visibility(trie, window)[querying]
     outputs = []
     for bucket in layout.buckets:

@@ -119,16 +119,18 @@ def build_row_layout(
     head_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    cost: AttentionCost | None = None,
 ) -> RowLayout:
     """Cut `trie` into blocks, sort them into buckets, and index their queries, keys and outputs.
 
     Args:
         querying: nodes that query, ascending; None: all. Queries and outputs are then numbered by their place here.
         window: number of positions that a query sees, itself included.
+        cost: by which the cut is chosen; None takes what was measured for such heads.
     """
     if querying is None:
         querying = np.arange(trie.num_nodes)
-    cost = attention_cost(num_heads=num_heads, head_size=head_size, dtype=dtype)
+    cost = cost or attention_cost(num_heads=num_heads, head_size=head_size, dtype=dtype)
     blocks, groups = cut_into_blocks(trie, querying, window, cost)
     buckets, output_node, output_at, key_node, key_at = [], [], [], [], []
     queries_before = keys_before = 0
