@@ -25,7 +25,6 @@ from trietune.checkpoints.uploads import Uploader, fetch, synchronise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CLIENT = Path(__file__).with_name("storage_client.py")
-SHORT: dict[str, Any] = {"config_kwargs": {"connect_timeout": 2, "read_timeout": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +67,9 @@ def patience(num_attempts: int = 4, longest_wait_s: float = 0.05) -> Patience:
     return Patience(sleep, num_attempts, first_wait_s=0.01, longest_wait_s=longest_wait_s, randomness=random.Random(1))
 
 
-def remote_of(num_attempts: int = 4, **changes: Any) -> RemoteRun:
-    return RemoteRun(FsspecStorage("s3", "bucket/runs", SHORT), "run", patience(num_attempts, **changes))
+def remote_of(num_attempts: int = 4, *, read_timeout_s: float = 30) -> RemoteRun:
+    timeouts = {"config_kwargs": {"connect_timeout": 30, "read_timeout": read_timeout_s}}
+    return RemoteRun(FsspecStorage("s3", "bucket/runs", timeouts), "run", patience(num_attempts))
 
 
 def make_store(folder: Path, keep_last_n: int = 2) -> CheckpointStore:
@@ -182,7 +182,7 @@ TRANSIENT: dict[str, Fault] = {
 
 @pytest.mark.parametrize("name", TRANSIENT)
 def test_an_upload_survives_one_request_in_three_failing(name: str, proxy: Proxy, tmp_path: Path, tally: Tally) -> None:
-    store, remote = make_store(tmp_path), remote_of(9)
+    store, remote = make_store(tmp_path), remote_of(9, read_timeout_s=1)
     save(store, 1)
     dice = random.Random(5)
     proxy.rule = lambda number, *_: TRANSIENT[name] if dice.random() < 1 / 3 else None
@@ -190,7 +190,7 @@ def test_an_upload_survives_one_request_in_three_failing(name: str, proxy: Proxy
     num_faults = proxy.num_faults
     proxy.forget()
     assert num_faults >= 3
-    assert whole_copies(remote) == [1]
+    assert whole_copies(remote_of()) == [1]
     tally(f"storage requests answered by {name}", num_faults, num_faults)
 
 
