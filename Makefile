@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint bench lock clean
+.PHONY: help train test test-all lint test-gpu bench bench-gpu lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,9 @@ test: $(READY) lint  ## style, types, import contract, and the tests that take u
 test-all: $(READY) lint  ## every test that this machine can run, the fault matrix included
 	$(BIN)/python -m pytest -m "not gpu" --timeout 3000
 
+test-gpu: $(READY)  ## tests of a CUDA card (TRIETUNE_STAND_INS=1: on the CPU, to check the tests themselves)
+	$(BIN)/python -m pytest tests/gpu --timeout 3000
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,6 +33,10 @@ lint: $(READY)
 bench: $(READY)  ## compare with other trainers on this machine; results go to benchmarks/results/
 	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/compare.py
+
+bench-gpu: $(READY)  ## on a CUDA card: ways to attend, and training next to other trainers
+	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/gpu.py
 
 lock: $(READY)  ## resolve requirements.lock anew
 	$(BIN)/python -m pip install --quiet uv

@@ -28,6 +28,8 @@ ENGINES = {
     "trietune-packed": "peers.trietune_loop",
     "trietune": "peers.trietune_loop",
 }
+# TrieTune made to attend in one way; for `gpu.py`, where it matters.
+WAYS = {f"trietune-{way}": "peers.trietune_loop" for way in ("varlen", "flex", "mask", "rows")}
 
 
 def main(job_file: Path) -> None:
@@ -46,7 +48,7 @@ def main(job_file: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     job = Job.read(job_file)
-    engine = importlib.import_module(ENGINES[job.engine])
+    engine = importlib.import_module({**ENGINES, **WAYS}[job.engine])
     device = torch.device(job.device)
     try:
         engine.train(job, device, Gate(sys.stdin, replies, synchroniser(device)))

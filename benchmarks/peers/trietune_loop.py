@@ -3,18 +3,21 @@
 trietune            one trie a batch
 trietune-packed     the same code without sharing: every example is its own branch
 trietune-padded     padded rows and the library's attention
+trietune-WAY        as trietune, with that `attention` instead of the one that a plan would take
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from job import LEARNING_RATE, WEIGHT_DECAY, Gate, Job
 from models import add_lora, build_network, trained_parameters
 
-from trietune.device import choose_device
+from trietune.device import Device, choose_device
+from trietune.device.attention import AttentionNeeds, choose_way
 from trietune.model.assemble import assemble
 from trietune.training.loop import Schedules
 from trietune.training.loop import train as train_steps
@@ -24,6 +27,7 @@ from trietune.trie import make_micro_batches
 # Positions in a micro-batch; every batch of the benchmark is one trie.
 MAX_NODES = 16_384
 MAX_PADDED = 8192
+WAYS = ("varlen", "flex", "mask", "rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +44,26 @@ class GivenBatches:
         return self.batches[number]
 
 
+def way_to_attend(job: Job, config: Any, device: Device) -> str:
+    """What a plan would take, or the way that the engine is named after."""
+    needs = AttentionNeeds(
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dtype=getattr(torch, job.model.dtype),
+        has_soft_cap=False,
+        num_positions=MAX_NODES,
+    )
+    asked = job.engine.removeprefix("trietune").removeprefix("-")
+    return choose_way(asked if asked in WAYS else "auto", device, needs, where=job.engine)[0]
+
+
 def train(job: Job, device: torch.device, gate: Gate) -> None:
-    batching = {"trietune": "trie", "trietune-packed": "packed", "trietune-padded": "padded"}[job.engine]
+    batching = {"trietune-packed": "packed", "trietune-padded": "padded"}.get(job.engine, "trie")
     network = add_lora(build_network(job.model, device), job.model).get_base_model()
     place = choose_device(device.type, use_tt=False)
     model = assemble(
         network,
         place,
-        attention=None if batching == "padded" else place.attentions[0],  # type: ignore[arg-type]
+        attention=None if batching == "padded" else way_to_attend(job, network.config, place),  # type: ignore[arg-type]
         fused_layers=True,
         pack_weights="auto",
     )
