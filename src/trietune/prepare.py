@@ -34,6 +34,8 @@ FEWEST_VALIDATED = 32
 DEFAULT_EVAL_BATCH = 32
 # Of a parameter of the adapter, in fp32: itself, its gradient, and two moments of the optimizer.
 BYTES_A_TRAINED_PARAMETER = 16
+# Ways to attend whose kernels compute probabilities again in the backward.
+KEEP_NO_SCORES = ("varlen", "flex")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,8 @@ def prepare(
         and not settings.lora_dropout
         and not settings.use_dora,
     )
-    position_bytes = bytes_with_scores(scores_per_position=work.scores_per_position)
+    kept_scores = 0.0 if attention in KEEP_NO_SCORES else work.scores_per_position
+    position_bytes = bytes_with_scores(scores_per_position=kept_scores)
     base_bytes = shape.num_bytes(dtype, load_in_4bit=settings.load_in_4bit)
     model_bytes = base_bytes + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
     free_bytes = device.free_memory_bytes() - model_bytes

@@ -46,7 +46,7 @@ WINDOWS = st.one_of(st.none(), st.sampled_from([1, 5, 127, 128, 129, 200]))
 @settings(deadline=None, max_examples=30)
 @given(large_tries(), WINDOWS)
 def test_blocks_are_those_of_the_library(trie: Trie, window: int | None) -> None:
-    ours = build_flex_layout(trie, window=window, device=CPU).block_mask
+    ours = build_flex_layout(trie, window=window).block_mask
     length = ours.seq_lengths[0]
     theirs = create_block_mask(ours.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
     np.testing.assert_array_equal(full_blocks(ours), full_blocks(theirs))
@@ -60,7 +60,7 @@ def test_blocks_are_those_of_the_library(trie: Trie, window: int | None) -> None
 @given(large_tries(), WINDOWS, st.booleans())
 def test_the_mask_is_that_of_the_trie(trie: Trie, window: int | None, prunes: bool) -> None:
     querying = np.unique(trie.label_index[::3]).astype(np.int64) if prunes else np.arange(trie.num_nodes)
-    layout = build_flex_layout(trie, querying if prunes else None, window=window, device=CPU)
+    layout = build_flex_layout(trie, querying if prunes else None, window=window)
     mask = layout.block_mask
     num_queries, num_keys = mask.seq_lengths
     assert num_queries % BLOCK == num_keys % BLOCK == 0
@@ -78,7 +78,7 @@ def test_the_mask_is_that_of_the_trie(trie: Trie, window: int | None, prunes: bo
 @settings(deadline=None, max_examples=30)
 @given(large_tries(), WINDOWS)
 def test_both_directions_of_the_table_agree(trie: Trie, window: int | None) -> None:
-    mask = build_flex_layout(trie, window=window, device=CPU).block_mask
+    mask = build_flex_layout(trie, window=window).block_mask
     derived = BlockMask.from_kv_blocks(
         mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices, BLOCK_SIZE=BLOCK
     )

@@ -28,7 +28,7 @@ def two_sequences() -> Trie:
 
 
 def test_runs_of_two_sequences() -> None:
-    layout = build_varlen_layout(two_sequences(), window=None, device=CPU)
+    layout = build_varlen_layout(two_sequences(), window=None)
     assert layout.query_start.tolist() == [0, 3, 4]
     assert layout.key_start.tolist() == [0, 3, 6]
     assert layout.key_nodes.tolist() == [0, 1, 2, 0, 1, 3]
@@ -36,7 +36,7 @@ def test_runs_of_two_sequences() -> None:
 
 
 def test_a_window_leaves_out_keys_that_no_query_of_the_run_sees() -> None:
-    layout = build_varlen_layout(two_sequences(), window=2, device=CPU)
+    layout = build_varlen_layout(two_sequences(), window=2)
     assert layout.key_nodes.tolist() == [0, 1, 2, 1, 3]
     assert layout.window == 1  # positions before the query itself
 
@@ -44,7 +44,7 @@ def test_a_window_leaves_out_keys_that_no_query_of_the_run_sees() -> None:
 def test_a_gap_between_queries_begins_another_run() -> None:
     sequence = list(range(2, 12))
     trie = trie_of(flat([sequence], [sequence]))
-    layout = build_varlen_layout(trie, np.array([1, 2, 5, 6, 7]), window=None, device=CPU)
+    layout = build_varlen_layout(trie, np.array([1, 2, 5, 6, 7]), window=None)
     assert layout.query_start.tolist() == [0, 2, 5]
     assert layout.key_start.tolist() == [0, 3, 11]
     assert layout.key_nodes.tolist() == [*range(3), *range(8)]
@@ -52,7 +52,7 @@ def test_a_gap_between_queries_begins_another_run() -> None:
 
 def test_single_queries_are_not_announced_as_such() -> None:
     """With `max_q = 1` the kernel swaps heads and queries, as for decoding, and that has no backward."""
-    layout = build_varlen_layout(two_sequences(), np.array([1, 3]), window=None, device=CPU)
+    layout = build_varlen_layout(two_sequences(), np.array([1, 3]), window=None)
     assert layout.query_start.diff().tolist() == [1, 1]
     assert layout.max_queries == 2
 
@@ -68,7 +68,7 @@ def test_queries_see_their_ancestors_and_nothing_else(
     querying = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=trie.num_nodes, max_size=trie.num_nodes)))
     if not len(querying):
         querying = np.arange(trie.num_nodes)
-    layout = build_varlen_layout(trie, querying, window=window, device=CPU)
+    layout = build_varlen_layout(trie, querying, window=window)
     seen = np.zeros((len(querying), trie.num_nodes), bool)
     queries, keys = layout.query_start.tolist(), layout.key_start.tolist()
     for q, q_end, k, k_end in zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True):
@@ -120,7 +120,7 @@ def test_the_kernel_is_called_as_the_library_calls_it(window: int | None, told: 
     query, key, value = random_nodes(
         trie.num_nodes, trie.num_nodes, heads=(4, 2), head_size=8, dtype=torch.float64, seed=0
     )
-    layout = build_varlen_layout(trie, window=window, device=CPU)
+    layout = build_varlen_layout(trie, window=window)
     with flash_on_cpu() as calls:
         ours = VarlenAttention.apply(query, key, value, layout, 0.3)
         theirs = varlen_attn(
@@ -143,7 +143,7 @@ def test_the_kernel_is_called_as_the_library_calls_it(window: int | None, told: 
 def test_keys_and_values_are_gathered_again_not_kept() -> None:
     trie = trie_of(question_batch(np.random.default_rng(1), vocabulary=50, scale=4))
     inputs = random_nodes(trie.num_nodes, trie.num_nodes, heads=(4, 2), head_size=8, dtype=torch.float64)
-    layout = build_varlen_layout(trie, window=None, device=CPU)
+    layout = build_varlen_layout(trie, window=None)
     kept: list[int] = []
     with (
         flash_on_cpu(),
@@ -162,7 +162,7 @@ def test_many_copies_of_a_key_are_summed_in_fp32() -> None:
     tokens = [[*prefix, 10 + i, 1] for i in range(1000)]
     labels = [[IGNORED, IGNORED, IGNORED, 1]] * 1000
     trie = trie_of(flat(tokens, labels))
-    layout = build_varlen_layout(trie, window=None, device=CPU)
+    layout = build_varlen_layout(trie, window=None)
     query = torch.zeros(trie.num_nodes, 1, 8, dtype=torch.bfloat16)
     key = torch.zeros_like(query)
     value = torch.zeros_like(query).requires_grad_()

@@ -145,6 +145,7 @@ class TrieModel:
             num_key_heads=self.heads.num_key_heads,
             device=self.device,
             needed=None if needed is None else needed.astype(np.int64),
+            place=self.place,
         )
 
     def project(self, hidden_ND: Tensor) -> Tensor:

@@ -64,13 +64,18 @@ class FlexLayout:
 
 
 def build_flex_layout(
-    trie: Trie, querying: Int64[np.ndarray, " N"] | None = None, *, window: int | None, device: torch.device
+    trie: Trie,
+    querying: Int64[np.ndarray, " N"] | None = None,
+    *,
+    window: int | None,
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> FlexLayout:
     """The block mask of a trie.
 
     Args:
         querying: nodes that query, ascending; None: all. Queries are then numbered by their place here.
         window: number of positions that a query sees, itself included.
+        place: takes what was built on the host to the device.
     """
     num_nodes = trie.num_nodes
     num_queries = num_nodes if querying is None else len(querying)
@@ -83,7 +88,7 @@ def build_flex_layout(
     table = tabulate_blocks(query_node, subtree_end, depth, window)
 
     def on_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device, non_blocking=True)
+        return place(torch.from_numpy(np.ascontiguousarray(array, np.int32)))
 
     def ordered(dense: np.ndarray) -> tuple[Tensor, Tensor]:
         """How many blocks of each line are set, and which, those first: [1, 1, lines] and [1, 1, lines, blocks]."""

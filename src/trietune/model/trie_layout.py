@@ -1,5 +1,6 @@
 """What attention needs to know of a trie: who sees whom, in the form that each way to attend reads."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ class TrieLayout:
     Args:
         kind: `rows`, `varlen`, `flex`, or `mask`: all nodes at once under a [T, T] mask, the reference.
         needed: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
+        place: takes what was built on the host to `device`.
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class TrieLayout:
         num_key_heads: int,
         device: torch.device,
         needed: Int64[np.ndarray, " N"] | None = None,
+        place: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.kind = kind
-        self.needed = None if needed is None else torch.from_numpy(needed).to(device)
+        self._place = place or (lambda tensor: tensor.to(device))
+        self.needed = None if needed is None else self._place(torch.from_numpy(needed))
         self._needed = needed
         self._trie = trie
         self._num_heads = num_heads
@@ -74,7 +78,7 @@ class TrieLayout:
         key = (self._effective(window), of_needed)
         if key not in self._varlen:
             querying = self._needed if of_needed else None
-            self._varlen[key] = build_varlen_layout(self._trie, querying, window=key[0], device=self._device)
+            self._varlen[key] = build_varlen_layout(self._trie, querying, window=key[0], place=self._place)
         return self._varlen[key]
 
     def flex(self, window: int | None, *, of_needed: bool = False) -> FlexLayout:
@@ -82,14 +86,14 @@ class TrieLayout:
         key = (self._effective(window), of_needed)
         if key not in self._flex:
             querying = self._needed if of_needed else None
-            self._flex[key] = build_flex_layout(self._trie, querying, window=key[0], device=self._device)
+            self._flex[key] = build_flex_layout(self._trie, querying, window=key[0], place=self._place)
         return self._flex[key]
 
     def mask(self, window: int | None) -> Bool[Tensor, "1 1 T T"]:
         """True where a query (third axis) sees a key (fourth)."""
         window = self._effective(window)
         if window not in self._masks:
-            self._masks[window] = torch.from_numpy(visibility(self._trie, window)).to(self._device)[None, None]
+            self._masks[window] = self._place(torch.from_numpy(visibility(self._trie, window)))[None, None]
         return self._masks[window]
 
     def _effective(self, window: int | None) -> int | None:

@@ -13,6 +13,7 @@ gradients, taken in fp32 and in a fixed order.
 Letters: T nodes, N nodes that query, H query heads, G key and value heads, d head size, S runs, P gathered keys.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,18 @@ class VarlenLayout:
 
 
 def build_varlen_layout(
-    trie: Trie, querying: Int64[np.ndarray, " N"] | None = None, *, window: int | None, device: torch.device
+    trie: Trie,
+    querying: Int64[np.ndarray, " N"] | None = None,
+    *,
+    window: int | None,
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> VarlenLayout:
     """Cut what queries into runs and list the keys of each.
 
     Args:
         querying: nodes that query, ascending; None: all. Queries are then numbered by their place here.
         window: number of positions that a query sees, itself included.
+        place: takes what was built on the host to the device.
     """
     if querying is None:
         querying = np.arange(trie.num_nodes)
@@ -74,13 +80,13 @@ def build_varlen_layout(
     if window is not None:  # keys further back than the run's first query can see are not gathered
         num_keys = np.minimum(num_keys, num_queries - 1 + window)
     key_start = np.concatenate(([0], np.cumsum(num_keys)))
-    place = np.arange(key_start[-1]) + np.repeat(path_end - key_start[1:], num_keys)
-    key_nodes = trie.row_path[place].astype(np.int64)
+    in_paths = np.arange(key_start[-1]) + np.repeat(path_end - key_start[1:], num_keys)
+    key_nodes = trie.row_path[in_paths].astype(np.int64)
     copy_order = np.argsort(key_nodes, kind="stable")
     copy_start = np.searchsorted(key_nodes[copy_order], np.arange(trie.num_nodes))
 
     def on_device(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype)).to(device, non_blocking=True)
+        return place(torch.from_numpy(np.ascontiguousarray(array, dtype)))
 
     return VarlenLayout(
         query_start=on_device(np.append(begins, len(querying)), np.int32),
