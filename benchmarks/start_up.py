@@ -151,6 +151,7 @@ def plan_and_train(settings: list[str]) -> dict[str, float]:
     model = TrieModel(network, device=device, prunes_last=layers.prunes_last)
     sampler = Sampler(plan.num_train, batch_size=plan.batch_size, seed=prepared.settings.seed, groups=prepared.groups)
     sampler.batch(0, 0)
+    head_size = model.config.hidden_size // model.heads.num_heads
     num_batches = min(PLANNED_BATCHES, sampler.batches_per_epoch)
     planned = []
     began = time.perf_counter()
@@ -160,8 +161,8 @@ def plan_and_train(settings: list[str]) -> dict[str, float]:
         )
         for micro_batch in micro_batches:
             layout = model.layout(micro_batch.trie, np.unique(micro_batch.label_index))  # type: ignore[arg-type]
-            layout.rows(None, plan.dtype)
-            layout.rows(None, plan.dtype, of_needed=True)
+            layout.rows(None, head_size, plan.dtype)
+            layout.rows(None, head_size, plan.dtype, of_needed=True)
         planned.append(micro_batches)
     planning = (time.perf_counter() - began) / num_batches
     accumulate_gradients(model, planned[0])

@@ -19,8 +19,8 @@ PASSING_HIDDEN, PASSING_INTERMEDIATE, PASSING_SCORES = 6, 3, 2
 UNFUSED, UNFUSED_16_BITS = 1.2, 2.0
 # Rows and paths are padded to the lengths of a bucket.
 SCORES_PADDING = 1.2
-# A label's logits in fp32: their log-softmax, and two gradients of that size.
-LOGIT_BYTES = 12
+# A label's log-probabilities in fp32, beside its logits in the base's dtype; those of 16 bits are copied to fp32 first.
+LOG_PROBABILITY_BYTES = 4
 # With checkpointing, each kept input ends between freed tensors; as a multiple of the inputs, holes included.
 INPUT_WITH_HOLES = 2.5
 # What the allocator and the libraries take on top: holes between tensors, reordered weights, the batch's own arrays.
@@ -70,7 +70,8 @@ def bytes_per_position(
         layer, passing = more * layer, more * passing
     # The last layer of fused ones computes labelled positions alone.
     whole_layers = layers - 1 + labels_per_position if is_fused else layers
-    logits = LOGIT_BYTES * labels_per_position * config.vocab_size
+    bytes_a_logit = size + LOG_PROBABILITY_BYTES * (2 if size == 2 else 1)
+    logits = bytes_a_logit * labels_per_position * config.vocab_size
     if gradient_checkpointing:
         # Logits are there when only inputs are kept; a layer is computed again when the logits have gone.
         inputs = INPUT_WITH_HOLES * layers * hidden * size
