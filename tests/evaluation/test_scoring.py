@@ -143,7 +143,7 @@ def test_the_modes_of_all_modules_come_back(fails: Callable[[], None]) -> None:
     before = [module.training for module in network.modules()]
     with scoring.inference(network):
         assert not any(module.training for module in network.modules())
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
     assert [module.training for module in network.modules()] == before
     with pytest.raises(StopRequested), scoring.inference(network):
         fails()

@@ -19,8 +19,9 @@ import torch
 from packaging.version import Version
 
 from trietune.device.choose import choose_device
-from trietune.device.plugin import PLUGIN_GROUP, has_plugin
+from trietune.device.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
 from trietune.device.precision import product_seconds
+from trietune.device.xla_runtime import INSTALL_TORCH_XLA, torch_xla_version
 
 # Older ones have holes: CVE-2026-24747 (torch), CVE-2026-4372 and -5241 (transformers), CVE-2026-22701 (filelock).
 SECURE_VERSIONS = {
@@ -86,10 +87,12 @@ def examine(environ: Mapping[str, str] = os.environ) -> Examination:
 
 
 def _devices() -> list[Finding]:
-    chosen = choose_device("auto", use_tt=True)
+    # A plug-in is named and not started.
+    chosen = choose_device("auto", use_tt=not has_plugin())
+    used = "the Tenstorrent plug-in (`use_tt: True`)" if has_plugin() else chosen.name
     memory = psutil.virtual_memory()
     findings = [
-        Finding("device", f"a run would use {chosen.name}" + (f" ({chosen.reason})" if chosen.reason else "")),
+        Finding("device", f"a run would use {used}" + (f" ({chosen.reason})" if chosen.reason else "")),
         Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB free"),
     ]
     speeds = []
@@ -103,11 +106,21 @@ def _devices() -> list[Finding]:
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a build without it"
         findings.append(Finding("cuda", f"no device; {built}", "note"))
-    if has_plugin():
-        findings.append(Finding("tenstorrent", f"a plug-in is registered in {PLUGIN_GROUP}", "note"))
+    return [*findings, *_xla()]
+
+
+def _xla() -> list[Finding]:
+    """What an XLA device would find; looked up in the installed packages, for starting one cannot be undone."""
+    version = torch_xla_version()
+    if version is None:
+        torch_xla = Finding("torch_xla", "not installed (for Tenstorrent and `device: xla`)", "note", INSTALL_TORCH_XLA)
     else:
-        findings.append(Finding("tenstorrent", f"no plug-in is registered in {PLUGIN_GROUP}", "note"))
-    return findings
+        pjrt = os.environ.get("PJRT_DEVICE")
+        torch_xla = Finding("torch_xla", f"{version}, PJRT_DEVICE {f'is {pjrt}' if pjrt else 'is not set'}")
+    if not has_plugin():
+        return [torch_xla, Finding("tenstorrent", f"no plug-in in {PLUGIN_GROUP}", "note", INSTALL_TENSTORRENT)]
+    state = "ok" if version is not None else "problem"
+    return [torch_xla, Finding("tenstorrent", f"a plug-in is registered in {PLUGIN_GROUP}", state)]
 
 
 def _versions() -> list[Finding]:
