@@ -117,7 +117,8 @@ def prepare(
         is_fused=settings.fused_layers
         and device.runs_own_backwards
         and not settings.lora_dropout
-        and not settings.use_dora,
+        and not settings.use_dora
+        and not settings.load_in_4bit,
     )
     kept_scores = 0.0 if attention in KEEP_NO_SCORES else work.scores_per_position
     position_bytes = bytes_with_scores(scores_per_position=kept_scores)
