@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+XLA_VENV ?= .venv-xla
+XLA_BIN := $(XLA_VENV)/bin
+XLA_READY := $(XLA_VENV)/.ready
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint test-gpu bench bench-gpu lock clean
+.PHONY: help train test test-all test-xla lint test-gpu bench bench-gpu lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +23,10 @@ test: $(READY) lint  ## style, types, import contract, and the tests that take u
 
 test-all: $(READY) lint  ## every test that this machine can run, the fault matrix included
 	$(BIN)/python -m pytest -m "not gpu" --timeout 3000
+	$(MAKE) test-xla
+
+test-xla: $(XLA_READY)  ## the Tenstorrent and XLA path, on XLA's own CPU client (an environment of its own, 7 GB)
+	PJRT_DEVICE=CPU $(XLA_BIN)/python -m pytest tests/xla --timeout 1200
 
 test-gpu: $(READY)  ## tests of a CUDA card (TRIETUNE_STAND_INS=1: on the CPU, to check the tests themselves)
 	$(BIN)/python -m pytest tests/gpu --timeout 3000
@@ -42,8 +49,8 @@ lock: $(READY)  ## resolve requirements.lock anew
 	$(BIN)/python -m pip install --quiet uv
 	./requirements.sh $(BIN)
 
-clean:  ## remove .venv and what tools left behind
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+clean:  ## remove the environments and what tools left behind
+	rm -rf $(VENV) $(XLA_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 
 # A torch that is new enough is kept; with pip, this version is a CPU build where one is offered.
 $(READY): requirements.lock pyproject.toml
@@ -52,4 +59,11 @@ $(READY): requirements.lock pyproject.toml
 		|| $(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(XLA_READY): requirements.lock requirements-xla.txt pyproject.toml
+	test -x $(XLA_BIN)/python || $(PYTHON) -m venv $(XLA_VENV)
+	$(XLA_BIN)/python -m pip install --quiet --no-deps -r requirements-xla.txt
+	$(XLA_BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
+	$(XLA_BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
