@@ -251,8 +251,8 @@ class Settings(BaseModel):
     rounding, faster; a layer of another kind keeps the library's code in any case."""
 
     pack_weights: bool | Auto = "auto"
-    """Whether weights that are not trained are kept a second and third time in the form that the CPU's matrix library
-    multiplies fastest. Same results up to rounding. `auto` packs as many as fit into a part of the free memory."""
+    """Whether frozen weights are also kept in the form that the CPU's matrix library multiplies fastest. Same results
+    up to rounding, two more copies in memory. `auto` packs as many as fit into a part of the free memory."""
 
     self_check: bool = True
     """Whether the first batch is compared with plain padded rows. A difference stops the run."""
@@ -400,7 +400,7 @@ class Settings(BaseModel):
     """Device memory set aside for `enable_trace`, in MB."""
 
     xla_compile_options: dict[str, Any] | None = None
-    """Names and values for the compiler behind an XLA device, such as `optimization_level: 1`. They need a torch_xla
+    """Names and values for the compiler behind an XLA device, such as `optimization_level` and 1. They need a torch_xla
     that takes them, which is Tenstorrent's own; one line says so elsewhere."""
 
     # Seen in later files of the original
