@@ -27,6 +27,8 @@ from trietune.errors import UserError
 TRACE_REGION = "TT_RUNTIME_TRACE_REGION_SIZE"
 # Steps are counted and learning rates applied on the device; no Python number changes from step to step.
 CAPTURABLE = {"foreach": False, "capturable": True}
+# `capturable` AdamW divides by the learning rate, which is 0 in the first step of a warm-up; this one moves no weight.
+LEAST_LEARNING_RATE = 1e-20
 
 
 def start_tenstorrent(options: DeviceOptions, where: str, reason: str | None = None) -> Device:
@@ -70,7 +72,7 @@ def _describe(
     is_tenstorrent = device_type == TENSTORRENT_TYPE
 
     def learning_rate(value: float) -> torch.Tensor:
-        return torch.tensor([value]).to(device)[0]
+        return torch.tensor([max(value, LEAST_LEARNING_RATE)]).to(device)[0]
 
     def place_rows(tensor: torch.Tensor) -> torch.Tensor:
         there = tensor.to(device)

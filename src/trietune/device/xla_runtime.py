@@ -62,6 +62,7 @@ def start_runtime(device_type: str, where: str, *, is_mesh: bool) -> torch.devic
         if is_mesh:
             runtime.use_spmd()
         device: torch.device = torch_xla.device()
+        runtime.global_runtime_device_count()  # a mesh's device is a name until somebody asks for the real ones
         # A backward on the host before XLA starts breaks every backward on the device: autograd counts devices once.
         torch.ones(1, device=device, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
