@@ -26,7 +26,8 @@ DECIDED_BY_USER = (
 def keep_freed_memory(environ: MutableMapping[str, str] = os.environ) -> bool:
     """Let the C library keep what is freed, and PyTorch ask for large pages; whether the C library took it.
 
-    Does nothing where another allocator is preloaded, where the user has set the allocator up, or off glibc.
+    The C library is left alone where another allocator is preloaded, where the user has set it up, and off glibc;
+    large pages are left alone where `THP_MEM_ALLOC_ENABLE` is set.
     """
     environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if any(environ.get(name) for name in DECIDED_BY_USER):

@@ -43,7 +43,12 @@ class AttentionCost:
 
     def of(self, num_blocks: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Of one bucket a number."""
-        cost: np.ndarray = self.bucket + num_blocks * (self.gathered * (queries + keys) + self.score * queries * keys)
+        cost: np.ndarray = self.bucket + num_blocks * self.of_block(queries, keys)
+        return cost
+
+    def of_block(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Of one block a number, without the bucket that it shares."""
+        cost: np.ndarray = self.gathered * (queries + keys) + self.score * queries * keys
         return cost
 
 
@@ -241,8 +246,7 @@ def _cut(rows: _QueryRows, cost: AttentionCost, worth_a_block: float) -> Int64[n
         first = np.arange(max(0, end - MOST_ROWS_OF_A_BLOCK), end)
         num_queries = queries[end] - queries[first]
         num_keys = rows.num_ancestors[first] + rows.end_node[end - 1] - rows.first_node[first]
-        block = cost.gathered * (num_queries + num_keys) + cost.score * num_queries * num_keys
-        total = least[first] + worth_a_block + block
+        total = least[first] + worth_a_block + cost.of_block(num_queries, num_keys)
         at = int(total.argmin())
         least[end], best_first[end] = total[at], first[at]
     starts = [num]
