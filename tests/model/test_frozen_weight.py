@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from trietune.model import frozen_weight
-from trietune.model.frozen_weight import FrozenWeight, fuse_frozen_linears, pack_frozen_weights
+from trietune.model.frozen_weight import FrozenWeight, pack_frozen_weights
+from trietune.model.lora_linear import fuse_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
 
@@ -50,7 +51,7 @@ def test_products_of_both_sides(dtype: torch.dtype, tolerance: float, num_rows: 
 def test_a_weight_that_was_changed_is_multiplied_as_it_is(products: list[int]) -> None:
     frozen = packed(torch.ones(4, 3))
     assert frozen.forward(torch.ones(2, 3)).tolist() == [[3.0] * 4] * 2
-    frozen.weight.mul_(2)
+    frozen.weights[0].mul_(2)
     assert frozen.forward(torch.ones(2, 3)).tolist() == [[6.0] * 4] * 2
     assert frozen.backward(torch.ones(2, 4)).tolist() == [[8.0] * 3] * 2
     assert products == [2]
@@ -58,14 +59,14 @@ def test_a_weight_that_was_changed_is_multiplied_as_it_is(products: list[int]) -
 
 def test_double_precision_is_not_packed() -> None:
     network = nn.Sequential(nn.Linear(8, 8)).double().requires_grad_(False)
-    assert fuse_frozen_linears(network) == 1
+    assert fuse_linears(network) == 1
     network(torch.ones(2, 8, dtype=torch.float64))
     assert pack_frozen_weights(network) == 0
 
 
 def test_as_many_weights_as_the_bound_allows(products: list[int]) -> None:
     network = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(3))).requires_grad_(False)
-    fuse_frozen_linears(network)
+    fuse_linears(network)
     x = torch.randn(5, 16)
     plain = network(x)
     each = 2 * 16 * 16 * 4
@@ -79,7 +80,7 @@ def test_gradients_go_through_to_the_input_alone() -> None:
     x = torch.randn(4, 6, requires_grad=True)
     network(x).square().sum().backward()
     expected = x.grad
-    fuse_frozen_linears(network)
+    fuse_linears(network)
     pack_frozen_weights(network)
     x.grad = None
     network(x).square().sum().backward()
@@ -89,6 +90,6 @@ def test_gradients_go_through_to_the_input_alone() -> None:
 def test_trained_layers_keep_their_own_code() -> None:
     network = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 2))
     network[0].requires_grad_(False)
-    assert fuse_frozen_linears(network) == 1
+    assert fuse_linears(network) == 1
     network(torch.ones(1, 6)).sum().backward()
     assert network[1].weight.grad is not None

@@ -10,7 +10,7 @@ from torch import nn
 
 from model.families import FAMILIES, with_adapter
 from trietune.model.fused import fuse_layers
-from trietune.model.lora_linear import fuse_adapters
+from trietune.model.lora_linear import fuse_linears
 
 # fp32 sums of a few hundred terms in another order.
 TOLERANCE = 1e-5
@@ -30,7 +30,7 @@ def loss_and_gradients(adapted: nn.Module) -> tuple[float, dict[str, torch.Tenso
 def test_loss_and_gradients_are_the_librarys(family: str) -> None:
     plain = with_adapter(family)
     fused = copy.deepcopy(plain)
-    assert fuse_adapters(fused) > 0
+    assert fuse_linears(fused) > 0
     found = fuse_layers(fused)
     num_layers = fused.config.num_hidden_layers  # type: ignore[union-attr]
     assert found.gated_mlps == num_layers
@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_the_librarys(family: str) -> None:
 
 def test_adapter_switched_off_gives_the_base_model() -> None:
     adapted = with_adapter("llama")
-    fuse_adapters(adapted)
+    fuse_linears(adapted)
     fuse_layers(adapted)
     tokens = torch.arange(3, 23).view(1, 20)
     base = FAMILIES["llama"]()
@@ -61,8 +61,22 @@ def test_adapter_switched_off_gives_the_base_model() -> None:
 def test_adapters_of_another_kind_keep_pefts_forward(changes: dict[str, object]) -> None:
     adapted = with_adapter("qwen2" if "bias" in changes else "llama", **changes)
     is_partly = "bias" in changes  # layers without a bias are plain
-    assert (fuse_adapters(adapted) == 0) is not is_partly
+    only_the_head = 1
+    assert (fuse_linears(adapted) == only_the_head) is not is_partly
     assert (fuse_layers(adapted).gated_mlps == 0) is not is_partly
+
+
+def test_a_gated_mlp_without_adapters_is_fused_too() -> None:
+    plain = with_adapter("llama", target_modules=["q_proj", "v_proj"])
+    fused = copy.deepcopy(plain)
+    fuse_linears(fused)
+    assert fuse_layers(fused).gated_mlps == fused.config.num_hidden_layers  # type: ignore[union-attr]
+    loss, expected = loss_and_gradients(plain)
+    ours, gradients = loss_and_gradients(fused)
+    assert abs(ours - loss) / loss < TOLERANCE
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
 
 
 def test_a_norm_with_another_formula_is_left_alone() -> None:
@@ -85,7 +99,7 @@ def test_only_adapters_get_gradients_in_bf16() -> None:
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-    fuse_adapters(adapted)
+    fuse_linears(adapted)
     fuse_layers(adapted)
     _, gradients = loss_and_gradients(adapted)
     assert gradients

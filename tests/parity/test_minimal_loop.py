@@ -23,7 +23,7 @@ from trietune.device.cpu import describe_cpu
 from trietune.errors import UserError
 from trietune.model.causal_lm import TrieModel
 from trietune.model.locate import locate_model
-from trietune.model.lora_linear import fuse_adapters
+from trietune.model.lora_linear import fuse_linears
 from trietune.training.loop import Schedules, Step, train
 from trietune.training.optimizer import build_optimizer
 from trietune.training.sampler import Sampler
@@ -88,7 +88,7 @@ def steps_of_trietune(
     model: Any, sequences: FlatSequences, *, num_steps: int, batch_size: int, batching: str, max_nodes: int
 ) -> Iterator[Step]:
     network = model.get_base_model()
-    assert fuse_adapters(network) > 0
+    assert fuse_linears(network) > 0
     device = describe_cpu()
     optimizer = build_optimizer(
         "adamw",

@@ -10,7 +10,8 @@ costs memory: a second and a third copy of the weight.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +20,72 @@ PACKED_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class FrozenWeight:
-    """A weight [out, in] and, if they may be made, its blocked copies, each made when it is first multiplied with.
+    """Weights [out, in] of one input, as one under each other, and, if they may be made, its blocked copies.
 
-    A weight that is changed afterwards (a merged adapter, a loaded state) is multiplied as it is.
+    Each copy is made when it is first multiplied with. Weights that are changed afterwards (a merged adapter, a loaded
+    state) are multiplied as they are.
+
+    Attributes:
+        may_pack: whether copies may be made.
+        is_part: of another one, which is multiplied in its place.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, *weights: Tensor) -> None:
+        self.weights = weights
         self.may_pack = False
+        self.is_part = False
         self._forward: Tensor | None = None
         self._backward: Tensor | None = None
-        self._version = weight._version
+        self._versions = [weight._version for weight in weights]
+        self._ends = list(itertools.accumulate(len(weight) for weight in weights))
+
+    @property
+    def numel(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
 
     def forward(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """`rows` [T, in] times W', plus the bias: [T, out]."""
-        if not self._packs(rows):
-            return nn.functional.linear(rows, self.weight, bias)
-        if self._forward is None:
-            self._forward = _blocked(self.weight.detach())
-        return _product(rows, self._forward, bias)
+        if self._packs(rows):
+            if self._forward is None:
+                self._forward = _blocked(self._joined())
+            return _product(rows, self._forward, bias)
+        if len(self.weights) == 1:
+            return nn.functional.linear(rows, self.weights[0], bias)
+        out = rows.new_empty(len(rows), self._ends[-1])
+        for weight, columns in zip(self.weights, self._columns(out), strict=True):
+            torch.mm(rows, weight.t(), out=columns)
+        return out if bias is None else out.add_(bias)
 
     def backward(self, grad: Tensor) -> Tensor:
         """`grad` [T, out] times W: [T, in]."""
-        if not self._packs(grad):
-            return grad @ self.weight
-        if self._backward is None:
-            self._backward = _blocked(self.weight.detach().t())
-        return _product(grad, self._backward, None)
+        if self._packs(grad):
+            if self._backward is None:
+                self._backward = _blocked(self._joined().t())
+            return _product(grad, self._backward, None)
+        if len(self.weights) == 1:
+            return grad @ self.weights[0]
+        first, *others = zip(self._columns(grad), self.weights, strict=True)
+        total = first[0] @ first[1]
+        for columns, weight in others:
+            total.addmm_(columns, weight)
+        return total
+
+    def _joined(self) -> Tensor:
+        return self.weights[0].detach() if len(self.weights) == 1 else torch.cat([w.detach() for w in self.weights])
+
+    def _columns(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.tensor_split(self._ends[:-1], 1)
 
     def _packs(self, operand: Tensor) -> bool:
-        return self.may_pack and operand.dtype == self.weight.dtype and self.weight._version == self._version
+        return (
+            self.may_pack
+            and operand.dtype == self.dtype
+            and all(w._version == version for w, version in zip(self.weights, self._versions, strict=True))
+        )
 
 
 def _blocked(weight: Tensor) -> Tensor:
@@ -61,53 +98,19 @@ def _product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-class FrozenLinear(torch.autograd.Function):
-    """`x W' + bias` for x [..., in] and a `FrozenWeight`; weight and bias get no gradient."""
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
-        context.weight = weight
-        return weight.forward(x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(context: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if not context.needs_input_grad[0]:
-            return None, None, None
-        grad = context.weight.backward(grad_out.reshape(-1, grad_out.shape[-1]))
-        return grad.view(*grad_out.shape[:-1], -1), None, None
-
-
-def frozen_weight(module: Any) -> FrozenWeight:
+def frozen_weight(module: nn.Linear) -> FrozenWeight:
     """The one `FrozenWeight` of a linear layer, made when it is first asked for."""
     known: FrozenWeight | None = module.__dict__.get("frozen_weight")
-    if known is None or known.weight is not module.weight:
+    if known is None or known.weights[0] is not module.weight:
         known = module.__dict__["frozen_weight"] = FrozenWeight(module.weight)
     return known
 
 
-def fuse_frozen_linears(network: nn.Module) -> int:
-    """Let plain linear layers without an adapter or a trained parameter run as `FrozenLinear`; returns how many do."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    inner = {id(layer.base_layer) for layer in network.modules() if isinstance(layer, LoraLayer)}
-    fused = 0
-    for module in network.modules():
-        if type(module) is nn.Linear and id(module) not in inner and not _is_trained(module):
-            module.forward = _frozen_forward(module)  # type: ignore[method-assign]
-            fused += 1
-    return fused
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _frozen_forward(module: nn.Linear) -> Any:
-    def forward(x: Tensor) -> Tensor:
-        out: Tensor = FrozenLinear.apply(x, frozen_weight(module), module.bias)  # type: ignore[no-untyped-call]
-        return out
-
-    return forward
+def keep_joined(module: nn.Module, joined: FrozenWeight, *, instead_of: Sequence[FrozenWeight] = ()) -> None:
+    """Let `joined` be packed with the weights of `module`, and the weights that it stands for not."""
+    module.__dict__["frozen_weight"] = joined
+    for part in instead_of:
+        part.is_part = True
 
 
 def pack_frozen_weights(network: nn.Module, *, most_bytes: int | None = None) -> int:
@@ -119,9 +122,9 @@ def pack_frozen_weights(network: nn.Module, *, most_bytes: int | None = None) ->
     found = (module.__dict__.get("frozen_weight") for module in network.modules())
     total = 0
     for frozen in found:
-        if not isinstance(frozen, FrozenWeight) or not _can_pack(frozen.weight):
+        if not isinstance(frozen, FrozenWeight) or frozen.is_part or not _can_pack(frozen.weights[0]):
             continue
-        num_bytes = 2 * frozen.weight.numel() * frozen.weight.element_size()
+        num_bytes = 2 * frozen.numel * frozen.weights[0].element_size()
         if most_bytes is None or total + num_bytes <= most_bytes:
             frozen.may_pack = True
             total += num_bytes

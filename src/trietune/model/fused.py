@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trietune.model.frozen_weight import FrozenWeight, fuse_frozen_linears
-from trietune.model.lora_linear import LoraWeights, adapter_dtype, fuse_adapters, lora_weights
+from trietune.model.frozen_weight import keep_joined
+from trietune.model.lora_linear import FrozenLayer, JoinedLinear, adapter_dtype, fuse_linears
 from trietune.model.trie_layers import TrieLayers, fuse_trie_layers
 
 # In fp32 both forms round a few times; a norm with another formula differs in the first digit.
@@ -37,9 +37,8 @@ class Fused:
 
 def fuse_network(network: nn.Module) -> TrieLayers:
     """Let every part of `network` run fused that can; says what became of its attention and its last layer."""
-    fuse_adapters(network)
+    fuse_linears(network)
     fuse_layers(network)
-    fuse_frozen_linears(network)
     return fuse_trie_layers(network)
 
 
@@ -63,19 +62,19 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        # Cast once: an operation between bf16 and fp32 casts for itself, each time anew.
+        precise = x.to(weight.dtype, copy=True)
+        inverse = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         context.save_for_backward(x, weight, inverse)
-        return torch.mul(x * inverse, weight, out=torch.empty_like(x))
+        return precise.mul_(inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(context: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = context.saved_tensors
-        normed = x * inverse
-        grad = grad_out * weight
+        normed = x.to(weight.dtype, copy=True).mul_(inverse)
+        grad = grad_out.to(weight.dtype, copy=True).mul_(weight)
         mean = (grad * normed).mean(-1, keepdim=True)
-        grad.addcmul_(normed, mean, value=-1)
-        return torch.mul(grad, inverse, out=torch.empty_like(x)), None, None
+        return grad.addcmul_(normed, mean, value=-1).mul_(inverse).to(x.dtype), None, None
 
 
 def _fuse_norm(module: nn.Module, proven: dict[type, bool]) -> bool:
@@ -114,52 +113,31 @@ def _agrees_as_norm(module: nn.Module, offset: float, epsilon: float) -> bool:
 
 
 class GatedMlp(torch.autograd.Function):
-    """`act(gate(x)) * up(x)` with both adapters: x [..., D] -> [..., I]. Base weights get no gradient."""
+    """`act(gate(x)) * up(x)` with both adapters: x [..., D] -> [..., I]. Base weights get no gradient.
+
+    `linear` is gate and up, joined; its A, B, A, B follow.
+    """
 
     @staticmethod
-    def forward(
-        context: Any,
-        x: Tensor,
-        gate_weight: FrozenWeight,
-        up_weight: FrozenWeight,
-        gate_a: Tensor,
-        gate_b: Tensor,
-        up_a: Tensor,
-        up_b: Tensor,
-        gate_scale: float,
-        up_scale: float,
-        activation: Activation,
-    ) -> Tensor:
+    def forward(context: Any, x: Tensor, linear: JoinedLinear, activation: Activation, *adapters: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        both_a = torch.cat((gate_a, up_a)).to(x.dtype)
-        scaled_gate_b, scaled_up_b = (gate_b * gate_scale).to(x.dtype), (up_b * up_scale).to(x.dtype)
-        low_rank = rows @ both_a.t()
-        rank = len(gate_a)
-        gate = gate_weight.forward(rows).addmm_(low_rank[:, :rank], scaled_gate_b.t())
-        up = up_weight.forward(rows).addmm_(low_rank[:, rank:], scaled_up_b.t())
-        context.save_for_backward(rows, both_a, scaled_gate_b, scaled_up_b, low_rank, gate, up)
-        context.weights = gate_weight, up_weight
-        context.rank, context.scales, context.activation = rank, (gate_scale, up_scale), activation
-        return (_act(gate, activation).mul_(up)).view(*x.shape[:-1], -1)
+        gate_up, kept = linear.forward(rows)
+        context.save_for_backward(rows, gate_up, *kept)
+        context.linear, context.activation = linear, activation
+        gate, up = gate_up.chunk(2, 1)
+        return _act(gate, activation).mul_(up).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(context: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        rows, both_a, gate_b, up_b, low_rank, gate, up = context.saved_tensors
+        rows, gate_up, *kept = context.saved_tensors
         grad = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_up = _act(gate, context.activation).mul_(grad)
-        grad_gate = _act_backward(grad * up, gate, context.activation)
-        rank, (gate_scale, up_scale) = context.rank, context.scales
-        precise = adapter_dtype(rows.dtype)
-        grad_low = torch.cat((grad_gate @ gate_b, grad_up @ up_b), 1)
-        grad_a = (grad_low.t() @ rows).to(precise)
-        grad_gate_b = (grad_gate.t() @ low_rank[:, :rank]).to(precise) * gate_scale
-        grad_up_b = (grad_up.t() @ low_rank[:, rank:]).to(precise) * up_scale
-        grad_x = None
-        if context.needs_input_grad[0]:
-            gate_weight, up_weight = context.weights
-            grad_x = gate_weight.backward(grad_gate).add_(up_weight.backward(grad_up)).addmm_(grad_low, both_a)
-            grad_x = grad_x.view(*grad_out.shape[:-1], -1)
-        return grad_x, None, None, grad_a[:rank], grad_gate_b, grad_a[rank:], grad_up_b, None, None, None
+        gate, up = gate_up.chunk(2, 1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, 1)
+        torch.mul(_act(gate, context.activation), grad, out=grad_up)
+        _act_backward(grad * up, gate, context.activation, out=grad_gate)
+        grad_x, grads = context.linear.backward(grad_gate_up, rows, kept, needs_x=context.needs_input_grad[0])
+        return (None if grad_x is None else grad_x.view(*grad_out.shape[:-1], -1)), None, None, *grads
 
 
 def _act(gate: Tensor, activation: Activation) -> Tensor:
@@ -168,34 +146,35 @@ def _act(gate: Tensor, activation: Activation) -> Tensor:
     return nn.functional.gelu(gate, approximate="tanh")
 
 
-def _act_backward(grad: Tensor, gate: Tensor, activation: Activation) -> Tensor:
+def _act_backward(grad: Tensor, gate: Tensor, activation: Activation, *, out: Tensor) -> None:
     if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, gate)  # type: ignore[no-any-return]
-    return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh")  # type: ignore[no-any-return]
+        torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=out)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(grad, gate, approximate="tanh", grad_input=out)
 
 
 def _fuse_mlp(module: Any) -> bool:
-    gate, up = lora_weights(module.gate_proj), lora_weights(module.up_proj)
+    gate, up = FrozenLayer.of(module.gate_proj), FrozenLayer.of(module.up_proj)
     activation = _name_activation(module.act_fn)
-    if gate is None or up is None or activation is None or gate.bias is not None or up.bias is not None:
+    if gate is None or up is None or activation is None:
         return False
+    linear = JoinedLinear([gate, up])
     library: Callable[[Tensor], Tensor] = module.forward
-    forward = _mlp_forward(module, gate, up, activation, library)
-    if not _agrees_as_mlp(forward, library, gate.weight.weight):
+    forward = _mlp_forward(module, linear, activation, library)
+    if not _agrees_as_mlp(forward, library, gate.weight.weights[0]):
         return False
     module.forward = forward
+    keep_joined(module, linear.weight, instead_of=(gate.weight, up.weight))
     return True
 
 
 def _mlp_forward(
-    module: Any, gate: LoraWeights, up: LoraWeights, activation: Activation, library: Callable[[Tensor], Tensor]
+    module: Any, linear: JoinedLinear, activation: Activation, library: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        if not (gate.is_active() and up.is_active()):
+        if not linear.is_active():
             return library(x)
-        hidden = GatedMlp.apply(  # type: ignore[no-untyped-call]
-            x, gate.weight, up.weight, gate.a, gate.b, up.a, up.b, gate.scale, up.scale, activation
-        )
+        hidden = GatedMlp.apply(x, linear, activation, *linear.adapters)  # type: ignore[no-untyped-call]
         out: Tensor = module.down_proj(hidden)
         return out
 

@@ -1,6 +1,6 @@
 """Decoder layers that know that they run on a trie.
 
-attention    queries, keys and values come from one function of their common input, rotary angles are applied in three
+attention    queries, keys and values come from one product with their common input, rotary angles are applied in three
              passes, and heads stay beside their node, so nothing is transposed
 last layer   only hidden states at label positions are asked of it: only those query, and only they go through the
              output projection and the MLP; keys and values are made for all nodes
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from trietune.model.attention import attend
-from trietune.model.frozen_weight import FrozenWeight, frozen_weight
-from trietune.model.lora_linear import LoraWeights, adapter_dtype, lora_weights
+from trietune.model.frozen_weight import keep_joined
+from trietune.model.lora_linear import FrozenLayer, JoinedLinear
 from trietune.model.trie_layout import TrieLayout, visibility
 from trietune.trie import Trie, build_trie
 
@@ -59,6 +59,7 @@ def fuse_trie_layers(network: Any) -> TrieLayers:
                 attention = None
         if attention is not None:
             attention.module.forward = _attention_forward(attention, attention.module.forward)
+            keep_joined(attention.module, attention.joined.weight)
         attentions.append(attention)
     last = attentions[-1]
     prunes_last = last is not None and _prune(layers[-1], last, network.device)
@@ -66,38 +67,14 @@ def fuse_trie_layers(network: Any) -> TrieLayers:
 
 
 @dataclass(frozen=True, slots=True)
-class _Linear:
-    """A frozen linear layer, with or without a plain adapter."""
-
-    weight: FrozenWeight
-    bias: Tensor | None
-    lora: LoraWeights | None
-
-    @classmethod
-    def of(cls, module: Any) -> _Linear | None:
-        lora = lora_weights(module)
-        if lora is not None:
-            return cls(lora.weight, lora.bias, lora)
-        if type(module) is not nn.Linear or any(parameter.requires_grad for parameter in module.parameters()):
-            return None
-        return cls(frozen_weight(module), module.bias, None)
-
-    def is_active(self) -> bool:
-        return self.lora is None or self.lora.is_active()
-
-    def arguments(self) -> tuple[Any, ...]:
-        """What `SharedInput` asks for: weight, bias, A, B, scale."""
-        if self.lora is None:
-            return self.weight, self.bias, None, None, 0.0
-        return self.weight, self.bias, self.lora.a, self.lora.b, self.lora.scale
-
-
-@dataclass(frozen=True, slots=True)
 class _Attention:
-    """The parts of a family's attention module."""
+    """The parts of a family's attention module; `inputs` are queries, keys and values."""
 
     module: Any
-    inputs: tuple[_Linear, _Linear, _Linear]
+    inputs: tuple[FrozenLayer, FrozenLayer, FrozenLayer]
+    joined: JoinedLinear
+    num_heads: int
+    num_key_heads: int
     head_size: int
     scale: float
     window: int | None
@@ -108,15 +85,19 @@ class _Attention:
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "config")
         if module is None or not all(hasattr(module, name) for name in names):
             return None
-        linears = [_Linear.of(getattr(module, name)) for name in ("q_proj", "k_proj", "v_proj")]
-        if any(linear is None for linear in linears):
+        inputs = tuple(FrozenLayer.of(getattr(module, name)) for name in ("q_proj", "k_proj", "v_proj"))
+        if any(layer is None for layer in inputs):
             return None
-        told = _observe(module, linears[0].weight.weight)  # type: ignore[union-attr]  # none is None
+        told = _observe(module, inputs[0].weight.weights[0])  # type: ignore[union-attr]  # none is None
         if told is None or told.get("scaling") is None:
             return None
+        joined = JoinedLinear(inputs)  # type: ignore[arg-type]  # none is None
         return cls(
             module,
-            tuple(linears),  # type: ignore[arg-type]  # none is None
+            inputs,  # type: ignore[arg-type]  # none is None
+            joined,
+            joined.sizes[0] // module.head_dim,
+            joined.sizes[1] // module.head_dim,
             int(module.head_dim),
             float(told["scaling"]),
             told.get("sliding_window"),
@@ -124,26 +105,48 @@ class _Attention:
         )
 
     def is_active(self) -> bool:
-        return all(linear.is_active() for linear in self.inputs)
+        return self.joined.is_active()
 
-    def attend(
-        self, normed: Tensor, rotary: tuple[Tensor, Tensor], layout: TrieLayout, at: Tensor | None = None
+    def attend(self, normed: Tensor, rotary: tuple[Tensor, Tensor], layout: TrieLayout) -> Tensor:
+        """Attention of all nodes, with its output projection: [1, T, D] -> [1, T, D]."""
+        query, key, value = self._heads(
+            self.joined(normed), (self.num_heads, self.num_key_heads, self.num_key_heads), "qk", rotary
+        )
+        return self._attend(query, key, value, layout, of_needed=False)
+
+    def attend_at(
+        self,
+        normed: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layout: TrieLayout,
+        at: Tensor,
+        of_queries: JoinedLinear,
+        of_keys: JoinedLinear,
     ) -> Tensor:
-        """Attention with its output projection: [1, T, D] -> [1, T, D], or [1, N, D] when only nodes `at` query."""
-        cos, sin = (angle[0].unsqueeze(1) for angle in rotary)  # [T, 1, d]
-        if at is None:
-            query, key, value = SharedInput.apply(normed, *_flatten(self.inputs))  # type: ignore[no-untyped-call]
-            query_cos, query_sin = cos, sin
-        else:
-            query = SharedInput.apply(normed.index_select(1, at), *_flatten(self.inputs[:1]))[0]  # type: ignore[no-untyped-call]
-            key, value = SharedInput.apply(normed, *_flatten(self.inputs[1:]))  # type: ignore[no-untyped-call]
-            query_cos, query_sin = cos.index_select(0, at), sin.index_select(0, at)
-        query, key = (x.view(-1, x.shape[-1] // self.head_size, self.head_size) for x in (query, key))
-        if (norm := getattr(self.module, "q_norm", None)) is not None:
-            query, key = norm(query), self.module.k_norm(key)
-        query = Rotary.apply(query, query_cos, query_sin)  # type: ignore[no-untyped-call]
-        key = Rotary.apply(key, cos, sin)  # type: ignore[no-untyped-call]
-        value = value.view(key.shape)
+        """The same where only nodes `at` [N] query: [1, N, D]; `of_keys` projects to keys and values."""
+        (query,) = self._heads(
+            of_queries(normed.index_select(1, at)),
+            (self.num_heads,),
+            "q",
+            (rotary[0].index_select(1, at), rotary[1].index_select(1, at)),
+        )
+        key, value = self._heads(of_keys(normed), (self.num_key_heads, self.num_key_heads), "k", rotary)
+        return self._attend(query, key, value, layout, of_needed=True)
+
+    def _heads(
+        self, projected: Tensor, num_heads: Sequence[int], kinds: str, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Heads [T, H, d] of each kind, normed where the family does so, and rotated; others are only split off."""
+        cos, sin = rotary[0][0].unsqueeze(1), rotary[1][0].unsqueeze(1)  # [T, 1, d]
+        norms = [getattr(self.module, f"{kind}_norm", None) for kind in kinds]
+        if all(norm is None for norm in norms):
+            return _split(projected, num_heads, len(kinds), cos, sin)
+        pieces = _split(projected, num_heads, 0, cos, sin)
+        normed = (piece if norm is None else norm(piece) for norm, piece in zip(norms, pieces, strict=False))
+        rotated = [_split(piece, piece.shape[1:2], 1, cos, sin)[0] for piece in normed]
+        return *rotated, *pieces[len(kinds) :]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TrieLayout, *, of_needed: bool) -> Tensor:
         out = attend(
             query,
             key,
@@ -152,98 +155,57 @@ class _Attention:
             window=self.window,
             scale=self.scale,
             softcap=self.softcap,
-            of_needed=at is not None,
+            of_needed=of_needed,
         )
         projected: Tensor = self.module.o_proj(out.reshape(1, query.shape[0], -1))
         return projected
 
 
-class SharedInput(torch.autograd.Function):
-    """Several linear layers of one input, each with or without an adapter: x [..., D] -> one [rows, out] for each.
+class SplitHeads(torch.autograd.Function):
+    """Heads of one projection, some of them rotated: x [..., (H + G + ...) d] -> [T, H, d], [T, G, d], ...
 
-    After `x` come weight, bias, A, B and scale of each layer, None where there is no bias or adapter. Base weights and
-    biases get no gradient.
+    Rotated are pairs (i, i + d/2), by their angles: cos and sin [T, 1, d], whose halves are equal.
     """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        linears = [layers[first : first + 5] for first in range(0, len(layers), 5)]
-        adapters = [a for _, _, a, _, _ in linears if a is not None]
-        all_a = torch.cat(adapters).to(x.dtype) if adapters else None
-        low_rank = None if all_a is None else rows @ all_a.t()
-        outputs: list[Tensor] = []
-        saved: list[Tensor | None] = []
-        spans: list[tuple[int, int, float] | None] = []
-        first = 0
-        for weight, bias, a, b, scale in linears:
-            out = weight.forward(rows, bias)
-            scaled_b = None
-            if a is not None and low_rank is not None:
-                scaled_b = (b * scale).to(x.dtype)
-                out.addmm_(low_rank[:, first : first + len(a)], scaled_b.t())
-                spans.append((first, first + len(a), scale))
-                first += len(a)
-            else:
-                spans.append(None)
-            outputs.append(out)
-            saved.append(scaled_b)
-        context.save_for_backward(rows, all_a, low_rank, *saved)
-        context.weights, context.spans, context.shape = [linear[0] for linear in linears], spans, x.shape
-        return tuple(outputs)
+    def forward(
+        context: Any, x: Tensor, num_heads: Sequence[int], num_rotated: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, ...]:
+        context.save_for_backward(cos, sin)
+        context.num_heads, context.num_rotated, context.shape = num_heads, num_rotated, x.shape
+        pieces = x.reshape(len(cos), -1, cos.shape[-1]).split_with_sizes(num_heads, 1)
+        return tuple(
+            _rotate(piece, cos, sin, 1, torch.empty_like(piece, memory_format=torch.contiguous_format))
+            if number < num_rotated
+            else piece.clone(memory_format=torch.contiguous_format)
+            for number, piece in enumerate(pieces)
+        )
 
     @staticmethod
     def backward(context: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, all_a, low_rank, *saved = context.saved_tensors
-        needs_x = context.needs_input_grad[0]
-        grad_x: Tensor | None = None
-        grads_low, grads_b = [], []
-        for number, (grad, span) in enumerate(zip(grad_outputs, context.spans, strict=True)):
-            scaled_b = saved[number]
-            if needs_x:
-                through = context.weights[number].backward(grad)
-                grad_x = through if grad_x is None else grad_x.add_(through)
-            if span is not None:
-                begin, end, scale = span
-                grads_low.append(grad @ scaled_b)
-                grads_b.append((grad.t() @ low_rank[:, begin:end]).to(adapter_dtype(rows.dtype)) * scale)
-        results: list[Tensor | None] = []
-        if grads_low:
-            grad_low = torch.cat(grads_low, 1)
-            if grad_x is not None:
-                grad_x.addmm_(grad_low, all_a)
-            grad_a = (grad_low.t() @ rows).to(adapter_dtype(rows.dtype))
-        next_b = iter(grads_b)
-        for span in context.spans:
-            grads = (None, None) if span is None else (grad_a[span[0] : span[1]], next(next_b))
-            results.extend((None, None, *grads, None))
-        return (None if grad_x is None else grad_x.view(context.shape), *results)
-
-
-class Rotary(torch.autograd.Function):
-    """Rotate pairs (i, i + d/2) by their angles: x [T, H, d], cos and sin [T, 1, d] whose halves are equal."""
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        context.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(context: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = context.saved_tensors
-        return _rotate(grad_out, cos, sin, -1), None, None
+        grad_x = grad_outputs[0].new_empty(len(cos), sum(context.num_heads), cos.shape[-1])
+        for number, (grad, piece) in enumerate(
+            zip(grad_outputs, grad_x.split_with_sizes(context.num_heads, 1), strict=True)
+        ):
+            if number < context.num_rotated:
+                _rotate(grad, cos, sin, -1, piece)
+            else:
+                piece.copy_(grad)
+        return grad_x.view(context.shape), None, None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def _split(x: Tensor, num_heads: Sequence[int], num_rotated: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    pieces: tuple[Tensor, ...] = SplitHeads.apply(x, num_heads, num_rotated, cos, sin)  # type: ignore[no-untyped-call]
+    return pieces
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    out = x * cos
+    torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
     return out
-
-
-def _flatten(linears: Sequence[_Linear]) -> list[Any]:
-    return [argument for linear in linears for argument in linear.arguments()]
 
 
 def _attention_forward(attention: _Attention, library: Callable[..., Any]) -> Callable[..., Any]:
@@ -315,10 +277,13 @@ def _prune(layer: Any, attention: _Attention, device: torch.device) -> bool:
 
 
 def _pruned_layer(layer: Any, attention: _Attention, *, is_sandwiched: bool) -> Callable[..., Tensor]:
+    of_queries, of_keys = JoinedLinear(attention.inputs[:1]), JoinedLinear(attention.inputs[1:])
+    keep_joined(layer, of_keys.weight)
+
     def forward(hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: TrieLayout) -> Tensor:
         needed = layout.needed
         assert needed is not None
-        attended = attention.attend(layer.input_layernorm(hidden), rotary, layout, needed)
+        attended = attention.attend_at(layer.input_layernorm(hidden), rotary, layout, needed, of_queries, of_keys)
         residual = hidden.index_select(1, needed)
         if is_sandwiched:
             residual = residual + layer.post_attention_layernorm(attended)
@@ -359,7 +324,7 @@ def _layer_agrees(
 
 def _probe(attention: _Attention, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Trie]:
     """Hidden states, rotary angles and a causal mask of one short sequence, and the same sequence as a trie."""
-    weight = attention.inputs[0].weight.weight
+    weight = attention.inputs[0].weight.weights[0]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, PROBE_TOKENS, weight.shape[1], generator=generator)
     angle = torch.rand(1, PROBE_TOKENS, attention.head_size // 2, generator=generator).mul(6)
@@ -375,8 +340,14 @@ def _probe(attention: _Attention, device: torch.device) -> tuple[Tensor, tuple[T
 
 
 def _layout(attention: _Attention, trie: Trie, device: torch.device, needed: np.ndarray | None = None) -> TrieLayout:
-    query, key = (len(linear.weight.weight) // attention.head_size for linear in attention.inputs[:2])
-    return TrieLayout(trie, kind="rows", num_heads=query, num_key_heads=key, device=device, needed=needed)
+    return TrieLayout(
+        trie,
+        kind="rows",
+        num_heads=attention.num_heads,
+        num_key_heads=attention.num_key_heads,
+        device=device,
+        needed=needed,
+    )
 
 
 def _is_close(ours: Tensor, theirs: Tensor) -> bool:
