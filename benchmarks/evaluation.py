@@ -38,10 +38,11 @@ from models import add_lora, build_network  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 from workloads import IGNORED_LABEL, Sequences, real_workload  # noqa: E402
 
+from trietune.device import choose_device  # noqa: E402
 from trietune.evaluation.generation import GenerationLimits, generate  # noqa: E402
 from trietune.evaluation.scoring import label_log_probabilities, no_progress, no_stop  # noqa: E402
+from trietune.model.assemble import assemble  # noqa: E402
 from trietune.model.causal_lm import TrieModel  # noqa: E402
-from trietune.model.fused import fuse_network  # noqa: E402
 
 MAX_NEW_TOKENS = 16
 BATCH_SIZE = 32
@@ -57,8 +58,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(choice.folder)
     plain = add_lora(build_network(choice, device), choice).eval()
     own = add_lora(build_network(choice, device), choice).eval().get_base_model()
-    fuse_network(own)
-    model = TrieModel(own, device=device)
+    place = choose_device(options.device, use_tt=False)
+    model = assemble(own, place, attention="rows", fused_layers=True, pack_weights="auto")
     data = Path(options.data)
     results = []
     for task, ways, count in (

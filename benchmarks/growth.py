@@ -10,6 +10,7 @@ in `compare.py`; the median of the rounds is reported.
     paragraph    tokens shared by 8 questions, 32 to 1024, in batches of 16
     batch        examples in a step, 1 to 64, 8 questions a paragraph
     unshared     tokens of an example that shares nothing, 16 to 512, in batches of 16
+    vocabulary   tokens of the model, 16,384 to 262,144 (random weights), 8 questions a paragraph, in batches of 16
 
 Why: a speed-up at one point says little; this shows where it comes from, and that data without shared text loses
 nothing.
@@ -20,13 +21,14 @@ What it does not show: real length distributions (these are equal), other machin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ ACROSS = {
     "paragraph": "tokens of the paragraph that 8 questions share",
     "batch": "examples in a batch",
     "unshared": "tokens of an example that shares nothing",
+    "vocabulary": "tokens of the vocabulary",
 }
 
 
@@ -64,6 +67,7 @@ class Point:
 
     varied: str
     value: int
+    model: ModelChoice
     batch_size: int
     sequences: Sequences
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -76,12 +80,15 @@ class Point:
 def main() -> None:
     options = parse(sys.argv[1:])
     model = choose_model(options)
-    points = make_points(options.varied, vocabulary_size(model), num_rounds=options.rounds)
-    workload = join(points, options.rounds)
-    run(model, workload, points, options)
-    results = [to_result(point, model, workload, at, options.engines) for at, point in enumerate(points)]
-    for result in results:
-        say_point(result)
+    points = make_points(options.varied, model, num_rounds=options.rounds)
+    results = []
+    for of_model, alike in itertools.groupby(points, key=lambda point: point.model):
+        here = list(alike)
+        workload = join(here, options.rounds)
+        run(of_model, workload, here, options)
+        results += [to_result(point, workload, at, options.engines) for at, point in enumerate(here)]
+        for result in results[-len(here) :]:
+            say_point(result)
     device = torch.device(options.device)
     results.append({"kind": "run", "model": model.record(), **environment(device)})
     out = Path(options.out)
@@ -106,19 +113,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_points(varied: Sequence[str], vocabulary: int, *, num_rounds: int) -> list[Point]:
+def make_points(varied: Sequence[str], model: ModelChoice, *, num_rounds: int) -> list[Point]:
     """Every point with sequences for a warm-up round and `num_rounds` more."""
 
-    def point(name: str, value: int, *, batch_size: int, questions: int, paragraph: int) -> Point:
+    def point(
+        name: str, value: int, *, batch_size: int, questions: int, paragraph: int, vocabulary: int | None = None
+    ) -> Point:
+        of_point = replace(model, vocabulary=vocabulary)
         sequences = random_questions(
-            vocabulary=vocabulary,
+            vocabulary=vocabulary_size(of_point),
             num_paragraphs=-(-batch_size * (num_rounds + 1) // questions),
             questions=questions,
             paragraph=paragraph,
             question=QUESTION,
             answer=ANSWER,
         )
-        return Point(name, value, batch_size, sequences)
+        return Point(name, value, of_point, batch_size, sequences)
 
     every = {
         "questions": [
@@ -131,6 +141,10 @@ def make_points(varied: Sequence[str], vocabulary: int, *, num_rounds: int) -> l
         "unshared": [
             point("unshared", n, batch_size=16, questions=1, paragraph=max(0, n - QUESTION - ANSWER))
             for n in (20, 32, 64, 128, 256, 512)
+        ],
+        "vocabulary": [
+            point("vocabulary", n, batch_size=16, questions=8, paragraph=PARAGRAPH, vocabulary=n)
+            for n in (2**14, 2**15, 2**16, 2**17, 2**18)
         ],
     }
     return [point for name in varied for point in every[name]]
@@ -183,10 +197,10 @@ def run(model: ModelChoice, workload: Workload, points: Sequence[Point], options
             worker.end()
 
 
-def to_result(point: Point, model: ModelChoice, workload: Workload, at: int, engines: Sequence[str]) -> dict[str, Any]:
+def to_result(point: Point, workload: Workload, at: int, engines: Sequence[str]) -> dict[str, Any]:
     return {
         "kind": "growth",
-        "model": model.label,
+        "model": point.model.label,
         "varied": point.varied,
         "value": point.value,
         "batch_size": point.batch_size,

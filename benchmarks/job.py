@@ -11,20 +11,21 @@ job, written to a file   ------->  builds the engine
 from __future__ import annotations
 
 import json
-import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from measure import peak_memory_bytes, reset_peak_memory
 from models import ModelChoice
-from workloads import Workload
+from workloads import Sequences, Workload
 
 LEARNING_RATE = 6e-5
 WEIGHT_DECAY = 0.01
+_NUMBERS_OF_A_WORKLOAD = ("name", "max_length", "batch_size", "steps_a_round", "num_too_long")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,39 @@ class Job:
         )
 
     def write(self, path: Path) -> None:
-        path.write_bytes(pickle.dumps(self))
+        """As an `.npz` file: arrays, and the rest as JSON in one of them."""
+        workload = self.workload
+        settings = {
+            "engine": self.engine,
+            "model": asdict(self.model),
+            "device": self.device,
+            "max_logits": self.max_logits,
+            "workload": {name: getattr(workload, name) for name in _NUMBERS_OF_A_WORKLOAD},
+        }
+        with path.open("wb") as file:
+            np.savez(
+                file,
+                settings=np.array(json.dumps(settings)),
+                input_ids=workload.sequences.input_ids,
+                labels=workload.sequences.labels,
+                offsets=workload.sequences.offsets,
+                batches=np.concatenate(workload.batches),
+                batch_ends=np.cumsum([len(batch) for batch in workload.batches]),
+            )
 
     @staticmethod
     def read(path: Path) -> Job:
-        """Read what `write` wrote; both ends are this benchmark."""
-        job = pickle.loads(path.read_bytes())
-        assert isinstance(job, Job)
-        return job
+        with np.load(path, allow_pickle=False) as arrays:
+            settings = json.loads(str(arrays["settings"]))
+            workload = Workload(
+                **settings["workload"],
+                sequences=Sequences(arrays["input_ids"], arrays["labels"], arrays["offsets"]),
+                batches=np.split(arrays["batches"], arrays["batch_ends"][:-1]),
+            )
+        model = settings["model"]
+        if isinstance(model["lora_targets"], list):
+            model["lora_targets"] = tuple(model["lora_targets"])
+        return Job(settings["engine"], ModelChoice(**model), workload, settings["device"], settings["max_logits"])
 
 
 class FinishedError(Exception):

@@ -39,6 +39,7 @@ class ModelChoice:
         folder: of `smollm2`; the tokenizer's folder of `gemma`.
         layers: of `gemma`.
         dtype: of the frozen weights, `bfloat16` or `float32`.
+        vocabulary: another number of tokens than the model's own; the weights are then random.
     """
 
     name: Literal["smollm2", "gemma"]
@@ -48,6 +49,7 @@ class ModelChoice:
     lora_r: int = 4
     lora_alpha: int = 8
     lora_targets: str | tuple[str, ...] = "all-linear"
+    vocabulary: int | None = None
 
     @property
     def label(self) -> str:
@@ -73,7 +75,7 @@ def find_smollm2(folder: str | None) -> str:
 def build_network(choice: ModelChoice, device: torch.device) -> Any:
     """The base model on `device`, without adapter."""
     dtype = getattr(torch, choice.dtype)
-    if choice.name == "smollm2":
+    if choice.name == "smollm2" and choice.vocabulary is None:
         return AutoModelForCausalLM.from_pretrained(choice.folder, dtype=dtype).to(device)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(_config(choice), dtype=dtype).to(device)
@@ -124,5 +126,8 @@ def vocabulary_size(choice: ModelChoice) -> int:
 
 def _config(choice: ModelChoice) -> Any:
     if choice.name == "smollm2":
-        return AutoConfig.from_pretrained(choice.folder)
-    return GemmaConfig(**GEMMA_SHAPE, num_hidden_layers=choice.layers)
+        config = AutoConfig.from_pretrained(choice.folder)
+    else:
+        config = GemmaConfig(**GEMMA_SHAPE, num_hidden_layers=choice.layers)
+    config.vocab_size = choice.vocabulary or config.vocab_size
+    return config
