@@ -119,7 +119,7 @@ def make_points(varied: Sequence[str], model: ModelChoice, *, num_rounds: int) -
     def point(
         name: str, value: int, *, batch_size: int, questions: int, paragraph: int, vocabulary: int | None = None
     ) -> Point:
-        of_point = replace(model, vocabulary=vocabulary)
+        of_point = replace(model, vocabulary=vocabulary or model.vocabulary)
         sequences = random_questions(
             vocabulary=vocabulary_size(of_point),
             num_paragraphs=-(-batch_size * (num_rounds + 1) // questions),

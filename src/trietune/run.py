@@ -21,6 +21,7 @@ from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, User
 from trietune.files import make_folders
 from trietune.host_memory import keep_freed_memory
 from trietune.keeping import Keeper
+from trietune.meter import Meter
 from trietune.prepare import Prepared, adapter_arguments, prepare, progress_of
 from trietune.signals import StopSignals
 from trietune.tracking import events
@@ -539,41 +540,3 @@ class Session:
 
 def _finite(metrics: Mapping[str, float | int | None]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value is not None}
-
-
-class Meter:
-    """Rates since the last step, without the time that evaluation and saving took."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
-        self._left_out = 0.0
-        self.slowest_step = 0.0
-
-    def start(self) -> None:
-        """Count from now on."""
-        self._last, self._left_out = time.monotonic(), 0.0
-
-    def leave_out(self, seconds: float) -> None:
-        """Time that is not training's."""
-        self._left_out += seconds
-
-    def metrics(
-        self, step: Step, memory_bytes: int, num_compilations: int | None = None
-    ) -> dict[str, float | int | None]:
-        """The metrics of one step; `num_compilations` where something has been compiled."""
-        now = time.monotonic()
-        seconds = max(now - self._last - self._left_out, 1e-9)
-        self._last, self._left_out = now, 0.0
-        self.slowest_step = max(self.slowest_step, seconds)
-        metrics: dict[str, float | int | None] = {
-            "train/loss": step.loss,
-            "learning_rate": step.learning_rate,
-            "grad_norm": step.grad_norm,
-            "examples_per_second": len(step.sequence_indices) / seconds,
-            "tokens_per_second": step.num_positions / seconds,
-            "sharing_factor": step.num_tokens / max(step.num_positions, 1),
-            "num_labels": step.num_labels,
-            "num_micro_batches": step.num_micro_batches,
-            "memory_bytes": memory_bytes,
-        }
-        return metrics if num_compilations is None else {**metrics, "num_compilations": num_compilations}

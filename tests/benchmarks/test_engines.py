@@ -19,7 +19,7 @@ import torch
 import workloads
 from compare import to_result
 from job import FinishedError, Job
-from models import ModelChoice, Work, count_work
+from models import ModelChoice, Work, build_network, count_work
 from worker import ENGINES
 
 from tiny_model import write_tiny_model
@@ -136,8 +136,8 @@ def test_work_counts_layers_and_head_alone(model: ModelChoice) -> None:
     assert Work(10, 100).flops(num_nodes=3, num_labels=2) == 4 * (10 * 3 + 100 * 2)
 
 
-def test_points_of_growth_share_what_they_say() -> None:
-    points = growth.make_points(["questions", "unshared"], 1000, num_rounds=1)
+def test_points_of_growth_share_what_they_say(model: ModelChoice) -> None:
+    points = growth.make_points(["questions", "unshared"], dataclasses.replace(model, vocabulary=1000), num_rounds=1)
     joined = growth.join(points, 1)
     for at, point in enumerate(points):
         shape = workloads.measure_shape(joined, [joined.batches[at]])
@@ -147,6 +147,16 @@ def test_points_of_growth_share_what_they_say() -> None:
             rest = growth.QUESTION + growth.ANSWER - 1
             assert shape.distinct_tokens == pytest.approx(growth.PARAGRAPH / point.value + rest, rel=0.05)
     assert len(np.unique(np.concatenate(joined.batches))) == sum(map(len, joined.batches))
+
+
+def test_vocabularies_that_grow_are_those_of_the_models(model: ModelChoice) -> None:
+    points = growth.make_points(["vocabulary"], model, num_rounds=1)
+    first = points[0]
+    assert [point.model.vocabulary for point in points] == [point.value for point in points]
+    assert first.sequences.input_ids.max() < first.value
+    network = build_network(first.model, torch.device("cpu"))
+    assert network.get_output_embeddings().weight.shape[0] == first.value
+    assert count_work(first.model).head == network.get_output_embeddings().weight.numel()
 
 
 def test_charts_are_xml() -> None:

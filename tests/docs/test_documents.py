@@ -38,7 +38,7 @@ from trietune.config import Settings, load_config
 from trietune.config.documentation import ORIGINAL_KEYS
 from trietune.config.not_yet import ELSEWHERE, NOT_YET
 from trietune.data.templates import PromptFormat
-from trietune.run import Meter
+from trietune.meter import Meter
 
 CLI: Any = typer.main.get_command(app)
 COMMANDS_PAGE = ROOT / "docs/commands.md"

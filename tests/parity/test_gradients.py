@@ -9,7 +9,9 @@ from torch import nn
 
 from model.families import FAMILIES, in_double
 from strategies import FlatSequences, question_batch
+from trietune.model import row_attention, row_layout
 from trietune.model.causal_lm import TrieModel
+from trietune.model.row_layout import AttentionCost
 from trietune.trie import make_micro_batches, total_weight
 
 # Sums are taken in another order: a few hundred roundings of relative size 2^-53 and 2^-24.
@@ -17,6 +19,12 @@ FP64_TOLERANCE = 1e-10
 FP32_TOLERANCE = 1e-5
 
 WAYS = [("trie", "rows"), ("trie", "mask"), ("packed", "rows"), ("padded", None)]
+# Costs by which every row is a block of its own, some are joined, all are one.
+CUTS = {
+    "rows": AttentionCost(bucket=0.0, gathered=0.0, score=1.0),
+    "blocks": AttentionCost(bucket=50.0, gathered=1.0, score=0.1),
+    "everything": AttentionCost(bucket=1e6, gathered=0.0, score=1e-9, whole=0.0),
+}
 
 
 def build(family: str, dtype: torch.dtype) -> nn.Module:
@@ -85,6 +93,28 @@ def test_gradients_are_those_of_one_row_an_example(
         error = relative_error(found, expected)
         assert abs(ours - loss) / loss < tolerance, f"loss {ours} instead of {loss}"
         assert error < tolerance, f"{family}, {batching}, {attention}, {max_nodes}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(("cut", "cost"), CUTS.items())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_however_a_trie_is_cut(
+    family: str, cut: str, cost: AttentionCost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_layout, "attention_cost", lambda **heads: cost)
+    wholes: list[bool] = []
+    is_whole = row_attention._is_whole
+    monkeypatch.setattr(row_attention, "_is_whole", lambda *a: (wholes.append(is_whole(*a)), wholes[-1])[1])
+    batch = question_batch(np.random.default_rng(3), vocabulary=120)
+    loss, expected = one_row_an_example(build(family, torch.float64), batch)
+    network = build(family, torch.float64)
+    ours, found, _ = with_micro_batches(network, batch, "trie", "rows", 10_000)
+    assert abs(ours - loss) / loss < FP64_TOLERANCE
+    assert relative_error(found, expected) < FP64_TOLERANCE
+    has_softcap = getattr(network.config, "attn_logit_softcapping", None) is not None
+    if cut != "everything" or has_softcap:
+        assert not any(wholes)
+    else:
+        assert any(wholes)
 
 
 def test_shared_prefix_is_computed_once() -> None:

@@ -36,6 +36,11 @@ class RowAttention(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Float[Tensor, "TH d"]:
+        context.layout, context.scale, context.softcap = layout, scale, softcap
+        if _is_whole(layout, query, softcap):
+            probabilities, out = _attend_whole(layout.buckets[0], query, key, value, scale)
+            context.save_for_backward(query, key, value, probabilities)
+            return out
         outputs: list[Tensor] = []
         kept: list[Tensor | None] = []
         for bucket in layout.buckets:
@@ -46,8 +51,7 @@ class RowAttention(torch.autograd.Function):
                 if softcap is not None:
                     tanh = scores.div_(softcap).tanh_()
                     scores = tanh * softcap
-                _grid(scores, bucket).add_(bucket.bias)
-                probabilities = torch.softmax(scores, -1)
+                probabilities = _softmax(scores, bucket)
                 outputs.append(torch.bmm(probabilities, v).view(-1, v.shape[-1]))
                 kept.extend((probabilities, tanh))
             else:
@@ -57,13 +61,15 @@ class RowAttention(torch.autograd.Function):
                 outputs.append(out.reshape(-1, v.shape[-1]))
                 kept.extend((out, log_sum))
         context.save_for_backward(query, key, value, *kept)
-        context.layout, context.scale, context.softcap = layout, scale, softcap
         return torch.cat(outputs).index_select(0, layout.output_rows)
 
     @staticmethod
     def backward(context: Any, grad_output: Float[Tensor, "TH d"]) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = context.saved_tensors
         layout, scale, softcap = context.layout, context.scale, context.softcap
+        if _is_whole(layout, query, softcap):
+            grads = _attend_whole_backward(layout.buckets[0], grad_output, query, key, value, kept[0], scale)
+            return *grads, None, None, None
         grads_q, grads_k, grads_v = [], [], []
         laid_out = _lay_out(grad_output, layout)
         first = 0
@@ -108,6 +114,59 @@ class RowAttention(torch.autograd.Function):
         )
 
 
+def _is_whole(layout: RowLayout, query: Tensor, softcap: float | None) -> bool:
+    """Whether everything is one block in its own order, small enough to keep its probabilities."""
+    bucket = layout.buckets[0]
+    num_queries, num_keys = bucket.shape[1:]
+    num_heads = query.shape[0] // num_queries
+    return bucket.is_whole and softcap is None and num_heads * num_queries * num_keys <= MAX_KEPT_PROBABILITIES
+
+
+def _attend_whole(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Probabilities [G, H/G * Q, K] and outputs [Q * H, d] of one block of everything, by heads instead of gathers."""
+    k, v = _by_heads(key, bucket.shape[2]), _by_heads(value, bucket.shape[2])
+    q = _stack_heads(query, bucket, len(k), scale)
+    probabilities = _softmax(torch.bmm(q, k.transpose(1, 2)), bucket)
+    return probabilities, _lay_by_node(torch.bmm(probabilities, v), bucket)
+
+
+def _attend_whole_backward(
+    bucket: Bucket, grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, probabilities: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = _by_heads(key, bucket.shape[2]), _by_heads(value, bucket.shape[2])
+    q, grad_out = _stack_heads(query, bucket, len(k), scale), _stack_heads(grad_output, bucket, len(k), 1.0)
+    grad_v = torch.bmm(probabilities.transpose(1, 2), grad_out)
+    grad_scores = torch._softmax_backward_data(
+        torch.bmm(grad_out, v.transpose(1, 2)), probabilities, -1, probabilities.dtype
+    )
+    grad_q = torch.bmm(grad_scores, k).mul_(scale)
+    grad_k = torch.bmm(grad_scores.transpose(1, 2), q)
+    return (
+        _lay_by_node(grad_q, bucket),
+        grad_k.transpose(0, 1).reshape(key.shape),
+        grad_v.transpose(0, 1).reshape(value.shape),
+    )
+
+
+def _by_heads(x: Tensor, num_nodes: int) -> Tensor:
+    """[T * G, d] as [G, T, d]."""
+    return x.view(num_nodes, -1, x.shape[-1]).transpose(0, 1)
+
+
+def _stack_heads(x: Tensor, bucket: Bucket, num_groups: int, factor: float) -> Tensor:
+    """[Q * H, d] times a number, heads of one key head under each other: [G, H/G * Q, d]."""
+    by_group = x.view(bucket.shape[1], num_groups, -1, x.shape[-1]).permute(1, 2, 0, 3)
+    stacked = x.new_empty(by_group.shape)
+    torch.mul(by_group, factor, out=stacked)
+    return stacked.view(num_groups, -1, x.shape[-1])
+
+
+def _lay_by_node(stacked: Tensor, bucket: Bucket) -> Tensor:
+    """[G, H/G * Q, d] back to [Q * H, d]."""
+    num_groups, _, head_size = stacked.shape
+    return stacked.view(num_groups, -1, bucket.shape[1], head_size).permute(2, 0, 1, 3).reshape(-1, head_size)
+
+
 def _gather(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [R * G, H/G * Q, d], keys and values [R * G, K, d] of one bucket."""
     num_keys = bucket.shape[2]
@@ -125,6 +184,16 @@ def _keeps_probabilities(q: Tensor, k: Tensor, softcap: float | None) -> bool:
     )
 
 
+def _softmax(scores: Tensor, bucket: Bucket) -> Tensor:
+    """Probabilities of masked scores, in their dtype.
+
+    The mask is fp32, and so is what it is added to: PyTorch's softmax of bf16 on CPU takes up to twice as long as that
+    of fp32, where rows are no multiple of 32 long.
+    """
+    masked = torch.add(_grid(scores, bucket), bucket.bias).view(scores.shape)
+    return torch.softmax(masked, -1).to(scores.dtype)
+
+
 def _grid(scores: Tensor, bucket: Bucket) -> Tensor:
     """Scores [R * G, H/G * Q, K] as [R, G, H/G, Q, K]."""
     num_rows, num_queries, num_keys = bucket.shape
@@ -137,7 +206,7 @@ def _four_axes(bucket: Bucket, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _tiled_bias(bucket: Bucket, q: Tensor) -> Tensor:
     """The bias [R, 1, H/G * Q, K]: one copy for each of the heads stacked under each other."""
-    return bucket.bias[:, 0].repeat(1, 1, q.shape[1] // bucket.shape[1], 1)
+    return bucket.bias[:, 0].to(q.dtype).repeat(1, 1, q.shape[1] // bucket.shape[1], 1)
 
 
 def _lay_out(grad_output: Tensor, layout: RowLayout) -> Tensor:

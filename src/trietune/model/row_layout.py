@@ -14,6 +14,7 @@ of them.
 Letters: T nodes, H query heads, G key and value heads; in a bucket R blocks, Q queries and K keys a block.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,7 @@ class AttentionCost:
 
     Attributes:
         bucket: the operations of one bucket, however small.
+        whole: the operations of a bucket that is the whole trie as one block, from which nothing is gathered.
         gathered: one query or key of one block, copied there and back.
         score: one query with one key, all heads.
     """
@@ -40,6 +42,7 @@ class AttentionCost:
     bucket: float
     gathered: float
     score: float
+    whole: float = math.inf
 
     def of(self, num_blocks: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Of one bucket a number."""
@@ -53,9 +56,13 @@ class AttentionCost:
 
 
 def attention_cost(*, num_heads: int, head_size: int, dtype: torch.dtype) -> AttentionCost:
-    """Measured on two cores with AVX-512; only the ratios matter, and they matter little."""
+    """Measured on two cores with AVX-512; only the ratios matter, and they matter little.
+
+    `whole` is from steps of a run, where operations cost more, next to arithmetic, than alone.
+    """
     product = 0.0155e-3 if dtype == torch.bfloat16 else 0.06e-3
-    return AttentionCost(bucket=220.0, gathered=0.15, score=num_heads * (0.6e-3 + product * head_size))
+    score = num_heads * (0.6e-3 + product * head_size)
+    return AttentionCost(bucket=220.0, gathered=0.15, score=score, whole=120.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +74,15 @@ class Bucket:
         query_rows: where each query lies in the flattened [T * H] rows of d numbers (of the queries alone, where only
             some nodes query); [R, G, H/G, Q] flat.
         key_rows: where each key lies in the flattened [T * G] rows; [R, G, K] flat.
-        bias: 0 where a query sees a key, -inf elsewhere; [R, 1, 1, Q, K].
+        bias: 0 where a query sees a key, -inf elsewhere, in fp32 or fp64; [R, 1, 1, Q, K].
+        is_whole: one block of all that query and of all keys, in their order.
     """
 
     shape: tuple[int, int, int]
     query_rows: Int64[Tensor, " RHQ"]
     key_rows: Int64[Tensor, " RGK"]
     bias: Float[Tensor, "R 1 1 Q K"]
+    is_whole: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +158,8 @@ def build_row_layout(
                 shape=sees.shape,
                 query_rows=torch.from_numpy(query_rows.reshape(-1)).to(device),
                 key_rows=torch.from_numpy(key_rows.reshape(-1)).to(device),
-                bias=torch.from_numpy(bias).to(device, dtype),
+                bias=torch.from_numpy(bias).to(device, torch.promote_types(dtype, torch.float32)),
+                is_whole=sees.shape == (1, len(querying), trie.num_nodes),
             )
         )
         real = np.broadcast_to(is_query[:, None], query_rows.shape)
@@ -185,6 +195,8 @@ def cut_into_blocks(
     for cut in cuts:
         blocks = _make_blocks(trie, querying, rows, cut, window)
         groups, microseconds = _fill_buckets(blocks.num_queries, blocks.num_keys, cost)
+        if len(cut) == 2 and blocks.num_keys[0] == trie.num_nodes:
+            microseconds = min(microseconds, microseconds - cost.bucket + cost.whole)
         if best is None or microseconds < best[0]:
             best = microseconds, blocks, groups
     assert best is not None
