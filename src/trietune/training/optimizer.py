@@ -12,6 +12,7 @@ from torch import nn
 
 from trietune.device import Device
 from trietune.errors import UserError
+from trietune.training.flat_adamw import FlatAdamW, can_be_flat
 
 Schedule = Callable[[int], float]
 
@@ -35,11 +36,11 @@ def build_optimizer(
     common: dict[str, Any] = {"lr": device.learning_rate(learning_rate), "weight_decay": weight_decay}
     match name:
         case "adamw_torch":
-            return torch.optim.AdamW(parameters, **common, **device.adamw)
+            return _adamw(parameters, device, {**common, **device.adamw})
         case "adamw_torch_fused":
-            return torch.optim.AdamW(parameters, **common, fused=True)
+            return _adamw(parameters, device, {**common, "fused": True})
         case "adamw":
-            return torch.optim.AdamW(parameters, **common, **device.fastest_adamw)
+            return _adamw(parameters, device, {**common, **device.fastest_adamw})
         case "sgd":
             return torch.optim.SGD(parameters, **common)
         case "adafactor":
@@ -52,6 +53,13 @@ def build_optimizer(
             return _eight_bit(name, parameters, common, device)
         case _:
             raise ValueError(f"no optimizer is called {name!r}")
+
+
+def _adamw(parameters: list[nn.Parameter], device: Device, options: dict[str, Any]) -> torch.optim.AdamW:
+    # Where steps are programs, a parameter that is a view of another is one more thing to trace.
+    if device.has_static_shapes or not can_be_flat(parameters):
+        return torch.optim.AdamW(parameters, **options)
+    return FlatAdamW(parameters, **options)
 
 
 def _eight_bit(
