@@ -10,7 +10,7 @@ XLA_READY := $(XLA_VENV)/.ready
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all test-xla lint test-gpu bench bench-gpu lock clean
+.PHONY: help train test test-slow test-all test-xla lint test-gpu bench bench-gpu lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,9 +21,10 @@ train: $(READY)  ## train the sample model on the sample data (about a minute on
 test: $(READY) lint  ## style, types, import contract, and the tests that take under 15 minutes
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(READY) lint  ## every test that this machine can run, the fault matrix included
-	$(BIN)/python -m pytest -m "not gpu" --timeout 3000
-	$(MAKE) test-xla
+test-slow: $(READY)  ## the suites that `make test` leaves out: the fault matrix, real models (half an hour)
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3000
+
+test-all: test test-slow test-xla  ## every test that this machine can run
 
 test-xla: $(XLA_READY)  ## the Tenstorrent and XLA path, on XLA's own CPU client (an environment of its own, 7 GB)
 	PJRT_DEVICE=CPU $(XLA_BIN)/python -m pytest tests/xla --timeout 1200

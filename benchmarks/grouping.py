@@ -54,6 +54,7 @@ def main() -> None:
     for dataset, learning_rate, seed, grouped in runs:
         result = train_once(options, folder, dataset, learning_rate, seed, grouped=grouped)
         results.append(result)
+        out.write_text("".join(json.dumps(line) + "\n" for line in results))  # what is there, should it be stopped
         numbers = ", ".join(f"{name} {result['after'][name]:.4f}" for name in METRICS[dataset])
         say(f"{dataset} {learning_rate:g} seed {seed} {'grouped' if grouped else 'shuffled'}: {numbers}")
     summary = [line for d in options.datasets for rate in options.learning_rates for line in compare(results, d, rate)]
