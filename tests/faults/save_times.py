@@ -122,11 +122,15 @@ class Watch:
 
     def __init__(self) -> None:
         self.steps: list[float] = []
+        self.after_saves: list[float] = []
         self.saves: list[float] = []
 
     def handle(self, event: Event) -> None:
         if isinstance(event, StepFinished) and event.step > WARM_UP_STEPS:
-            self.steps.append(len(event.example_ids) / event.metrics["examples_per_second"])
+            seconds = len(event.example_ids) / event.metrics["examples_per_second"]
+            self.steps.append(seconds)
+            if event.step % STEPS_PER_SAVE == 1:
+                self.after_saves.append(seconds)
         if isinstance(event, Saved) and event.kind == "checkpoint":
             self.saves.append(event.seconds)
 
@@ -193,19 +197,23 @@ def measure_saves(folder: Path) -> dict[str, float]:
 
 def measure_training(folder: Path, model: str, overrides: list[str]) -> dict[str, float]:
     steps: dict[bool, list[float]] = {False: [], True: []}
+    after_saves: dict[bool, list[float]] = {False: [], True: []}
     saves: list[float] = []
     for number in range(4):
         with_upload = bool(number % 2)
         storage = {"storage_backend": "local", "remote_path": str(folder / f"mirror-{number}")} if with_upload else {}
         found = watch_training(folder / f"run-{number}", model, overrides, sync_to_storage=with_upload, **storage)
         steps[with_upload] += found.steps
+        # Against its own run's steps, so that a machine that gets slower between runs changes nothing.
+        after_saves[with_upload] += [seconds / statistics.median(found.steps) for seconds in found.after_saves]
         saves += found.saves
     result = {}
     for with_upload, word in ((False, "without"), (True, "with")):
         result[f"step_{word}_upload_s"] = statistics.median(steps[with_upload])
         result[f"mean_step_{word}_upload_s"] = statistics.mean(steps[with_upload])
     step_s = result["step_without_upload_s"]
-    result["upload_costs_of_a_step"] = result["step_with_upload_s"] / step_s - 1
+    with_copy, without = (statistics.mean(after_saves[with_upload]) for with_upload in (True, False))
+    result["upload_costs_of_a_step"] = (with_copy - without) / STEPS_PER_SAVE
     result["save_s"] = statistics.median(saves)
     result["save_share_of_a_step"] = result["save_s"] / step_s
     ends = []
