@@ -170,7 +170,7 @@ class Keeper:
         peft_model: PeftModel,
         optimizer: torch.optim.Optimizer,
         *,
-        loss_scale: Mapping[str, Any] | None = None,
+        further_state: Mapping[str, Any],
         must_succeed: bool = False,
     ) -> float:
         """Write the checkpoint of `step` unless it is there; returns the seconds that it took.
@@ -179,7 +179,7 @@ class Keeper:
 
         Args:
             metrics: measured on exactly these weights; empty if they were not measured.
-            loss_scale: state of it, where the base is in fp16.
+            further_state: of this session, into `trainer_state.json`.
         """
         if self.saved_step == step:
             return 0.0
@@ -187,7 +187,7 @@ class Keeper:
         try:
             saved = self.store.save(
                 step,
-                self._checkpoint_files(step, epoch, peft_model, optimizer, loss_scale),
+                self._checkpoint_files(step, epoch, peft_model, optimizer, further_state),
                 metrics=metrics,
                 details=self.details(),
                 flush_first=[self.directory / name for name in LINE_FILES],
@@ -291,7 +291,7 @@ class Keeper:
         epoch: float,
         peft_model: PeftModel,
         optimizer: torch.optim.Optimizer,
-        loss_scale: Mapping[str, Any] | None,
+        further_state: Mapping[str, Any],
     ) -> dict[str, Content]:
         from trietune.model.adapter import adapter_files
         from trietune.model.raw_tensors import tensors_to_content
@@ -301,9 +301,7 @@ class Keeper:
             **adapter_files(peft_model, self.prepared.base),
             PROMPT_FILE: self._prompt_format(),
         }
-        state: dict[str, Any] = {"step": step, "epoch": epoch, "has_optimizer": self.settings.save_optim}
-        if loss_scale is not None:
-            state["loss_scale"] = dict(loss_scale)
+        state = {"step": step, "epoch": epoch, "has_optimizer": self.settings.save_optim, **further_state}
         contents[STATE_FILE] = json.dumps(state, indent=2).encode()
         if self.settings.save_optim:
             contents[OPTIMIZER_FILE] = tensors_to_content(optimizer_tensors(optimizer))

@@ -169,6 +169,28 @@ class Session:
         self.epoch = float(state["epoch"])
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale = LossScale(self.plan.device.torch_device, state["loss_scale"])
+        self._take_over_memory(state)
+
+    def _take_over_memory(self, state: Mapping[str, Any]) -> None:
+        """Cut batches and pack weights as before, whatever memory is free now, so that the numbers are the same."""
+        from trietune.model.frozen_weight import pack_frozen_weights
+
+        before, packed = state.get("max_positions"), state.get("packed_bytes")
+        if self.settings.max_tokens_per_micro_batch == "auto" and before is not None:
+            if self.max_positions < before:
+                self.hub.say(
+                    f"less memory is free than before: micro-batches of at most {self.max_positions:,} tokens instead "
+                    f"of {before:,}; a batch that is cut in another way has the same gradients up to rounding"
+                )
+            self.max_positions = min(self.max_positions, before)
+        if self.settings.pack_weights == "auto" and packed is not None and packed != self.model.packed_bytes:
+            most = min(packed, self.model.packed_bytes)
+            self.model.packed_bytes = pack_frozen_weights(self.model.network, most_bytes=most)
+            if self.model.packed_bytes != packed:
+                self.hub.say(
+                    "less memory is free than before, so fewer weights are packed: the same numbers up to rounding, "
+                    "not the same bits"
+                )
 
     def _measure_again(self, resumed: LoadedCheckpoint) -> None:
         """Take the validation that a signal cut short, so that the checkpoint of a due step is ranked after all."""
@@ -442,10 +464,15 @@ class Session:
             metrics,
             self.peft_model,
             self.optimizer,
-            loss_scale=None if self.loss_scale is None else self.loss_scale.state(),
+            further_state=self._further_state(),
             must_succeed=must_succeed,
         )
         self.meter.leave_out(seconds)
+
+    def _further_state(self) -> dict[str, Any]:
+        """What free memory and fp16 made of this session, for one that goes on from here."""
+        state: dict[str, Any] = {"max_positions": self.max_positions, "packed_bytes": self.model.packed_bytes}
+        return state if self.loss_scale is None else {**state, "loss_scale": dict(self.loss_scale.state())}
 
     def _take_best(self) -> int:
         """Go back to the best checkpoint's weights if they were measured better than the last; returns their step."""

@@ -141,6 +141,39 @@ def test_a_resumed_run_equals_one_that_never_stopped(overrides: dict[str, object
     assert any("has finished" in said.text for said in recorder.of(Said))
 
 
+def with_free_memory(monkeypatch: pytest.MonkeyPatch, *, packs: bool, max_positions: int) -> None:
+    monkeypatch.setattr("trietune.model.assemble.PACKED_SHARE", 0.3 if packs else 0.0)
+    monkeypatch.setattr("trietune.device.micro_batch_bound", lambda free, each: max_positions)
+
+
+def test_a_resume_cuts_and_packs_as_before_whatever_memory_is_free(
+    overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        **overrides, "save_optim": True, "max_steps": 6, "batch_size": 16, "max_tokens_per_micro_batch": "auto",
+    }  # fmt: skip
+    stop_at_3 = lambda event: (  # noqa: E731
+        os.kill(os.getpid(), signal.SIGTERM) if isinstance(event, StepFinished) and event.step == 3 else None
+    )
+    with_free_memory(monkeypatch, packs=True, max_positions=100_000)
+    plenty, _ = run({**settings, "wandb_run_name": "plenty"})
+    run({**settings, "wandb_run_name": "then-little"}, Recorder(stop_at_3))
+    with_free_memory(monkeypatch, packs=False, max_positions=128)
+    little, cut = run({**settings, "wandb_run_name": "little"})
+    assert max(event.metrics["num_micro_batches"] for event in cut.of(StepFinished)) > 1
+    assert any((adapter_of(plenty)[name] != tensor).any() for name, tensor in adapter_of(little).items())
+    _, warned = run({**settings, "wandb_run_name": "then-little", "resume_from_checkpoint": True})
+    said = [event.text for event in warned.of(Said)]
+    assert any("micro-batches of at most 128 tokens instead of 100,000" in text for text in said)
+    assert any("fewer weights are packed" in text for text in said)
+    run({**settings, "wandb_run_name": "then-plenty"}, Recorder(stop_at_3))
+    with_free_memory(monkeypatch, packs=True, max_positions=100_000)
+    resumed, recorder = run({**settings, "wandb_run_name": "then-plenty", "resume_from_checkpoint": True})
+    assert not any("less memory is free" in event.text for event in recorder.of(Said))
+    one, two = (r.directory / "adapter" / "adapter_model.safetensors" for r in (little, resumed))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_a_signal_in_evaluation_saves_what_was_learnt(overrides: dict[str, object]) -> None:
     def interrupt(event: Event) -> None:
         if isinstance(event, StepFinished) and event.step == 2:

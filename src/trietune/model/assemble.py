@@ -41,14 +41,15 @@ def assemble(
     if device.place_network is not None:
         device.place_network(network)
     prunes_last = False
+    packed_bytes = 0
     if fused_layers and device.runs_own_backwards:
         prunes_last = fuse_network(network).prunes_last
         if pack_weights:
             bound = int(PACKED_SHARE * device.free_memory_bytes()) if pack_weights == "auto" else None
-            pack_frozen_weights(network, most_bytes=bound)
+            packed_bytes = pack_frozen_weights(network, most_bytes=bound)
     if gradient_checkpointing:
         enable_checkpointing(network, device.recompute)
-    return TrieModel(
+    model = TrieModel(
         network,
         device=device.torch_device,
         attention=attention,
@@ -57,3 +58,5 @@ def assemble(
         place=device.place_rows,
         recompute=device.recompute,
     )
+    model.packed_bytes = packed_bytes
+    return model

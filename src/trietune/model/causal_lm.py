@@ -63,6 +63,7 @@ class TrieModel:
         self.shapes = shapes
         self.place = place or (lambda tensor: tensor.to(device, non_blocking=True))
         self._recompute = recompute
+        self.packed_bytes = 0
         self.network = network
         self.device = device
         self.attention = attention

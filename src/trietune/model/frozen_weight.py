@@ -116,7 +116,8 @@ def keep_joined(module: nn.Module, joined: FrozenWeight, *, instead_of: Sequence
 def pack_frozen_weights(network: nn.Module, *, most_bytes: int | None = None) -> int:
     """Let frozen weights of `network` be packed, layer after layer, while all copies take at most `most_bytes`.
 
-    Returns what the copies will take. Nothing is packed where the matrix library has no such products: off the CPU, or
+    Returns what the copies will take; the same bound chooses the same weights, and what a choice takes, as a bound,
+    chooses them again. Nothing is packed where the matrix library has no such products: off the CPU, or
     in another dtype.
     """
     found = (module.__dict__.get("frozen_weight") for module in network.modules())
@@ -125,9 +126,8 @@ def pack_frozen_weights(network: nn.Module, *, most_bytes: int | None = None) ->
         if not isinstance(frozen, FrozenWeight) or frozen.is_part or not _can_pack(frozen.weights[0]):
             continue
         num_bytes = 2 * frozen.numel * frozen.weights[0].element_size()
-        if most_bytes is None or total + num_bytes <= most_bytes:
-            frozen.may_pack = True
-            total += num_bytes
+        frozen.may_pack = most_bytes is None or total + num_bytes <= most_bytes
+        total += num_bytes if frozen.may_pack else 0
     return total
 
 
