@@ -19,7 +19,7 @@ from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
 from trietune.files import make_folders
-from trietune.host_memory import keep_freed_memory
+from trietune.host_memory import KeptMemory, give_back_freed_memory, keep_freed_memory
 from trietune.keeping import Keeper
 from trietune.meter import Meter
 from trietune.prepare import Prepared, adapter_arguments, prepare, progress_of
@@ -77,8 +77,9 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused.
         StopRequested: a signal came before there was anything to save.
     """
-    keep_freed_memory()
     with ExitStack() as stack:
+        if keep_freed_memory():
+            stack.callback(give_back_freed_memory)
         signals = stack.enter_context(StopSignals())
         hub = tracker or open_tracker(
             tracker=settings.tracker,
@@ -118,6 +119,7 @@ class Session:
         self.max_positions = self.plan.max_positions
         self.keeper = Keeper(prepared, hub)
         self.meter = Meter()
+        self.kept_memory = KeptMemory()
         self.loss_scale: LossScale | None = None
 
     # The run, in the order in which things happen
@@ -334,6 +336,7 @@ class Session:
     def _after_step(self, step: Step) -> None:
         """Log, validate, save, and stop if it is time to."""
         self.step, self.epoch = step.number, step.epoch
+        self.kept_memory.after_step()
         is_last, device = step.number == self.plan.num_steps, self.plan.device
         self.hub.emit(
             events.StepFinished(
@@ -397,6 +400,7 @@ class Session:
             check_stop=self.signals.check,
             progress=progress_of(self.hub, "examples"),
         )
+        self.kept_memory.give_back()
         self.meter.leave_out(time.monotonic() - begin)
         self.hub.emit(
             events.Evaluated(
