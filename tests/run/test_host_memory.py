@@ -59,8 +59,8 @@ assert keep_freed_memory()
 import random, torch
 kept = KeptMemory() if sys.argv[1] == "watched" else None
 draw, lasting, largest = random.Random(0), [], 0
-for step in range(100):
-    pieces = [torch.ones(draw.randrange(10_000, 1_000_000)) for _ in range(20)]
+for step in range(60):
+    pieces = [torch.ones(draw.randrange(10_000, 3_000_000)) for _ in range(20)]
     lasting.append(torch.ones(10_000))
     del pieces
     if kept is not None:
