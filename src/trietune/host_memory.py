@@ -17,7 +17,7 @@ from collections.abc import Callable, MutableMapping
 import psutil
 
 # Steps between two looks at what is kept, and the growth that is let be: a step after giving back costs more.
-STEPS_BETWEEN, MOST_GROWTH = 16, 1.2
+STEPS_BETWEEN, MOST_GROWTH = 8, 1.2
 STEPS_TO_SETTLE = 4
 
 # From <malloc.h> of glibc.
