@@ -133,8 +133,7 @@ def test_a_power_cut_never_loses_what_was_acknowledged(kind: str, tmp_path: Path
     num_done, num_effective, failures = cut_many_times(kind, tmp_path, NUM_CUTS)
     tally(f"power cuts of {kind}", num_done, num_done - len(failures))
     assert not failures, f"{len(failures)} of {num_done}:\n" + "\n".join(failures[:5])
-    # On a busy machine most of what is cut off has reached the disk before; a few cuts must have taken something.
-    assert num_effective >= num_done // 50, f"only {num_effective} cuts lost anything at all: nothing was tested"
+    assert num_effective >= num_done // 20, f"only {num_effective} cuts lost anything at all: nothing was tested"
 
 
 @pytest.mark.slow
