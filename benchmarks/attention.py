@@ -64,8 +64,9 @@ def main() -> None:
 
 def estimate(cost: AttentionCost, num_blocks: int, num_queries: int, num_keys: int) -> float:
     """Microseconds of one bucket."""
-    apart = float(cost.of(np.array(num_blocks), np.array(num_queries), np.array(num_keys)))
-    return apart - cost.bucket + cost.whole if num_blocks == 1 and num_queries == num_keys else apart
+    count, queries, keys = np.array(num_blocks), np.array(num_queries), np.array(num_keys)
+    is_whole = num_blocks == 1 and num_queries == num_keys
+    return float(cost.of_whole(queries, keys) if is_whole else cost.of(count, queries, keys))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

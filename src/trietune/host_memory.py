@@ -14,8 +14,6 @@ import ctypes
 import os
 from collections.abc import Callable, MutableMapping
 
-import psutil
-
 # Steps between two looks at what is kept, and the growth that is let be: a step after giving back costs more.
 STEPS_BETWEEN, MOST_GROWTH = 8, 1.2
 STEPS_TO_SETTLE = 4
@@ -53,11 +51,6 @@ def give_back_freed_memory() -> None:
         trim(0)
 
 
-def resident_bytes() -> int:
-    """What this process has of the machine's memory."""
-    return int(psutil.Process().memory_info().rss)
-
-
 class KeptMemory:
     """Watches a process that takes steps, and gives back what it keeps when that has grown.
 
@@ -66,9 +59,7 @@ class KeptMemory:
     """
 
     def __init__(
-        self,
-        resident_bytes: Callable[[], int] = resident_bytes,
-        give_back: Callable[[], None] = give_back_freed_memory,
+        self, resident_bytes: Callable[[], int], give_back: Callable[[], None] = give_back_freed_memory
     ) -> None:
         self._resident_bytes = resident_bytes
         self._give_back = give_back

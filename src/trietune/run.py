@@ -102,6 +102,8 @@ class Session:
     def __init__(
         self, prepared: Prepared, hub: Tracker, signals: StopSignals, allowed_changes: frozenset[str] = frozenset()
     ) -> None:
+        from trietune.device.cpu import resident_bytes
+
         self.settings = prepared.settings
         self.plan = prepared.plan
         self.data = prepared.data
@@ -119,7 +121,7 @@ class Session:
         self.max_positions = self.plan.max_positions
         self.keeper = Keeper(prepared, hub)
         self.meter = Meter()
-        self.kept_memory = KeptMemory()
+        self.kept_memory = KeptMemory(resident_bytes)
         self.loss_scale: LossScale | None = None
 
     # The run, in the order in which things happen

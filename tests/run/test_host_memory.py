@@ -54,10 +54,11 @@ def test_a_users_own_allocator_settings_are_left_alone() -> None:
 
 FRAGMENTS = """
 import sys
-from trietune.host_memory import KeptMemory, keep_freed_memory, resident_bytes
+from trietune.host_memory import KeptMemory, keep_freed_memory
 assert keep_freed_memory()
 import random, torch
-kept = KeptMemory() if sys.argv[1] == "watched" else None
+from trietune.device.cpu import resident_bytes
+kept = KeptMemory(resident_bytes) if sys.argv[1] == "watched" else None
 draw, lasting, largest = random.Random(0), [], 0
 for step in range(60):
     pieces = [torch.ones(draw.randrange(10_000, 3_000_000)) for _ in range(20)]

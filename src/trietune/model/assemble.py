@@ -49,7 +49,7 @@ def assemble(
             packed_bytes = pack_frozen_weights(network, most_bytes=bound)
     if gradient_checkpointing:
         enable_checkpointing(network, device.recompute)
-    model = TrieModel(
+    return TrieModel(
         network,
         device=device.torch_device,
         attention=attention,
@@ -57,6 +57,5 @@ def assemble(
         shapes=shapes,
         place=device.place_rows,
         recompute=device.recompute,
+        packed_bytes=packed_bytes,
     )
-    model.packed_bytes = packed_bytes
-    return model

@@ -44,6 +44,7 @@ class TrieModel:
         recompute: runs a function that is computed again in the backward (`Device.recompute`).
         multiple_of: tries are padded to such a number of positions. Matrix products of odd sizes are slower, by a third
             at worst, and new sizes cost the library time and memory.
+        packed_bytes: what blocked copies of frozen weights may take (`pack_frozen_weights`).
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class TrieModel:
         place: Callable[[Tensor], Tensor] | None = None,
         recompute: Callable[..., Any] = recompute,
         multiple_of: int = 16,
+        packed_bytes: int = 0,
     ) -> None:
         self._multiple_of = multiple_of
         self._prunes_last = prunes_last and attention not in (None, "mask")
         self.shapes = shapes
         self.place = place or (lambda tensor: tensor.to(device, non_blocking=True))
         self._recompute = recompute
-        self.packed_bytes = 0
+        self.packed_bytes = packed_bytes
         self.network = network
         self.device = device
         self.attention = attention

@@ -49,6 +49,11 @@ class AttentionCost:
         cost: np.ndarray = self.bucket + num_blocks * self.of_block(queries, keys)
         return cost
 
+    def of_whole(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Of one block that is the whole trie, with its bucket."""
+        cost: np.ndarray = self.whole + self.of_block(queries, keys)
+        return cost
+
     def of_block(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Of one block a number, without the bucket that it shares."""
         cost: np.ndarray = self.gathered * (queries + keys) + self.score * queries * keys
@@ -196,7 +201,7 @@ def cut_into_blocks(
         blocks = _make_blocks(trie, querying, rows, cut, window)
         groups, microseconds = _fill_buckets(blocks.num_queries, blocks.num_keys, cost)
         if len(cut) == 2 and blocks.num_keys[0] == trie.num_nodes:
-            microseconds = min(microseconds, microseconds - cost.bucket + cost.whole)
+            microseconds = min(microseconds, float(cost.of_whole(blocks.num_queries[0], blocks.num_keys[0])))
         if best is None or microseconds < best[0]:
             best = microseconds, blocks, groups
     assert best is not None
