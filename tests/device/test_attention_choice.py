@@ -11,6 +11,7 @@ import torch
 from trietune.device.attention import AttentionNeeds, Card, card_refuses, choose_way
 from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
+from trietune.device.doctor import find_attention
 from trietune.errors import UserError
 
 KB = 1024
@@ -125,3 +126,15 @@ def test_ways_of_cuda_are_refused_on_a_cpu(asked: str) -> None:
 def test_a_cpu_takes_rows_whatever_the_model() -> None:
     for needs in (GEMMA, GEMMA2, replace(LLAMA, dtype=torch.float32, num_positions=100)):
         assert choose_way("auto", describe_cpu(), needs, where="attention") == ("rows", None)
+
+
+@pytest.mark.parametrize(
+    ("device", "text"),
+    [
+        (describe_cpu(), "tries attend by `rows`"),
+        (on(H100), "tries attend by `varlen`"),
+        (on(T4), "tries attend by `flex` for heads of 64 and 128, `rows` for heads of 256"),
+    ],
+)
+def test_doctor_names_the_ways(device: Device, text: str) -> None:
+    assert find_attention(device).text == text

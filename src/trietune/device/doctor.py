@@ -18,7 +18,9 @@ import psutil
 import torch
 from packaging.version import Version
 
+from trietune.device.attention import AttentionNeeds, choose_way
 from trietune.device.choose import choose_device
+from trietune.device.device import Device
 from trietune.device.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
 from trietune.device.precision import product_seconds
 from trietune.device.xla_runtime import INSTALL_TORCH_XLA, torch_xla_version
@@ -37,6 +39,8 @@ VARIABLES = (
     "HF_TOKEN", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "WANDB_API_KEY", "WANDB_MODE", "CUDA_VISIBLE_DEVICES",
     "TRIETUNE_CACHE", "OMP_NUM_THREADS", "PJRT_DEVICE",
 )  # fmt: skip
+HEAD_SIZES = (64, 128, 256)
+MANY_POSITIONS = 2**31
 PROBE_FLOPS = 2 * 512 * 1024 * 1024
 
 
@@ -95,6 +99,8 @@ def _devices() -> list[Finding]:
         Finding("device", f"a run would use {used}" + (f" ({chosen.reason})" if chosen.reason else "")),
         Finding("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB free"),
     ]
+    if not has_plugin():
+        findings.append(find_attention(chosen))
     speeds = []
     for dtype in (torch.bfloat16, torch.float32):
         rate = PROBE_FLOPS / product_seconds(dtype, chosen.torch_device, chosen.synchronise)
@@ -107,6 +113,19 @@ def _devices() -> list[Finding]:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a build without it"
         findings.append(Finding("cuda", f"no device; {built}", "note"))
     return [*findings, *_xla()]
+
+
+def find_attention(device: Device) -> Finding:
+    """How tries would attend on `device`, in bf16, for the usual sizes of heads."""
+    sizes_of_way: dict[str, list[str]] = {}
+    for size in HEAD_SIZES:
+        needs = AttentionNeeds(size, torch.bfloat16, has_soft_cap=False, num_positions=MANY_POSITIONS)
+        way, _ = choose_way("auto", device, needs, where="doctor")
+        sizes_of_way.setdefault(way, []).append(str(size))
+    if len(sizes_of_way) == 1:
+        return Finding("attention", f"tries attend by `{next(iter(sizes_of_way))}`")
+    parts = (f"`{way}` for heads of {' and '.join(sizes)}" for way, sizes in sizes_of_way.items())
+    return Finding("attention", f"tries attend by {', '.join(parts)}")
 
 
 def _xla() -> list[Finding]:
