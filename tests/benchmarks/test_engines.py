@@ -220,19 +220,18 @@ def test_validation_is_cut_at_whole_paragraphs(tmp_path: Path) -> None:
 def test_difference_is_paired_by_seed() -> None:
     import grouping
 
+    setting = {"dataset": "sst2", "batch_size": 32, "learning_rate": 1.0}
     results = [
-        {
-            "dataset": "sst2",
-            "learning_rate": 1.0,
-            "grouped": g,
-            "after": {"eval/loss": seed + 0.5 * g, "eval/accuracy": 1.0},
-        }
+        {**setting, "seed": seed, "grouped": g, "after": {"eval/loss": seed + 0.5 * g, "eval/accuracy": 1.0}}
         for seed in range(3)
         for g in (True, False)
     ]
-    loss, accuracy = grouping.compare(results, "sst2", 1.0)
+    of_seed_3 = {**setting, "seed": 3, "grouped": True, "after": {"eval/loss": 90.0, "eval/accuracy": 0.0}}
+    of_other_batches = {**results[0], "batch_size": 4, "after": {"eval/loss": 90.0, "eval/accuracy": 0.0}}
+    loss, accuracy = grouping.compare([*results, of_seed_3, of_other_batches], ("sst2", 32, 1.0))
     assert (loss["difference"], loss["interval"]) == (0.5, 0.0)
     assert accuracy["difference"] == 0.0
+    assert (loss["grouped"]["seeds"], loss["shuffled"]["mean"]) == (4, 1.0)
     assert grouping.half_interval([1.0, 3.0]) == pytest.approx(12.706, rel=1e-3)
 
 

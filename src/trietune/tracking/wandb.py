@@ -116,9 +116,10 @@ class WandbConsumer:
             self._thread.join(min(2.0, self._drain_timeout_s))
             if self._thread.is_alive():
                 self._pass_on_what_was_told()
-                self._say(f"W&B: waiting up to {self._drain_timeout_s:g} s for the server to take the rest", False)
+                if not self._has_finished:  # else its process is only ending
+                    self._say(f"W&B: waiting up to {self._drain_timeout_s:g} s for the server to take the rest", False)
                 self._thread.join(max(0.0, self._drain_timeout_s - 2.0))
-            is_late = self._thread.is_alive() and self._outbox.is_begun
+            is_late = self._thread.is_alive() and self._outbox.is_begun and not self._has_finished
             if self._thread.is_alive() and not self._outbox.is_begun:
                 self._end_process()  # still in `init`: the thread records everything offline instead
                 self._thread.join(OFFLINE_TIMEOUT_S)
