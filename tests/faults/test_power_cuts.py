@@ -22,8 +22,6 @@ from promises import check_run
 from test_kills import start_writer
 
 NUM_CUTS = 100
-# Cuts that took something. A busy machine writes earlier by itself, so fewer do: then more are made.
-LEAST_EFFECTIVE, MOST_CUTS = 5, 400
 # Sizes are the smallest that each mkfs accepts; a long commit interval leaves more unflushed, so more is lost.
 FILE_SYSTEMS = {
     "ext4": (24, ["mkfs.ext4", "-q", "-F"], "loop,commit=60"),
@@ -76,13 +74,8 @@ def mounted(image: Path, point: Path, options: str) -> Iterator[Path]:
             raise AssertionError(f"{point} stays mounted")
 
 
-def cut_many_times(
-    kind: str, tmp_path: Path, num_cuts: int, *writer_options: str, least_effective: int = 0
-) -> tuple[int, int, list[str]]:
-    """Cuts made, cuts after which something unacknowledged was really missing, and promises broken.
-
-    More than `num_cuts` are made, up to `MOST_CUTS`, until `least_effective` took something.
-    """
+def cut_many_times(kind: str, tmp_path: Path, num_cuts: int, *writer_options: str) -> tuple[int, int, list[str]]:
+    """Cuts made, cuts after which something unacknowledged was really missing, and promises broken."""
     _, _, options = FILE_SYSTEMS[kind]
     randomness = random.Random(7)
     image, copy, said = tmp_path / "disk", tmp_path / "disk-copy", tmp_path / "said"
@@ -96,7 +89,7 @@ def cut_many_times(
                 point / "run", "--until", "1000000", "--size", "60000", *writer_options, output=output
             )
         try:
-            while num_done < num_cuts or (num_effective < least_effective and num_done < MOST_CUTS):
+            while num_done < num_cuts:
                 time.sleep(randomness.uniform(0.02, 0.15))
                 process.send_signal(signal.SIGSTOP)
                 os.waitid(os.P_PID, process.pid, os.WSTOPPED)
@@ -137,12 +130,10 @@ def tree_names(folder: Path) -> dict[str, int]:
 def test_a_power_cut_never_loses_what_was_acknowledged(kind: str, tmp_path: Path, tally: Tally) -> None:
     if reason := why_not(kind, tmp_path):
         pytest.skip(reason)
-    num_done, num_effective, failures = cut_many_times(kind, tmp_path, NUM_CUTS, least_effective=LEAST_EFFECTIVE)
+    num_done, num_effective, failures = cut_many_times(kind, tmp_path, NUM_CUTS)
     tally(f"power cuts of {kind}", num_done, num_done - len(failures))
     assert not failures, f"{len(failures)} of {num_done}:\n" + "\n".join(failures[:5])
-    assert num_effective >= LEAST_EFFECTIVE, (
-        f"only {num_effective} of {num_done} cuts lost anything: nothing was tested"
-    )
+    assert num_effective >= num_done // 20, f"only {num_effective} cuts lost anything at all: nothing was tested"
 
 
 @pytest.mark.slow
