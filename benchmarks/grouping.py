@@ -166,8 +166,13 @@ def compare(results: Sequence[dict[str, Any]], one: tuple[str, int, float]) -> l
     dataset, batch_size, learning_rate = one
     lines = []
     for metric in METRICS[dataset]:
-        line: dict[str, Any] = {"kind": "grouping-summary", "dataset": dataset, "batch_size": batch_size}
-        line |= {"learning_rate": learning_rate, "metric": metric}
+        line: dict[str, Any] = {
+            "kind": "grouping-summary",
+            "dataset": dataset,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "metric": metric,
+        }
         values: dict[str, dict[int, float]] = {order: {} for order in ORDERS}
         for result in results:
             if setting(result) == one:

@@ -215,7 +215,7 @@ def choose_attention(
     Args:
         config: the text config of a causal model of transformers.
     """
-    from trietune.device.attention import AttentionNeeds, choose_way
+    from trietune.device.attention import ANY_NUMBER_OF_POSITIONS, AttentionNeeds, choose_way
 
     if settings.batching == "padded":
         return None, None
@@ -224,7 +224,7 @@ def choose_attention(
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         dtype=dtype,
         has_soft_cap=getattr(config, "attn_logit_softcapping", None) is not None,
-        num_positions=2**31 if bound == "auto" else bound,
+        num_positions=ANY_NUMBER_OF_POSITIONS if bound == "auto" else bound,
     )
     kind, reason = choose_way(settings.attention, device, needs, where=settings.where("attention"))
     return cast("AttentionKind", kind), reason

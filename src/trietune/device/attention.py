@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Positions up to which a mask of all pairs is read faster than rows are cut: 4 MB of it, for all layers.
 SMALL_TRIE = 2048
+# Of a micro-batch whose bound is not known yet.
+ANY_NUMBER_OF_POSITIONS = 2**31
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 # The flash kernels' limits, as PyTorch's own choice between kernels checks them.

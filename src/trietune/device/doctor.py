@@ -18,7 +18,7 @@ import psutil
 import torch
 from packaging.version import Version
 
-from trietune.device.attention import AttentionNeeds, choose_way
+from trietune.device.attention import ANY_NUMBER_OF_POSITIONS, AttentionNeeds, choose_way
 from trietune.device.choose import choose_device
 from trietune.device.device import Device
 from trietune.device.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
@@ -40,7 +40,6 @@ VARIABLES = (
     "TRIETUNE_CACHE", "OMP_NUM_THREADS", "PJRT_DEVICE",
 )  # fmt: skip
 HEAD_SIZES = (64, 128, 256)
-MANY_POSITIONS = 2**31
 PROBE_FLOPS = 2 * 512 * 1024 * 1024
 
 
@@ -119,7 +118,7 @@ def find_attention(device: Device) -> Finding:
     """How tries would attend on `device`, in bf16, for the usual sizes of heads."""
     sizes_of_way: dict[str, list[str]] = {}
     for size in HEAD_SIZES:
-        needs = AttentionNeeds(size, torch.bfloat16, has_soft_cap=False, num_positions=MANY_POSITIONS)
+        needs = AttentionNeeds(size, torch.bfloat16, has_soft_cap=False, num_positions=ANY_NUMBER_OF_POSITIONS)
         way, _ = choose_way("auto", device, needs, where="doctor")
         sizes_of_way.setdefault(way, []).append(str(size))
     if len(sizes_of_way) == 1:
