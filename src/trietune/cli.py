@@ -15,6 +15,7 @@ import typer
 
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
 from trietune.host_memory import keep_freed_memory
+from trietune.ranks.launched import refuse_several_processes
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -179,6 +180,7 @@ def export(
     from trietune.model.export import base_name_of, export_adapter, find_adapter
     from trietune.prepare import locate_base
 
+    refuse_several_processes()
     with _console() as hub:
         base = locate_base(base_name_of(find_adapter(target)), hub) if merge else None
         written = export_adapter(target, out, merge=merge, plain=plain, base=base, report=hub.say)
@@ -387,6 +389,7 @@ def _print_plan(settings: Settings, *, as_json: bool) -> None:
     from trietune.signals import StopSignals
     from trietune.tracking.result import columns
 
+    refuse_several_processes()
     with _console() as hub, StopSignals() as signals:
         prepared = prepare(settings, hub, signals.check)
     if as_json:

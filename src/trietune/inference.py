@@ -18,6 +18,7 @@ from trietune.config.settings import Settings
 from trietune.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
 from trietune.errors import UserError
 from trietune.prepare import choose_attention, locate_base, make_deterministic, progress_of
+from trietune.ranks.launched import refuse_several_processes
 
 if TYPE_CHECKING:
     from trietune.data.templates import PromptFormat
@@ -155,8 +156,9 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     """Load the base model and the adapter that `target` names.
 
     Raises:
-        UserError: `target` is none of a run, an adapter or a base model.
+        UserError: `target` is none of a run, an adapter or a base model; a launcher started several processes.
     """
+    refuse_several_processes()
     from trietune.data.templates import PromptFormat
     from trietune.data.tokenizer import load_tokenizer
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound

@@ -23,6 +23,7 @@ from trietune.host_memory import KeptMemory, give_back_freed_memory, keep_freed_
 from trietune.keeping import Keeper
 from trietune.meter import Meter
 from trietune.prepare import Prepared, adapter_arguments, prepare, progress_of
+from trietune.ranks.launched import refuse_several_processes
 from trietune.signals import StopSignals
 from trietune.tracking import events
 from trietune.tracking.consumers import open_tracker
@@ -74,9 +75,11 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         allowed_changes: keys that may differ from those of the checkpoint that is resumed.
 
     Raises:
-        UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused.
+        UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or several
+            processes that a launcher started.
         StopRequested: a signal came before there was anything to save.
     """
+    refuse_several_processes()
     with ExitStack() as stack:
         if keep_freed_memory():
             stack.callback(give_back_freed_memory)

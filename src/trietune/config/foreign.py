@@ -183,8 +183,8 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     # devices
     "use_cpu": ForeignName("transformers", ("device",), "`device: cpu`"),
     "no_cuda": ForeignName("older transformers", ("device",), "`device: cpu`"),
-    "deepspeed": ForeignName(HF, ("parallelism_strategy",), None, "several devices share the work by `torchrun`"),
-    "fsdp": ForeignName(HF, ("parallelism_strategy",), None, "several devices share the work by `torchrun`"),
+    "deepspeed": ForeignName(HF, ("parallelism_strategy",), None, "one process trains; the base is whole in it"),
+    "fsdp": ForeignName(HF, ("parallelism_strategy",), None, "one process trains; the base is whole in it"),
     "attn_implementation": ForeignName(HF, ("attention",), "`attention: auto`", "the trie brings its own attention"),
     "flash_attention": ForeignName(AXOLOTL, ("attention",), "`attention: auto`", "the trie brings its own attention"),
     "flash_attn": ForeignName(FACTORY, ("attention",), "`attention: auto`", "the trie brings its own attention"),
