@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import trietune
-from trietune.cli import main
+from trietune.cli.app import main
 from trietune.errors import UserError
 from trietune.ranks.launched import refuse_several_processes
 
