@@ -42,7 +42,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from workloads import Workload, real_workload  # noqa: E402
 
 from trietune.device import Device, choose_device  # noqa: E402
-from trietune.device.kernels import AttentionNeeds  # noqa: E402
+from trietune.device.device import AttentionNeeds  # noqa: E402
 from trietune.model.attention.attend import attend, trie_attention  # noqa: E402
 from trietune.model.attention.layout import TrieLayout, visibility  # noqa: E402
 from trietune.trie import Trie, make_micro_batches  # noqa: E402

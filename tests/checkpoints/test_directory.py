@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.retention import STEP_NAME
 from trietune.io import directory, files, manifest
 from trietune.io.directory import (
@@ -21,6 +20,7 @@ from trietune.io.directory import (
     verify_directory,
     write_directory,
 )
+from trietune.io.disk_errors import SaveFailed
 from trietune.io.manifest import ManifestInfo
 
 INFO = ManifestInfo(run_id="run-1", step=50, metrics={"eval/loss": 0.5, "eval/accuracy": float("nan")})

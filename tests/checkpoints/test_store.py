@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 from trietune.io import directory, files
+from trietune.io.disk_errors import SaveFailed
 
 
 def make_store(folder: Path, **changes: Any) -> CheckpointStore:

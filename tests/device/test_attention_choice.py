@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from trietune.device.cpu import describe_cpu
-from trietune.device.device import Device
+from trietune.device.device import AttentionNeeds, Device
 from trietune.device.doctor import find_attention
-from trietune.device.kernels import AttentionNeeds, Card, card_refuses, choose_way
+from trietune.device.kernels import Card, card_refuses, choose_way
 from trietune.errors import UserError
 
 KB = 1024

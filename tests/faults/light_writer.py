@@ -18,7 +18,6 @@ from typing import Any
 
 from trietune.checkpoints import resume
 from trietune.checkpoints.lock import RunLock
-from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.remote.retry import Patience
 from trietune.checkpoints.remote.storage import FolderStorage
@@ -26,6 +25,7 @@ from trietune.checkpoints.remote.uploads import synchronise
 from trietune.checkpoints.store import CheckpointStore
 from trietune.io import directory, files
 from trietune.io.directory import Content, Streamed
+from trietune.io.disk_errors import SaveFailed
 from trietune.io.manifest import ManifestInfo
 
 FIRST = b"weights at step 0"

@@ -37,69 +37,69 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
-        "flush of a file left out", "files.py",
+        "flush of a file left out", "io/files.py",
         "            write(descriptor, piece)\n        flush(descriptor)\n", "            write(descriptor, piece)\n",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
     ),
     Mutation(
-        "flush that does nothing", "files.py",
+        "flush that does nothing", "io/files.py",
         "    else:\n        os.fsync(descriptor)\n", "    else:\n        return\n",
         ("tests/faults/test_power_cuts.py::test_a_power_cut_never_loses_what_was_acknowledged[ext4]",), needs="root",
     ),
     Mutation(
-        "flush that does nothing, seen by the kernel's trace", "files.py",
+        "flush that does nothing, seen by the kernel's trace", "io/files.py",
         "    else:\n        os.fsync(descriptor)\n", "    else:\n        return\n",
         ("tests/faults/test_system_calls.py::test_the_recording_is_what_the_kernel_saw",), needs="strace",
     ),
     Mutation(
-        "flush of the folder after the rename left out", "checkpoints/directory.py",
+        "flush of the folder after the rename left out", "io/directory.py",
         "        raise\n    files.flush_folder(target.parent)\n", "        raise\n",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
     ),
     Mutation(
-        "flush of the staged folder left out", "checkpoints/directory.py",
+        "flush of the staged folder left out", "io/directory.py",
         "        files.flush_folder(staging)\n", "",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
     ),
     Mutation(
-        "of a streamed file, the first piece alone hashed", "checkpoints/directory.py",
+        "of a streamed file, the first piece alone hashed", "io/directory.py",
         "            digest.update(piece)\n            size +=",
         "            if not size:\n                digest.update(piece)\n            size +=",
         ("tests/checkpoints/test_directory.py",),
     ),
     Mutation(
-        "of a streamed file, the size not compared with the promise", "checkpoints/directory.py",
+        "of a streamed file, the size not compared with the promise", "io/directory.py",
         "    if size != _size_of(content):\n", "    if False:\n", ("tests/checkpoints/test_directory.py",),
     ),
     Mutation(
-        "no staging: written under its final name", "checkpoints/directory.py",
+        "no staging: written under its final name", "io/directory.py",
         '    staging = files.hidden_sibling("staging", target)\n', "    staging = target\n",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut", "tests/checkpoints/test_directory.py"),
     ),
     Mutation(
-        "removal without hiding first", "checkpoints/directory.py",
+        "removal without hiding first", "io/directory.py",
         "    files.rename(directory, hidden)\n    files.flush_folder(directory.parent)\n    files.remove_tree(hidden)\n",  # noqa: E501
         "    files.remove_tree(directory)\n",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
     ),
     Mutation(
-        "removal without a flush after hiding", "checkpoints/directory.py",
+        "removal without a flush after hiding", "io/directory.py",
         "    files.rename(directory, hidden)\n    files.flush_folder(directory.parent)\n",
         "    files.rename(directory, hidden)\n",
         (f"{CRASHES}::test_no_state_after_a_power_cut_breaks_a_promise[three_saves_with_retention]",),
     ),
     Mutation(
-        "SHA-256 not compared", "checkpoints/directory.py",
+        "SHA-256 not compared", "io/directory.py",
         "    if sha256 != entry.sha256:\n", "    if False:\n",
         ("tests/faults/test_damage.py::test_damages_are_noticed",),
     ),
     Mutation(
-        "the manifest's own digest not compared", "checkpoints/manifest.py",
+        "the manifest's own digest not compared", "io/manifest.py",
         '    if _with_digest({**document, "digest": ""}) != data:\n', "    if False:\n",
         ("tests/checkpoints/test_directory.py::test_every_flipped_bit_of_a_manifest_is_damage",),
     ),
     Mutation(
-        "links followed", "checkpoints/directory.py",
+        "links followed", "io/directory.py",
         "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK",
         ("tests/faults/test_hostile_files.py",),
     ),
@@ -109,19 +109,19 @@ MUTATIONS = [
         ("tests/checkpoints/test_lock.py",),
     ),
     Mutation(
-        "the lock file opened through links", "files.py",
+        "the lock file opened through links", "io/files.py",
         "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW", "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC",
         ("tests/checkpoints/test_lock.py",),
     ),
     Mutation(
-        "a failed flush swallowed", "files.py",
+        "a failed flush swallowed", "io/files.py",
         "            write(descriptor, piece)\n        flush(descriptor)\n",
         "            write(descriptor, piece)\n        try:\n            flush(descriptor)\n"
         "        except OSError:\n            pass\n",
         ("tests/checkpoints/test_directory.py", "tests/checkpoints/test_store.py"),
     ),
     Mutation(
-        "a failed flush tried again", "files.py",
+        "a failed flush tried again", "io/files.py",
         "            write(descriptor, piece)\n        flush(descriptor)\n",
         "            write(descriptor, piece)\n        try:\n            flush(descriptor)\n"
         "        except OSError:\n            flush(descriptor)\n",
@@ -143,7 +143,7 @@ MUTATIONS = [
         ("tests/checkpoints/test_retention.py", "tests/checkpoints/test_remote.py"),
     ),
     Mutation(
-        "an upload does not pin", "checkpoints/uploads.py",
+        "an upload does not pin", "checkpoints/remote/uploads.py",
         "        with store.pinned(checkpoint.step) as is_there:\n",
         "        for is_there in (True,):\n",
         ("tests/checkpoints/test_remote.py",),
@@ -173,66 +173,66 @@ MUTATIONS = [
         ("tests/checkpoints/test_resume.py",),
     ),
     Mutation(
-        "manifest uploaded before the payload", "checkpoints/remote.py",
+        "manifest uploaded before the payload", "checkpoints/remote/copies.py",
         "        for source in payload:\n",
         "        self._try(lambda: self.storage.put([(key, path / MANIFEST_NAME)]))\n        for source in payload:\n",
         ("tests/checkpoints/test_remote.py",),
     ),
     Mutation(
-        "old manifest left while the payload changes", "checkpoints/remote.py",
+        "old manifest left while the payload changes", "checkpoints/remote/copies.py",
         "            self._try(lambda: self.storage.delete([key]))\n", "            pass\n",
         ("tests/checkpoints/test_remote.py",),
     ),
     Mutation(
-        "remote removal takes the payload first", "checkpoints/remote.py",
+        "remote removal takes the payload first", "checkpoints/remote/copies.py",
         "key=lambda key: (key != first, key)", "key=lambda key: (key == first, key)",
         ("tests/checkpoints/test_remote.py",),
     ),
     Mutation(
-        "a foreign run's copies overwritten", "checkpoints/remote.py",
+        "a foreign run's copies overwritten", "checkpoints/remote/copies.py",
         "            if copy.manifest and copy.manifest.info.run_id != run_id:\n", "            if False:\n",
         ("tests/checkpoints/test_remote.py",),
     ),
     Mutation(
-        "a permanent refusal tried again", "checkpoints/attempts.py",
+        "a permanent refusal tried again", "checkpoints/remote/retry.py",
         "            return status in _TRANSIENT_STATUS or 500 <= status < 600\n", "            return True\n",
         ("tests/checkpoints/test_remote.py",),
     ),
     Mutation(
-        "no limit of attempts", "checkpoints/attempts.py",
+        "no limit of attempts", "checkpoints/remote/retry.py",
         "            if number >= patience.num_attempts or not is_transient(error):\n",
         "            if number >= 50 or not is_transient(error):\n",
         ("tests/checkpoints/test_remote.py",),
     ),
     Mutation(
-        "downloads not verified", "checkpoints/remote.py",
+        "downloads not verified", "checkpoints/remote/copies.py",
         "            if len(data) == entry.size and hashlib.sha256(data).hexdigest() == entry.sha256:\n",
         "            if True:\n",
         ("tests/checkpoints/test_remote.py",),
     ),
     Mutation(
-        "optimizer not restored", "keeping.py",
+        "optimizer not restored", "run/saving.py",
         "            restore_optimizer(optimizer, bytes_to_tensors(resumed.take(OPTIMIZER_FILE)))\n",
         "            pass\n",
         (BIT_EQUAL,),
     ),
     Mutation(
-        "a damaged optimizer left out without being asked", "keeping.py",
+        "a damaged optimizer left out without being asked", "run/saving.py",
         "{OPTIMIZER_FILE} if OPTIMIZER_STATE in allowed_changes else set()", "{OPTIMIZER_FILE}",
         (f"{TRAINER}::test_a_damaged_optimizer_is_done_without_only_when_allowed",),
     ),
     Mutation(
-        "another optimizer's state restored", "keeping.py",
+        "another optimizer's state restored", "run/saving.py",
         "kinds <= SAME_STATE else", "True else",
         (f"{TRAINER}::test_another_optimizer_that_was_allowed_begins_with_its_own_state",),
     ),
     Mutation(
-        "a base model in a folder not looked into", "environment.py",
+        "a base model in a folder not looked into", "run/environment.py",
         "prepared.base.digest or _sampled_digest(prepared.base.path)", "prepared.base.digest",
         (f"{TRAINER}::test_a_base_model_changed_in_its_place_is_refused",),
     ),
     Mutation(
-        "a large file made in memory at once", "model/raw_tensors.py",
+        "a large file made in memory at once", "model/adapter/tensors.py",
         "    if num_bytes <= STREAMED_ABOVE_BYTES:\n", "    if True:\n", ("tests/checkpoints/test_memory.py",),
     ),
     Mutation(
@@ -241,7 +241,7 @@ MUTATIONS = [
         ("tests/checkpoints/test_memory.py",),
     ),
     Mutation(
-        "adapter not restored", "keeping.py",
+        "adapter not restored", "run/saving.py",
         "        set_adapter_tensors(peft_model, resumed.take(WEIGHTS_FILE), where=str(resumed.path))\n", "",
         (BIT_EQUAL,),
     ),
@@ -258,16 +258,16 @@ MUTATIONS = [
         "divmod(number, steps_per_epoch)", "divmod(number - schedules.first_step, steps_per_epoch)", (BIT_EQUAL,),
     ),
     Mutation(
-        "signals not polled in evaluation", "run.py",
+        "signals not polled in evaluation", "run/session.py",
         "            check_stop=self.signals.check,\n", "",
         (f"{TRAINER}::test_a_signal_in_evaluation_stops_it_and_saves",),
     ),
     Mutation(
-        "gaps between tensors allowed", "checkpoints/tensors.py",
+        "gaps between tensors allowed", "io/safetensors.py",
         "    _check_no_gaps(spans, len(view))\n", "", ("tests/checkpoints/test_tensors.py",),
     ),
     Mutation(
-        "a key may stand twice", "checkpoints/strict_json.py",
+        "a key may stand twice", "io/strict_json.py",
         "    if len(result) != len(pairs):\n", "    if False:\n", ("tests/faults/test_hostile_files.py",),
     ),
 ]  # fmt: skip

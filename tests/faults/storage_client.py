@@ -8,8 +8,8 @@ from pathlib import Path
 from light_writer import contents_of, say, weights_at
 
 from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.open import open_storage
 from trietune.checkpoints.remote.retry import Patience
-from trietune.checkpoints.remote.storage import open_storage
 from trietune.checkpoints.remote.uploads import synchronise
 from trietune.checkpoints.store import CheckpointStore
 

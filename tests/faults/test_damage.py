@@ -15,10 +15,10 @@ from fault_table import Tally
 from light_writer import contents_of, make_store, weights_at
 
 from trietune.checkpoints.lock import RunLock
-from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.resume import abandon_lines, load_or_create_run_id
 from trietune.errors import UserError
 from trietune.io.directory import Damaged, read_directory, verify_directory
+from trietune.io.disk_errors import SaveFailed
 
 
 def save(run: Path, step: int, size: int = 2_000) -> Path:

@@ -17,8 +17,8 @@ from light_writer import contents_of, weights_at
 
 from trietune.checkpoints.remote import retry as attempts
 from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.open import open_storage
 from trietune.checkpoints.remote.retry import Patience
-from trietune.checkpoints.remote.storage import open_storage
 from trietune.checkpoints.remote.uploads import fetch, synchronise
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError

@@ -16,7 +16,7 @@ from torch import Tensor
 from model.trie_examples import dense_attention, random_nodes, trie_of
 from strategies import IGNORED, flat, question_batch
 from trietune.device import choose_device
-from trietune.device.kernels import AttentionNeeds
+from trietune.device.device import AttentionNeeds
 from trietune.model.attention.attend import attend, trie_attention
 from trietune.model.attention.layout import TrieLayout
 from trietune.trie import Trie

@@ -30,8 +30,8 @@ from trietune.model.adapter.adapter import (
     load_adapter_files,
 )
 from trietune.model.adapter.config import CONFIG_FILE
+from trietune.model.base.folder import ModelFolder
 from trietune.model.base.load import quiet_library
-from trietune.model.base.locate import ModelFolder
 
 # PEFT 0.21 asks transformers 5.23 under a name that the latter is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

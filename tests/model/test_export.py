@@ -17,8 +17,9 @@ from trietune.errors import UserError
 from trietune.model.adapter.adapter import WEIGHTS_FILE, adapter_files, add_adapter, load_adapter
 from trietune.model.adapter.config import CONFIG_FILE
 from trietune.model.adapter.export import base_name_of, export_adapter, find_adapter
+from trietune.model.base.folder import ModelFolder
 from trietune.model.base.load import quiet_library
-from trietune.model.base.locate import ModelFolder, locate_model
+from trietune.model.base.locate import locate_model
 
 # PEFT 0.21 asks transformers 5.23 under a name that the latter is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

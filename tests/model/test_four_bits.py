@@ -24,9 +24,10 @@ from trietune.io.manifest import ManifestInfo
 from trietune.model.adapter.adapter import adapter_files, add_adapter
 from trietune.model.adapter.export import export_adapter
 from trietune.model.base import load
+from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_A_WEIGHT, check_four_bits, is_quantized
 from trietune.model.base.load import load_network
-from trietune.model.base.locate import ModelFolder, locate_model
+from trietune.model.base.locate import locate_model
 from trietune.model.base.shape import describe_network
 from trietune.model.causal_lm import TrieModel
 from trietune.model.fast.norms_and_mlps import fuse_network

@@ -90,7 +90,7 @@ def train_small(
     from model.families import FAMILIES
     from trietune.model.adapter.adapter import adapter_tensors, add_adapter
     from trietune.model.assemble import assemble
-    from trietune.model.base.locate import ModelFolder
+    from trietune.model.base.folder import ModelFolder
     from trietune.training.loop import Schedules, train
     from trietune.training.optimizer import build_optimizer, learning_rate_schedule
     from trietune.trie import make_micro_batches

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trietune.checkpoints import messages
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
-from trietune.io import files, strict_json
+from trietune.io import disk_errors, files, strict_json
 
 _NOT_MENTIONED = {
     "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage", "log_level", "max_time",
@@ -162,7 +161,7 @@ def abandon_lines(path: Path, after_step: int) -> AbandonedLines:
         abandoned = _keep_abandoned(path, b"".join(surplus)) if surplus else None
         files.replace_file(path, repaired)
     except OSError as error:
-        raise messages.start_failed(error, path) from error
+        raise disk_errors.start_failed(error, path) from error
     return AbandonedLines(len(surplus) - num_torn, num_torn, abandoned)
 
 
@@ -179,7 +178,7 @@ def load_or_create_run_id(run_directory: Path, *, adopt: str | None = None) -> s
         try:
             files.replace_file(path, f"{run_id}\n".encode())
         except OSError as error:
-            raise messages.start_failed(error, path) from error
+            raise disk_errors.start_failed(error, path) from error
         return run_id
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable_id(path) from error

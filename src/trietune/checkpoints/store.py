@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trietune.checkpoints import messages, retention
-from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
-from trietune.io import directory, files
+from trietune.io import directory, disk_errors, files
 from trietune.io.directory import Content, Damaged
+from trietune.io.disk_errors import SaveFailed
 from trietune.io.manifest import Manifest, ManifestInfo
 
 ResumeOption = Literal["last", "best", "path"]
@@ -134,7 +134,7 @@ class CheckpointStore:
                     files.flush_file(path)
             written = directory.write_directory(target, contents, info=info)
         except (OSError, SaveFailed) as error:
-            failure = error if isinstance(error, SaveFailed) else messages.save_failed(error, target)
+            failure = error if isinstance(error, SaveFailed) else disk_errors.save_failed(error, target)
             raise messages.checkpoint_not_saved(failure, newest_whole=self._newest_whole()) from error
         warnings = []
         if written.moved_aside:

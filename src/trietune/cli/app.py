@@ -504,9 +504,9 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
 
 def _open_store(run: Path) -> Any:
     from trietune.checkpoints.overview import read_run_id
+    from trietune.checkpoints.remote.open import open_remote
     from trietune.checkpoints.store import CheckpointStore
     from trietune.config import load_config
-    from trietune.run.storage import open_remote
 
     if not (run / "config.yaml").is_file():
         raise UserError(f"`{run}` is no run: it has no config.yaml", next_step="name a run's folder: runs/NAME")
@@ -519,7 +519,7 @@ def _open_store(run: Path) -> Any:
         metric=settings.checkpoint_metric,
         mode=settings.checkpoint_metric_mode,
     )
-    return store, open_remote(settings, run.resolve().name), settings
+    return store, open_remote(settings.storage_backend, settings.remote_path, run.resolve().name), settings
 
 
 if __name__ == "__main__":

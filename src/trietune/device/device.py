@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trietune.device.kernels import AttentionNeeds
-
 DeviceKind = Literal["cpu", "cuda", "mps", "xla", "tt"]
 
 
@@ -40,6 +38,23 @@ def _as_it_is(value: Any) -> Any:
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `function`, keep no activations, and call it again in the backward; PyTorch's non-reentrant kind."""
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionNeeds:
+    """What a model asks of attention.
+
+    Attributes:
+        head_size: numbers of one head.
+        dtype: of queries, keys and values.
+        has_soft_cap: whether scores are soft-capped.
+        num_positions: of the largest micro-batch.
+    """
+
+    head_size: int
+    dtype: torch.dtype
+    has_soft_cap: bool
+    num_positions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

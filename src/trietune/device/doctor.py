@@ -19,8 +19,8 @@ import torch
 from packaging.version import Version
 
 from trietune.device.choose import choose_device
-from trietune.device.device import Device
-from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, AttentionNeeds, choose_way
+from trietune.device.device import AttentionNeeds, Device
+from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_way
 from trietune.device.precision import product_seconds
 from trietune.device.xla.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
 from trietune.device.xla.runtime import INSTALL_TORCH_XLA, torch_xla_version

@@ -7,14 +7,11 @@ mask     one product under a mask of all pairs     rows   products of rows and p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from trietune.device.device import AttentionNeeds, Device
 from trietune.errors import UserError
-
-if TYPE_CHECKING:
-    from trietune.device.device import Device
 
 # Positions up to which a mask of all pairs is read faster than rows are cut: 4 MB of it, for all layers.
 SMALL_TRIE = 2048
@@ -34,23 +31,6 @@ SMALLEST_FLEX_HEAD, LARGEST_FLEX_HEAD = 16, 256
 # FlexAttention's backward keeps four blocks of 128 heads at a time; wider ones run out of a small card's memory
 # (pytorch/pytorch issues 133254, 198228).
 WIDE_HEAD, WIDE_HEAD_BYTES = 128, 160 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionNeeds:
-    """What a model asks of attention.
-
-    Attributes:
-        head_size: numbers of one head.
-        dtype: of queries, keys and values.
-        has_soft_cap: whether scores are soft-capped.
-        num_positions: of the largest micro-batch.
-    """
-
-    head_size: int
-    dtype: torch.dtype
-    has_soft_cap: bool
-    num_positions: int
 
 
 @dataclass(frozen=True, slots=True)

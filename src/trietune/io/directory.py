@@ -30,9 +30,8 @@ from typing import BinaryIO
 
 import psutil
 
-from trietune.checkpoints import messages
 from trietune.errors import UserError
-from trietune.io import files, manifest
+from trietune.io import disk_errors, files, manifest
 from trietune.io.manifest import MANIFEST_NAME, FileEntry, Manifest, ManifestInfo
 
 STAGING = re.compile(r"\.staging-(?P<name>.+)-[0-9a-f]{12}")
@@ -100,7 +99,7 @@ def write_directory(target: Path, contents: Mapping[str, Content], *, info: Mani
     try:
         return _write_directory(target, contents, info)
     except OSError as error:
-        raise messages.save_failed(error, target) from error
+        raise disk_errors.save_failed(error, target) from error
 
 
 def _write_directory(target: Path, contents: Mapping[str, Content], info: ManifestInfo) -> WrittenDirectory:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trietune.data.templates import PromptFormat
     from trietune.device import Device
     from trietune.evaluation.evaluate import Evaluation
-    from trietune.model.base.locate import ModelFolder
+    from trietune.model.base.folder import ModelFolder
     from trietune.model.causal_lm import TrieModel
     from trietune.tracking.tracker import Tracker
 

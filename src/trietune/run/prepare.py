@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trietune.data.load import Data
     from trietune.device import Device
     from trietune.model.attention.layout import AttentionKind
-    from trietune.model.base.locate import ModelFolder
+    from trietune.model.base.folder import ModelFolder
     from trietune.tracking.tracker import Tracker
     from trietune.trie.groups import PrefixGroups
 
@@ -215,7 +215,8 @@ def choose_attention(
     Args:
         config: the text config of a causal model of transformers.
     """
-    from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, AttentionNeeds, choose_way
+    from trietune.device.device import AttentionNeeds
+    from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_way
 
     if settings.batching == "padded":
         return None, None

@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE, SaveFailed
+from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE
+from trietune.checkpoints.remote.open import open_remote
 from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
 from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE
 from trietune.io.directory import Content, Damaged, check_sizes, read_directory, write_directory
+from trietune.io.disk_errors import SaveFailed
 from trietune.io.manifest import ManifestInfo
 from trietune.run import environment
-from trietune.run.storage import open_remote
 from trietune.tracking import events
 from trietune.tracking.jsonl import LINE_FILES
 
@@ -52,7 +53,7 @@ class Keeper:
         self.directory = prepared.plan.directory
         self.hub = hub
         self.environment = environment.describe(prepared)
-        self.remote = open_remote(self.settings, self.directory.name)
+        self.remote = open_remote(self.settings.storage_backend, self.settings.remote_path, self.directory.name)
         adopted = None
         if self.remote is not None and self.settings.load_from_storage and self.settings.resume_from_checkpoint:
             adopted = self.remote.find_run_id()

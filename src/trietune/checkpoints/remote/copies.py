@@ -128,7 +128,7 @@ class RemoteRun:
 
         Raises:
             Damaged: the local directory is not whole, so it is not worth a copy.
-            Exception: the storage's last word, see `attempts`.
+            Exception: the storage's last word, see `retry`.
         """
         local = directory.verify_directory(path).manifest
         prefix = self._prefix(path)

@@ -2,7 +2,7 @@
 
     local    a folder, the simplest mirror; written through `files`, so it survives what a run directory survives
     s3 gcs azure, any fsspec protocol      `FsspecStorage`
-    hf       a repository on the hub, one commit a checkpoint: `hub_storage.HubStorage`
+    hf       a repository on the hub, one commit a checkpoint: `hub.HubStorage`
 
 Keys are relative, with `/` between names. Credentials come from each provider's usual chain (environment, profile,
 login) and from nowhere else: a `remote_path` that carries some is refused, and is not repeated in the message.
@@ -28,7 +28,7 @@ _READ_TIMEOUT_S = 30
 
 
 class Storage(Protocol):
-    """Keys and bytes in one place. Errors are those of the library behind it; `attempts` knows which pass.
+    """Keys and bytes in one place. Errors are those of the library behind it; `retry` knows which pass.
 
     `location` may be shown to anybody. `is_atomic` says that one `put` or `delete` of many keys happens all at once.
     """
@@ -57,20 +57,6 @@ class Storage(Protocol):
     def discard_unfinished(self, prefix: str) -> int:
         """Drop what killed uploads left invisible below `prefix`, where a store has such a thing; how many."""
         ...
-
-
-def open_storage(backend: str, remote_path: str) -> Storage:
-    """The storage that `storage_backend` and `remote_path` name. No connection is made yet. Raises `UserError`."""
-    _refuse_credentials(remote_path)
-    if not remote_path.strip("/ "):
-        raise UserError("`remote_path` is empty", next_step="remote_path: my-bucket/runs")
-    if backend == "local":
-        return FolderStorage(Path(remote_path.removeprefix("file://")).expanduser())
-    if backend == "hf":
-        from trietune.checkpoints.remote.hub import HubStorage
-
-        return HubStorage(remote_path)
-    return FsspecStorage(PROTOCOLS.get(backend, backend), remote_path)
 
 
 class FolderStorage:
@@ -259,7 +245,7 @@ def _check_key(key: str) -> None:
         raise ValueError(f"{key!r} is not a key")
 
 
-def _refuse_credentials(remote_path: str) -> None:
+def refuse_credentials(remote_path: str) -> None:
     authority = re.match(r"[a-z0-9+.-]+://([^/]*)@", remote_path, re.IGNORECASE)
     carries = (authority and ":" in authority[1]) or re.search(
         r"[?&;](sig|token|key|secret|password|x-amz)", remote_path, re.I

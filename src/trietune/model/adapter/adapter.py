@@ -29,7 +29,7 @@ from trietune.io.safetensors import TensorError, check_names, parse
 from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES, config_for_file, parse_config
 from trietune.model.adapter.folder import WEIGHTS_FILE, read_plain_file, read_shapes
 from trietune.model.adapter.tensors import copy_into, tensors_to_content
-from trietune.model.base.locate import ModelFolder
+from trietune.model.base.folder import ModelFolder
 
 _FLOATING_POINT = ("F64", "F32", "F16", "BF16")
 

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from trietune.demo.locations import DEMO_MODEL, INSTALL_MODEL, MODEL_PACKAGE
-from trietune.model.base.locate import ModelFolder
+from trietune.model.base.folder import ModelFolder
 
 # The hub's names for what we measure; scores without one are in the table alone.
 _HUB_METRICS = {

@@ -27,8 +27,9 @@ from trietune.model.adapter.adapter import load_adapter_files
 from trietune.model.adapter.card import merged_card
 from trietune.model.adapter.config import CONFIG_FILE, config_for_file, parse_config
 from trietune.model.adapter.folder import WEIGHTS_FILE, read_adapter
+from trietune.model.base.folder import TOKENIZER_FILES, ModelFolder
 from trietune.model.base.load import load_network, quiet_library
-from trietune.model.base.locate import TOKENIZER_FILES, ModelFolder, locate_model
+from trietune.model.base.locate import locate_model
 
 Report = Callable[[str], None]
 

@@ -1,8 +1,8 @@
 """How the nodes of a trie attend, and the library's attention interface in front of it.
 
-    rows     batched products of rows and their paths (`row_attention.py`): runs anywhere
-    varlen   the same rows as sequences of one flash kernel (`varlen_attention.py`)
-    flex     one kernel under a mask of blocks (`flex_attention.py`)
+    rows     batched products of rows and their paths (`rows.py`): runs anywhere
+    varlen   the same rows as sequences of one flash kernel (`varlen.py`)
+    flex     one kernel under a mask of blocks (`flex.py`)
     mask     all nodes at once under a `T x T` mask: the reference
 
 Without a trie (generation, padded rows) the library's own attention runs.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trietune.errors import UserError
-from trietune.model.base.locate import TOKENIZER_FILES, Progress, Report, check_names
+from trietune.model.base.folder import TOKENIZER_FILES, Progress, Report, check_names
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from trietune.device.device import recompute
 from trietune.errors import UserError
+from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized, loading_options
-from trietune.model.base.locate import ModelFolder
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trietune.model.adapter.adapter import add_adapter
 from trietune.model.architecture import check_architecture
+from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized
 from trietune.model.base.load import check_config
-from trietune.model.base.locate import ModelFolder
 
 
 @dataclass(frozen=True, slots=True)
