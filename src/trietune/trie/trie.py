@@ -48,9 +48,9 @@ class Trie:
     input_ids: Int32[np.ndarray, " T"]
     position_ids: Int32[np.ndarray, " T"]
     subtree_end: Int32[np.ndarray, " T"]
-    row_start: Int32[np.ndarray, " R+1"]
+    row_start: Int32[np.ndarray, " R1"]
     row_path: Int32[np.ndarray, " P"]
-    row_path_start: Int32[np.ndarray, " R+1"]
+    row_path_start: Int32[np.ndarray, " R1"]
     label_index: Int32[np.ndarray, " N"]
     labels: Int32[np.ndarray, " N"]
     label_weight: Float64[np.ndarray, " N"]
@@ -248,8 +248,8 @@ def _labels(
 
 
 def _select_segments(
-    values: Int32[np.ndarray, " A"], start: Int64[np.ndarray, " B+1"], chosen: np.ndarray
-) -> tuple[Int32[np.ndarray, " P"], Int32[np.ndarray, " R+1"]]:
+    values: Int32[np.ndarray, " A"], start: Int64[np.ndarray, " B1"], chosen: np.ndarray
+) -> tuple[Int32[np.ndarray, " P"], Int32[np.ndarray, " R1"]]:
     lengths = np.diff(start)
     kept = lengths[chosen]
     return values[np.repeat(chosen, lengths)], np.concatenate(([0], np.cumsum(kept))).astype(np.int32)

@@ -170,7 +170,7 @@ def round_up(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def _padded(x: Float[Tensor, "T H d"]) -> Float[Tensor, "1 H T' d"]:
+def _padded(x: Float[Tensor, "T H d"]) -> Float[Tensor, "1 H L d"]:
     padding = round_up(len(x)) - len(x)
     return torch.nn.functional.pad(x.transpose(0, 1), (0, 0, 0, padding))[None]
 

@@ -253,7 +253,7 @@ class _QueryRows:
         return len(self.first_query)
 
 
-def _cut(rows: _QueryRows, cost: AttentionCost, worth_a_block: float) -> Int64[np.ndarray, " R+1"]:
+def _cut(rows: _QueryRows, cost: AttentionCost, worth_a_block: float) -> Int64[np.ndarray, " C1"]:
     """Where blocks begin, and the number of rows at the end; dynamic programming over the last block."""
     num = rows.num_rows
     queries = np.concatenate(([0], np.cumsum(rows.num_queries)))
@@ -273,7 +273,7 @@ def _cut(rows: _QueryRows, cost: AttentionCost, worth_a_block: float) -> Int64[n
 
 
 def _make_blocks(
-    trie: Trie, querying: Int64[np.ndarray, " N"], rows: _QueryRows, cut: Int64[np.ndarray, " R+1"], window: int | None
+    trie: Trie, querying: Int64[np.ndarray, " N"], rows: _QueryRows, cut: Int64[np.ndarray, " C1"], window: int | None
 ) -> Blocks:
     first, last = cut[:-1], cut[1:] - 1
     first_query = rows.first_query[first]
