@@ -1,6 +1,6 @@
 """A small random model of any causal type that transformers has, from its own default configuration made small.
 
-    network = small_network("qwen3_moe")     # 2 to 4 layers, 32 wide, weights on which a wrong mask shows
+network = small_network("qwen3_moe")     # 2 to 4 layers, 32 wide, weights on which a wrong mask shows
 """
 
 from __future__ import annotations
