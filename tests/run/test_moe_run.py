@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
-
-from small_models import small_network
-
+from causal_types.small_models import small_network
 from trietune.checkpoints.directory import read_directory
 from trietune.config import load_config
 from trietune.config.settings import Settings

@@ -245,6 +245,8 @@ def _wrap(network: PreTrainedModel, config: LoraConfig, *, base: ModelFolder, se
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
         # It looks for them among modules alone; those that it writes itself are of experts, which are parameters.
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys", category=RuntimeWarning)
+        # It sets this itself, layer by layer, for GPT-2's kind of linear layer.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         torch.manual_seed(seed)
         try:
             peft_model: PeftModel = get_peft_model(network, config, autocast_adapter_dtype=False)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trietune.errors import UserError
+from trietune.model.load import quiet_library
 
 # What rates of dropout and of noise are called, whoever holds them.
 _WORDS = ("drop", "jitter", "pdrop", "router_noise", "noise_std")
@@ -52,11 +53,14 @@ def rates_in_attention(network: PreTrainedModel) -> dict[str, float]:
 
 
 def silence_rates(network: PreTrainedModel) -> None:
-    """Set every rate of dropout and noise to 0, in modules and in configurations."""
+    """Set every rate of dropout to 0, in modules and in configurations.
+
+    Noise is left to `silence_draws`: PhiMoE's router compares scores with its rate in evaluation, too.
+    """
     for holder, name, _ in list(_rates(network)):
         if isinstance(holder, nn.modules.dropout._DropoutNd):
             holder.p = 0.0
-        else:
+        elif "drop" in name.lower():
             setattr(holder, name, 0.0)
 
 
@@ -98,7 +102,7 @@ def find_draws(network: PreTrainedModel) -> list[str]:
     tokens = torch.arange(_NUM_TOKENS, device=network.device)[None] + 3
     network.train()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), ExitStack() as stack:
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet_library(), ExitStack() as stack:
             for name, module in network.named_modules():
                 stack.callback(module.register_forward_pre_hook(watch.entering(name)).remove)
                 stack.callback(module.register_forward_hook(watch.leaving).remove)

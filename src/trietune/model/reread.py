@@ -96,7 +96,7 @@ def _tokens(network: Any) -> Tensor:
 
 
 def _logits(network: Any, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), quiet_library():
         logits: Tensor = network(input_ids=tokens, use_cache=False).logits
     return logits.float()
 
