@@ -21,7 +21,7 @@ SIZES: list[tuple[int, tuple[str, ...]]] = [
     (VOCABULARY, ("vocab_size", "vocab_size_per_layer_input")),
     (32, (
         "hidden_size", "n_embd", "d_model", "dim", "n_embed", "embedding_size", "emb_dim", "embed_dim",
-        "lru_width", "word_embed_proj_dim", "attention_hidden_size", 
+        "lru_width", "word_embed_proj_dim", "attention_hidden_size",
     )),
     (64, (
         "intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size",
@@ -42,10 +42,13 @@ SIZES: list[tuple[int, tuple[str, ...]]] = [
         "num_key_value_heads", "num_experts_per_tok", "moe_top_k", "moe_k", "num_experts_per_token",
         "num_codebooks", "top_k_experts",
     )),
-    (1, ("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace", "moe_num_shared_experts",
+    (1, ("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace",
+        "moe_num_shared_experts",
         "num_dense_layers", "moe_layer_start_index", "decoder_sparse_step", "num_nextn_predict_layers")),
-    (8, ("head_dim", "global_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim",
-        "d_kv", "index_head_dim", "attention_head_dim", "hidden_size_per_layer_input", "mamba_head_dim", "mamba_d_head")),
+    (8, ("head_dim", "global_head_dim", "qk_nope_head_dim", "v_head_dim", "linear_key_head_dim",
+        "linear_value_head_dim",
+        "d_kv", "index_head_dim", "attention_head_dim", "hidden_size_per_layer_input", "mamba_head_dim",
+        "mamba_d_head")),
     (256, ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "max_target_positions")),
     (WINDOW, ("sliding_window", "attention_window_size", "window_size")),
 ]  # fmt: skip
@@ -64,7 +67,10 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "qwen4_exp_text": {"num_key_value_heads": 2, "num_attention_heads": 4},
     "dots1": {"moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1},
-    "zamba2": {"num_hidden_layers": 3, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "mamba_d_state": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {
+        "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "mamba_d_state": 8, "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16]},
     "xlstm": {"embedding_dim": 32, "hidden_size": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

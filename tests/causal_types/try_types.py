@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import multiprocessing
 import os
@@ -199,8 +200,8 @@ def _loop(folder: Path, dtype: str) -> dict[str, Any]:
     optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
     offsets = data.offsets.tolist()
     for _ in range(STEPS):
-        total = sum(int((data.labels[begin + 1 : end] != -100).sum()) for begin, end in zip(offsets, offsets[1:]))
-        for begin, end in zip(offsets, offsets[1:]):
+        total = sum(int((data.labels[begin + 1 : end] != -100).sum()) for begin, end in itertools.pairwise(offsets))
+        for begin, end in itertools.pairwise(offsets):
             ids = torch.tensor(data.input_ids[begin:end].tolist())[None]
             labels = torch.tensor(data.labels[begin:end].tolist())
             logits = peft_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]

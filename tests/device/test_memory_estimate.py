@@ -162,8 +162,10 @@ def test_what_is_counted_covers_what_is_kept(model_type: str) -> None:
 
     from trietune.model.adapter import add_adapter
     from trietune.model.locate import ModelFolder
+    from trietune.model.randomness import silence_rates
 
     network = small_network(model_type, vocab_size=VOCABULARY)
+    silence_rates(network)
     widths = widths_of(network.config, network)
     add_adapter(network, r=4, alpha=8, base=ModelFolder(Path(), "x", "folder"))
     sequences = question_batch(np.random.default_rng(2), vocabulary=VOCABULARY, paragraphs=4, scale=3)

@@ -1,4 +1,4 @@
-"""The base model's own dropout and router noise: found, turned off in training mode, or kept where that is asked for."""
+"""The base model's own dropout and router noise: found, turned off in training mode, kept where that is asked for."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ def test_the_base_draws_nothing_in_training_mode_once_it_is_silenced(model_type:
     assert rates_of(network)
     silence_rates(network)
     silence_draws(network)
-    assert not find_draws(network) and not [name for name in rates_of(network) if "drop" in name]
+    assert not find_draws(network)
+    assert not [name for name in rates_of(network) if "drop" in name]
     network.train()
-    assert network.training and all(block.training for block in network.get_decoder().children())
+    assert network.training
+    assert all(block.training for block in network.get_decoder().children())
     assert torch.equal(logits_of(network, 1), logits_of(network, 2))
     assert torch.allclose(logits_of(network, 1), expected, atol=1e-6)
 
@@ -124,6 +126,8 @@ def test_what_branches_share_is_drawn_once_on_a_trie() -> None:
     losses = model.label_losses(micro_batch).detach()
     torch.manual_seed(2)
     assert not torch.equal(losses, model.label_losses(micro_batch))
-    assert micro_batch.trie is not None and micro_batch.trie.num_nodes == len(stem) + 2
+    assert micro_batch.trie is not None
+    assert micro_batch.trie.num_nodes == len(stem) + 2
     # The label of the shared part is there once, with the weight of both: one draw, one loss.
-    assert len(losses) == 5 and micro_batch.label_weight.tolist().count(2.0) == 1
+    assert len(losses) == 5
+    assert micro_batch.label_weight.tolist().count(2.0) == 1

@@ -93,7 +93,8 @@ def test_a_run_with_experts_is_read_back_by_us_and_by_plain_peft(
     ours.set_attn_implementation("sdpa")  # type: ignore[operator]
     assert (logits_of(plain) - logits_of(ours)).abs().max() < 1e-4
     experts = [p for n, p in plain.named_parameters() if "experts" in n and "lora_B" in n]
-    assert experts and all(float(p.abs().max()) > 0 for p in experts)
+    assert experts
+    assert all(float(p.abs().max()) > 0 for p in experts)
 
 
 def test_predict_export_merge_and_verify_of_a_run_with_experts(
@@ -124,7 +125,8 @@ def test_a_resumed_run_with_experts_equals_one_that_never_stopped(moe: Any, over
     train(settings_of(overrides, folder, **{**parts, "max_steps": 2}), tracker=Heard().hub)
     resumed = settings_of(overrides, folder, **parts, resume_from_checkpoint=True)
     again = train(resumed, tracker=Heard().hub, allowed_changes=frozenset({"max_steps"}))
-    assert whole.adapter is not None and again.adapter is not None
+    assert whole.adapter is not None
+    assert again.adapter is not None
     name = adapter_module.WEIGHTS_FILE
     assert (whole.adapter / name).read_bytes() == (again.adapter / name).read_bytes()
 
@@ -144,10 +146,12 @@ def test_a_file_that_plain_peft_reads_as_another_model_ends_the_run_before_it_tr
     heard = Heard()
     with pytest.raises(UserError, match="plain PEFT would not read") as caught:
         train(settings_of(overrides, moe("mixtral"), save_strategy="step"), tracker=heard.hub)
-    assert dropped and caught.value.exit_code == EXIT_USER_ERROR
+    assert dropped
+    assert caught.value.exit_code == EXIT_USER_ERROR
     assert not [event for event in heard.events if isinstance(event, events.Saved | events.StepFinished)]
     directory = Path(str(overrides["project_dir"])) / "run"
-    assert not (directory / "adapter").exists() and not list(directory.glob("checkpoints/step-*"))
+    assert not (directory / "adapter").exists()
+    assert not list(directory.glob("checkpoints/step-*"))
 
 
 def test_a_scale_that_plain_peft_reads_differently_ends_the_run(

@@ -142,8 +142,8 @@ _OFF: dict[str, tuple[object, ...]] = {
     "ensure_weight_tying": (False,),
 }
 
-# Read over, whatever it holds: `auto_mapping` names a Python module to import a model's class from, and the base model is
-# known here. It is neither imported nor handed to PEFT.
+# Read over, whatever it holds: `auto_mapping` names a Python module to import a model's class from, and the base model
+# is known here. It is neither imported nor handed to PEFT.
 _READ_OVER = ("auto_mapping",)
 
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
