@@ -1,4 +1,4 @@
-"""`base_dropout`: the base model's own dropout is off while a run trains, unless it is asked for; the plan says which."""
+"""`base_dropout`: the base model's own dropout is off while a run trains unless it is asked for; the plan says so."""
 
 from __future__ import annotations
 
