@@ -172,8 +172,8 @@ class Settings(BaseModel):
     the text that they share."""
 
     base_dropout: bool = False
-    """Whether the base model's own dropout, and the noise of its routers, stay on while it trains, as its configuration
-    has them. Drawn once a node, so branches share what was drawn for the text that they share. False sets them to 0."""
+    """Whether the base model's own dropout, and the noise of its routers, stay on in training. They are drawn once a
+    node, so branches share what was drawn for the text that they share. False turns them off."""
 
     use_rslora: bool = False
     """Whether the adapter is scaled by `lora_alpha / sqrt(lora_r)`, which suits high ranks."""
