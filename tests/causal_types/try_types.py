@@ -1,6 +1,6 @@
 """Every causal type of the installed transformers, small and random, trained three SGD steps in three ways.
 
-    trie, padded       `trietune.run.train` with `batching: trie` and `batching: padded`, as a user would run them
+    trie, padded       `trietune.run.session.train` with `batching: trie` and `batching: padded`, as a user would run them
     loop               plain transformers and PEFT, a row at a time
 
     python tests/causal_types/try_types.py OUT.jsonl [TYPE ...] [--jobs 2] [--dtype float32]
@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=list(EXACT))
     arguments = parser.parse_args()
-    import trietune.model.export
-    import trietune.run  # noqa: F401  (once, for all processes)
+    import trietune.model.adapter.export
+    import trietune.run.session  # noqa: F401  (once, for all processes)
     from causal_types.small_models import causal_types
 
     done = {row["type"] for row in read_table(arguments.out) if row["dtype"] == arguments.dtype}
@@ -162,10 +162,10 @@ def _settings(folder: Path, dtype: str, batching: str) -> Any:
 
 
 def _try(way: str, folder: Path, dtype: str) -> tuple[dict[str, Any], Any]:
-    from trietune.checkpoints.tensors import parse
     from trietune.errors import UserError
-    from trietune.run import train
-    from trietune.tracking.dispatch import Tracker
+    from trietune.io.safetensors import parse
+    from trietune.run.session import train
+    from trietune.tracking.tracker import Tracker
 
     try:
         if way == "loop":
@@ -185,11 +185,11 @@ def _loop(folder: Path, dtype: str) -> dict[str, Any]:
     """Plain transformers and PEFT; only where the adapter begins, and what it is on, is as in a run."""
     import torch
 
-    from trietune.model.adapter import adapter_tensors, add_adapter
-    from trietune.model.load import load_network
-    from trietune.model.locate import ModelFolder
-    from trietune.prepare import adapter_arguments, prepare
-    from trietune.tracking.dispatch import Tracker
+    from trietune.model.adapter.adapter import adapter_tensors, add_adapter
+    from trietune.model.base.load import load_network
+    from trietune.model.base.locate import ModelFolder
+    from trietune.run.prepare import adapter_arguments, prepare
+    from trietune.tracking.tracker import Tracker
 
     settings = _settings(folder, dtype, "padded")
     base = ModelFolder(folder / "model", "x", "folder")

@@ -21,9 +21,9 @@ from trietune.device.memory import (
     widths_of,
 )
 from trietune.model.causal_lm import TrieModel
-from trietune.model.fused import fuse_network
+from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.trie import make_micro_batches
-from trietune.trie.work import measure_work
+from trietune.trie.batch_stats import measure_work
 
 # PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -160,8 +160,8 @@ def test_a_configuration_that_is_not_known_is_estimated_from_tensors(model_type:
 def test_what_is_counted_covers_what_is_kept(model_type: str) -> None:
     from pathlib import Path
 
-    from trietune.model.adapter import add_adapter
-    from trietune.model.locate import ModelFolder
+    from trietune.model.adapter.adapter import add_adapter
+    from trietune.model.base.locate import ModelFolder
     from trietune.model.randomness import silence_rates
 
     network = small_network(model_type, vocab_size=VOCABULARY)

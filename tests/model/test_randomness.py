@@ -13,9 +13,9 @@ from torch import nn
 
 from causal_types.small_models import small_network
 from trietune.errors import UserError
-from trietune.model.adapter import add_adapter
+from trietune.model.adapter.adapter import add_adapter
+from trietune.model.base.locate import ModelFolder
 from trietune.model.causal_lm import TrieModel
-from trietune.model.locate import ModelFolder
 from trietune.model.randomness import find_draws, rates_in_attention, rates_of, silence_draws, silence_rates
 from trietune.trie import make_micro_batches
 

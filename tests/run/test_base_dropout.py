@@ -11,9 +11,9 @@ import pytest
 from causal_types.small_models import small_network
 from trietune.config import load_config
 from trietune.errors import UserError
-from trietune.run import train
+from trietune.run.session import train
 from trietune.tracking import events
-from trietune.tracking.dispatch import Tracker
+from trietune.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

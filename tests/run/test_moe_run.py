@@ -13,18 +13,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from causal_types.small_models import small_network
-from trietune.checkpoints.directory import read_directory
 from trietune.config import load_config
 from trietune.config.settings import Settings
 from trietune.errors import EXIT_USER_ERROR, UserError
-from trietune.inference import evaluate, open_model, predict
-from trietune.model import adapter as adapter_module
-from trietune.model.adapter_config import CONFIG_FILE
-from trietune.model.export import export_adapter
-from trietune.run import train
+from trietune.io.directory import read_directory
+from trietune.model.adapter import adapter as adapter_module
+from trietune.model.adapter.config import CONFIG_FILE
+from trietune.model.adapter.export import export_adapter
+from trietune.run.opened import evaluate, open_model, predict
+from trietune.run.session import train
 from trietune.tracking import events
-from trietune.tracking.dispatch import Tracker
 from trietune.tracking.jsonl import FilesConsumer
+from trietune.tracking.tracker import Tracker
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),

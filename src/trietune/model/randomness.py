@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trietune.errors import UserError
-from trietune.model.load import quiet_library
+from trietune.model.base.load import quiet_library
 
 # What rates of dropout and of noise are called, whoever holds them.
 _WORDS = ("drop", "jitter", "pdrop", "router_noise", "noise_std")

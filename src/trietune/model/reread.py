@@ -23,10 +23,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trietune.checkpoints.directory import Content
 from trietune.errors import UserError
-from trietune.model.adapter import adapter_tensors
-from trietune.model.load import quiet_library
+from trietune.io.directory import Content
+from trietune.model.adapter.adapter import adapter_tensors
+from trietune.model.base.load import quiet_library
 
 NUM_TOKENS = 16
 # Differences of logits, as a part of what the adapter changes in them. Both sides run the same code on the same
