@@ -10,7 +10,7 @@ XLA_READY := $(XLA_VENV)/.ready
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-all test-xla lint test-gpu bench bench-gpu lock clean
+.PHONY: help train test test-slow test-families test-all test-xla lint test-gpu bench bench-gpu lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ test: $(READY) lint  ## style, types, import contract, and the tests that take u
 
 test-slow: $(READY)  ## the suites that `make test` leaves out: the fault matrix, real models (half an hour)
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3000
+
+test-families: $(READY)  ## every causal type of transformers, small and random, on tries, padded, and in a plain loop (hours)
+	$(BIN)/python tests/causal_types/try_types.py tests/causal_types/table.jsonl
 
 test-all: test test-slow test-xla  ## every test that this machine can run
 

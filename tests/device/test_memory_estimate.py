@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from causal_types.small_models import small_config, small_network
 from strategies import question_batch
 from trietune.device.memory import (
     LARGEST_BOUND,
@@ -16,6 +18,7 @@ from trietune.device.memory import (
     bytes_per_position,
     is_out_of_memory,
     micro_batch_bound,
+    widths_of,
 )
 from trietune.model.causal_lm import TrieModel
 from trietune.model.fast.norms_and_mlps import fuse_network
@@ -132,3 +135,61 @@ def test_the_bound_follows_free_memory_within_limits() -> None:
 )
 def test_errors_of_allocators_are_recognised(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+# ---- configurations that do not say how wide their layers are -----------------------------------------------------
+
+# No `intermediate_size`, other names for everything, a list of sizes, no heads, experts.
+UNKNOWN = ["gpt2", "mpt", "opt", "mamba", "rwkv", "gemma3n_text", "jamba", "olmoe", "gpt_oss", "qwen3_next", "ctrl"]
+
+
+@pytest.mark.parametrize("model_type", UNKNOWN)
+def test_a_configuration_that_is_not_known_is_estimated_from_tensors(model_type: str) -> None:
+    with torch.device("meta"):
+        network: Any = AutoModelForCausalLM.from_config(small_config(model_type))
+    config = network.config.get_text_config()
+    widths = widths_of(config, network)
+    assert (widths.hidden, widths.layers, widths.vocabulary) == (32, 2, 120)
+    position = bytes_per_position(config, torch.float32, network=network, is_fused=False)
+    assert position > 4 * 2 * (4 * 32 + widths.kept / 2)
+    assert bytes_per_position(config, torch.float32, network=network, gradient_checkpointing=True) < position
+    assert bytes_per_position(config, torch.float32) > 0
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "olmoe"])
+def test_what_is_counted_covers_what_is_kept(model_type: str) -> None:
+    from pathlib import Path
+
+    from trietune.model.adapter.adapter import add_adapter
+    from trietune.model.base.folder import ModelFolder
+    from trietune.model.base.randomness import silence_rates
+
+    network = small_network(model_type, vocab_size=VOCABULARY)
+    silence_rates(network)
+    widths = widths_of(network.config, network)
+    add_adapter(network, r=4, alpha=8, base=ModelFolder(Path(), "x", "folder"))
+    sequences = question_batch(np.random.default_rng(2), vocabulary=VOCABULARY, paragraphs=4, scale=3)
+    [micro_batch] = make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_nodes=10**6)
+    model = TrieModel(network.train(), device=torch.device("cpu"))
+    work = measure_work([micro_batch])
+    estimate = work.num_positions * bytes_per_position(
+        network.config,
+        torch.float32,
+        widths=widths,
+        scores_per_position=work.scores_per_position,
+        labels_per_position=work.labels_per_position,
+        is_fused=False,
+    )
+    ratio = estimate / kept_bytes(model, micro_batch)
+    assert 0.8 < ratio < 3.0, f"{ratio:.2f}"
+
+
+def test_a_list_of_widths_counts_as_its_largest() -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**SHAPE)  # type: ignore[arg-type]
+    plain = bytes_per_position(config, torch.float32)
+    config.__dict__["intermediate_size"] = [128, 256, 256]
+    assert bytes_per_position(config, torch.float32) == plain
+    config.__dict__["intermediate_size"] = None
+    assert bytes_per_position(config, torch.float32) > 0

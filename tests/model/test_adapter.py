@@ -395,10 +395,6 @@ def test_a_pipe_is_not_waited_for(files: dict[str, bytes], tmp_path: Path) -> No
 # ---- configurations that nobody should trust ---------------------------------------------------------------------
 
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
-    "modules to import": (
-        {"auto_mapping": {"base_model_class": "Popen", "parent_library": "subprocess"}},
-        "sets `auto_mapping`",
-    ),
     "megatron": ({"megatron_config": {}, "megatron_core": "os"}, "sets `megatron_config`"),
     "another core": ({"megatron_core": "antigravity"}, "sets `megatron_core` to antigravity"),
     "a start that rewrites the base": ({"init_lora_weights": "pissa"}, "sets `init_lora_weights` to pissa"),
@@ -414,7 +410,9 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "a scale without end": ({"lora_alpha": 1e300}, "`lora_alpha`"),
     "always dropped": ({"lora_dropout": 1.0}, "`lora_dropout`"),
     "targets that are no names": ({"target_modules": [["q_proj"]]}, "`target_modules`"),
-    "no targets": ({"target_modules": []}, "`target_modules`"),
+    "no targets": ({"target_modules": []}, "neither `target_modules` nor `target_parameters`"),
+    "parameters that are no names": ({"target_parameters": [["gate_up_proj"]]}, "`target_parameters`"),
+    "parameters that are text": ({"target_parameters": ".*"}, "`target_parameters`"),
     "a pattern that never ends": ({"target_modules": "(a+)+$"}, "`target_modules`"),
     "a pattern of patterns": ({"target_modules": ".*.*.*.*.*.*.*.*x"}, "`target_modules`"),
     "a pattern in the ranks": ({"rank_pattern": {"(.*)*x": 8}}, "`rank_pattern`"),
@@ -456,4 +454,6 @@ def test_every_key_of_the_installed_peft_is_known() -> None:
     """A new version of PEFT brings new keys; each must be looked at once, and honoured or named as off."""
     from trietune.model.adapter import config as adapter_config
 
-    assert set(LoraConfig().to_dict()) - set(adapter_config._HONOURED) - set(adapter_config._OFF) == set()
+    assert set(LoraConfig().to_dict()) - set(adapter_config._HONOURED) - set(adapter_config._OFF) == {
+        *adapter_config._READ_OVER
+    }

@@ -192,7 +192,7 @@ def _effect_of_a_harmless_change(key: str, before: object, now: object, current:
         return "known to one of the two alone, so it cannot be compared"
     if key in _LENGTH_OF_RUN and current.get("lr_scheduler_type", "constant") == "constant":
         return "the run ends elsewhere; up to there nothing changes"
-    if key in _DRAWN_BY and current.get("lora_dropout"):
+    if key in _DRAWN_BY and (current.get("lora_dropout") or current.get("base_dropout")):
         return _REDRAWN
     for prefix, effect in _WARNED_PREFIXES.items():
         if key.startswith(prefix):

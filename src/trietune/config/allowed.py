@@ -16,6 +16,7 @@ _IN_WORDS: Mapping[str, str] = {
     "lora_alpha": "a number above 0",
     "dtype": "`auto`, `bfloat16`, `float32`, or `float16`, with or without `torch.`",
     "lora_target_modules": '`"all-linear"`, a list of names, or one regular expression',
+    "lora_target_parameters": '`"auto"`, or a list of names',
     "max_time": "a time such as `55m`, `1h30m` or `01:30:00`, seconds as a number, or null",
     "warmup_steps": "a whole number of steps, or a share of all steps from 0 to below 1",
     "max_grad_norm": "a number above 0, or null (off)",

@@ -127,6 +127,7 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "lora_parameters": ForeignName(MLX, ("lora_r", "lora_alpha"), "`lora_r: 4`", "the keys are flat here"),
     "dropout": _same(f"{MLX}, PEFT", "lora_dropout"),
     "target_modules": _same("PEFT", "lora_target_modules"),
+    "target_parameters": _same("PEFT", "lora_target_parameters"),
     "lora_target": _same(FACTORY, "lora_target_modules", "`all` is `all-linear` here"),
     "keys": _same(MLX, "lora_target_modules"),
     "lora_target_linear": ForeignName(AXOLOTL, ("lora_target_modules",), "`lora_target_modules: all-linear`"),

@@ -74,6 +74,11 @@ def list_of_names(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def list_of_names_or_auto(value: Any) -> Any:
+    """As `list_of_names`, but for the word `auto`."""
+    return "auto" if value in ("auto", ["auto"]) else list_of_names(value)
+
+
 def target_modules(value: Any) -> Any:
     """Plain names become a list, since PEFT reads any other text than `all-linear` as one regular expression."""
     if isinstance(value, str) and value != "all-linear" and re.fullmatch(r"[\w.,\s-]+", value):

@@ -156,12 +156,24 @@ class Settings(BaseModel):
     """Layers that get an adapter: names, one regular expression over full names, or `all-linear` for every linear
     layer but the output head."""
 
+    lora_target_parameters: Annotated[tuple[NonEmpty, ...] | Auto, BeforeValidator(normalise.list_of_names_or_auto)] = (
+        "auto"
+    )
+    """Experts that get an adapter, in models that keep all experts of a layer in one parameter: the ends of names, such
+    as `gate_up_proj` and `down_proj`. `auto` takes those that PEFT finds under `lora_target_modules`; an empty list
+    leaves them alone. The plan says which part of the layers' weights carries adapters. Routers get none unless they
+    are named."""
+
     lora_task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """PEFT's task type."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that is dropped at random. It is drawn once a node, so branches share the mask of
     the text that they share."""
+
+    base_dropout: bool = False
+    """Whether the base model's own dropout, and the noise of its routers, stay on in training. They are drawn once a
+    node, so branches share what was drawn for the text that they share. False turns them off."""
 
     use_rslora: bool = False
     """Whether the adapter is scaled by `lora_alpha / sqrt(lora_r)`, which suits high ranks."""

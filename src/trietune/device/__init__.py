@@ -2,7 +2,7 @@
 
 from trietune.device.choose import choose_device
 from trietune.device.device import Device, DeviceKind
-from trietune.device.memory import bytes_per_position, micro_batch_bound
+from trietune.device.memory import bytes_per_position, micro_batch_bound, widths_of
 from trietune.device.options import DeviceOptions, Mesh, read_mesh
 from trietune.device.precision import choose_dtype
 
@@ -16,4 +16,5 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "micro_batch_bound",
+    "widths_of",
 ]

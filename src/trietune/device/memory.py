@@ -5,9 +5,12 @@ The formulas follow what the layers keep for their backward; `benchmarks/memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 # Numbers that a fused layer keeps a position, in the base's dtype: two residuals and two normed inputs; gate, up and
 # their product; and, counted by heads, queries, keys, values and attention's output.
@@ -38,10 +41,110 @@ LARGEST_BOUND = 16_384
 OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "out_of_memory", "resource_exhausted")
 
 
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """What a position is in a network: the numbers that its layers keep of it.
+
+    Attributes:
+        hidden: of the residual stream.
+        layers: blocks of the decoder.
+        kept: numbers that all layers' products read and write a position, the residual stream left out.
+        widest: numbers that the backward of the widest layer takes on top.
+        heads: query heads of a layer, of the most that any has.
+        vocabulary: logits of a position.
+    """
+
+    hidden: int
+    layers: int
+    kept: int
+    widest: int
+    heads: int
+    vocabulary: int
+
+
+def widths_of(config: Any, network: nn.Module | None = None) -> Widths:
+    """From the configuration where it describes gated MLPs and attention by heads, else by counting tensors.
+
+    Args:
+        config: the text config of a causal model of transformers.
+        network: of that configuration, with weights or without; without it, what the configuration lacks is assumed.
+    """
+    hidden = _whole(config, "hidden_size")
+    intermediate = _whole(config, "intermediate_size")
+    layers, heads = _whole(config, "num_hidden_layers"), _whole(config, "num_attention_heads")
+    key_heads = _whole(config, "num_key_value_heads") or heads
+    vocabulary = _whole(config, "vocab_size")
+    is_plain = None not in (hidden, intermediate, layers, heads, vocabulary) and not _has_experts(network)
+    if network is not None and not is_plain:
+        return _count_widths(network, layers=layers, heads=heads, vocabulary=vocabulary)
+    # Without a network, what is missing has the proportions that most models have.
+    hidden = hidden or 1024
+    heads = heads or max(hidden // 64, 1)
+    key_heads = key_heads or heads
+    head_size = _whole(config, "head_dim") or max(hidden // heads, 1)
+    intermediate = intermediate or 4 * hidden
+    kept = 2 * (heads + key_heads) * head_size + KEPT_INTERMEDIATE * intermediate
+    passing = PASSING_INTERMEDIATE * intermediate
+    return Widths(hidden, layers or 24, (layers or 24) * kept, passing, heads, vocabulary or 2**16)
+
+
+def _whole(config: Any, name: str) -> int | None:
+    """A number that holds for all layers: the largest, where a configuration lists one for each."""
+    value = getattr(config, name, None)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        numbers = [item for item in value if isinstance(item, int)]
+        return max(numbers, default=0) or None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _has_experts(network: nn.Module | None) -> bool:
+    return network is not None and any(p.dim() == 3 and p.shape[0] > 1 and p.shape[1] > 1 for p in network.parameters())
+
+
+def _count_widths(network: Any, *, layers: int | None, heads: int | None, vocabulary: int | None) -> Widths:
+    """Every matrix of the layers reads its inputs and writes its outputs; of experts, as many as a token is sent to."""
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    outside = {id(p) for module in (head, embedding) if isinstance(module, nn.Module) for p in module.parameters()}
+    table: Any = getattr(embedding, "weight", None)
+    num_rows, hidden = (int(table.shape[0]), int(table.shape[-1])) if table is not None else (2**16, 0)
+    config = network.config.get_text_config()
+    sent_to = max((_whole(config, name) or 1 for name in _EXPERTS_A_TOKEN), default=1)
+    by_layer: dict[str, int] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.dim() < 2 or id(parameter) in outside or ".lora_" in name:
+            continue
+        times = min(sent_to, len(parameter)) if parameter.dim() == 3 else 1
+        numbers = times * int(sum(parameter.shape[-2:]))
+        layer = ".".join(
+            name.split(".")[: 1 + next((n for n, part in enumerate(name.split(".")) if part.isdigit()), 0)]
+        )
+        by_layer[layer] = by_layer.get(layer, 0) + numbers
+    # One tensor that several layers share (Zamba) is computed by each.
+    repeated = max((layers or 1) // max(len(by_layer), 1), 1)
+    widest = max(by_layer.values(), default=1)
+    return Widths(
+        hidden=max(hidden, 1),
+        layers=layers or len(by_layer) or 1,
+        kept=repeated * sum(by_layer.values()) or 1,
+        widest=widest,
+        heads=heads or max(hidden // 64, 1),
+        vocabulary=vocabulary or num_rows,
+    )
+
+
+# What configurations call the number of experts that compute a token.
+_EXPERTS_A_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k", "top_k_experts",
+    "moe_router_topk",
+)  # fmt: skip
+
+
 def bytes_per_position(
     config: Any,
     dtype: torch.dtype,
     *,
+    network: nn.Module | None = None,
+    widths: Widths | None = None,
     scores_per_position: float = ASSUMED_SCORES,
     labels_per_position: float = ASSUMED_LABELS,
     gradient_checkpointing: bool = False,
@@ -51,6 +154,8 @@ def bytes_per_position(
 
     Args:
         config: the text config of a causal model of transformers.
+        network: whose tensors are counted where the configuration does not say how wide its layers are.
+        widths: as `widths_of` gives them, instead of both.
         scores_per_position: keys that a query is multiplied with, whose probabilities are kept; 0 for attention that
             keeps none.
         labels_per_position: positions' share that goes through the output head.
@@ -58,20 +163,19 @@ def bytes_per_position(
         is_fused: layers run as functions with a backward of their own (`fused_layers`).
     """
     size = torch.finfo(dtype).bits // 8
-    hidden, intermediate, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    attended = 2 * (config.num_attention_heads + key_heads) * head_size
-    scores = SCORES_PADDING * config.num_attention_heads * scores_per_position
-    layer = KEPT_HIDDEN * hidden + attended + KEPT_INTERMEDIATE * intermediate + scores
-    passing = PASSING_HIDDEN * hidden + PASSING_INTERMEDIATE * intermediate + PASSING_SCORES * scores
+    found = widths or widths_of(config, network)
+    hidden, layers = found.hidden, found.layers
+    scores = SCORES_PADDING * found.heads * scores_per_position
+    kept = found.kept / layers
+    layer = KEPT_HIDDEN * hidden + kept + scores
+    passing = PASSING_HIDDEN * hidden + found.widest + PASSING_SCORES * scores
     if not is_fused:
         more = UNFUSED_16_BITS if size == 2 else UNFUSED
         layer, passing = more * layer, more * passing
     # The last layer of fused ones computes labelled positions alone.
     whole_layers = layers - 1 + labels_per_position if is_fused else layers
     bytes_a_logit = size + LOG_PROBABILITY_BYTES * (2 if size == 2 else 1)
-    logits = bytes_a_logit * labels_per_position * config.vocab_size
+    logits = bytes_a_logit * labels_per_position * found.vocabulary
     if gradient_checkpointing:
         # Logits are there when only inputs are kept; a layer is computed again when the logits have gone.
         inputs = INPUT_WITH_HOLES * layers * hidden * size

@@ -70,10 +70,9 @@ class TrieModel:
         self.device = device
         self.attention = attention
         self.config = network.config.get_text_config()  # type: ignore[union-attr, operator]  # transformers is untyped
-        self.heads = HeadShape(
-            self.config.num_attention_heads,
-            getattr(self.config, "num_key_value_heads", self.config.num_attention_heads),
-        )
+        # Rows through the library ask for none, and some models have no heads at all.
+        num_heads = getattr(self.config, "num_attention_heads", 1)
+        self.heads = HeadShape(num_heads, getattr(self.config, "num_key_value_heads", num_heads))
         if attention is not None:
             network.set_attn_implementation(register())  # type: ignore[operator]
 

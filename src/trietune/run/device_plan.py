@@ -80,6 +80,11 @@ def check_device(settings: Settings, device: Device, options: DeviceOptions, say
             "each step's seed would be a number in its program, which is then compiled anew at every step",
             "lora_dropout=0",
         ),
+        "base_dropout": (
+            settings.base_dropout,
+            "each step's seed would be a number in its program, which is then compiled anew at every step",
+            "base_dropout=False",
+        ),
     }
     for key, (is_refused, reason, remedy) in refusals.items():
         if is_refused:

@@ -161,7 +161,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     refuse_several_processes()
     from trietune.data.encoder import load_tokenizer
     from trietune.data.templates import PromptFormat
-    from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
+    from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound, widths_of
 
     path = Path(target).expanduser()
     adapter = _find_adapter(path)
@@ -185,6 +185,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.model.assemble import assemble
     from trietune.model.base.four_bits import check_four_bits
     from trietune.model.base.load import load_network
+    from trietune.model.base.randomness import silence_rates
 
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
     if settings.load_in_4bit:
@@ -193,18 +194,21 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     network = load_network(
         base, dtype=dtype, device=device.loading_device, load_in_4bit=settings.load_in_4bit, report=hub.say
     )
+    silence_rates(network)  # nothing is drawn in evaluation; what is left would have tries refused
     prompt_format = None
+    refusal = check_architecture(network)
+    widths = widths_of(network.config.get_text_config(), network)
     if adapter is not None:
         load_adapter(network, adapter)
         file = adapter / "prompt_format.json"
         if file.is_file():
             prompt_format = PromptFormat.from_json(file.read_text("utf-8"), where=str(file))
-    attention, _ = choose_attention(settings, device, network.config.get_text_config(), dtype)
-    if attention is not None and check_architecture(network) is not None:
-        settings, attention = settings.model_copy(update={"batching": "padded"}), None
+    if settings.batching != "padded" and refusal is not None:
+        settings = settings.model_copy(update={"batching": "padded"})
         check_device(settings, device, options, hub.say)
+    attention, _ = choose_attention(settings, device, network.config.get_text_config(), dtype)
     config = network.config.get_text_config()
-    bytes_with_scores = partial(bytes_per_position, config, dtype, gradient_checkpointing=True)
+    bytes_with_scores = partial(bytes_per_position, config, dtype, widths=widths, gradient_checkpointing=True)
     shapes, max_positions = None, settings.max_tokens_per_micro_batch
     if device.has_static_shapes:
         bound = largest_under_mask(settings, device.free_memory_bytes(), bytes_with_scores)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from trietune.model.attention.layout import AttentionKind
     from trietune.trie import Batching
     from trietune.trie.static_shapes import StaticShapes
+
+
+# Norms and the like are left out of what is counted, so where all linear layers are adapted the part is 1.
+FULLY_ADAPTED = 0.995
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,9 @@ class Plan:
 
     Attributes:
         directory: the run's folder; its name is the run's.
+        adapted_share: part of the weights of the base model's layers that carry adapters.
+        base_rates: of the base model's own dropout and noise, by name, as its configuration has them.
+        keeps_dropout: whether these stay on.
         dtype: of the base model; adapter and optimizer are fp32.
         load_in_4bit: whether its linear layers are held in 4 bits and only compute in `dtype`.
         attention: how tries attend; None for padded rows, which keep the library's attention.
@@ -99,6 +107,9 @@ class Plan:
     position_bytes: int
     largest_micro_batch: int
     static: StaticPlan | None = None
+    adapted_share: float = 1.0
+    base_rates: Mapping[str, float] = field(default_factory=dict)
+    keeps_dropout: bool = False
 
     @property
     def has_loss_scale(self) -> bool:
@@ -112,6 +123,20 @@ class Plan:
             name = f"4 bits, computing in {name}"
         return f"{name}, with a scaled loss" if self.has_loss_scale else name
 
+    @property
+    def _adapted(self) -> str:
+        share = self.adapted_share
+        return "" if share > FULLY_ADAPTED else f", on {share:.0%} of the layers' weights"
+
+    @property
+    def _dropout(self) -> str:
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in self.base_rates.items())
+        if not self.keeps_dropout:
+            return f"the base model's own is off ({rates})"
+        if not rates:
+            return "the base model has none of its own"
+        return f"the base model's own stays on ({rates}), drawn once a node; layers are not fused"
+
     def lines(self) -> list[tuple[str, str]]:
         """The plan for people: (name, value), in the order in which things happen."""
         revision = f" at {self.model_revision[:12]}" if self.model_revision else ""
@@ -123,7 +148,8 @@ class Plan:
         validation = "all" if self.eval_max_examples is None else f"{self.eval_max_examples:,}"
         return [
             ("model", f"{self.model_name}{revision}, {_millions(self.num_parameters)} parameters"),
-            ("adapter", f"{self.num_trainable:,} trained parameters, in float32"),
+            ("adapter", f"{self.num_trainable:,} trained parameters, in float32" + self._adapted),
+            *([("dropout", self._dropout)] if self.base_rates or self.keeps_dropout else []),
             ("device", f"{self.device.name}, base in {self._dtype}"),
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
             ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),

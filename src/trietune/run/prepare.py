@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.data.load import Data
     from trietune.device import Device
+    from trietune.model.adapter.targets import Coverage
     from trietune.model.attention.layout import AttentionKind
     from trietune.model.base.folder import ModelFolder
     from trietune.tracking.tracker import Tracker
@@ -81,12 +82,17 @@ def prepare(
 
     base = locate_base(settings.model_name, hub)
     tokenizer = load_tokenizer(base.path)
-    shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings))
+    shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout)
+    for sentence in uncovered(settings, shape.coverage):
+        hub.say(sentence, is_warning=True)
+    keeps_dropout = settings.base_dropout and bool(shape.base_rates)
     if settings.batching != "padded" and shape.refusal is not None:
         raise UserError(
             f"batches of `{base.name}` cannot be computed as a trie: {shape.refusal}",
             where=f"`batching: {settings.batching}` ({settings.where('batching')})",
-            next_step="`--set batching=padded`, which trains it on plain rows",
+            next_step="`--set base_dropout=False`"
+            if settings.base_dropout and "base_dropout" in shape.refusal
+            else "`--set batching=padded`, which trains it on plain rows",
         )
     attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
 
@@ -112,13 +118,15 @@ def prepare(
         bytes_per_position,
         shape.config,
         dtype,
+        widths=shape.widths,
         labels_per_position=work.labels_per_position,
         gradient_checkpointing=settings.gradient_checkpointing,
         is_fused=settings.fused_layers
         and device.runs_own_backwards
         and not settings.lora_dropout
         and not settings.use_dora
-        and not settings.load_in_4bit,
+        and not settings.load_in_4bit
+        and not keeps_dropout,
     )
     kept_scores = 0.0 if attention in KEEP_NO_SCORES else work.scores_per_position
     position_bytes = bytes_with_scores(scores_per_position=kept_scores)
@@ -141,6 +149,9 @@ def prepare(
         model_revision=base.revision,
         num_parameters=shape.num_parameters,
         num_trainable=shape.num_trainable,
+        adapted_share=shape.coverage.share,
+        base_rates=shape.base_rates,
+        keeps_dropout=settings.base_dropout,
         device=device,
         dtype=dtype,
         load_in_4bit=settings.load_in_4bit,
@@ -174,12 +185,37 @@ def adapter_arguments(settings: Settings) -> dict[str, Any]:
         "alpha": settings.lora_alpha,
         "dropout": settings.lora_dropout,
         "target_modules": settings.lora_target_modules,
+        "target_parameters": settings.lora_target_parameters,
         "use_rslora": settings.use_rslora,
         "use_dora": settings.use_dora,
         "bias": settings.lora_bias,
         "modules_to_save": settings.modules_to_save or None,
         "seed": settings.seed,
     }
+
+
+def uncovered(settings: Settings, coverage: Coverage) -> list[str]:
+    """What carries no adapter although `all-linear` sounds as if it did, in sentences; nothing where names were given.
+
+    Raises:
+        UserError: nothing carries one.
+    """
+    from trietune.model.adapter.targets import SMALLEST_NAMED
+
+    if settings.lora_target_modules != "all-linear":
+        return []
+    groups = [f"{name} ({share:.0%})" for name, share in coverage.without if share >= SMALLEST_NAMED]
+    sentences = []
+    if groups:
+        shown = ", ".join(groups[:6]) + (f" and {len(groups) - 6} more" if len(groups) > 6 else "")
+        advice = ""
+        experts = [name.rpartition(".")[2] for name, _ in coverage.without if ".experts." in name]
+        if experts and settings.lora_target_parameters == "auto":
+            advice = f"; `lora_target_parameters: [{', '.join(dict.fromkeys(experts))}]` adapts the experts"
+        sentences.append(
+            f"adapters are on {coverage.share:.0%} of the layers' weights; without one are {shown}{advice}"
+        )
+    return sentences
 
 
 def locate_base(model_name: str, hub: Tracker) -> ModelFolder:

@@ -126,6 +126,7 @@ class Session:
         self.meter = Meter()
         self.kept_memory = KeptMemory(resident_bytes)
         self.loss_scale: LossScale | None = None
+        self.looked_for_gradients = False
 
     # The run, in the order in which things happen
 
@@ -226,9 +227,11 @@ class Session:
 
     def _build_model(self) -> None:
         from trietune.data.encoder import make_encoder
-        from trietune.model.adapter.adapter import add_adapter
+        from trietune.model.adapter.adapter import adapter_files, add_adapter
+        from trietune.model.adapter.reread import check_reread, twin_of
         from trietune.model.assemble import assemble
         from trietune.model.base.load import load_network
+        from trietune.model.base.randomness import silence_draws, silence_rates
         from trietune.training.loss_scale import LossScale
         from trietune.training.optimizer import build_optimizer, learning_rate_schedule
         from trietune.training.sampler import Sampler
@@ -243,12 +246,21 @@ class Session:
             load_in_4bit=self.plan.load_in_4bit,
             report=self.hub.say,
         )
+        keeps_dropout = self.settings.base_dropout and bool(self.plan.base_rates)
+        if not self.settings.base_dropout:
+            silence_rates(network)
+            if drawing := silence_draws(network):
+                self.hub.say(f"kept from drawing random numbers: {_few(drawing)}")
+        twin = twin_of(network) if self.plan.num_steps > 0 else None
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
+        if twin is not None:
+            check_reread(self.peft_model, twin, lambda model: adapter_files(model, self.base))
+            del twin
         self.model = assemble(
             network,
             device,
             attention=self.plan.attention,
-            fused_layers=self.settings.fused_layers,
+            fused_layers=self.settings.fused_layers and not keeps_dropout,
             pack_weights=self.settings.pack_weights,
             shapes=self.plan.static.shapes if self.plan.static else None,
             gradient_checkpointing=self.settings.gradient_checkpointing,
@@ -284,7 +296,7 @@ class Session:
             self._micro_batches,
             seed=self.settings.seed,
             max_grad_norm=self.settings.max_grad_norm,
-            before_update=self._emit_histograms,
+            before_update=self._before_update,
             cut_smaller=self._cut_smaller,
             device=self.plan.device,
             loss_scale=self.loss_scale,
@@ -322,7 +334,7 @@ class Session:
                 "base model",
             ) from error
         self.max_positions = max(error.num_positions // 2, error.longest)
-        redrawn = "; dropout draws other masks" if self.settings.lora_dropout else ""
+        redrawn = "; dropout draws other masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
         self.hub.say(
             f"memory ran out at a micro-batch of {error.num_positions:,} tokens: at most {self.max_positions:,} from "
             f"here on, and step {self.step + 1:,} begins again{redrawn}",
@@ -495,6 +507,24 @@ class Session:
         set_adapter_tensors(self.peft_model, weights, where=f"step {step}")
         return step
 
+    def _before_update(self, step: int) -> None:
+        if not self.looked_for_gradients:
+            self.looked_for_gradients = True
+            self._warn_of_untrained()
+        self._emit_histograms(step)
+
+    def _warn_of_untrained(self) -> None:
+        """Adapters whose layer is passed by, such as those of parts that text does not go through."""
+        trained = {name: p for name, p in self.peft_model.named_parameters() if p.requires_grad}
+        without = [name for name, parameter in trained.items() if parameter.grad is None]
+        if without:
+            layers = list(dict.fromkeys(name.removeprefix("base_model.model.").split(".lora_")[0] for name in without))
+            self.hub.say(
+                f"{len(without)} of the adapter's {len(trained)} tensors took no part in the first step, on "
+                f"{_few(layers)}: they stay as they are unless later examples reach them",
+                is_warning=True,
+            )
+
     def _emit_histograms(self, step: int) -> None:
         mode = self.settings.wandb_watch_mode
         if not are_histograms_due(step, mode=mode, every=self.settings.wandb_log_freq):
@@ -572,6 +602,10 @@ class Session:
             "earlier steps are whole",
             exit_code=EXIT_LOSS_NOT_FINITE,
         ) from error
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _finite(metrics: Mapping[str, float | int | None]) -> dict[str, float]:

@@ -20,7 +20,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from trietune.errors import UserError
 from trietune.io import strict_json
@@ -28,6 +27,7 @@ from trietune.io.directory import Content
 from trietune.io.safetensors import TensorError, check_names, parse
 from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES, config_for_file, parse_config
 from trietune.model.adapter.folder import WEIGHTS_FILE, read_plain_file, read_shapes
+from trietune.model.adapter.targets import linear_modules, resolve_targets
 from trietune.model.adapter.tensors import copy_into, tensors_to_content
 from trietune.model.base.folder import ModelFolder
 
@@ -43,6 +43,7 @@ def add_adapter(
     alpha: float,
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
+    target_parameters: Sequence[str] | Literal["auto"] = "auto",
     use_rslora: bool = False,
     use_dora: bool = False,
     bias: Bias = "none",
@@ -55,6 +56,8 @@ def add_adapter(
     Args:
         target_modules: `all-linear` (all but the output head), a pattern that matches whole module names, or names
             that module names end with.
+        target_parameters: names that parameters end with, for experts that are one tensor; `auto` takes those that
+            PEFT finds under `target_modules`, without the routers.
         seed: of the initialisation alone; the global random state is neither read nor changed.
 
     Raises:
@@ -72,11 +75,16 @@ def add_adapter(
     saved_whole = _full_names(network, modules_to_save or ())
     _check_not_tied(network, saved_whole)
     _check_not_quantized(network, saved_whole)
+    resolved = resolve_targets(network, targets, target_parameters, r=r, alpha=alpha)
+    _check_experts_allow(resolved.parameters, dropout=dropout, use_dora=use_dora)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions, its annotation does not
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=resolved.modules,
+        target_parameters=resolved.parameters or None,
+        rank_pattern=resolved.rank_pattern,
+        alpha_pattern=resolved.alpha_pattern,
         use_rslora=use_rslora,
         use_dora=use_dora,
         bias=bias,
@@ -84,6 +92,17 @@ def add_adapter(
         task_type="CAUSAL_LM",
     )
     return _wrap(network, config, base=base, seed=seed, where="lora_target_modules")
+
+
+def _check_experts_allow(parameters: Sequence[str], *, dropout: float, use_dora: bool) -> None:
+    """PEFT adds an adapter of experts to their weights, so nothing can happen to the adapter's own inputs."""
+    for key, is_on, off in (("lora_dropout", dropout > 0, "0"), ("use_dora", use_dora, "False")):
+        if parameters and is_on:
+            raise UserError(
+                f"`{key}` is not possible on experts that are one parameter ({', '.join(parameters)})",
+                where=f"PEFT has no `{key}` for them",
+                next_step=f"`--set {key}={off}`, or `--set lora_target_parameters=[]` to leave the experts alone",
+            )
 
 
 def _check_not_quantized(network: nn.Module, names: Sequence[str]) -> None:
@@ -146,7 +165,7 @@ def _load(
     is_trainable: bool,
 ) -> PeftModel:
     config = parse_config(config_data, where=f"{where}/{CONFIG_FILE}")
-    _check_ranks(config, shapes, where=where)
+    _check_ranks(config, shapes, network, where=where)
     # PEFT freezes what is for inference at once, and what is frozen would not be made fp32.
     config.inference_mode = False
     base = ModelFolder(Path(), str(config.base_model_name_or_path or ""), "folder", revision=config.revision)
@@ -194,9 +213,12 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], live: Mapping[str, torc
         raise _does_not_fit(where, error) from error
 
 
-def _check_ranks(config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+def _check_ranks(config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], network: nn.Module, *, where: str) -> None:
     """Compare configuration and file before anything is allocated: a rank of thousands is written in four digits."""
     allowed = {config.r, *(config.rank_pattern or {}).values()}
+    if config.target_parameters:  # the matrices of all experts lie under each other
+        stacks = {len(p) for p in network.parameters() if p.dim() == 3}
+        allowed |= {rank * number for rank in allowed for number in stacks}
     found = {shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.weight") and shape}
     if other := sorted(found - allowed):
         raise UserError(
@@ -212,11 +234,6 @@ def _does_not_fit(where: str, error: TensorError) -> UserError:
     )
 
 
-def linear_modules(network: nn.Module) -> list[str]:
-    """What the modules that LoRA can wrap are called, each name once, without the path of its layer."""
-    return sorted({name.rpartition(".")[2] for name, module in network.named_modules() if _is_linear(module)})
-
-
 def _wrap(network: PreTrainedModel, config: LoraConfig, *, base: ModelFolder, seed: int, where: str) -> PeftModel:
     # PEFT writes the network's own name here, and warns about any other that it finds.
     config.base_model_name_or_path = None
@@ -226,6 +243,10 @@ def _wrap(network: PreTrainedModel, config: LoraConfig, *, base: ModelFolder, se
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         # It trains and loads; merging it is what fails, and `export` refuses that by comparing logits.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
+        # It looks for them among modules alone; those that it writes itself are of experts, which are parameters.
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys", category=RuntimeWarning)
+        # It sets this itself, layer by layer, for GPT-2's kind of linear layer.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         torch.manual_seed(seed)
         try:
             peft_model: PeftModel = get_peft_model(network, config, autocast_adapter_dtype=False)
@@ -233,7 +254,7 @@ def _wrap(network: PreTrainedModel, config: LoraConfig, *, base: ModelFolder, se
             raise UserError(
                 f"the adapter cannot be put onto this model: {str(error).splitlines()[0]}",
                 where=where,
-                next_step=f"lora_target_modules: all-linear   (or names among {', '.join(linear_modules(network))})",
+                next_step=f"lora_target_modules: names among {', '.join(linear_modules(network))}",
             ) from error
     config.base_model_name_or_path = base.name
     config.revision = base.revision
@@ -307,10 +328,6 @@ def _check_not_tied(network: PreTrainedModel, modules_to_save: Sequence[str]) ->
                 where="the embedding and the output head are one tensor; a copy of one would part them",
                 next_step="take it out of `modules_to_save`; `lora_target_modules` may name it instead",
             )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -97,7 +97,11 @@ _HONOURED: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, f"a whole number from 1 to {MAX_RANK}"),
     "lora_alpha": (_is_number, "a number"),
     "lora_dropout": (_is_probability, "a number from 0 to below 1"),
-    "target_modules": (lambda value: _is_pattern(value) or _is_names(value), "a plain pattern or a list of names"),
+    "target_modules": (
+        lambda value: value is None or value == [] or _is_pattern(value) or _is_names(value),
+        "a plain pattern or a list of names",
+    ),
+    "target_parameters": (lambda value: value is None or value == [] or _is_names(value), "a list of names"),
     "exclude_modules": (
         _or_none(lambda value: _is_pattern(value) or _is_names(value)),
         "a plain pattern or a list of names",
@@ -117,7 +121,6 @@ _HONOURED: dict[str, tuple[Callable[[object], bool], str]] = {
 # switches them off is taken. `init_lora_weights` concerns a start that the file's tensors replace, as long as it is one
 # that leaves the base model alone.
 _OFF: dict[str, tuple[object, ...]] = {
-    "auto_mapping": (None,),
     "init_lora_weights": (True, False, "gaussian"),
     "megatron_config": (None,),
     "megatron_core": (None, "megatron.core"),
@@ -133,12 +136,15 @@ _OFF: dict[str, tuple[object, ...]] = {
     "monteclora_config": (None,),
     "layer_replication": (None,),
     "lora_bias": (False,),
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
     "arrow_config": (None,),
     "kasa_config": (None,),
     "ensure_weight_tying": (False,),
 }
+
+# Read over, whatever it holds: `auto_mapping` names a Python module to import a model's class from, and the base model
+# is known here. It is neither imported nor handed to PEFT.
+_READ_OVER = ("auto_mapping",)
 
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # Written so that any PEFT since rsLoRA reads the file; newer keys hold their defaults and are left out.
@@ -151,6 +157,8 @@ def config_for_file(config: LoraConfig, *, base_name: str, revision: str | None)
     for key in _HONOURED:
         if key not in _NOT_WRITTEN:
             document[key] = _plain(getattr(config, key))
+    if not document["target_parameters"]:
+        del document["target_parameters"]
     document |= {"base_model_name_or_path": base_name, "revision": revision, "inference_mode": True}
     return document
 
@@ -167,6 +175,8 @@ def parse_config(data: bytes, *, where: str) -> LoraConfig:
         raise UserError(f"`{where}` is not an adapter's configuration: `{missing[0]}` is missing")
     for key, value in document.items():
         _check(key, value, where)
+    if not document["target_modules"] and not document.get("target_parameters"):
+        raise UserError(f"`{where}` has neither `target_modules` nor `target_parameters`: the adapter is on nothing")
     honoured = {key: value for key, value in document.items() if key in _HONOURED and key != "peft_version"}
     return LoraConfig(**honoured)
 
@@ -176,6 +186,8 @@ def _check(key: str, value: object, where: str) -> None:
         is_right, kind = _HONOURED[key]
         if not is_right(value):
             raise UserError(f"`{key}` in `{where}` must be {kind}, and is {_shown(value)}")
+    elif key in _READ_OVER:
+        return
     elif key not in _OFF:
         raise UserError(f"`{where}` has the key `{_shown(key)}`, which no LoRA adapter needs; nothing was loaded")
     elif not any(type(value) is type(off) and value == off for off in _OFF[key]):

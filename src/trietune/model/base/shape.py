@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trietune.device.memory import Widths, widths_of
 from trietune.model.adapter.adapter import add_adapter
+from trietune.model.adapter.targets import Coverage, measure_coverage
 from trietune.model.architecture import check_architecture
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized
 from trietune.model.base.load import check_config
+from trietune.model.base.randomness import rates_in_attention, rates_of, silence_rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,9 @@ class NetworkShape:
         num_trainable: of the adapter.
         num_in_layers: of the base model's parameters, those of linear layers below the output head.
         refusal: why tries cannot be computed, as the end of a sentence; None if they can.
+        widths: of its layers, for the estimate of memory.
+        coverage: which part of its layers carries adapters.
+        base_rates: of its own dropout and noise, by name.
     """
 
     config: Any
@@ -33,6 +39,9 @@ class NetworkShape:
     num_trainable: int
     num_in_layers: int
     refusal: str | None
+    widths: Widths
+    coverage: Coverage
+    base_rates: Mapping[str, float]
 
     def num_bytes(self, dtype: torch.dtype, *, load_in_4bit: bool = False) -> int:
         """Of the base model's weights in `dtype`, its layers in 4 bits if asked."""
@@ -40,11 +49,14 @@ class NetworkShape:
         return int((self.num_parameters - self.num_in_layers) * dtype.itemsize + self.num_in_layers * in_layers)
 
 
-def describe_network(base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[str, Any]) -> NetworkShape:
+def describe_network(
+    base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[str, Any], base_dropout: bool = False
+) -> NetworkShape:
     """Build the network without weights, put the adapter on it, and count.
 
     Args:
         adapter: keyword arguments of `add_adapter`.
+        base_dropout: whether the base's own dropout stays on.
 
     Raises:
         UserError: the model needs code of its own, is quantized or no causal language model, or the adapter's targets
@@ -54,9 +66,20 @@ def describe_network(base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[
     config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        base_rates = rates_of(network)
+        dropped = rates_in_attention(network)
+        if not base_dropout:
+            silence_rates(network)
         refusal = check_architecture(network)
+        if base_dropout and dropped:
+            name, rate = next(iter(dropped.items()))
+            refusal = f"`base_dropout: True` keeps its dropout on attention weights (`{name}: {rate:g}`)"
         num_parameters = sum(p.numel() for p in network.parameters())
         num_in_layers = sum(p.numel() for name, p in network.named_parameters() if is_quantized(name, tuple(p.shape)))
+        config = network.config.get_text_config()
+        widths = widths_of(config, network)
         peft_model = add_adapter(network, base=base, **adapter)
     num_trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    return NetworkShape(network.config.get_text_config(), num_parameters, num_trainable, num_in_layers, refusal)
+    return NetworkShape(
+        config, num_parameters, num_trainable, num_in_layers, refusal, widths, measure_coverage(network), base_rates
+    )
