@@ -22,7 +22,7 @@ from trietune.data.cache import CacheWriter, make_key, open_cached
 from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
 from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
 from trietune.data.prompt_formats import make_prompt_format
-from trietune.data.recipes import REQUIRED_COLUMNS, Recipe, choose_recipe
+from trietune.data.recipes import REQUIRED_COLUMNS, Recipe, built_in_recipe, choose_recipe, find_built_in
 from trietune.data.sources import Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat
 from trietune.data.tokenizer import hash_tokenizer, make_encoder
@@ -137,7 +137,7 @@ def load_split(
         UserError: as `load_data`; or the data has no such split.
     """
     sources = find_sources(settings, report=report)
-    recipe = _find_recipe(settings, sources)
+    recipe = _find_recipe(settings, sources, prompt_format)
     used_format = prompt_format or make_prompt_format(settings, tokenizer, recipe)
     if prompt_format is not None:
         recipe = _in_words_of(prompt_format, recipe, sources.train.name)
@@ -273,10 +273,18 @@ def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Re
     )
 
 
-def _find_recipe(settings: Settings, sources: Sources) -> Recipe:
+def _find_recipe(settings: Settings, sources: Sources, trained_with: PromptFormat | None = None) -> Recipe:
+    """The recipe for these rows; what an adapter was trained with says more about them than their columns."""
     rows = sources.train
     columns = rows.columns()
     task_name = sources.task_name
+    templates = settings.prompt_template, settings.completion_template
+    if trained_with is not None and trained_with.kind == "template":
+        own_task = find_built_in(trained_with)
+        if own_task and set(REQUIRED_COLUMNS[own_task]) <= set(columns):
+            return built_in_recipe(own_task)
+        if trained_with.completion_template:
+            templates, task_name = (trained_with.prompt_template, trained_with.completion_template), None
     if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
         task_name = None
     if not columns:
@@ -289,8 +297,8 @@ def _find_recipe(settings: Settings, sources: Sources) -> Recipe:
     return choose_recipe(
         columns,
         task_name=task_name,
-        prompt_template=settings.prompt_template,
-        completion_template=settings.completion_template,
+        prompt_template=templates[0],
+        completion_template=templates[1],
         source=rows.name,
     )
 

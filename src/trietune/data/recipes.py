@@ -27,6 +27,7 @@ from trietune.data.templates import (
     SST2_PROMPT,
     SST2_TASK,
     UNANSWERABLE,
+    PromptFormat,
     fill_template,
     find_columns,
     read_messages,
@@ -98,10 +99,10 @@ def choose_recipe(
                 next_step=f"rename its columns to {_names(REQUIRED_COLUMNS[task_name])}, or name no known data set in "
                 "`dataset_id` and write `prompt_template` and `completion_template`",
             )
-        return _built_in(task_name)
+        return built_in_recipe(task_name)
     for kind, required in REQUIRED_COLUMNS.items():
         if all(name in columns for name in required):
-            return _built_in(kind)
+            return built_in_recipe(kind)
     raise UserError(
         f"it is not clear what to learn from `{source}`",
         where=f"its columns are {_names(columns)}",
@@ -146,8 +147,16 @@ def _from_templates(columns: Sequence[str], prompt_template: str, completion_tem
     return Recipe("templates", prompt_template=prompt_template, completion_template=completion_template)
 
 
-def _built_in(kind: RecipeKind) -> Recipe:
+def built_in_recipe(kind: RecipeKind) -> Recipe:
+    """The recipe that needs no words of the user's."""
     return Recipe(kind, prompt_template={"sst2": SST2_PROMPT, "squad": SQUAD_PROMPT}.get(kind, ""))
+
+
+def find_built_in(prompt_format: PromptFormat) -> TaskName | None:
+    """The built-in task that an adapter was trained on, by its prompt and its labels."""
+    known: dict[TaskName, tuple[str, Task]] = {"sst2": (SST2_PROMPT, SST2_TASK), "squad": (SQUAD_PROMPT, SQUAD_TASK)}
+    own = prompt_format.prompt_template, prompt_format.task
+    return next((name for name, expected in known.items() if own == expected), None)
 
 
 def _make_from_templates(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:

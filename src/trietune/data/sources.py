@@ -62,7 +62,7 @@ class Rows(Protocol):
 class Sources:
     """`validation` is None where the data has none: then a part of the training rows is held out.
 
-    `is_task_certain` is false where `task_name` only comes from the default of `dataset_id`, beside local files.
+    `is_task_certain` is false where `task_name` may be an old default that nobody wrote.
     """
 
     train: Rows
@@ -86,9 +86,13 @@ def find_sources(settings: Settings, *, report: Callable[[str], None]) -> Source
     if settings.train_file:
         splits = _local_splits(settings.train_file, "train_file")
         found = _from_splits(splits, task_name, split, f"`{settings.train_file}`")
-        found = replace(found, is_task_certain=settings.where("dataset_id") != "default")
-    else:
+        found = replace(found, is_task_certain=not _is_of_a_run(settings.where("dataset_id")))
+    elif settings.dataset_id is not None:
         found = _from_dataset_id(settings.dataset_id, task_name, split, report)
+    else:
+        raise UserError(
+            "no data is named", where="`train_file` and `dataset_id` are empty", next_step="train_file: data.jsonl"
+        )
     if settings.validation_file:
         splits = _local_splits(settings.validation_file, "validation_file")
         name = _find_split(splits, "validation") or "train"
@@ -203,6 +207,12 @@ class SlicedRows:
 
     def read(self) -> Iterator[PlacedRow]:
         return islice(self.rows.read(), self.start, self.stop)
+
+
+def _is_of_a_run(origin: str) -> bool:
+    """Whether a value stands in the `config.yaml` of a run: until 0.1.0, those named SST-2 beside any `train_file`."""
+    path = Path(origin.rpartition(", line ")[0])
+    return path.name == "config.yaml" and (path.parent / ".run-id").is_file()
 
 
 def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str, report: Callable[[str], None]) -> Sources:

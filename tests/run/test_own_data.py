@@ -1,0 +1,60 @@
+"""Data of one's own through whole runs and the commands after them: what is learnt, measured and written about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trietune.cli import main
+from trietune.config import load_config
+
+Own = Callable[..., Path]
+
+
+@pytest.fixture
+def own(overrides: dict[str, object], tmp_path: Path) -> Own:
+    """`own(**keys)`: a finished run of two steps on 40 rows of `prompt` and `completion`, unless keys say otherwise."""
+    rows = [{"prompt": f"the plot {number}:", "completion": f" good {number}"} for number in range(40)]
+    data = write_rows(tmp_path / "own.jsonl", rows)
+
+    def train(**keys: Any) -> Path:
+        settings = {**overrides, "train_file": str(data), "max_steps": 2, **keys}
+        if "validation_file" not in keys:
+            del settings["validation_file"]
+        config = tmp_path / "own.yaml"
+        config.write_text(json.dumps(settings))
+        assert main(["train", str(config)]) == 0
+        return Path(str(overrides["project_dir"])) / str(settings["wandb_run_name"])
+
+    return train
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_on_own_data_is_evaluated_by_the_command_that_it_prints(
+    own: Own, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = own()
+    assert f"trietune evaluate {run}" in capfd.readouterr().out
+    assert load_config(run / "config.yaml", environ={}).dataset_id is None
+    for arguments in (["evaluate", str(run)], ["evaluate", str(run), "--split", "train"]):
+        assert main(arguments) == 0
+    assert main(["train", str(run / "config.yaml"), "--dry-run"]) == 0
+
+
+def test_a_run_whose_configuration_names_a_data_set_that_nobody_wrote_still_opens(
+    own: Own,
+) -> None:
+    run = own()
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("dataset_id: null", "dataset_id: stanfordnlp/sst2"))
+    assert load_config(config, environ={}).dataset_id == "stanfordnlp/sst2"
+    assert main(["evaluate", str(run)]) == 0
+    assert main(["train", str(config), "--dry-run"]) == 0
