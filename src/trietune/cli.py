@@ -88,7 +88,10 @@ def train(
 def evaluate(
     target: Target,
     dataset: Annotated[Optional[str], typer.Option(help="Hub id, file or folder; default: the run's data.")] = None,  # noqa: UP045
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="train, validation or test; default: validation, or every row of --dataset without one."),
+    ] = None,
     max_examples: Annotated[Optional[int], typer.Option(min=1, help="A random subset of this size.")] = None,  # noqa: UP045
     require: Annotated[
         list[str], typer.Option(metavar="METRIC>=VALUE", help="Exit with 4 if this does not hold; may be repeated.")
@@ -110,7 +113,7 @@ def evaluate(
         _print_json(
             {
                 "target": target,
-                "split": split,
+                "split": split or ("validation" if dataset is None else None),
                 "num_examples": found.num_examples,
                 "metrics": dict(found.metrics),
                 "intervals": {name: list(bound) for name, bound in found.intervals.items()},

@@ -62,7 +62,7 @@ def evaluate(
     target: str | Path,
     *,
     overrides: Sequence[str] | Mapping[str, Any] = (),
-    split: str = "validation",
+    split: str | None = None,
     max_examples: int | None = None,
     tracker: Tracker | None = None,
 ) -> Evaluation:
@@ -71,7 +71,8 @@ def evaluate(
     Args:
         target: a run's folder, an adapter's folder, or a base model as in `model_name`.
         overrides: of the run's settings, such as `dataset_id=...` or `validation_file=...`.
-        split: `train`, `validation` or `test`.
+        split: `train`, `validation` or `test`, as a run splits the data. None takes the validation examples of a run's
+            own data, and of other data its validation split, or every row where it has none.
         max_examples: a random subset of this size; None takes all.
 
     Raises:
@@ -84,7 +85,7 @@ def evaluate(
     from trietune.tracking.dispatch import Tracker as Hub
 
     hub = tracker or Hub()
-    if split not in ("train", "validation", "test"):
+    if split not in (None, "train", "validation", "test"):
         raise UserError(f"there is no split `{split}`", next_step="--split validation   (or train, or test)")
     with StopSignals() as signals:
         opened = open_model(target, overrides, hub)
@@ -93,8 +94,14 @@ def evaluate(
                 f"`{target}` is an adapter alone, so the data to evaluate it on must be named",
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
             )
+        if split is None and not _overridden_data(overrides):
+            split = "validation"
+        settings = opened.settings
+        if _overridden_data(overrides) == {"validation_file"} and not _is_run(target):
+            # Nothing else is to be looked up, least of all the default data set.
+            settings = settings.model_copy(update={"train_file": settings.validation_file, "dataset_id": None})
         sequences, prompt_format = load_split(
-            opened.settings,
+            settings,
             opened.tokenizer,
             split,  # type: ignore[arg-type]  # checked above
             prompt_format=opened.prompt_format,
@@ -237,7 +244,15 @@ def _find_adapter(path: Path) -> Path | None:
 
 
 def _names_data(opened: Opened, target: str | Path, overrides: Sequence[str] | Mapping[str, Any]) -> bool:
-    if (Path(target).expanduser() / "config.yaml").is_file():
-        return True
-    keys = {item.partition("=")[0] for item in overrides} if not isinstance(overrides, Mapping) else set(overrides)
-    return bool(keys & {"dataset_id", "train_file", "validation_file"})
+    return _is_run(target) or bool(_overridden_data(overrides))
+
+
+def _is_run(target: str | Path) -> bool:
+    return (Path(target).expanduser() / "config.yaml").is_file()
+
+
+def _overridden_data(overrides: Sequence[str] | Mapping[str, Any]) -> set[str]:
+    """The keys of `overrides` that name data."""
+    pairs = overrides.items() if isinstance(overrides, Mapping) else (item.split("=", 1) for item in overrides)
+    named = {key.strip() for key, *value in pairs if value not in ([None], ["null"], [""])}
+    return named & {"dataset_id", "train_file", "validation_file"}

@@ -58,3 +58,48 @@ def test_a_run_whose_configuration_names_a_data_set_that_nobody_wrote_still_open
     assert load_config(config, environ={}).dataset_id == "stanfordnlp/sst2"
     assert main(["evaluate", str(run)]) == 0
     assert main(["train", str(config), "--dry-run"]) == 0
+
+
+def test_every_row_of_a_file_is_measured_unless_a_split_is_named(
+    own: Own, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = own()
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": f"{i}?", "completion": f" {i}"} for i in range(40)])
+
+    def count(*arguments: str) -> int:
+        capfd.readouterr()
+        assert main(["evaluate", *arguments, "--set", "dtype=float32", "--json"]) == 0
+        return int(json.loads(capfd.readouterr().out)["num_examples"])
+
+    for target in (run, run / "adapter"):
+        assert count(str(target), "--dataset", str(other)) == 40
+        assert count(str(target), "--dataset", str(other), "--split", "validation") == 2
+        assert count(str(target), "--dataset", str(other), "--split", "train") == 38
+        assert count(str(target), "--set", f"validation_file={other}") == 40
+    assert count(str(run)) == 2
+    (tmp_path / "splits").mkdir()
+    write_rows(tmp_path / "splits/train.jsonl", [{"prompt": "a", "completion": " b"}] * 9)
+    write_rows(tmp_path / "splits/valid.jsonl", [{"prompt": "a", "completion": " b"}] * 3)
+    assert count(str(run / "adapter"), "--dataset", str(tmp_path / "splits")) == 3
+    two = write_rows(tmp_path / "two.jsonl", [{"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": " d"}])
+    losses = []
+    for split in ("train", "validation"):
+        assert main(["evaluate", str(run), "--dataset", str(two), "--split", split, "--json"]) == 0
+        losses.append(json.loads(capfd.readouterr().out)["metrics"]["eval/loss"])
+    assert losses[0] != losses[1]
+
+
+def test_an_adapter_is_evaluated_in_the_words_that_it_was_trained_with(
+    own: Own, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "moods.csv"
+    table.write_text("film,mood\n" + "".join(f"plot {number},good {number}\n" for number in range(20)))
+    templates = {"prompt_template": "Film: {film}\nMood:", "completion_template": " {mood}"}
+    run = own(train_file=str(table), **templates)
+    capfd.readouterr()
+    arguments = ["--dataset", str(table), "--set", "dtype=float32", "--json"]
+    assert main(["evaluate", str(run / "adapter"), *arguments]) == 0
+    alone = json.loads(capfd.readouterr().out)
+    assert main(["evaluate", str(run), *arguments]) == 0
+    assert json.loads(capfd.readouterr().out)["metrics"] == alone["metrics"]
+    assert alone["num_examples"] == 20

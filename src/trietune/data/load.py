@@ -123,7 +123,7 @@ def load_data(
 def load_split(
     settings: Settings,
     tokenizer: Any,
-    split: SplitRole,
+    split: SplitRole | None,
     *,
     prompt_format: PromptFormat | None = None,
     cache_folder: Path,
@@ -132,6 +132,10 @@ def load_split(
     check_stop: CheckStop,
 ) -> tuple[TokenSequences, PromptFormat]:
     """One split to evaluate on, with nothing left out; in the prompt format of an adapter, if one is given.
+
+    Args:
+        split: split as a run would split the data; None takes the data's own validation split, and every row where it
+            has none.
 
     Raises:
         UserError: as `load_data`; or the data has no such split.
@@ -146,21 +150,32 @@ def load_split(
     loading = _Loading(
         settings, tokenizer, recipe, used_format, _writable(cache_folder, report), report, progress, check_stop
     )
-    rows = {"train": sources.train, "validation": sources.validation, "test": sources.test}[split]
-    held_out = None
-    if rows is None and split == "validation":
-        rows = sources.train
-        held_out = draw_held_out(rows.count())
-        report(_describe_held_out(rows, held_out))
-    if rows is None or (held_out is not None and not held_out.any()):
-        raise UserError(
-            f"`{sources.train.name}` comes without a {split} split",
-            next_step="name a file with examples that were not trained on: `validation_file: ...`",
-        )
-    sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out)
+    rows, held_out = _rows_of_split(sources, split, report)
+    is_rest = split == "train" and held_out is not None
+    sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out, is_rest=is_rest)
     if prompt_format is None and recipe.kind in ("templates", "columns"):
         used_format = replace(used_format, task=find_label_task(counts, None))
     return sequences, used_format
+
+
+def _rows_of_split(sources: Sources, split: SplitRole | None, report: Report) -> tuple[Rows, np.ndarray | None]:
+    """The rows to measure, and which of them; None takes all."""
+    train = sources.train
+    if split is None and sources.validation is None:
+        report(f"`{train.name}` has no validation split of its own: every row is measured")
+        return train, None
+    rows = {"train": train, "validation": sources.validation, "test": sources.test}[split or "validation"]
+    held_out = None
+    if split in ("train", "validation") and sources.validation is None:
+        held_out = draw_held_out(train.count())
+        report(_describe_held_out(train, held_out))
+        rows = train if split == "train" or held_out.any() else None
+    if rows is None:
+        raise UserError(
+            f"`{train.name}` comes without a {split} split",
+            next_step="name a file with examples that were not trained on: `validation_file: ...`",
+        )
+    return rows, ~held_out if split == "train" and held_out is not None else held_out
 
 
 def draw_held_out(num_rows: int) -> np.ndarray:
@@ -203,9 +218,20 @@ class _Loading:
     check_stop: CheckStop
 
     def load(
-        self, rows: Rows, *, is_training: bool, held_out: np.ndarray | None, limit: int | None = None
+        self,
+        rows: Rows,
+        *,
+        is_training: bool,
+        held_out: np.ndarray | None,
+        limit: int | None = None,
+        is_rest: bool = False,
     ) -> tuple[TokenSequences, SplitCounts, str]:
-        """A split from the cache, or made now; its counts; its key."""
+        """A split from the cache, or made now; its counts; its key.
+
+        Args:
+            held_out: bool [rows]; training leaves these out, everything else takes only these.
+            is_rest: whether `held_out` holds the rows that training takes, to be measured.
+        """
         self.check_stop()
         rules = Rules(
             max_length=self.settings.max_length,
@@ -219,7 +245,8 @@ class _Loading:
             prompt_format=asdict(self.prompt_format),
             rules=asdict(rules),
             tokenizers=metadata.version("tokenizers"),
-            held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training],
+            held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training or is_rest],
+            **({"is_rest": True} if is_rest else {}),
             limit=limit,
         )
         found = open_cached(self.cache_folder, key)
