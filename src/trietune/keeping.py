@@ -311,6 +311,7 @@ class Keeper:
         return self.prepared.data.prompt_format.to_json().encode()
 
     def _card(self, before: Evaluation | None, after: Evaluation | None, encoder: Any) -> str:
+        from trietune.data.shapes import without_own_text
         from trietune.model.card import CardFacts, Score, model_card
 
         scores = []
@@ -320,17 +321,23 @@ class Keeper:
         data, plan = self.prepared.data, self.prepared.plan
         prompt_format = data.prompt_format
         sequences = data.validation if data.validation is not None else data.train
-        prompt_ids = encoder.encode_prompt(sequences.examples[0])
+        shown = example = sequences.examples[0]
+        if not self.settings.card_example:
+            shown = without_own_text(prompt_format, example)
+        prompt_ids = encoder.encode_prompt(shown)
         without_bos = prompt_ids[1:] if prompt_ids[:1] == [prompt_format.bos_id] else prompt_ids
         return model_card(
             CardFacts(
                 title=self.directory.name,
                 base=self.prepared.base,
                 example_prompt=self.prepared.tokenizer.decode(without_bos),
+                is_shape=not self.settings.card_example,
                 bos_id=prompt_format.bos_id,
                 stop_ids=prompt_format.stop_ids,
                 parses_special_tokens=prompt_format.parses_special_tokens,
-                dataset=self.settings.dataset_id,
+                dataset=data.source_name,
+                trained_on=data.trained_on,
+                measured_on=data.measured_on,
                 num_train_examples=plan.num_train,
                 scores=scores,
                 settings={key: getattr(self.settings, key) for key in CARD_SETTINGS},

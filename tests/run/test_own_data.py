@@ -13,6 +13,11 @@ from trietune.cli import main
 from trietune.config import load_config
 
 Own = Callable[..., Path]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role[0] + ':' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
 
 
 @pytest.fixture
@@ -103,3 +108,34 @@ def test_an_adapter_is_evaluated_in_the_words_that_it_was_trained_with(
     assert main(["evaluate", str(run), *arguments]) == 0
     assert json.loads(capfd.readouterr().out)["metrics"] == alone["metrics"]
     assert alone["num_examples"] == 20
+
+
+def test_the_card_of_own_data_claims_no_data_set_and_shows_none_of_its_texts(own: Own, tmp_path: Path) -> None:
+    own_text = "the plot"
+    run = own()
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge"]) == 0
+    for folder in (run / "adapter", tmp_path / "merged"):
+        card = (folder / "README.md").read_text()
+        assert "sst2" not in card
+        assert "model-index" not in card
+        assert own_text not in card
+        assert "prompt = '{prompt}'" in card
+        assert "Data: `own.jsonl` (38 examples)." in card
+    asked = own(card_example=True, wandb_run_name="asked")
+    assert own_text in (asked / "adapter/README.md").read_text()
+    chats = [
+        {"messages": [{"role": "user", "content": f"my secret {i}"}, {"role": "assistant", "content": f"yes {i}"}]}
+        for i in range(20)
+    ]
+    data = write_rows(tmp_path / "chats.jsonl", chats)
+    chat = own(train_file=str(data), chat_template=CHAT_TEMPLATE, wandb_run_name="chat")
+    card = (chat / "adapter/README.md").read_text()
+    assert "secret" not in card
+    assert "prompt = 'u:{user message}\\na:'" in card
+    table = tmp_path / "films.csv"
+    table.write_text("film,mood\n" + "".join(f"secret {number},good {number}\n" for number in range(20)))
+    templates = {"prompt_template": "Film: {film}\nMood:", "completion_template": " {mood}"}
+    templated = own(train_file=str(table), wandb_run_name="templated", **templates)
+    card = (templated / "adapter/README.md").read_text()
+    assert "secret" not in card
+    assert "prompt = 'Film: {film}\\nMood:'" in card

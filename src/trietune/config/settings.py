@@ -134,6 +134,10 @@ class Settings(BaseModel):
     """Whether examples are shown: three with their label tokens marked before training, and ten validation examples
     with what the model now says after it."""
 
+    card_example: bool = False
+    """Whether the model card shows a whole prompt of the validation data. Otherwise it shows the prompt's shape, with
+    names in place of the texts."""
+
     # Base model
 
     model_name: Annotated[NonEmpty, BeforeValidator(normalise.published_model)] = "google/gemma-1.1-2b-it"

@@ -27,6 +27,7 @@ from trietune.data.sources import Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat
 from trietune.data.tokenizer import hash_tokenizer, make_encoder
 from trietune.data.tokenizing import COMPLETIONS_TALLIED, Rules, tokenize_rows
+from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
 from trietune.errors import UserError
 
 Report = Callable[[str], None]
@@ -41,6 +42,7 @@ HELD_OUT_SEED = 20_230_712
 # Custom data is a choice between labels if its completions are few, short, and each seen several times.
 LABEL_SEEN_AT_LEAST = 3
 LABEL_CHARACTERS_AT_MOST = 60
+DEMO_DATA = (DEMO_REVIEWS, DEMO_QUESTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,9 @@ class Data:
 
     Attributes:
         validation: None if the data is too small to hold any out.
+        source_name: the training data as a person would name it, without the path to it.
+        trained_on, measured_on: the hub's id of the data set that training and validation rows come from; None where
+            they are files of one's own.
         fingerprint: changes whenever a token or a label of either split does; the other two tell them apart, and
             `validation_fingerprint` is empty where there is no validation data.
     """
@@ -61,6 +66,9 @@ class Data:
     train_fingerprint: str
     validation_fingerprint: str
     counts: DataCounts
+    source_name: str = ""
+    trained_on: str | None = None
+    measured_on: str | None = None
 
 
 def load_data(
@@ -117,6 +125,9 @@ def load_data(
         train_fingerprint=train_key,
         validation_fingerprint=validation_key,
         counts=DataCounts(train_counts, validation_counts, held_out=held_out is not None),
+        source_name=_name_of_source(settings, sources),
+        trained_on=sources.train.hub_id,
+        measured_on=validation_rows.hub_id if validation_rows is not None else None,
     )
 
 
@@ -328,6 +339,11 @@ def _find_recipe(settings: Settings, sources: Sources, trained_with: PromptForma
         completion_template=templates[1],
         source=rows.name,
     )
+
+
+def _name_of_source(settings: Settings, sources: Sources) -> str:
+    known = sources.train.hub_id or (settings.dataset_id if settings.dataset_id in DEMO_DATA else None)
+    return str(known or sources.train.name) if settings.train_file is None else sources.train.name
 
 
 def _last_row(held_out: np.ndarray | None, limit: int | None) -> int | None:

@@ -41,6 +41,11 @@ class Rows(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def hub_id(self) -> str | None:
+        """The data set of the hub that they come from, as `owner/name`; None for local files."""
+        ...
+
     def fingerprint(self) -> str:
         """Changes whenever the rows, their order or their places do."""
         ...
@@ -114,6 +119,10 @@ class FileRows:
         return cls(tuple(paths), tuple(labels))
 
     @property
+    def hub_id(self) -> None:
+        return None
+
+    @property
     def name(self) -> str:
         return self.labels[0] if len(self.paths) == 1 else f"{self.labels[0]} and {len(self.paths) - 1} more"
 
@@ -156,6 +165,11 @@ class HubRows:
     name: str
     split: str
 
+    @property
+    def hub_id(self) -> str:
+        # The name may tell the configuration, too: `nyu-mll/glue (sst2)`.
+        return self.name.partition(" ")[0]
+
     def fingerprint(self) -> str:
         # Not the library's own: that is another one offline, and after an upgrade.
         digest = hashlib.sha256(f"{self.split}\0{len(self.dataset)}\0".encode())
@@ -188,6 +202,10 @@ class SlicedRows:
     rows: Rows
     start: int
     stop: int
+
+    @property
+    def hub_id(self) -> str | None:
+        return self.rows.hub_id
 
     @property
     def name(self) -> str:
