@@ -98,9 +98,14 @@ def test_an_adapter_is_evaluated_in_the_words_that_it_was_trained_with(
     own: Own, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     table = tmp_path / "moods.csv"
-    table.write_text("film,mood\n" + "".join(f"plot {number},good {number}\n" for number in range(20)))
-    templates = {"prompt_template": "Film: {film}\nMood:", "completion_template": " {mood}"}
+    table.write_text("The film (1-5),its mood\n" + "".join(f"plot {one},good {one}\n" for one in range(20)))
+    templates = {"prompt_template": "Film: {The film (1-5)}\nMood:", "completion_template": " {its mood}"}
     run = own(train_file=str(table), **templates)
+    asked = write_rows(tmp_path / "asked.jsonl", [{"The film (1-5)": "plot 3"}])
+    assert main(["predict", str(run), "--input", str(asked)]) == 0
+    assert main(["predict", str(run), "--text", "plot 3"]) == 0
+    wrong = write_rows(tmp_path / "wrong.jsonl", [{"The film": "plot 3"}])
+    assert main(["predict", str(run), "--input", str(wrong)]) == 2
     capfd.readouterr()
     arguments = ["--dataset", str(table), "--set", "dtype=float32", "--json"]
     assert main(["evaluate", str(run / "adapter"), *arguments]) == 0

@@ -22,9 +22,16 @@ from trietune.data.cache import CacheWriter, make_key, open_cached
 from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
 from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
 from trietune.data.prompt_formats import make_prompt_format
-from trietune.data.recipes import REQUIRED_COLUMNS, Recipe, built_in_recipe, choose_recipe, find_built_in
+from trietune.data.recipes import (
+    REQUIRED_COLUMNS,
+    Recipe,
+    built_in_recipe,
+    choose_recipe,
+    find_built_in,
+    recipe_of_adapter,
+)
 from trietune.data.sources import Rows, Sources, SplitRole, find_sources
-from trietune.data.templates import PromptFormat
+from trietune.data.templates import PromptFormat, find_columns, split_template
 from trietune.data.tokenizer import hash_tokenizer, make_encoder
 from trietune.data.tokenizing import COMPLETIONS_TALLIED, Rules, tokenize_rows
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
@@ -94,6 +101,8 @@ def load_data(
     sources = find_sources(settings, report=report)
     recipe = _find_recipe(settings, sources)
     prompt_format = make_prompt_format(settings, tokenizer, recipe)
+    if recipe.kind == "templates" and not find_columns(recipe.prompt_template, recipe.template_columns):
+        report("`prompt_template` names no column: all prompts are the same text")
     loading = _Loading(
         settings, tokenizer, recipe, prompt_format, _writable(cache_folder, report), report, progress, check_stop
     )
@@ -252,8 +261,8 @@ class _Loading:
         )
         key = make_key(
             rows=rows.fingerprint(),
-            recipe=asdict(self.recipe),
-            prompt_format=asdict(self.prompt_format),
+            recipe=_deciding_fields(self.recipe),
+            prompt_format=_deciding_fields(self.prompt_format),
             rules=asdict(rules),
             tokenizers=metadata.version("tokenizers"),
             held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training or is_rest],
@@ -295,6 +304,20 @@ class _Loading:
             return writer.finish(asdict(counts)), counts
 
 
+def _deciding_fields(words: Recipe | PromptFormat) -> dict[str, Any]:
+    """What of a recipe or prompt format decides tokens.
+
+    Names of columns do only where templates mean others than they meant when identifiers alone were columns; a
+    checkpoint of that time then goes on with the same fingerprint.
+    """
+    fields = asdict(words)
+    columns = fields.pop("template_columns")
+    templates = (words.prompt_template, words.completion_template)
+    if all(split_template(one, columns) == split_template(one) for one in templates):
+        return fields
+    return {**fields, "template_columns": [find_columns(one, columns) for one in templates]}
+
+
 def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Recipe:
     """The recipe for the same rows in the words of an adapter's prompt format."""
     kind = {"messages": "chat", "tokens": "tokens"}.get(recipe.kind, "template")
@@ -308,6 +331,7 @@ def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Re
         recipe,
         prompt_template=prompt_format.prompt_template,
         completion_template=prompt_format.completion_template,
+        template_columns=prompt_format.template_columns,
     )
 
 
@@ -316,13 +340,12 @@ def _find_recipe(settings: Settings, sources: Sources, trained_with: PromptForma
     rows = sources.train
     columns = rows.columns()
     task_name = sources.task_name
-    templates = settings.prompt_template, settings.completion_template
     if trained_with is not None and trained_with.kind == "template":
         own_task = find_built_in(trained_with)
         if own_task and set(REQUIRED_COLUMNS[own_task]) <= set(columns):
             return built_in_recipe(own_task)
         if trained_with.completion_template:
-            templates, task_name = (trained_with.prompt_template, trained_with.completion_template), None
+            return recipe_of_adapter(trained_with, columns, rows.name)
     if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
         task_name = None
     if not columns:
@@ -335,8 +358,8 @@ def _find_recipe(settings: Settings, sources: Sources, trained_with: PromptForma
     return choose_recipe(
         columns,
         task_name=task_name,
-        prompt_template=templates[0],
-        completion_template=templates[1],
+        prompt_template=settings.prompt_template,
+        completion_template=settings.completion_template,
         source=rows.name,
     )
 

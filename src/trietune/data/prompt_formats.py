@@ -22,7 +22,8 @@ def make_prompt_format(settings: Settings, tokenizer: Any, recipe: Recipe) -> Pr
         UserError: the tokenizer cannot be used, or conversations have no chat template.
     """
     check_tokenizer(tokenizer, name=_name(tokenizer))
-    template_text = literal_text(recipe.prompt_template) + literal_text(recipe.completion_template)
+    templates = (recipe.prompt_template, recipe.completion_template)
+    template_text = "".join(literal_text(template, recipe.template_columns) for template in templates)
     # Whole prompts that were made elsewhere, and templates that spell special tokens, mean those tokens.
     may_mean_them = recipe.kind in ("messages", "columns", "text", "tokens")
     spells_them = any(token in template_text for token in tokenizer.all_special_tokens)
@@ -39,6 +40,7 @@ def make_prompt_format(settings: Settings, tokenizer: Any, recipe: Recipe) -> Pr
         stop_ids=(int(tokenizer.eos_token_id),),
         task=recipe.task,
         tokenizer_hash=hash_tokenizer(tokenizer),
+        template_columns=recipe.template_columns,
     )
     return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format))
 

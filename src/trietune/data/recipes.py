@@ -14,6 +14,7 @@ to each row of it. The first of these that fits is taken:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,6 +31,7 @@ from trietune.data.templates import (
     PromptFormat,
     fill_template,
     find_columns,
+    find_unknown_names,
     read_messages,
     to_text,
 )
@@ -64,6 +66,7 @@ class Recipe:
     kind: RecipeKind
     prompt_template: str = ""
     completion_template: str = ""
+    template_columns: tuple[str, ...] | None = None
 
     @property
     def task(self) -> Task:
@@ -128,28 +131,54 @@ def example_maker(recipe: Recipe) -> Callable[[Mapping[str, Any], str], Example]
 
 def _from_templates(columns: Sequence[str], prompt_template: str, completion_template: str, source: str) -> Recipe:
     for key, template in (("prompt_template", prompt_template), ("completion_template", completion_template)):
-        for name in find_columns(template):
-            if name not in columns:
-                near = get_close_matches(name, columns, n=1)
-                raise UserError(
-                    f"`{key}` asks for the column `{name}`, which `{source}` has not",
-                    where=f"its columns are {_names(columns)}",
-                    next_step=f"did you mean `{{{near[0]}}}`?"
-                    if near
-                    else f"write `{{{{{name}}}}}` if it is plain text",
-                )
-    if not find_columns(completion_template):
+        for name in find_unknown_names(template, columns):
+            raise UserError(
+                f"`{key}` asks for the column `{name}`, which `{source}` has not",
+                where=f"its columns are {_names(columns)}",
+                next_step=_instead_of(name, columns),
+            )
+    if not find_columns(completion_template, columns):
         raise UserError(
             "`completion_template` names no column, so every example would have the same answer",
             where=f"`{source}` has the columns {_names(columns)}",
             next_step='completion_template: " {column}"     (with the column that holds the answer)',
         )
-    return Recipe("templates", prompt_template=prompt_template, completion_template=completion_template)
+    return Recipe(
+        "templates",
+        prompt_template=prompt_template,
+        completion_template=completion_template,
+        template_columns=tuple(name for name in columns if f"{{{name}}}" in prompt_template + completion_template),
+    )
+
+
+def _instead_of(name: str, columns: Sequence[str]) -> str:
+    """What to write in place of a name that is no column: the nearest one, whatever its case and its spaces."""
+    simple = {" ".join(column.lower().replace("_", " ").split()): column for column in reversed(columns)}
+    wanted = " ".join(re.split("[!:]", name)[0].lower().replace("_", " ").split())
+    near = get_close_matches(wanted, list(simple), n=1)
+    return f"did you mean `{{{simple[near[0]]}}}`?" if near else f"write `{{{{{name}}}}}` if it is plain text"
 
 
 def built_in_recipe(kind: RecipeKind) -> Recipe:
     """The recipe that needs no words of the user's."""
     return Recipe(kind, prompt_template={"sst2": SST2_PROMPT, "squad": SQUAD_PROMPT}.get(kind, ""))
+
+
+def recipe_of_adapter(prompt_format: PromptFormat, columns: Sequence[str], source: str) -> Recipe:
+    """The recipe for data with these columns in the templates that an adapter was trained with.
+
+    Raises:
+        UserError: they ask for columns that are not there.
+    """
+    templates = (prompt_format.prompt_template, prompt_format.completion_template)
+    asked = [name for one in templates for name in find_columns(one, prompt_format.template_columns)]
+    if missing := [name for name in dict.fromkeys(asked) if name not in columns]:
+        raise UserError(
+            f"{_names(missing)} missing in `{source}`, which the templates of the adapter ask for",
+            where=f"its columns are {_names(columns)}",
+            next_step=f"rename columns of the data to {_names(missing)}",
+        )
+    return Recipe("templates", *templates, template_columns=prompt_format.template_columns)
 
 
 def find_built_in(prompt_format: PromptFormat) -> TaskName | None:
@@ -160,8 +189,9 @@ def find_built_in(prompt_format: PromptFormat) -> TaskName | None:
 
 
 def _make_from_templates(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
-    completion = _fill(recipe.completion_template, row)
-    return Example(id=example_id, prompt=_fill(recipe.prompt_template, row), completion=completion)
+    completion = _fill(recipe.completion_template, row, recipe.template_columns)
+    prompt = _fill(recipe.prompt_template, row, recipe.template_columns)
+    return Example(id=example_id, prompt=prompt, completion=completion)
 
 
 def _make_sst2(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
@@ -224,9 +254,9 @@ def _make_text(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Examp
     return Example(id=example_id, prompt="", completion=_text(row, "text"))
 
 
-def _fill(template: str, row: Mapping[str, Any]) -> str:
+def _fill(template: str, row: Mapping[str, Any], columns: Sequence[str] | None = None) -> str:
     try:
-        return fill_template(template, row)
+        return fill_template(template, row, columns)
     except KeyError as error:
         raise WrongRow(f"no column `{error.args[0]}`") from None
     except TypeError as error:

@@ -19,5 +19,6 @@ def without_own_text(prompt_format: PromptFormat, example: Example) -> Example:
         messages = tuple(Message(message.role, f"{{{message.role} message}}") for message in example.messages)
         return replace(example, prompt="", completion="", messages=messages)
     filled = {name: f"{{{name}}}" for name in prompt_format.columns}
-    prompt = fill_template(prompt_format.prompt_template, filled) if prompt_format.prompt_template else "{prompt}"
+    template = prompt_format.prompt_template
+    prompt = fill_template(template, filled, prompt_format.template_columns) if template else "{prompt}"
     return Example(id="", prompt=prompt, completion="")

@@ -190,7 +190,7 @@ def _example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[
     if recipe.kind == "tokens":
         return lambda row, place: [_read_tokens(row, place, encoder, rules)]
     make = example_maker(recipe)
-    prompt_columns = find_columns(recipe.prompt_template)
+    prompt_columns = find_columns(recipe.prompt_template, recipe.template_columns)
 
     def read(row: Row, place: str) -> list[_Read]:
         example = make(row, place)

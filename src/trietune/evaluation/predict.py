@@ -186,9 +186,15 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
             next_step=f"give JSON with all of them: {_sample_row(columns)}",
         )
     try:
-        return Example(id=name, prompt=fill_template(prompt_format.prompt_template or "{prompt}", value), completion="")
+        template = prompt_format.prompt_template
+        prompt = fill_template(template, value, prompt_format.template_columns) if template else _prompt_of(value)
+        return Example(id=name, prompt=prompt, completion="")
     except TypeError as error:
         raise UserError(f"{name} cannot be read: {error}", next_step="give text or a number there") from None
+
+
+def _prompt_of(row: Mapping[str, Any]) -> str:
+    return fill_template("{prompt}", row)
 
 
 _ADVICE_MESSAGES = 'give a text, or JSON such as {"messages": [{"role": "user", "content": "..."}]}'
