@@ -451,8 +451,9 @@ def _read_inputs(path: Path | None, *, has_text: bool) -> Iterator[Any]:
             continue
         try:
             yield json.loads(line) if is_json else line
-        except ValueError as error:
-            raise UserError(f"{path or 'stdin'}:{number} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise UserError(f"{path or 'stdin'}:{number} is not JSON: {what}") from None
 
 
 def _answer_line(record: dict[str, Any]) -> str:

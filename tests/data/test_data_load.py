@@ -537,3 +537,134 @@ def test_a_preview_marks_the_labels(load: Load, tokenizer: Any) -> None:
     assert [one.id for one in shown] == ["t.tsv:2", "t.tsv:3"]
     assert "".join(token.text for token in shown[0].tokens if token.is_label) == ' {"label": "positive"}<eos>'
     assert "".join(token.text for token in shown[0].tokens if not token.is_label) == "<bos>Review: fine\nOutput:"
+
+
+def token_rows(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {"train_file": jsonl("tokens.jsonl", rows), "validation_file": jsonl("v.jsonl", TOKENS_UNPADDED)}
+
+
+TOKENS_UNPADDED: list[dict[str, Any]] = [
+    {"input_ids": [10, 11, 12, 13], "labels": [-100, -100, 12, 13]},
+    {"input_ids": [10, 14, 15], "labels": [-100, 14, 15]},
+]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_that_a_mask_hides_is_no_part_of_an_example(load: Load, said: list[str], side: str) -> None:
+    plain = load(**token_rows(TOKENS_UNPADDED)).train
+    before, after = {"left": (3, 0), "right": (0, 3), "both": (1, 2)}[side]
+    padded = []
+    for row in TOKENS_UNPADDED:
+        ids = [0] * before + row["input_ids"] + [0] * after
+        # The labels of padding equal its ids: without the mask it would be learnt.
+        labels = [0] * before + row["labels"] + [0] * after
+        mask = [0] * before + [1] * len(row["labels"]) + [0] * after
+        padded.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
+    data = load(**token_rows(padded))
+    assert data.train.input_ids.tolist() == plain.input_ids.tolist()
+    assert data.train.labels.tolist() == plain.labels.tolist()
+    assert data.counts.train.padded.number == 2
+    assert any("hides padding" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"attention_mask": [1, 0, 1]}, "between others"),
+        ({"attention_mask": [1, 1]}, "2 values of `attention_mask`"),
+        ({"attention_mask": [1, 2, 1]}, "0 and 1"),
+        ({"attention_mask": 1}, "`attention_mask` must be a list"),
+        ({"labels": 1}, "`labels` must be a list"),
+        ({"labels": "abc"}, "`labels` must be a list"),
+        ({"input_ids": {"a": 1}}, "`input_ids` must be a list"),
+        ({"input_ids": [[10], [11], [12]]}, "`input_ids` must be a list"),
+        ({"input_ids": [True, 11, 12]}, "`input_ids` must be a list"),
+    ],
+)
+def test_tokens_that_are_none_are_named(load: Load, row: dict[str, Any], reason: str) -> None:
+    rows = [*TOKENS_UNPADDED, {"input_ids": [10, 11, 12], "labels": [-100, 11, 12], **row}]
+    with pytest.raises(UserError, match="1 of 3 rows") as caught:
+        load(**token_rows(rows))
+    assert reason in str(caught.value)
+    assert "tokens.jsonl:3" in str(caught.value)
+
+
+def test_rows_without_a_label_are_left_out_and_counted(load: Load, said: list[str]) -> None:
+    nothing: list[dict[str, Any]] = [
+        {"input_ids": [10, 11], "labels": [-100, -100]},
+        {"input_ids": None, "labels": None},
+        {"input_ids": [], "labels": []},
+        {"input_ids": [10], "labels": [10]},  # nothing comes before a first token
+    ]
+    data = load(**token_rows([nothing[0], *TOKENS_UNPADDED, *nothing[1:]]))
+    assert len(data.train) == 2
+    assert data.counts.train.without_labels.number == 4
+    assert any("4 without a label, left out (tokens.jsonl:1, tokens.jsonl:4" in line for line in said)
+    with pytest.raises(UserError, match=r"none of the 4 rows of `tokens\.jsonl` has a label"):
+        load(**token_rows(nothing))
+    with pytest.raises(UserError, match=r"none of the 1 rows of `n\.jsonl` has a label"):
+        load(train_file=jsonl("t.jsonl", TOKENS_UNPADDED), validation_file=jsonl("n.jsonl", nothing[:1]))
+
+
+def test_data_without_such_rows_keeps_the_fingerprint_that_checkpoints_know(load: Load) -> None:
+    plain = load(**token_rows(TOKENS_UNPADDED))
+    masked = load(**token_rows([{**row, "attention_mask": [1] * len(row["labels"])} for row in TOKENS_UNPADDED]))
+    assert masked.counts.train.padded.number == 0
+    some = load(**token_rows([*TOKENS_UNPADDED, {"input_ids": [10], "labels": [-100]}]))
+    assert len({plain.train_fingerprint, masked.train_fingerprint, some.train_fingerprint}) == 3
+
+
+def test_a_missing_number_is_no_text(load: Load, tokenizer: Any, said: list[str]) -> None:
+    Path("n.jsonl").write_text(
+        '{"prompt": "a note:", "completion": NaN}\n{"prompt": NaN, "completion": " b"}\n'
+        '{"prompt": "c", "completion": " d"}\n'
+    )
+    data = load(train_file="n.jsonl", validation_file=jsonl("v.jsonl", [{"prompt": "a", "completion": "b"}]))
+    assert texts(data, tokenizer) == [" b", "c d"]
+    assert data.counts.train.without_completion.number == data.counts.train.without_prompt.number == 1
+    table = pa.table({"film": ["a", "b", "c"], "stars": pa.array([1.5, float("nan"), 2.0])})
+    pq.write_table(table, "n.parquet")
+    templates = {"prompt_template": "{film}", "completion_template": " {stars}"}
+    kept = load(train_file="n.parquet", validation_file="n.parquet", **templates)
+    assert texts(kept, tokenizer) == ["a 1.5", "c 2.0"]
+    Path("i.jsonl").write_text('{"prompt": "a", "completion": Infinity}\n{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(UserError, match="1 of 2 rows"):
+        load(train_file="i.jsonl")
+
+
+SURROGATE = "smile \ud83d"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": SURROGATE, "completion": " b"},
+        {"prompt": "a", "completion": SURROGATE},
+        {"text": SURROGATE},
+        {"messages": [{"role": "user", "content": SURROGATE}, {"role": "assistant", "content": "b"}]},
+        {"id": "1", "context": SURROGATE, "question": "b", "answers": {"text": ["c"], "answer_start": [0]}},
+        {"id": SURROGATE, "context": "a", "question": "b", "answers": {"text": ["c"], "answer_start": [0]}},
+        {"id": "1", "context": "a", "question": "b", "answers": {"text": ["c", SURROGATE], "answer_start": [0, 0]}},
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_half_a_character_is_named_with_its_row(load: Load, row: dict[str, Any], form: str) -> None:
+    Path(f"s.{form}").write_text(json.dumps([row]) if form == "json" else json.dumps(row) + "\n")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}" if "messages" in row else None
+    with pytest.raises(UserError, match="half a character") as caught:
+        load(train_file=f"s.{form}", chat_template=template)
+    assert f"s.{form}:1" in str(caught.value)
+    assert "ud83d" in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "squad.json"])
+def test_json_that_is_nested_too_deeply_is_no_bug(load: Load, form: str) -> None:
+    deep = "[" * 200_000 + "]" * 200_000
+    text = {
+        "jsonl": f'{{"prompt": {deep}}}\n',
+        "json": f'[{{"prompt": {deep}}}]',
+        "squad.json": f'{{"data": {deep}, "paragraphs": 1}}',
+    }[form]
+    Path(f"deep.{form}").write_text(text)
+    with pytest.raises(UserError, match="nested too deeply"):
+        load(train_file=f"deep.{form}", prompt_template="{prompt}", completion_template="{prompt}")

@@ -49,6 +49,8 @@ HELD_OUT_SEED = 20_230_712
 # Custom data is a choice between labels if its completions are few, short, and each seen several times.
 LABEL_SEEN_AT_LEAST = 3
 LABEL_CHARACTERS_AT_MOST = 60
+# Which rows are accepted, and how: an entry of the cache that was made by other rules is not used.
+READING_VERSION = 2
 DEMO_DATA = (DEMO_REVIEWS, DEMO_QUESTIONS)
 
 
@@ -269,15 +271,19 @@ class _Loading:
             **({"is_rest": True} if is_rest else {}),
             limit=limit,
         )
-        found = open_cached(self.cache_folder, key)
+        entry = make_key(fingerprint=key, reading_version=READING_VERSION)
+        found = open_cached(self.cache_folder, entry)
         if found is None:
-            sequences, counts = self._tokenize(rows, rules, key, is_training, held_out, limit)
+            sequences, counts = self._tokenize(rows, rules, entry, is_training, held_out, limit)
         else:
             sequences, counts = found[0], SplitCounts.from_dict(found[1])
         for line in describe(counts, is_training=is_training, max_length=rules.max_length):
             self.report(line)
         if not len(sequences):
             raise _nothing_left(counts, rules.max_length)
+        # Checkpoints of the first version name data by `key` alone, and such rows gave other sequences then.
+        if counts.without_labels.number or counts.padded.number:
+            key = make_key(fingerprint=key, reading_version=READING_VERSION)
         return sequences, counts, key
 
     def _tokenize(
@@ -393,6 +399,12 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
             f"all {counts.read:,} examples of `{counts.source}` are longer than `max_length: {max_length}`",
             where=name_places(counts.overlong.samples, counts.overlong.number),
             next_step="raise `max_length`, or write `overlong: truncate_prompt`",
+        )
+    if counts.without_labels.number:
+        return UserError(
+            f"none of the {counts.read:,} rows of `{counts.source}` has a label, so there is nothing to learn",
+            where=name_places(counts.without_labels.samples, counts.without_labels.number),
+            next_step="check `labels` (and `ignored_index`) of the data",
         )
     return UserError(
         f"none of the {counts.read:,} rows of `{counts.source}` can be learnt from: their completions are empty",

@@ -198,7 +198,7 @@ def _make_sst2(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Examp
     value = row.get("label")
     label = _SST2_LABEL_OF.get(value.strip() if isinstance(value, str) else value)
     if label is None:
-        if str(value).strip() in ("-1", "None", ""):
+        if str(value).strip() in ("-1", "None", "nan", ""):
             raise Unlabelled(f"label `{value}` stands for no label")
         raise WrongRow(f"label `{value}` is neither 0 (negative) nor 1 (positive)")
     return Example(id=example_id, prompt=_fill(recipe.prompt_template, row), completion=SST2_TASK.labels[label])

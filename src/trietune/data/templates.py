@@ -9,6 +9,7 @@ template may hold JSON.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -170,14 +171,29 @@ def split_template(template: str, columns: Collection[str] | None = None) -> tup
 
 
 def to_text(value: Any, column: str) -> str:
-    """A cell as text: None is empty, numbers are written as JSON writes them; a list or an object is no text."""
+    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is no text.
+
+    None is empty, and so is NaN, which tables of numbers write where a value is missing.
+    """
     if isinstance(value, str):
         return value
-    if value is None:
+    if value is None or value != value:
         return ""
+    if isinstance(value, float) and math.isinf(value):
+        raise TypeError(f"column `{column}` holds {value}, and a text or number is needed")
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     raise TypeError(f"column `{column}` holds a {type(value).__name__}, and a text or number is needed")
+
+
+def find_half_character(*texts: str) -> str | None:
+    """The first half of a pair of UTF-16 in these texts, written `\\ud83d`; None if all can be written as UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"\\u{ord(text[error.start]):04x}"
+    return None
 
 
 def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
@@ -190,7 +206,7 @@ def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise TypeError(f"column `{column}` holds text that is no JSON list of messages") from None
     if not isinstance(value, Sequence) or not value:
         raise TypeError(f"column `{column}` is no list of messages, or an empty one")

@@ -15,7 +15,7 @@ import numpy as np
 
 from trietune.data.examples import Example, Message
 from trietune.data.recipes import WrongRow
-from trietune.data.templates import PromptFormat, fill_template, read_messages
+from trietune.data.templates import PromptFormat, fill_template, find_half_character, read_messages
 from trietune.data.tokenizer import Encoder
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
@@ -130,7 +130,9 @@ def answer_turn(
     Raises:
         UserError: the chat template refuses the conversation.
     """
-    prompt = _encode_prompt(encoder, _conversation(messages))
+    conversation = _conversation(messages)
+    _check_text(conversation, "the conversation")
+    prompt = _encode_prompt(encoder, conversation)
     limits = _limits(encoder, max_new_tokens=max_new_tokens, max_nodes=max_nodes, batch_size=1)
     stream = _TextStream(encoder, on_text or (lambda piece: None))
     [answer] = generate(model, [prompt], limits, check_stop=check_stop, on_token=lambda _, token: stream.add(token))
@@ -148,7 +150,18 @@ def make_examples(prompt_format: PromptFormat, inputs: Sequence[Input]) -> list[
     Raises:
         UserError: a text for a template with several columns, or a row that lacks a column.
     """
-    return [_make_example(prompt_format, value, f"input {number}") for number, value in enumerate(inputs, start=1)]
+    examples = [_make_example(prompt_format, value, f"input {number}") for number, value in enumerate(inputs, start=1)]
+    for number, example in enumerate(examples, start=1):
+        _check_text(example, f"input {number}")
+    return examples
+
+
+def _check_text(example: Example, name: str) -> None:
+    if half := find_half_character(example.prompt, *(message.content for message in example.messages)):
+        raise UserError(
+            f"{name} holds half a character, or a byte that is not UTF-8 ({half})",
+            next_step="give the text as UTF-8; in JSON, both halves: \\ud83d\\ude00",
+        )
 
 
 def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Example:
