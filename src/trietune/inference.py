@@ -17,6 +17,7 @@ from trietune.config import load_config
 from trietune.config.settings import Settings
 from trietune.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
 from trietune.errors import UserError
+from trietune.fitting import check_ids, check_vocabulary
 from trietune.prepare import choose_attention, locate_base, make_deterministic, progress_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ class Opened:
     prompt_format: PromptFormat | None
     device: Device
     max_positions: int
+
+    @property
+    def num_embeddings(self) -> int:
+        """Tokens that the model has a vector for."""
+        network: Any = self.model.network
+        return int(network.get_input_embeddings().weight.shape[0])
 
     def encoder(self, prompt_format: PromptFormat | None = None) -> Encoder:
         """Texts to tokens in `prompt_format`, or the adapter's, or as a conversation, or as they are."""
@@ -110,6 +117,7 @@ def evaluate(
             progress=progress_of(hub, "examples"),
             check_stop=signals.check,
         )
+        check_vocabulary(sequences, opened.num_embeddings)
         size = opened.settings.eval_batch_size
         return measure(
             opened.model,
@@ -133,9 +141,18 @@ def predict(
     check_stop: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """What the model says to each input: `{"label", "probabilities"}` for a task with labels, else `{"text"}`."""
-    from trietune.evaluation.predict import DEFAULT_MAX_NEW_TOKENS, predict_labels, predict_text
+    from trietune.evaluation.predict import (
+        DEFAULT_MAX_NEW_TOKENS,
+        encode_prompt,
+        make_examples,
+        predict_labels,
+        predict_text,
+    )
 
     encoder = opened.encoder()
+    check_ids(
+        [encode_prompt(encoder, one) for one in make_examples(encoder.prompt_format, inputs)], opened.num_embeddings
+    )
     if encoder.prompt_format.task.kind == "labels":
         labels = predict_labels(
             opened.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +10,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from trietune.config.settings import Settings
     from trietune.device import Device
     from trietune.model.trie_layout import AttentionKind
     from trietune.trie import Batching
     from trietune.trie.static_shapes import StaticShapes
+
+
+def num_steps_of(settings: Settings, num_train: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of a whole run with `num_train` training examples."""
+    batches_per_epoch = math.ceil(num_train / settings.batch_size)
+    per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
+    in_all = per_epoch * settings.num_epochs
+    return per_epoch, in_all if settings.max_steps is None else min(settings.max_steps, in_all)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ def recipe_for(columns: list[str], **changes: Any) -> Recipe:
 
 
 def make(row: dict[str, Any], **changes: Any) -> Example:
+    if "prompt_template" not in changes and "task_name" not in changes:
+        changes["task_name"] = "sst2" if "sentence" in row else "squad" if "context" in row else None
     return example_maker(recipe_for(list(row), **changes))(row, "data.jsonl:1")
 
 

@@ -153,3 +153,12 @@ def test_half_a_character_is_refused_in_every_input(make_test_encoder: Any) -> N
     for bad in ("\ud83d", {"messages": [{"role": "user", "content": "\ud83d"}]}):
         with pytest.raises(UserError, match="input 1 holds half a character"):
             make_examples(chat, [bad])
+
+
+def test_a_conversation_that_the_assistant_begins_is_refused(talkative: Any, make_test_encoder: Any) -> None:
+    model = TrieModel(talkative("gemma"), device=torch.device("cpu"))
+    encoder = make_test_encoder(Task(kind="text"), kind="chat", chat_template=CHAT_TEMPLATE, bos_id=None)
+    begun = {"role": "assistant", "content": "Hi"}
+    for messages in ([begun], [begun, {"role": "user", "content": "Hi"}]):
+        with pytest.raises(UserError, match="begins with the assistant"):
+            predict_text(model, encoder, [{"messages": messages}], max_nodes=200, batch_size=2)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from trietune import keeping
 from trietune.cli import main
 from trietune.config import load_config
 
@@ -28,8 +31,9 @@ def own(overrides: dict[str, object], tmp_path: Path) -> Own:
 
     def train(**keys: Any) -> Path:
         settings = {**overrides, "train_file": str(data), "max_steps": 2, **keys}
-        if "validation_file" not in keys:
-            del settings["validation_file"]
+        for key in ("validation_file", "dataset_id"):
+            if key not in keys:
+                del settings[key]
         config = tmp_path / "own.yaml"
         config.write_text(json.dumps(settings))
         assert main(["train", str(config)]) == 0
@@ -144,3 +148,60 @@ def test_the_card_of_own_data_claims_no_data_set_and_shows_none_of_its_texts(own
     card = (templated / "adapter/README.md").read_text()
     assert "secret" not in card
     assert "prompt = 'Film: {film}\\nMood:'" in card
+
+
+@pytest.mark.parametrize("says_it", [True, False])
+def test_a_longer_run_does_not_restart_the_warm_up(
+    own: Own, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, says_it: bool
+) -> None:
+    keys = {"warmup_ratio": 0.5, "max_steps": None, "num_epochs": 1, "save_optim": True}
+    files_of = keeping.Keeper._checkpoint_files
+
+    def files_of_before(*arguments: Any) -> Any:
+        files = files_of(*arguments)
+        state = {key: value for key, value in json.loads(files["trainer_state.json"]).items() if "warmup" not in key}
+        return {**files, "trainer_state.json": json.dumps(state).encode()}
+
+    if not says_it:
+        monkeypatch.setattr(keeping.Keeper, "_checkpoint_files", files_of_before)
+    run = own(**keys)  # 38 examples in batches of 8: 5 steps, 3 of them warm-up
+    [checkpoint] = (run / "checkpoints").glob("step-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state.get("num_warmup_steps") == (3 if says_it else None)
+    config = tmp_path / "own.yaml"
+    longer = ["train", str(config), "--set", "num_epochs=8", "--resume"]
+    capfd.readouterr()
+    assert main(longer) == 6
+    err = capfd.readouterr().err
+    assert "warm-up in effect  3 steps     20 steps" in err
+    assert "`--allow-change num_epochs`" in err
+    assert main([*longer, "--allow-change", "num_epochs"]) == 0
+    assert "warm-up in effect" in capfd.readouterr().err
+    (run / "adapter").rename(tmp_path / "elsewhere")
+    same = ["train", str(config), "--set", "num_epochs=16", "--set", "warmup_ratio=0.25", "--resume"]
+    assert main(same) == 6
+    assert "warm-up" not in capfd.readouterr().err
+
+
+def test_what_is_exported_carries_the_chat_template_that_was_trained_with(
+    own: Own, tmp_path: Path, tiny_model: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "the base's own"}))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = write_rows(tmp_path / "chats.jsonl", [{"messages": turns}] * 20)
+    run = own(model_name=str(base), train_file=str(data), chat_template=CHAT_TEMPLATE)
+    assert main(["verify", str(run)]) == 0
+    assert main(["export", str(run), str(tmp_path / "copy")]) == 0
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge"]) == 0
+    for folder in (run / "adapter", tmp_path / "copy", tmp_path / "merged"):
+        assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHAT_TEMPLATE
+    (run / "adapter/chat_template.jinja").unlink()  # as adapters of before have none
+    (run / "adapter/manifest.json").unlink()
+    assert main(["export", str(run / "adapter"), str(tmp_path / "again"), "--merge"]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == CHAT_TEMPLATE
+    plain = own(wandb_run_name="plain")
+    assert not (plain / "adapter/chat_template.jinja").exists()

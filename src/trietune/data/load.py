@@ -19,8 +19,9 @@ import numpy as np
 
 from trietune.config.settings import Settings
 from trietune.data.cache import CacheWriter, make_key, open_cached
-from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
-from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
+from trietune.data.counts import SAMPLES_KEPT, DataCounts, SplitCounts, describe, name_places
+from trietune.data.examples import IGNORED_LABEL, Message, Task, TokenSequences
+from trietune.data.files import detect_format
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.recipes import (
     REQUIRED_COLUMNS,
@@ -28,10 +29,13 @@ from trietune.data.recipes import (
     built_in_recipe,
     choose_recipe,
     find_built_in,
+    find_form,
+    find_unused,
+    is_squad_row,
     recipe_of_adapter,
 )
-from trietune.data.sources import Rows, Sources, SplitRole, find_sources
-from trietune.data.templates import PromptFormat, find_columns, split_template
+from trietune.data.sources import FileRows, Rows, Sources, SplitRole, find_sources
+from trietune.data.templates import PromptFormat, find_columns, read_messages, split_template
 from trietune.data.tokenizer import hash_tokenizer, make_encoder
 from trietune.data.tokenizing import COMPLETIONS_TALLIED, Rules, tokenize_rows
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
@@ -102,7 +106,10 @@ def load_data(
     """
     sources = find_sources(settings, report=report)
     recipe = _find_recipe(settings, sources)
-    prompt_format = make_prompt_format(settings, tokenizer, recipe)
+    prompt_format = make_prompt_format(settings, tokenizer, recipe, _first_conversation(sources.train, recipe))
+    unused = find_unused(sources.train.columns(), recipe)
+    if unused and (sources.task_name is None or settings.train_file):
+        report(f"columns of `{sources.train.name}` that nothing uses: {', '.join(f'`{name}`' for name in unused)}")
     if recipe.kind == "templates" and not find_columns(recipe.prompt_template, recipe.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
     loading = _Loading(
@@ -120,6 +127,8 @@ def load_data(
         validation, validation_counts, validation_key = loading.load(
             validation_rows, is_training=False, held_out=held_out
         )
+    if validation is not None:
+        _report_shared_rows(train, validation, report)
     task = recipe.task
     if recipe.kind in ("templates", "columns"):
         task = find_label_task(train_counts, validation_counts)
@@ -164,7 +173,9 @@ def load_split(
     """
     sources = find_sources(settings, report=report)
     recipe = _find_recipe(settings, sources, prompt_format)
-    used_format = prompt_format or make_prompt_format(settings, tokenizer, recipe)
+    used_format = prompt_format or make_prompt_format(
+        settings, tokenizer, recipe, _first_conversation(sources.train, recipe)
+    )
     if prompt_format is not None:
         recipe = _in_words_of(prompt_format, recipe, sources.train.name)
         if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
@@ -310,6 +321,49 @@ class _Loading:
             return writer.finish(asdict(counts)), counts
 
 
+def _first_conversation(rows: Rows, recipe: Recipe) -> tuple[Message, ...]:
+    """The first conversation up to its first answer; empty where there is none that can be read."""
+    _, row = next(rows.read(), ("", None)) if recipe.kind == "messages" else ("", None)
+    try:
+        messages = read_messages(row["messages"]) if isinstance(row, dict) else ()
+    except (KeyError, TypeError):
+        return ()
+    end = next((index for index, one in enumerate(messages) if one.role == "assistant" and index), None)
+    return messages[: end + 1] if end is not None else ()
+
+
+def _report_shared_rows(train: TokenSequences, validation: TokenSequences, report: Report) -> None:
+    """Say how many validation examples stand in the training data, too: their figures are memory, not skill."""
+    keys = [_sums(sequences) for sequences in (train, validation)]
+    candidates = np.flatnonzero(np.isin(keys[0], keys[1]))
+    seen = {_ids_of(train, int(index)) for index in candidates}
+    shared = [index for index in range(len(validation)) if _ids_of(validation, index) in seen]
+    if shared:
+        places = name_places([validation.ids[index] for index in shared[:SAMPLES_KEPT]], len(shared))
+        report(
+            f"validation: {len(shared):,} of {len(validation):,} examples also stand in the training data ({places})"
+        )
+
+
+def _sums(sequences: TokenSequences) -> np.ndarray:
+    """A number of each sequence that equal ones share; int64 [examples]."""
+    offsets = np.asarray(sequences.offsets)
+    ids = np.asarray(sequences.input_ids, np.int64)
+    totals = np.concatenate([[0], np.cumsum(ids * ids % 1_000_003)])
+    sums: np.ndarray = (totals[offsets[1:]] - totals[offsets[:-1]]) * 65_537 + np.diff(offsets)
+    return sums
+
+
+def _ids_of(sequences: TokenSequences, index: int) -> bytes:
+    return np.asarray(sequences.input_ids[sequences.offsets[index] : sequences.offsets[index + 1]]).tobytes()
+
+
+def _is_in_squads_form(rows: Rows, first: Any) -> bool:
+    is_squad_file = isinstance(rows, FileRows) and all(detect_format(path) == "squad" for path in rows.paths)
+    has_columns = isinstance(first, dict) and set(REQUIRED_COLUMNS["squad"]) <= set(first)
+    return has_columns and find_form(first) is None and (is_squad_file or is_squad_row(first))
+
+
 def _deciding_fields(words: Recipe | PromptFormat) -> dict[str, Any]:
     """What of a recipe or prompt format decides tokens.
 
@@ -354,13 +408,15 @@ def _find_recipe(settings: Settings, sources: Sources, trained_with: PromptForma
             return recipe_of_adapter(trained_with, columns, rows.name)
     if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
         task_name = None
+    place, row = next(rows.read(), ("", None))
     if not columns:
-        place, row = next(rows.read(), ("", None))
         raise UserError(
             f"`{rows.name}` holds no rows" if row is None else f"no row of `{rows.name}` can be read",
             where=None if row is None else f"{place}: {getattr(row, 'reason', 'no columns')}",
             next_step="check that the file is the one that you mean",
         )
+    if task_name is None and settings.prompt_template is None and _is_in_squads_form(rows, row):
+        task_name = "squad"
     return choose_recipe(
         columns,
         task_name=task_name,

@@ -4,8 +4,7 @@ A recipe is chosen once a data set, from its columns, its name and the templates
 to each row of it. The first of these that fits is taken:
 
     prompt_template, completion_template     the user's own words
-    sentence, label                          SST-2
-    context, question, answers               SQuAD v2
+    the name or the file's form              SST-2: sentence, label; SQuAD v2: context, question, answers
     input_ids, labels                        tokens that somebody else made
     messages                                 a conversation
     prompt, completion                       text as it is
@@ -48,7 +47,12 @@ REQUIRED_COLUMNS: dict[RecipeKind, tuple[str, ...]] = {
     "columns": ("prompt", "completion"),
     "text": ("text",),
 }
+# Columns that say by their names what they hold. Those of SST-2 and SQuAD do not: CoLA has the same as SST-2.
+FORMS: tuple[RecipeKind, ...] = ("tokens", "messages", "columns", "text")
 _SST2_LABEL_OF: dict[object, int] = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "positive": 1}
+
+
+_ALSO_USED: dict[RecipeKind, tuple[str, ...]] = {"tokens": ("attention_mask",), "squad": ("id",)}
 
 
 class WrongRow(Exception):  # noqa: N818  (a value of the data, counted and located)
@@ -103,14 +107,45 @@ def choose_recipe(
                 "`dataset_id` and write `prompt_template` and `completion_template`",
             )
         return built_in_recipe(task_name)
-    for kind, required in REQUIRED_COLUMNS.items():
-        if all(name in columns for name in required):
+    for kind in FORMS:
+        if all(name in columns for name in REQUIRED_COLUMNS[kind]):
             return built_in_recipe(kind)
+    for name, looks_like in _TASK_IN_WORDS.items():
+        if all(column in columns for column in REQUIRED_COLUMNS[name]):
+            raise UserError(
+                f"`{source}` has the columns of {looks_like}, and so has other data: it is not clear what to learn",
+                where=f"its columns are {_names(columns)}",
+                next_step=_SAY_WHICH[name],
+            )
     raise UserError(
         f"it is not clear what to learn from `{source}`",
         where=f"its columns are {_names(columns)}",
         next_step=_advice(columns),
     )
+
+
+def find_form(row: Mapping[str, Any]) -> RecipeKind | None:
+    """The form of one row by the columns in which it holds something; None if it has none of the known ones."""
+    return next(
+        (kind for kind in FORMS if all(row.get(name) is not None for name in REQUIRED_COLUMNS[kind])),
+        None,
+    )
+
+
+def is_squad_row(row: Mapping[str, Any]) -> bool:
+    """Whether `answers` is built as SQuAD builds it, which no other data does by chance."""
+    answers = row.get("answers")
+    return isinstance(answers, Mapping) and {"text", "answer_start"} <= set(answers)
+
+
+def find_unused(columns: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
+    """The columns that examples are not made of."""
+    if recipe.kind == "templates":
+        both = (recipe.prompt_template, recipe.completion_template)
+        used = {name for one in both for name in find_columns(one, recipe.template_columns)}
+    else:
+        used = {*REQUIRED_COLUMNS[recipe.kind], *_ALSO_USED.get(recipe.kind, ())}
+    return tuple(name for name in columns if name not in used)
 
 
 def example_maker(recipe: Recipe) -> Callable[[Mapping[str, Any], str], Example]:
@@ -290,4 +325,10 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-_TASK_IN_WORDS = {"sst2": "SST-2", "squad": "SQuAD v2"}
+_TASK_IN_WORDS: dict[TaskName, str] = {"sst2": "SST-2", "squad": "SQuAD v2"}
+_SAY_WHICH: dict[TaskName, str] = {
+    "sst2": "beside `train_file`, write `dataset_id: sst2` if it is SST-2 (0 is negative, 1 is positive); else two "
+    'templates, such as `prompt_template: "{sentence}\\nLabel:"` and `completion_template: " {label}"`',
+    "squad": "beside `train_file`, write `dataset_id: squad_v2` if it is SQuAD; else two templates, such as "
+    '`prompt_template: "{context}\\n{question}\\nAnswer:"` and `completion_template: " {answers}"`',
+}

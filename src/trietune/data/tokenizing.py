@@ -20,7 +20,16 @@ from trietune.data.chat import Segment
 from trietune.data.counts import SAMPLES_KEPT, Count, SplitCounts
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.files import BrokenRow, Row
-from trietune.data.recipes import Recipe, Unlabelled, WrongRow, example_maker
+from trietune.data.recipes import (
+    FORMS,
+    REQUIRED_COLUMNS,
+    Recipe,
+    RecipeKind,
+    Unlabelled,
+    WrongRow,
+    example_maker,
+    find_form,
+)
 from trietune.data.sources import PlacedRow
 from trietune.data.templates import find_columns, find_half_character, to_text
 from trietune.data.tokenizer import EncodedExamples, Encoder
@@ -189,11 +198,17 @@ class _Tally:
 def _example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[[Row, str], list[_Read]]:
     """The function from a row and its place to what is written of it; it raises `WrongRow`."""
     if recipe.kind == "tokens":
-        return lambda row, place: [_read_tokens(row, place, encoder, rules)]
+
+        def read_tokens(row: Row, place: str) -> list[_Read]:
+            _check_form(row, recipe)
+            return [_read_tokens(row, place, encoder, rules)]
+
+        return read_tokens
     make = example_maker(recipe)
     prompt_columns = find_columns(recipe.prompt_template, recipe.template_columns)
 
     def read(row: Row, place: str) -> list[_Read]:
+        _check_form(row, recipe)
         example = make(row, place)
         if encoder.prompt_format.is_turn_by_turn:
             turns = _turns(example)
@@ -204,6 +219,22 @@ def _example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[
         return [_Read(place, example, _segments(example, encoder), None, is_empty)]
 
     return read
+
+
+def _check_form(row: Row, recipe: Recipe) -> None:
+    """The first row decides how all are read; one that would be read in another way may not pass in silence."""
+    if recipe.kind not in FORMS:
+        return
+    own = find_form(row)
+    if own is not None and FORMS.index(own) < FORMS.index(recipe.kind):
+        raise WrongRow(
+            f"it has {_in_words(own)}, and the first row of the data {_in_words(recipe.kind)}: "
+            "put rows of one form into one file"
+        )
+
+
+def _in_words(kind: RecipeKind) -> str:
+    return ", ".join(f"`{name}`" for name in REQUIRED_COLUMNS[kind])
 
 
 def _segments(example: Example, encoder: Encoder) -> list[Segment]:

@@ -61,7 +61,7 @@ def predict_labels(
         UserError: an input does not have what the prompt template asks for.
     """
     task = encoder.prompt_format.task
-    prompts = [_encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
+    prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
     if not prompts:
         return []
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -100,7 +100,7 @@ def predict_text(
     Raises:
         UserError: an input does not have what the prompt template asks for, or is empty.
     """
-    prompts = [_encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
+    prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise UserError(
@@ -132,7 +132,7 @@ def answer_turn(
     """
     conversation = _conversation(messages)
     _check_text(conversation, "the conversation")
-    prompt = _encode_prompt(encoder, conversation)
+    prompt = encode_prompt(encoder, conversation)
     limits = _limits(encoder, max_new_tokens=max_new_tokens, max_nodes=max_nodes, batch_size=1)
     stream = _TextStream(encoder, on_text or (lambda piece: None))
     [answer] = generate(model, [prompt], limits, check_stop=check_stop, on_token=lambda _, token: stream.add(token))
@@ -213,7 +213,12 @@ def _prompt_of(row: Mapping[str, Any]) -> str:
 _ADVICE_MESSAGES = 'give a text, or JSON such as {"messages": [{"role": "user", "content": "..."}]}'
 
 
-def _encode_prompt(encoder: Encoder, example: Example) -> list[int]:
+def encode_prompt(encoder: Encoder, example: Example) -> list[int]:
+    """The token ids that the model is asked with.
+
+    Raises:
+        UserError: the chat template refuses the conversation.
+    """
     try:
         return encoder.encode_prompt(example)
     except WrongRow as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from trietune.model.four_bits import BYTES_A_WEIGHT, is_quantized
 from trietune.model.load import check_config
 from trietune.model.locate import ModelFolder
 
+# GPT-2's `wpe`; `embed_positions`, `position_embeddings` and their like.
+_POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)$")
+
 
 @dataclass(frozen=True, slots=True)
 class NetworkShape:
@@ -25,6 +29,8 @@ class NetworkShape:
         num_parameters: of the base model, tied ones once.
         num_trainable: of the adapter.
         num_in_layers: of the base model's parameters, those of linear layers below the output head.
+        num_embeddings: rows of the input embedding.
+        has_learnt_positions: whether each position has a vector of its own, so that there are no more of them.
         refusal: why tries cannot be computed, as the end of a sentence; None if they can.
     """
 
@@ -33,6 +39,8 @@ class NetworkShape:
     num_trainable: int
     num_in_layers: int
     refusal: str | None
+    num_embeddings: int = 0
+    has_learnt_positions: bool = False
 
     def num_bytes(self, dtype: torch.dtype, *, load_in_4bit: bool = False) -> int:
         """Of the base model's weights in `dtype`, its layers in 4 bits if asked."""
@@ -55,8 +63,21 @@ def describe_network(base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
         refusal = check_architecture(network)
+        num_embeddings = int(network.get_input_embeddings().weight.shape[0])
+        has_learnt_positions = any(
+            isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
+            for name, module in network.named_modules()
+        )
         num_parameters = sum(p.numel() for p in network.parameters())
         num_in_layers = sum(p.numel() for name, p in network.named_parameters() if is_quantized(name, tuple(p.shape)))
         peft_model = add_adapter(network, base=base, **adapter)
     num_trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    return NetworkShape(network.config.get_text_config(), num_parameters, num_trainable, num_in_layers, refusal)
+    return NetworkShape(
+        network.config.get_text_config(),
+        num_parameters,
+        num_trainable,
+        num_in_layers,
+        refusal,
+        num_embeddings,
+        has_learnt_positions,
+    )
