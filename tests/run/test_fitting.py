@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from trietune.cli import main
+from trietune.cli.app import main
 from trietune.errors import UserError
 from trietune.fitting import check_ids, check_positions
 

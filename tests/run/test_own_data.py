@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from trietune import keeping
-from trietune.cli import main
+from trietune.cli.app import main
 from trietune.config import load_config
+from trietune.run import saving as keeping
 
 Own = Callable[..., Path]
 CHAT_TEMPLATE = (

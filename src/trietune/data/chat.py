@@ -20,8 +20,8 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from trietune.data.columns import WrongRow
 from trietune.data.examples import Message
-from trietune.data.recipes import WrongRow
 
 Segment = tuple[str, bool]  # text, and whether it is to be learnt
 

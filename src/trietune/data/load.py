@@ -19,11 +19,7 @@ import numpy as np
 
 from trietune.config.settings import Settings
 from trietune.data.cache import CacheWriter, make_key, open_cached
-from trietune.data.counts import SAMPLES_KEPT, DataCounts, SplitCounts, describe, name_places
-from trietune.data.examples import IGNORED_LABEL, Message, Task, TokenSequences
-from trietune.data.files import detect_format
-from trietune.data.prompt_formats import make_prompt_format
-from trietune.data.recipes import (
+from trietune.data.columns import (
     REQUIRED_COLUMNS,
     Recipe,
     built_in_recipe,
@@ -34,10 +30,14 @@ from trietune.data.recipes import (
     is_squad_row,
     recipe_of_adapter,
 )
+from trietune.data.counts import SAMPLES_KEPT, DataCounts, SplitCounts, describe, name_places
+from trietune.data.encode_rows import COMPLETIONS_TALLIED, Rules, tokenize_rows
+from trietune.data.encoder import hash_tokenizer, make_encoder
+from trietune.data.examples import IGNORED_LABEL, Message, Task, TokenSequences
+from trietune.data.files import detect_format
+from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.sources import FileRows, Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat, find_columns, read_messages, split_template
-from trietune.data.tokenizer import hash_tokenizer, make_encoder
-from trietune.data.tokenizing import COMPLETIONS_TALLIED, Rules, tokenize_rows
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
 from trietune.errors import UserError
 

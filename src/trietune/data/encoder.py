@@ -1,0 +1,306 @@
+"""Text becomes token ids, by rules that training, evaluation and use share.
+
+    <bos>  prompt  completion  <eos>         one BOS, never two; EOS is the last label
+           -100..  labels      label
+
+Prompt and completion are tokenized apart, so that the prompt's tokens in training are those in use, whatever follows.
+Some tokenizers put a space before every text that they are given (Llama 2's does). A completion is no beginning, so it
+is tokenized without that space: decoding the whole gives prompt and completion, character for character.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trietune.data.chat import Segment, split_last_turn, split_turns
+from trietune.data.columns import WrongRow
+from trietune.data.examples import IGNORED_LABEL, Example, Message
+from trietune.data.templates import PromptFormat
+from trietune.errors import UserError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a model folder, a `transformers` tokenizer.
+
+    Raises:
+        UserError: there is none, or it has no fast form, or no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever is wrong with the files, transformers raises a different class for each
+        raise UserError(
+            f"the tokenizer of `{folder.name}` cannot be loaded: {_first_line(error)}",
+            where=str(folder),
+            next_step="the folder needs `tokenizer.json` and `tokenizer_config.json`; download the model again",
+        ) from None
+    check_tokenizer(tokenizer, name=folder.name)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, *, name: str) -> None:
+    """Refuse what cannot be used.
+
+    Raises:
+        UserError: no fast form, or no end-of-sequence token.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(
+            f"the tokenizer of `{name}` has no fast form (`tokenizer.json`), and slow ones are not supported",
+            next_step="convert it once: `AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)`",
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of `{name}` has no end-of-sequence token, so a model could not learn to stop",
+            next_step='add `"eos_token": "..."` to its tokenizer_config.json',
+        )
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 of everything about a tokenizer that decides ids: vocabulary, rules, special tokens, chat template."""
+    backend = _plain_backend(tokenizer)
+    parts = [backend.to_str(), repr(sorted(tokenizer.special_tokens_map.items())), repr(find_bos_id(tokenizer))]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def find_bos_id(tokenizer: Any) -> int | None:
+    """The id to begin every sequence with; None if the tokenizer has none, or says that it wants none."""
+    bos_id = tokenizer.bos_token_id
+    if bos_id is None:
+        return None
+    adds_it = bos_id in _plain_backend(tokenizer).encode("a").ids
+    declines_it = tokenizer.init_kwargs.get("add_bos_token") is False
+    return None if declines_it and not adds_it else int(bos_id)
+
+
+def find_stop_ids(tokenizer: Any, prompt_format: PromptFormat, conversation: Sequence[Message] = ()) -> tuple[int, ...]:
+    """The ids that end an answer: EOS, and in a conversation the token that the chat template closes a turn with.
+
+    Args:
+        conversation: one of the data, up to an answer, for templates that refuse a plain one.
+
+    Raises:
+        UserError: the chat template cannot be used.
+    """
+    if prompt_format.kind != "chat":
+        return (prompt_format.eos_id,)
+    encoder = make_encoder(tokenizer, prompt_format)
+    encoded = _encode_probe(encoder, conversation)
+    closing = encoded.input_ids[encoded.labels != IGNORED_LABEL].tolist()
+    special = set(tokenizer.all_special_ids) | {
+        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    return tuple(dict.fromkeys([prompt_format.eos_id, *(one for one in closing if one in special)]))
+
+
+def _encode_probe(encoder: Encoder, conversation: Sequence[Message]) -> EncodedExamples:
+    plain = (Message("user", "a"), Message("assistant", "b"))
+    same_roles = tuple(Message(one.role, "b" if one.role == "assistant" else "a") for one in conversation)
+    probes = [plain, (Message("system", "s"), *plain), same_roles, tuple(conversation)]
+    reason: WrongRow | None = None
+    for probe in probes:
+        if not probe:
+            continue
+        try:
+            return encoder.encode([Example(id="", prompt="", completion="b", messages=probe)])
+        except WrongRow as error:
+            reason = error
+    raise UserError(
+        f"the chat template cannot be used: {reason}",
+        where="a conversation of the data" if conversation else "a plain conversation of user and assistant",
+        next_step="chat_template: FILE.jinja     (a template that renders these conversations, and asks for an answer "
+        "with what it writes before one)",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExamples:
+    """Examples as tokens, flat.
+
+    Attributes:
+        input_ids: int32 [tokens].
+        labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learnt.
+        lengths: int64 [examples], tokens of each.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A prompt format with the tokenizer that carries it out. Make it by `make_encoder`."""
+
+    prompt_format: PromptFormat
+    tokenizer: Any
+    beginning: Any  # tokenizers.Tokenizer, for text that begins a sequence
+    continuation: Any  # the same without a space of its own in front
+
+    def encode(self, examples: Sequence[Example]) -> EncodedExamples:
+        """Token ids and labels of examples, tokenized as one batch.
+
+        Raises:
+            WrongRow: a conversation that the chat template refuses.
+        """
+        return self.encode_segments([self.segments(example) for example in examples])
+
+    def encode_segments(self, segments: Sequence[Sequence[Segment]]) -> EncodedExamples:
+        """`encode` for examples that have been cut into segments already."""
+        firsts = self._tokenize(self.beginning, [one[0][0] for one in segments])
+        others = iter(self._tokenize(self.continuation, [text for one in segments for text, _ in one[1:]]))
+        pieces: list[list[int]] = []
+        are_labels: list[bool] = []
+        num_pieces = [len(one) + 2 for one in segments]
+        for one, first in zip(segments, firsts, strict=True):
+            pieces += (self._beginning_of_sequence(), self._without_bos(first))
+            pieces += (next(others) for _ in one[1:])
+            pieces[-1] = self._without_eos(pieces[-1])
+            pieces.append([self.prompt_format.eos_id])
+            are_labels.append(False)
+            are_labels += (is_label for _, is_label in one)
+            are_labels.append(True)
+        sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        input_ids = np.fromiter(chain.from_iterable(pieces), np.int32, int(sizes.sum()))
+        labels = np.where(np.repeat(np.array(are_labels, bool), sizes), input_ids, np.int32(IGNORED_LABEL))
+        lengths = np.add.reduceat(sizes, np.cumsum([0, *num_pieces[:-1]])) if segments else np.zeros(0, np.int64)
+        # Nothing comes before a first token, so nothing can predict it; it has a label only without BOS and prompt.
+        labels[np.cumsum(lengths) - lengths] = IGNORED_LABEL
+        return EncodedExamples(input_ids, labels, lengths)
+
+    def encode_prompt(self, example: Example) -> list[int]:
+        """The token ids that the completion of an example follows: the very ids of training.
+
+        Messages that end with the assistant's turn are cut before it; others are asked for an answer.
+        """
+        if example.messages:
+            messages = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
+            segments = self._turns(messages, add_generation_prompt=True)
+        else:
+            segments = [(example.prompt, False)] if example.prompt else []
+        ids = self._beginning_of_sequence()
+        for index, (text, _) in enumerate(segments):
+            piece = self._tokenize(self.continuation if index else self.beginning, [text])[0]
+            ids = ids + (piece if index else self._without_bos(piece))
+        return ids
+
+    def encode_completion(self, completion: str) -> list[int]:
+        """The token ids of a completion after a prompt, EOS included: the very ids of training."""
+        return [*self._without_eos(self._tokenize(self.continuation, [completion])[0]), self.prompt_format.eos_id]
+
+    def decode_completion(self, ids: Sequence[int]) -> str:
+        """The text of generated token ids up to the first stop id, its leading space kept."""
+        stops = self.prompt_format.stop_ids
+        end = next((index for index, token in enumerate(ids) if token in stops), len(ids))
+        # Decoders that drop the space in front of a text would drop the completion's own: decode behind a letter.
+        anchor = self.beginning.encode("a", add_special_tokens=False).ids
+        decoded = self.beginning.decode([*anchor, *ids[:end]], skip_special_tokens=True)
+        return str(decoded[len(self.beginning.decode(anchor, skip_special_tokens=True)) :])
+
+    def segments(self, example: Example) -> list[Segment]:
+        """An example as the texts that are tokenized apart, each with whether it is to be learnt."""
+        if example.messages:
+            return self._turns(example.messages, add_generation_prompt=False)
+        if not example.prompt:
+            return [(example.completion, True)]
+        return [(example.prompt, False), (example.completion, True)]
+
+    def _turns(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
+        split = split_last_turn if self.prompt_format.is_turn_by_turn else split_turns
+        return split(
+            messages,
+            tokenizer=self.tokenizer,
+            chat_template=self.prompt_format.chat_template,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def _tokenize(self, backend: Any, texts: Sequence[str]) -> list[list[int]]:
+        # A task's few completions, and the turns of a system prompt, come again and again.
+        distinct = list(dict.fromkeys(texts))
+        # transformers sets these on the same object at each of its own calls.
+        backend.encode_special_tokens = not self.prompt_format.parses_special_tokens
+        backend.no_truncation()
+        backend.no_padding()
+        ids = [encoding.ids for encoding in backend.encode_batch_fast(distinct, add_special_tokens=False)]
+        if len(distinct) == len(texts):
+            return ids
+        ids_of = dict(zip(distinct, ids, strict=True))
+        return [ids_of[text] for text in texts]
+
+    def _beginning_of_sequence(self) -> list[int]:
+        return [] if self.prompt_format.bos_id is None else [self.prompt_format.bos_id]
+
+    def _without_bos(self, ids: list[int]) -> list[int]:
+        start = 0
+        while start < len(ids) and ids[start] == self.prompt_format.bos_id:
+            start += 1
+        return ids[start:] if start else ids
+
+    def _without_eos(self, ids: list[int]) -> list[int]:
+        end = len(ids)
+        while end and ids[end - 1] == self.prompt_format.eos_id:
+            end -= 1
+        return ids[:end] if end < len(ids) else ids
+
+
+def make_encoder(tokenizer: Any, prompt_format: PromptFormat) -> Encoder:
+    """The encoder of a prompt format.
+
+    Args:
+        tokenizer: a fast `transformers` tokenizer.
+    """
+    beginning = _plain_backend(tokenizer)
+    return Encoder(prompt_format, tokenizer, beginning, _continuation(beginning))
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _continuation(backend: Any) -> Any:
+    """The tokenizer without the rules that put a space before a text; the same object if it has none of them."""
+    from tokenizers import Tokenizer
+
+    rules = {"normalizer": _rules_of(backend.normalizer), "pre_tokenizer": _rules_of(backend.pre_tokenizer)}
+    bare = {name: _without_prefix(rule) for name, rule in rules.items()}
+    if bare == rules:
+        return backend
+    return Tokenizer.from_str(json.dumps({**json.loads(backend.to_str()), **bare}))
+
+
+def _rules_of(component: Any) -> Any:
+    return None if component is None else json.loads(component.__getstate__())
+
+
+def _without_prefix(rule: Any) -> Any:
+    if rule is None:
+        return None
+    if rule["type"] == "Sequence":
+        key = "normalizers" if "normalizers" in rule else "pretokenizers"
+        return {**rule, key: [bare for inner in rule[key] if (bare := _without_prefix(inner)) is not None]}
+    if rule["type"] == "Prepend":
+        return None
+    if rule["type"] == "Metaspace":
+        return {**rule, "prepend_scheme": "never"}
+    if rule["type"] == "ByteLevel":
+        return {**rule, "add_prefix_space": False}
+    return rule
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
