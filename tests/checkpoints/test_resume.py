@@ -138,3 +138,12 @@ def test_a_broken_run_id_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / ".run-id").write_bytes(data)
     with pytest.raises(UserError, match="does not hold the id of a run"):
         load_or_create_run_id(tmp_path)
+
+
+def test_a_data_set_that_nobody_named_is_no_difference_where_the_data_are_the_same() -> None:
+    saved = {"dataset_id": "stanfordnlp/sst2", "data_fingerprint": "a"}
+    assert compare(saved, {"dataset_id": None, "data_fingerprint": "a"}) == []
+    verdicts = [one.verdict for one in compare(saved, {"dataset_id": None, "data_fingerprint": "b"})]
+    assert verdicts == ["refuse", "refuse"]
+    [named] = compare(saved, {"dataset_id": "rajpurkar/squad_v2", "data_fingerprint": "a"})
+    assert named.verdict == "refuse"

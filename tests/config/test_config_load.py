@@ -226,3 +226,17 @@ def test_secrets_are_masked_in_errors(address: str, secret: str) -> None:
 def test_import_loads_no_torch() -> None:
     script = "import sys, trietune.config, trietune.config.template; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_value_says_everything_when_it_is_read_again() -> None:
+    written = [{"train_file": "a.jsonl"}, {"tracker": "tensorboard"}, {"train_file": "a.jsonl", "dataset_id": "sst2"}]
+    for keys in written:
+        settings = load_config(overrides=keys, environ={})
+        again = load_config(overrides=settings.dump_public(), environ={})
+        assert again.dump_public() == settings.dump_public()
+        assert again.notes == settings.notes == ()
+    first = load_config(overrides=["train_file=a.jsonl"], environ={})
+    assert first.dataset_id is None
+    assert first.where("dataset_id") == "default"
+    with pytest.raises(UserError, match="`dataset_id: null`"):
+        load_config(overrides={"dataset_id": None}, environ={})

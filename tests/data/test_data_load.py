@@ -34,9 +34,11 @@ def load(tokenizer: Any, make_settings: Any, tmp_path: Path, said: list[str], mo
     folder.mkdir()
     monkeypatch.chdir(folder)
 
-    def call(*, progress: Any = lambda *_: None, check_stop: Any = lambda: None, **changes: Any) -> Data:
+    def call(
+        *, progress: Any = lambda *_: None, check_stop: Any = lambda: None, as_it_is: bool = False, **changes: Any
+    ) -> Data:
         return load_data(
-            make_settings(**changes),
+            make_settings(**(changes if as_it_is else say_sst2(changes))),
             tokenizer,
             cache_folder=tmp_path / "cache",
             report=said.append,
@@ -45,6 +47,17 @@ def load(tokenizer: Any, make_settings: Any, tmp_path: Path, said: list[str], mo
         )
 
     return call
+
+
+def say_sst2(changes: dict[str, Any]) -> dict[str, Any]:
+    """The same settings, saying that files with sentences are SST-2, as their columns alone do not."""
+    named = changes.get("train_file") or changes.get("dataset_id")
+    if not named or "prompt_template" in changes or {"train_file", "dataset_id"} <= set(changes):
+        return changes
+    files = [path for path in (Path(named), *Path(named).rglob("*")) if path.is_file()]
+    if not any(b"sentence" in path.read_bytes() for path in files):
+        return changes
+    return {**changes, "train_file": named, "dataset_id": "sst2"}
 
 
 def tsv(name: str, *rows: str) -> str:
@@ -482,14 +495,16 @@ def test_one_split_for_evaluation(load: Load, tokenizer: Any, make_settings: Any
         "check_stop": lambda: None,
     }
     for split, text in (("train", "a"), ("validation", "b"), ("test", "c")):
-        sequences, used = load_split(make_settings(dataset_id="d"), tokenizer, split, **calls)  # type: ignore[arg-type]
+        sequences, used = load_split(make_settings(**say_sst2({"dataset_id": "d"})), tokenizer, split, **calls)  # type: ignore[arg-type]
         assert sequences.examples[0].prompt == f"Review: {text}\nOutput:"
         assert used == data.prompt_format
     Path("d/test.tsv").unlink()
     with pytest.raises(UserError, match="without a test split"):
-        load_split(make_settings(dataset_id="d"), tokenizer, "test", **calls)
+        load_split(make_settings(**say_sst2({"dataset_id": "d"})), tokenizer, "test", **calls)
     own = load(dataset_id="d", prompt_template="Say {sentence}:", completion_template=" {label}").prompt_format
-    sequences, used = load_split(make_settings(dataset_id="d"), tokenizer, "validation", prompt_format=own, **calls)
+    sequences, used = load_split(
+        make_settings(**say_sst2({"dataset_id": "d"})), tokenizer, "validation", prompt_format=own, **calls
+    )
     assert sequences.examples[0].prompt == "Say b:"
     assert used == own
 
@@ -506,7 +521,7 @@ def test_an_adapter_is_evaluated_on_the_form_that_it_was_trained_on(
         "progress": lambda *_: None,
         "check_stop": lambda: None,
     }
-    settings = make_settings(train_file=tsv("t.tsv", *["fine\t1"] * 3))
+    settings = make_settings(dataset_id="sst2", train_file=tsv("t.tsv", *["fine\t1"] * 3))
     with pytest.raises(UserError, match=r"trained on conversations, and `t.tsv` holds prompts"):
         load_split(settings, tokenizer, "validation", prompt_format=chat, **calls)
     own = load(train_file="t.tsv").prompt_format
@@ -537,3 +552,280 @@ def test_a_preview_marks_the_labels(load: Load, tokenizer: Any) -> None:
     assert [one.id for one in shown] == ["t.tsv:2", "t.tsv:3"]
     assert "".join(token.text for token in shown[0].tokens if token.is_label) == ' {"label": "positive"}<eos>'
     assert "".join(token.text for token in shown[0].tokens if not token.is_label) == "<bos>Review: fine\nOutput:"
+
+
+def token_rows(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {"train_file": jsonl("tokens.jsonl", rows), "validation_file": jsonl("v.jsonl", TOKENS_UNPADDED)}
+
+
+TOKENS_UNPADDED: list[dict[str, Any]] = [
+    {"input_ids": [10, 11, 12, 13], "labels": [-100, -100, 12, 13]},
+    {"input_ids": [10, 14, 15], "labels": [-100, 14, 15]},
+]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_that_a_mask_hides_is_no_part_of_an_example(load: Load, said: list[str], side: str) -> None:
+    plain = load(**token_rows(TOKENS_UNPADDED)).train
+    before, after = {"left": (3, 0), "right": (0, 3), "both": (1, 2)}[side]
+    padded = []
+    for row in TOKENS_UNPADDED:
+        ids = [0] * before + row["input_ids"] + [0] * after
+        # The labels of padding equal its ids: without the mask it would be learnt.
+        labels = [0] * before + row["labels"] + [0] * after
+        mask = [0] * before + [1] * len(row["labels"]) + [0] * after
+        padded.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
+    data = load(**token_rows(padded))
+    assert data.train.input_ids.tolist() == plain.input_ids.tolist()
+    assert data.train.labels.tolist() == plain.labels.tolist()
+    assert data.counts.train.padded.number == 2
+    assert any("hides padding" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"attention_mask": [1, 0, 1]}, "between others"),
+        ({"attention_mask": [1, 1]}, "2 values of `attention_mask`"),
+        ({"attention_mask": [1, 2, 1]}, "0 and 1"),
+        ({"attention_mask": 1}, "`attention_mask` must be a list"),
+        ({"labels": 1}, "`labels` must be a list"),
+        ({"labels": "abc"}, "`labels` must be a list"),
+        ({"input_ids": {"a": 1}}, "`input_ids` must be a list"),
+        ({"input_ids": [[10], [11], [12]]}, "`input_ids` must be a list"),
+        ({"input_ids": [True, 11, 12]}, "`input_ids` must be a list"),
+    ],
+)
+def test_tokens_that_are_none_are_named(load: Load, row: dict[str, Any], reason: str) -> None:
+    rows = [*TOKENS_UNPADDED, {"input_ids": [10, 11, 12], "labels": [-100, 11, 12], **row}]
+    with pytest.raises(UserError, match="1 of 3 rows") as caught:
+        load(**token_rows(rows))
+    assert reason in str(caught.value)
+    assert "tokens.jsonl:3" in str(caught.value)
+
+
+def test_rows_without_a_label_are_left_out_and_counted(load: Load, said: list[str]) -> None:
+    nothing: list[dict[str, Any]] = [
+        {"input_ids": [10, 11], "labels": [-100, -100]},
+        {"input_ids": None, "labels": None},
+        {"input_ids": [], "labels": []},
+        {"input_ids": [10], "labels": [10]},  # nothing comes before a first token
+    ]
+    data = load(**token_rows([nothing[0], *TOKENS_UNPADDED, *nothing[1:]]))
+    assert len(data.train) == 2
+    assert data.counts.train.without_labels.number == 4
+    assert any("4 without a label, left out (tokens.jsonl:1, tokens.jsonl:4" in line for line in said)
+    with pytest.raises(UserError, match=r"none of the 4 rows of `tokens\.jsonl` has a label"):
+        load(**token_rows(nothing))
+    with pytest.raises(UserError, match=r"none of the 1 rows of `n\.jsonl` has a label"):
+        load(train_file=jsonl("t.jsonl", TOKENS_UNPADDED), validation_file=jsonl("n.jsonl", nothing[:1]))
+
+
+def test_data_without_such_rows_keeps_the_fingerprint_that_checkpoints_know(load: Load) -> None:
+    plain = load(**token_rows(TOKENS_UNPADDED))
+    masked = load(**token_rows([{**row, "attention_mask": [1] * len(row["labels"])} for row in TOKENS_UNPADDED]))
+    assert masked.counts.train.padded.number == 0
+    some = load(**token_rows([*TOKENS_UNPADDED, {"input_ids": [10], "labels": [-100]}]))
+    assert len({plain.train_fingerprint, masked.train_fingerprint, some.train_fingerprint}) == 3
+
+
+def test_a_missing_number_is_no_text(load: Load, tokenizer: Any, said: list[str]) -> None:
+    Path("n.jsonl").write_text(
+        '{"prompt": "a note:", "completion": NaN}\n{"prompt": NaN, "completion": " b"}\n'
+        '{"prompt": "c", "completion": " d"}\n'
+    )
+    data = load(train_file="n.jsonl", validation_file=jsonl("v.jsonl", [{"prompt": "a", "completion": "b"}]))
+    assert texts(data, tokenizer) == [" b", "c d"]
+    assert data.counts.train.without_completion.number == data.counts.train.without_prompt.number == 1
+    table = pa.table({"film": ["a", "b", "c"], "stars": pa.array([1.5, float("nan"), 2.0])})
+    pq.write_table(table, "n.parquet")
+    templates = {"prompt_template": "{film}", "completion_template": " {stars}"}
+    kept = load(train_file="n.parquet", validation_file="n.parquet", **templates)
+    assert texts(kept, tokenizer) == ["a 1.5", "c 2.0"]
+    Path("i.jsonl").write_text('{"prompt": "a", "completion": Infinity}\n{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(UserError, match="1 of 2 rows"):
+        load(train_file="i.jsonl")
+
+
+SURROGATE = "smile \ud83d"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": SURROGATE, "completion": " b"},
+        {"prompt": "a", "completion": SURROGATE},
+        {"text": SURROGATE},
+        {"messages": [{"role": "user", "content": SURROGATE}, {"role": "assistant", "content": "b"}]},
+        {"id": "1", "context": SURROGATE, "question": "b", "answers": {"text": ["c"], "answer_start": [0]}},
+        {"id": SURROGATE, "context": "a", "question": "b", "answers": {"text": ["c"], "answer_start": [0]}},
+        {"id": "1", "context": "a", "question": "b", "answers": {"text": ["c", SURROGATE], "answer_start": [0, 0]}},
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_half_a_character_is_named_with_its_row(load: Load, row: dict[str, Any], form: str) -> None:
+    Path(f"s.{form}").write_text(json.dumps([row]) if form == "json" else json.dumps(row) + "\n")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}" if "messages" in row else None
+    with pytest.raises(UserError, match="half a character") as caught:
+        load(train_file=f"s.{form}", chat_template=template)
+    assert f"s.{form}:1" in str(caught.value)
+    assert "ud83d" in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "squad.json"])
+def test_json_that_is_nested_too_deeply_is_no_bug(load: Load, form: str) -> None:
+    deep = "[" * 200_000 + "]" * 200_000
+    text = {
+        "jsonl": f'{{"prompt": {deep}}}\n',
+        "json": f'[{{"prompt": {deep}}}]',
+        "squad.json": f'{{"data": {deep}, "paragraphs": 1}}',
+    }[form]
+    Path(f"deep.{form}").write_text(text)
+    with pytest.raises(UserError, match="nested too deeply"):
+        load(train_file=f"deep.{form}", prompt_template="{prompt}", completion_template="{prompt}")
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"sentence": "They drank.", "label": 1}, "`dataset_id: sst2`"),
+        ({"idx": 1, "sentence": "They drank.", "label": 1}, "`dataset_id: sst2`"),
+        ({"context": "a", "question": "b", "answers": "c"}, "`dataset_id: squad_v2`"),
+        ({"context": "a", "question": "b", "answers": ["c"]}, "`dataset_id: squad_v2`"),
+    ],
+)
+def test_columns_alone_make_no_file_sst2_or_squad(load: Load, row: dict[str, Any], advice: str) -> None:
+    name = jsonl("plain.jsonl", [row] * 9)
+    for key in ("train_file", "dataset_id"):
+        with pytest.raises(UserError, match="it is not clear what to learn") as caught:
+            load(as_it_is=True, **{key: name})
+        assert advice in str(caught.value)
+        assert caught.value.exit_code == 2
+    assert load(train_file=name, dataset_id="sst2" if "label" in row else "squad_v2").task.kind != "text"
+    first, second = list(row)[-2:]
+    other = load(train_file=name, prompt_template=f"{{{first}}}", completion_template=f" a {{{first}}} {second}")
+    assert other.task.kind == "text"
+
+
+def test_squads_own_form_says_what_it_is(load: Load) -> None:
+    row = {"context": "a", "question": "b", "answers": {"text": ["c"], "answer_start": [0]}}
+    assert load(train_file=jsonl("own.jsonl", [row] * 3)).task.kind == "answers"
+    assert load(train_file=squad_file("own.json")).task.kind == "answers"
+
+
+def test_columns_that_nothing_uses_are_named_once(load: Load, said: list[str]) -> None:
+    rows = [{"prompt": "a", "completion": f"b{i}", "topic": "c", "year": i} for i in range(30)]
+    load(train_file=jsonl("t.jsonl", rows))
+    assert [line for line in said if "nothing uses" in line] == [
+        "columns of `t.jsonl` that nothing uses: `topic`, `year`"
+    ]
+    said.clear()
+    load(train_file="t.jsonl", prompt_template="{prompt} {topic} {year}", completion_template="{completion}")
+    assert not [line for line in said if "nothing uses" in line]
+
+
+def test_a_row_of_another_form_than_the_first_is_named(load: Load) -> None:
+    forms: list[dict[str, Any]] = [
+        {"text": "a"},
+        {"prompt": "a", "completion": "b", "text": None},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "text": "a"},
+        {"input_ids": [10, 11], "labels": [10, 11], "text": "a"},
+    ]
+    for row in forms[1:]:
+        with pytest.raises(UserError, match="1 of 3 rows") as caught:
+            load(train_file=jsonl("t.jsonl", [forms[0], forms[0], row]))
+        assert "t.jsonl:3" in str(caught.value)
+        assert "the first row of the data `text`" in str(caught.value)
+    data = load(train_file=jsonl("t.jsonl", [{"text": "a", "prompt": None}, {"text": "b", "messages": None}]))
+    assert data.counts.train.read + 1 == 2
+
+
+def test_a_file_beside_the_split_is_no_part_of_it(load: Load, said: list[str]) -> None:
+    rows = [{"prompt": "a", "completion": " b"}]
+    jsonl("d/train.jsonl", rows * 3)
+    jsonl("d/dev.jsonl", rows)
+    for other in ("train_backup", "train-old", "training2_x", "train.bak", "dev_old"):
+        jsonl(f"d/{other}.jsonl", rows * 5)
+    data = load(train_file="d")
+    assert (data.counts.train.read, len(data.validation or ())) == (3, 1)
+    [of_train] = [line for line in said if "beside `train.jsonl`" in line]
+    assert "`train_backup.jsonl`" in of_train
+    assert "`train.bak.jsonl`" in of_train
+    for shard in ("train-00000-of-00002", "train-00001-of-00002-0123456789abcdef", "train_3", "train.part4"):
+        jsonl(f"shards/{shard}.jsonl", rows * 5)
+    jsonl("shards/validation.jsonl", rows)
+    assert load(train_file="shards").counts.train.read == 20
+    jsonl("one/train_v2.jsonl", rows * 4)
+    jsonl("one/validation.jsonl", rows)
+    assert load(train_file="one").counts.train.read == 4
+    jsonl("one/train_v3.jsonl", rows)
+    with pytest.raises(UserError, match="several files could be the split `train`"):
+        load(train_file="one")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_chat_template_may_begin_with_a_byte_order_mark(load: Load, tokenizer: Any, mark: bytes) -> None:
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    Path("chat.jinja").write_bytes(mark + template.encode())
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = load(train_file=jsonl("c.jsonl", [{"messages": chat}] * 2), chat_template="chat.jinja")
+    assert texts(data, tokenizer)[0] == "[user]a[assistant]b"
+    Path("chat.jinja").write_bytes(b"\xff\xfe" + template.encode())
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        load(train_file="c.jsonl", chat_template="chat.jinja")
+
+
+CONVERSATION = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "r"},
+]
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (TURNS + "{% if add_generation_prompt %}<assistant><think>\n{% endif %}", "asks for an answer"),
+        ("{% for m in messages %}{{ m.content }", "line 1 of the template"),
+        ("{% for t in tools %}{{ t }}{% endfor %}" + TURNS, "TypeError"),
+        ("{{ 'n' + 1 }}" + TURNS, "TypeError"),
+        ("{{ raise_exception('never') }}", "never"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_no_bug(load: Load, template: str, reason: str) -> None:
+    name = jsonl("c.jsonl", [{"messages": CONVERSATION}] * 3)
+    with pytest.raises(UserError, match="the chat template cannot be used") as caught:
+        load(train_file=name, chat_template=template + "{# {{ #}")
+    assert reason in str(caught.value)
+
+
+def test_a_chat_template_is_probed_with_a_conversation_of_the_data(load: Load, tokenizer: Any) -> None:
+    for demand in ("messages[0].role == 'system'", "messages[0].content == 's'"):
+        template = "{% if not (" + demand + ") %}{{ raise_exception('a system message first') }}{% endif %}" + TURNS
+        template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+        data = load(train_file=jsonl("c.jsonl", [{"messages": CONVERSATION}] * 3), chat_template=template)
+        assert texts(data, tokenizer)[0] == "<system>s<user>q<assistant>r"
+        plain = [{"messages": CONVERSATION}, {"messages": CONVERSATION[1:]}]
+        with pytest.raises(UserError, match="1 of 2 rows") as caught:
+            load(train_file=jsonl("d.jsonl", plain), chat_template=template)
+        assert "a system message first" in str(caught.value)
+
+
+def test_a_conversation_that_begins_with_the_assistant_is_named(load: Load) -> None:
+    rows = [{"messages": CONVERSATION[1:]}, {"messages": CONVERSATION[2:]}, {"messages": CONVERSATION[2:0:-1] * 2}]
+    template = "{{ messages[0].role }}" + TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    with pytest.raises(UserError, match="2 of 3 rows") as caught:
+        load(train_file=jsonl("c.jsonl", rows), chat_template=template)
+    assert str(caught.value).count("begins with the assistant") == 2
+
+
+def test_validation_examples_that_stand_in_training_are_counted(load: Load, said: list[str]) -> None:
+    rows = [{"prompt": f"{i}?", "completion": f" {i}"} for i in range(20)]
+    load(train_file=jsonl("t.jsonl", rows[:15]), validation_file=jsonl("v.jsonl", rows[12:]))
+    assert "validation: 3 of 8 examples also stand in the training data (v.jsonl:1, v.jsonl:2, v.jsonl:3)" in said
+    said.clear()
+    load(train_file=jsonl("u.jsonl", rows))
+    assert not [line for line in said if "also stand" in line]
+    load(train_file=jsonl("w.jsonl", [rows[0]] * 20))
+    assert [line for line in said if "1 of 1 examples also stand in the training data" in line]

@@ -18,6 +18,8 @@ def recipe_for(columns: list[str], **changes: Any) -> Recipe:
 
 
 def make(row: dict[str, Any], **changes: Any) -> Example:
+    if "prompt_template" not in changes and "task_name" not in changes:
+        changes["task_name"] = "sst2" if "sentence" in row else "squad" if "context" in row else None
     return example_maker(recipe_for(list(row), **changes))(row, "data.jsonl:1")
 
 
@@ -42,7 +44,7 @@ def test_text_from_a_column_is_never_a_template() -> None:
 
 def test_columns_and_words_of_a_template() -> None:
     assert find_columns("{a} {b} {a} {{c}}") == ("a", "b")
-    assert literal_text("x {a} y {{c}}") == "x  y "
+    assert literal_text("x {a} y {{c}}") == "x  y {c}"
 
 
 def test_sst2_and_squad_read_as_the_design_says() -> None:
@@ -146,3 +148,54 @@ def test_a_list_in_a_template_is_a_wrong_row() -> None:
         make({"a": [1], "b": "x"}, prompt_template="{a}", completion_template="{b}")
     with pytest.raises(WrongRow, match="no column `completion`"):
         example_maker(Recipe("columns"))({"prompt": "x"}, "data.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("Review: {Review Text}\nMood:", "Review: fine\nMood:"),
+        ("{ padded }|{a-b}|{1}|{Rating (1-5)}|{it's}", "p|dash|one|5|apostrophe"),
+        ("{a}{a}", "AA"),
+        ('{"label": "{a}", "b": {"c": {a}}}', '{"label": "A", "b": {"c": A}}'),
+        (
+            "{{Review Text}} {{no column}} {{Rating (1-5)}} {{x:.2f}}",
+            "{Review Text} {no column} {Rating (1-5)} {x:.2f}",
+        ),
+        ('{} {"x"} {a, b} {f(x)} {\n} { } {{"k": 1}}', '{} {"x"} {a, b} {f(x)} {\n} { } {{"k": 1}}'),
+    ],
+)
+def test_a_placeholder_is_a_column_exactly_as_it_is_spelt(template: str, text: str) -> None:
+    row = {
+        "Review Text": "fine", " padded ": "p", "a-b": "dash", "1": "one", "Rating (1-5)": 5, "it's": "apostrophe",
+        "a": "A", "answer": "yes",
+    }  # fmt: skip
+    example = make(row, prompt_template=template, completion_template="{answer}")
+    assert example.prompt == text
+    example = make(row, prompt_template="", completion_template=template + "{answer}")
+    assert example.completion == text + "yes"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("Review  Text", "Review Text"),
+        ("review_text", "Review Text"),
+        (" Review Text", "Review Text"),
+        ("Review Text!r", "Review Text"),
+        ("Review Text:>20", "Review Text"),
+        ("review-tex", "Review Text"),
+        ("0", None),
+        ("größe", None),
+    ],
+)
+def test_a_name_that_is_no_column_is_refused_with_the_nearest(name: str, near: str | None) -> None:
+    for templates in (("{%s}", "{label}"), ("a", "{label} {%s}")):
+        prompt, completion = (template.replace("%s", name) for template in templates)
+        with pytest.raises(UserError) as caught:
+            recipe_for(["Review Text", "label"], prompt_template=prompt, completion_template=completion)
+        assert f"the column `{name}`" in str(caught.value)
+        assert (f"did you mean `{{{near}}}`?" if near else f"write `{{{{{name}}}}}`") in str(caught.value)
+
+
+def test_templates_of_the_first_adapters_mean_what_they_meant() -> None:
+    assert fill_template("{a b} {0} {{0}} {a}", {"a": "A", "a b": "no", "0": "no"}) == "{a b} {0} {0} A"

@@ -142,3 +142,23 @@ def test_an_empty_input_is_refused_where_nothing_stands_before_it(talkative: Any
     encoder = make_test_encoder(Task(kind="text"), bos_id=None)
     with pytest.raises(UserError, match="input 2 is empty"):
         predict_text(model, encoder, ["Hi", ""], max_nodes=200, batch_size=2)
+
+
+def test_half_a_character_is_refused_in_every_input(make_test_encoder: Any) -> None:
+    prompt_format = make_test_encoder(Task(kind="text")).prompt_format
+    for bad in ("smile \ud83d", {"prompt": "smile \ud83d"}, "byte \udcff"):
+        with pytest.raises(UserError, match="input 2 holds half a character"):
+            make_examples(prompt_format, ["fine", bad])
+    chat = make_test_encoder(Task(kind="text"), kind="chat", chat_template=CHAT_TEMPLATE, bos_id=None).prompt_format
+    for bad in ("\ud83d", {"messages": [{"role": "user", "content": "\ud83d"}]}):
+        with pytest.raises(UserError, match="input 1 holds half a character"):
+            make_examples(chat, [bad])
+
+
+def test_a_conversation_that_the_assistant_begins_is_refused(talkative: Any, make_test_encoder: Any) -> None:
+    model = TrieModel(talkative("gemma"), device=torch.device("cpu"))
+    encoder = make_test_encoder(Task(kind="text"), kind="chat", chat_template=CHAT_TEMPLATE, bos_id=None)
+    begun = {"role": "assistant", "content": "Hi"}
+    for messages in ([begun], [begun, {"role": "user", "content": "Hi"}]):
+        with pytest.raises(UserError, match="begins with the assistant"):
+            predict_text(model, encoder, [{"messages": messages}], max_nodes=200, batch_size=2)

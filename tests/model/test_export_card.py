@@ -37,6 +37,8 @@ def _facts(base: ModelFolder = ON_HUB, **more: Any) -> CardFacts:
         bos_id=1,
         stop_ids=(0,),
         dataset="stanfordnlp/sst2",
+        trained_on="stanfordnlp/sst2",
+        measured_on="stanfordnlp/sst2",
         num_train_examples=67_349,
         scores=[Score("eval/accuracy", 0.875, 0.505, 872), Score("eval/loss", 0.1)],
         settings={"lora_r": 4, "learning_rate": 6e-5},
@@ -78,10 +80,17 @@ def test_people_read_what_they_need() -> None:
     assert "| `learning_rate` | `6e-05` |" in card
 
 
-@pytest.mark.parametrize("dataset", ["data/mine.jsonl", "/data/mine", "demo/film_reviews", "tests/model", None])
+@pytest.mark.parametrize("dataset", ["mine.jsonl", "stanfordnlp/sst2", "demo/film_reviews", None])
 def test_what_is_not_on_the_hub_is_not_named_as_if(base: ModelFolder, dataset: str | None) -> None:
-    card = ModelCard(model_card(_facts(base, dataset=dataset))).data.to_dict()
-    assert not {"base_model", "datasets", "model-index"} & set(card)
+    facts = _facts(base, dataset=dataset, trained_on=None, measured_on=None)
+    card = ModelCard(model_card(facts)).data.to_dict()
+    assert not {"base_model", "datasets", "model-index", "metrics"} & set(card)
+
+
+def test_scores_on_a_file_of_ones_own_are_no_scores_on_the_data_set_that_was_trained_on() -> None:
+    card = ModelCard(model_card(_facts(measured_on=None))).data.to_dict()
+    assert card["datasets"] == ["stanfordnlp/sst2"]
+    assert not {"model-index", "metrics"} & set(card)
 
 
 def test_the_licence_is_that_of_the_base(base: ModelFolder) -> None:

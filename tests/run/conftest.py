@@ -91,6 +91,7 @@ def overrides(tiny_model: Path, reviews: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TRIETUNE_CACHE", str(tmp_path / "cache"))
     return {
         "model_name": str(tiny_model),
+        "dataset_id": "sst2",
         "train_file": str(reviews / "train.tsv"),
         "validation_file": str(reviews / "dev.tsv"),
         "max_length": 128,

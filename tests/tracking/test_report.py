@@ -92,7 +92,7 @@ def test_a_run_ends_with_a_page_of_its_own(run: Path) -> None:
         "finished, 12 of 12 steps in 1:33",
         "87.5 % 82.5 to 92.5",
         "before: 50.5 % (45.5 to 55.5)",
-        "After training, 200 examples; before training, 200 examples.",
+        "After training, step 12, 200 examples; before training, 200 examples.",
         "SmolLM2-135M-Instruct in bfloat16 on cpu",
         "reviews.tsv: 800 read, 792 kept",
         "no Tenstorrent device is here",
@@ -235,3 +235,34 @@ def test_what_the_model_said_before_stands_beside_what_it_says_now(tmp_path: Pat
     record(iter([*run[:place], before, *run[place:]]))
     words = Page((tmp_path / "sst2" / "report.html").read_text()).words
     assert "says expected said before about right positive positive dunno Review: warm and funny" in words
+
+
+@pytest.mark.parametrize("says_it", [True, False])
+def test_an_earlier_checkpoint_that_won_does_not_hide_how_the_curve_ended(tmp_path: Path, says_it: bool) -> None:
+    directory = tmp_path / "run"
+
+    def evaluated(step: int, loss: float, when: str, weights_step: int | None = None) -> Evaluated:
+        metrics = {"eval/loss": loss}
+        return Evaluated(step, 1.0, metrics, 20, when, weights_step=weights_step)  # type: ignore[arg-type]
+
+    def events() -> Iterator[Event]:
+        yield RunStarted("run", directory, 4, 0, {}, {})
+        yield evaluated(0, 2.0, "before")
+        yield evaluated(2, 0.125, "during")
+        yield evaluated(4, 0.875, "during")
+        yield evaluated(4, 0.25, "after", weights_step=2 if says_it else None)
+        yield Saved("adapter", 2, directory / "adapter", {}, 0.1)
+        yield RunFinished("finished", 4, 1.0, {})
+
+    record(events())
+    path = directory / "metrics.jsonl"
+    assert ("weights_step" in path.read_text()) == says_it
+    [chart] = [chart for chart in charts_of([read_run(directory)]) if chart["title"] == "loss"]
+    [series] = [series for series in chart["series"] if series["kind"] == "eval"]
+    assert series["points"] == [[0, 2.0], [2, 0.125], [4, 0.875]]
+    page = tmp_path / "page.html"
+    write_report([directory], page)
+    [title] = re.findall(r"<h3>(.*?)</h3>", page.read_text())
+    assert title == 'loss <span class="small">step 2</span>'
+    assert "an earlier checkpoint was better than the last step" in page.read_text()
+    assert "after (step 2)" in report_text([directory])

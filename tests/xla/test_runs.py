@@ -21,7 +21,7 @@ WEIGHT_TOLERANCE = 1e-4
 def overrides(tiny_model: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:  # noqa: F811
     monkeypatch.setenv("TRIETUNE_CACHE", str(tmp_path / "cache"))
     return {
-        "model_name": str(tiny_model), "train_file": str(reviews / "train.tsv"),
+        "model_name": str(tiny_model), "dataset_id": "sst2", "train_file": str(reviews / "train.tsv"),
         "validation_file": str(reviews / "dev.tsv"), "max_length": 128, "dtype": "float32", "batch_size": 8,
         "learning_rate": 1e-2, "max_steps": 8, "project_dir": str(tmp_path / "runs"), "use_wandb": False,
         "steps_freq": 4, "save_strategy": "step", "save_optim": True, "print_examples": False,

@@ -19,11 +19,11 @@ from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io import disk_errors, files, strict_json
 
 _NOT_MENTIONED = {
-    "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage", "log_level", "max_time",
-    "model_to_wandb", "on_save_error", "print_examples", "project_dir", "remote_path", "resume_from_checkpoint",
-    "resume_option", "run_decode_example", "save_optim", "save_strategy", "self_check", "steps_freq",
-    "storage_backend", "sync_to_storage", "test_config", "tracker", "use_wandb", "val_steps_freq", "wandb_log_freq",
-    "wandb_project", "wandb_run_name", "wandb_tags", "wandb_watch_mode",
+    "card_example", "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage",
+    "log_level", "max_time", "model_to_wandb", "on_save_error", "print_examples", "project_dir", "remote_path",
+    "resume_from_checkpoint", "resume_option", "run_decode_example", "save_optim", "save_strategy", "self_check",
+    "steps_freq", "storage_backend", "sync_to_storage", "test_config", "tracker", "use_wandb", "val_steps_freq",
+    "wandb_log_freq", "wandb_project", "wandb_run_name", "wandb_tags", "wandb_watch_mode",
 }  # fmt: skip
 
 _ROUNDING = "the same numbers up to rounding, not the same bits"
@@ -61,6 +61,11 @@ _WARNED = {
 }
 _WARNED_PREFIXES = {"versions.": "not promised to give the same bits", "machine.": _ROUNDING}
 _LENGTH_OF_RUN = {"num_epochs", "max_steps"}
+WARMUP_IN_EFFECT = "warm-up in effect"
+_DECIDE_WARMUP = frozenset(
+    {"num_epochs", "max_steps", "warmup_ratio", "warmup_steps", "batch_size", "gradient_accumulation_steps",
+     "max_train_examples", "data_fingerprint"}
+)  # fmt: skip
 _MISSING = object()
 
 
@@ -99,6 +104,9 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Colle
         before, now = saved.get(key, _MISSING), current.get(key, _MISSING)
         if key in _NOT_MENTIONED or _plain(before) == _plain(now):
             continue
+        # Beside `train_file`, checkpoints of 0.1.0 name a data set that nobody wrote; the bytes of the data decide.
+        if key == "dataset_id" and None in (before, now) and _has_same_data(saved, current):
+            continue
         effect = _effect_of_a_harmless_change(key, before, now, current)
         verdict: Literal["warn", "allowed", "refuse"] = "warn"
         if effect is None:
@@ -108,13 +116,31 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Colle
     return differences
 
 
+def compare_warmup(before: int | None, now: int, step: int, allowed: Collection[str] = ()) -> list[Difference]:
+    """Whether the steps of warm-up differ.
+
+    A share of all steps grows with their number: a longer run would fall back below a rate that it had reached.
+
+    Args:
+        before: steps of warm-up in the run that saved the checkpoint; None if nobody knows.
+        step: of the checkpoint.
+        allowed: keys whose differences the user accepts; any that decides the number of steps accepts this one.
+    """
+    if before is None or before == now:
+        return []
+    accepted = _DECIDE_WARMUP.intersection(allowed)
+    effect = "another learning rate at steps already taken" if step else "another learning rate from here on"
+    verdict: Literal["allowed", "refuse"] = "allowed" if accepted else "refuse"
+    return [Difference(WARMUP_IN_EFFECT, f"{before} steps", f"{now} steps", verdict, effect)]
+
+
 def check_differences(differences: Sequence[Difference], checkpoint: Path) -> None:
     """Raise `UserError` (exit code 6) with a table when any difference refuses; nothing was changed by then."""
     refused = [item for item in differences if item.verdict == "refuse"]
     if not refused:
         return
     table = "\n       ".join(table_lines(refused))
-    names = " ".join(f"--allow-change {item.key}" for item in refused)
+    names = " ".join(dict.fromkeys(f"--allow-change {_allowed_as(item.key, differences)}" for item in refused))
     raise UserError(
         f"this is not the training that {checkpoint.name} belongs to: {len(refused)} "
         f"{'setting differs' if len(refused) == 1 else 'settings differ'}",
@@ -122,6 +148,13 @@ def check_differences(differences: Sequence[Difference], checkpoint: Path) -> No
         next_step=f"set {'it' if len(refused) == 1 else 'them'} back, or accept it by name: `{names}`",
         exit_code=EXIT_RESUME_REFUSED,
     )
+
+
+def _allowed_as(key: str, differences: Sequence[Difference]) -> str:
+    """The key by which a difference is accepted: of the warm-up, the one that changed it."""
+    if key != WARMUP_IN_EFFECT:
+        return key
+    return next((item.key for item in differences if item.key in _DECIDE_WARMUP), "num_epochs")
 
 
 def table_lines(differences: Sequence[Difference]) -> list[str]:
@@ -198,6 +231,11 @@ def _effect_of_a_harmless_change(key: str, before: object, now: object, current:
         if key.startswith(prefix):
             return effect
     return _WARNED.get(key)
+
+
+def _has_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    fingerprint = saved.get("data_fingerprint")
+    return fingerprint is not None and fingerprint == current.get("data_fingerprint")
 
 
 def _plain(value: object) -> object:

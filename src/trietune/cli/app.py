@@ -89,7 +89,10 @@ def train(
 def evaluate(
     target: Target,
     dataset: Annotated[Optional[str], typer.Option(help="Hub id, file or folder; default: the run's data.")] = None,  # noqa: UP045
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="train, validation or test; default: validation, or every row of --dataset without one."),
+    ] = None,
     max_examples: Annotated[Optional[int], typer.Option(min=1, help="A random subset of this size.")] = None,  # noqa: UP045
     require: Annotated[
         list[str], typer.Option(metavar="METRIC>=VALUE", help="Exit with 4 if this does not hold; may be repeated.")
@@ -111,7 +114,7 @@ def evaluate(
         _print_json(
             {
                 "target": target,
-                "split": split,
+                "split": split or ("validation" if dataset is None else None),
                 "num_examples": found.num_examples,
                 "metrics": dict(found.metrics),
                 "intervals": {name: list(bound) for name, bound in found.intervals.items()},
@@ -451,8 +454,9 @@ def _read_inputs(path: Path | None, *, has_text: bool) -> Iterator[Any]:
             continue
         try:
             yield json.loads(line) if is_json else line
-        except ValueError as error:
-            raise UserError(f"{path or 'stdin'}:{number} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise UserError(f"{path or 'stdin'}:{number} is not JSON: {what}") from None
 
 
 def _answer_line(record: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def without_effect(settings: Settings) -> list[str]:
         notes.append("`load_from_storage` matters to a resume alone: add `--resume`, or `resume_from_checkpoint: auto`")
     if settings.remote_path and not (settings.sync_to_storage or settings.load_from_storage):
         notes.append("`remote_path` is not used: `sync_to_storage` and `load_from_storage` are False")
-    if settings.tracker not in {"auto", "wandb"} and settings.use_wandb and settings.where("use_wandb") != "default":
+    if settings.tracker not in {"auto", "wandb"} and settings.use_wandb:
         notes.append(
             f"`tracker: {settings.tracker}` decides: `use_wandb: True` ({settings.where('use_wandb')}) is not used"
         )
@@ -50,6 +50,8 @@ def without_effect(settings: Settings) -> list[str]:
 
 
 def _data(settings: Settings) -> Iterator[Problem]:
+    if settings.dataset_id is None and settings.train_file is None:
+        yield _clash(settings, "dataset_id", "train_file", "needs", "write `train_file: data.jsonl`")
     if settings.prompt_template is not None and settings.completion_template is None:
         yield _clash(settings, "prompt_template", "completion_template", "needs", "write what the model shall answer")
     if settings.completion_template is not None and settings.prompt_template is None:

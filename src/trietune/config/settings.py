@@ -66,6 +66,20 @@ def _check_warmup_steps(steps: float) -> float:
     return steps
 
 
+def _implied_values(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of keys that nobody wrote, where another key decides them.
+
+    A value says everything: a run's `config.yaml` holds every key, and no later reader can ask which of them were
+    defaults.
+    """
+    implied: dict[str, Any] = {}
+    if "dataset_id" not in written and written.get("train_file") is not None:
+        implied["dataset_id"] = None
+    if "use_wandb" not in written and written.get("tracker", "auto") not in ("auto", "wandb"):
+        implied["use_wandb"] = False
+    return implied
+
+
 class Settings(BaseModel):
     """All settings of a run, resolved and frozen; made by `load_config`, which also knows where each came from."""
 
@@ -75,10 +89,11 @@ class Settings(BaseModel):
 
     # Data
 
-    dataset_id: NonEmpty = "stanfordnlp/sst2"
+    dataset_id: NonEmpty | None = "stanfordnlp/sst2"
     """Data set that is trained on. `stanfordnlp/sst2` (also `sst2`, `glue/sst2`, `nyu-mll/glue`) and
     `rajpurkar/squad_v2` (also `squad_v2`, `squadv2`) bring their prompts. Any other hub id (`name:config@revision`),
-    file or folder is read by its columns, or by the templates below. Beside `train_file` it only names the task."""
+    file or folder is read by its columns, or by the templates below. Beside `train_file` it only names the task, and is
+    null unless you write it."""
 
     train_file: NonEmpty | None = None
     """Local training data in place of the hub's: a file, a glob, or a folder of splits (GLUE TSV, SQuAD JSON, JSONL,
@@ -118,6 +133,10 @@ class Settings(BaseModel):
     print_examples: bool = True
     """Whether examples are shown: three with their label tokens marked before training, and ten validation examples
     with what the model now says after it."""
+
+    card_example: bool = False
+    """Whether the model card shows a whole prompt of the validation data. Otherwise it shows the prompt's shape, with
+    names in place of the texts."""
 
     # Base model
 
@@ -448,7 +467,9 @@ class Settings(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _note_replacements(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        settings = handler(values)
+        implied = _implied_values(values) if isinstance(values, Mapping) else {}
+        settings = handler({**values, **implied} if implied else values)
+        settings.__pydantic_fields_set__.difference_update(implied)
         given = values.get("model_name") if isinstance(values, Mapping) else None
         if isinstance(given, str) and normalise.published_model(given) != given:
             settings._notes = (f"`{given}` was never published; `{settings.model_name}` is used instead",)

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
+
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Message
 
@@ -32,12 +34,14 @@ class RewrittenTurnError(WrongRow):
 
 def rewrites_turns(tokenizer: Any, chat_template: str) -> bool:
     """Whether the template writes earlier answers anew as a conversation goes on."""
-    try:
-        split_turns(_PROBE, tokenizer=tokenizer, chat_template=chat_template, add_generation_prompt=False)
-    except RewrittenTurnError:
-        return True
-    except WrongRow:
-        # The template refuses this conversation, for instance a plain user's turn: real ones will tell.
+    # Some templates want a system message; what refuses both will be told by real conversations.
+    for probe in (_PROBE, (Message("system", "s"), *_PROBE)):
+        try:
+            split_turns(probe, tokenizer=tokenizer, chat_template=chat_template, add_generation_prompt=False)
+        except RewrittenTurnError:
+            return True
+        except WrongRow:
+            continue
         return False
     return False
 
@@ -97,8 +101,8 @@ def _without_space_behind(text: str) -> str:
 
 
 def _render(messages: Sequence[Message], tokenizer: Any, chat_template: str, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
+    if not messages:
+        raise WrongRow("the conversation begins with the assistant, and nothing asks for that answer")
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -108,5 +112,7 @@ def _render(messages: Sequence[Message], tokenizer: Any, chat_template: str, add
                 add_generation_prompt=add_generation_prompt,
             )
         )
-    except TemplateError as error:
-        raise WrongRow(f"the chat template refuses it: {error}") from None
+    except Exception as error:  # a template is a program of somebody else's: it may raise anything
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        line = f" (line {error.lineno} of the template)" if isinstance(error, TemplateSyntaxError) else ""
+        raise WrongRow(f"the chat template refuses it: {kind}{error}{line}") from None

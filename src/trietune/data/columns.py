@@ -4,8 +4,7 @@ A recipe is chosen once a data set, from its columns, its name and the templates
 to each row of it. The first of these that fits is taken:
 
     prompt_template, completion_template     the user's own words
-    sentence, label                          SST-2
-    context, question, answers               SQuAD v2
+    the name or the file's form              SST-2: sentence, label; SQuAD v2: context, question, answers
     input_ids, labels                        tokens that somebody else made
     messages                                 a conversation
     prompt, completion                       text as it is
@@ -14,6 +13,7 @@ to each row of it. The first of these that fits is taken:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,8 +27,10 @@ from trietune.data.templates import (
     SST2_PROMPT,
     SST2_TASK,
     UNANSWERABLE,
+    PromptFormat,
     fill_template,
     find_columns,
+    find_unknown_names,
     read_messages,
     to_text,
 )
@@ -45,7 +47,12 @@ REQUIRED_COLUMNS: dict[RecipeKind, tuple[str, ...]] = {
     "columns": ("prompt", "completion"),
     "text": ("text",),
 }
+# Columns that say by their names what they hold. Those of SST-2 and SQuAD do not: CoLA has the same as SST-2.
+FORMS: tuple[RecipeKind, ...] = ("tokens", "messages", "columns", "text")
 _SST2_LABEL_OF: dict[object, int] = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "positive": 1}
+
+
+_ALSO_USED: dict[RecipeKind, tuple[str, ...]] = {"tokens": ("attention_mask",), "squad": ("id",)}
 
 
 class WrongRow(Exception):  # noqa: N818  (a value of the data, counted and located)
@@ -63,6 +70,7 @@ class Recipe:
     kind: RecipeKind
     prompt_template: str = ""
     completion_template: str = ""
+    template_columns: tuple[str, ...] | None = None
 
     @property
     def task(self) -> Task:
@@ -98,15 +106,46 @@ def choose_recipe(
                 next_step=f"rename its columns to {_names(REQUIRED_COLUMNS[task_name])}, or name no known data set in "
                 "`dataset_id` and write `prompt_template` and `completion_template`",
             )
-        return _built_in(task_name)
-    for kind, required in REQUIRED_COLUMNS.items():
-        if all(name in columns for name in required):
-            return _built_in(kind)
+        return built_in_recipe(task_name)
+    for kind in FORMS:
+        if all(name in columns for name in REQUIRED_COLUMNS[kind]):
+            return built_in_recipe(kind)
+    for name, looks_like in _TASK_IN_WORDS.items():
+        if all(column in columns for column in REQUIRED_COLUMNS[name]):
+            raise UserError(
+                f"`{source}` has the columns of {looks_like}, and so has other data: it is not clear what to learn",
+                where=f"its columns are {_names(columns)}",
+                next_step=_SAY_WHICH[name],
+            )
     raise UserError(
         f"it is not clear what to learn from `{source}`",
         where=f"its columns are {_names(columns)}",
         next_step=_advice(columns),
     )
+
+
+def find_form(row: Mapping[str, Any]) -> RecipeKind | None:
+    """The form of one row by the columns in which it holds something; None if it has none of the known ones."""
+    return next(
+        (kind for kind in FORMS if all(row.get(name) is not None for name in REQUIRED_COLUMNS[kind])),
+        None,
+    )
+
+
+def is_squad_row(row: Mapping[str, Any]) -> bool:
+    """Whether `answers` is built as SQuAD builds it, which no other data does by chance."""
+    answers = row.get("answers")
+    return isinstance(answers, Mapping) and {"text", "answer_start"} <= set(answers)
+
+
+def find_unused(columns: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
+    """The columns that examples are not made of."""
+    if recipe.kind == "templates":
+        both = (recipe.prompt_template, recipe.completion_template)
+        used = {name for one in both for name in find_columns(one, recipe.template_columns)}
+    else:
+        used = {*REQUIRED_COLUMNS[recipe.kind], *_ALSO_USED.get(recipe.kind, ())}
+    return tuple(name for name in columns if name not in used)
 
 
 def example_maker(recipe: Recipe) -> Callable[[Mapping[str, Any], str], Example]:
@@ -127,39 +166,74 @@ def example_maker(recipe: Recipe) -> Callable[[Mapping[str, Any], str], Example]
 
 def _from_templates(columns: Sequence[str], prompt_template: str, completion_template: str, source: str) -> Recipe:
     for key, template in (("prompt_template", prompt_template), ("completion_template", completion_template)):
-        for name in find_columns(template):
-            if name not in columns:
-                near = get_close_matches(name, columns, n=1)
-                raise UserError(
-                    f"`{key}` asks for the column `{name}`, which `{source}` has not",
-                    where=f"its columns are {_names(columns)}",
-                    next_step=f"did you mean `{{{near[0]}}}`?"
-                    if near
-                    else f"write `{{{{{name}}}}}` if it is plain text",
-                )
-    if not find_columns(completion_template):
+        for name in find_unknown_names(template, columns):
+            raise UserError(
+                f"`{key}` asks for the column `{name}`, which `{source}` has not",
+                where=f"its columns are {_names(columns)}",
+                next_step=_instead_of(name, columns),
+            )
+    if not find_columns(completion_template, columns):
         raise UserError(
             "`completion_template` names no column, so every example would have the same answer",
             where=f"`{source}` has the columns {_names(columns)}",
             next_step='completion_template: " {column}"     (with the column that holds the answer)',
         )
-    return Recipe("templates", prompt_template=prompt_template, completion_template=completion_template)
+    return Recipe(
+        "templates",
+        prompt_template=prompt_template,
+        completion_template=completion_template,
+        template_columns=tuple(name for name in columns if f"{{{name}}}" in prompt_template + completion_template),
+    )
 
 
-def _built_in(kind: RecipeKind) -> Recipe:
+def _instead_of(name: str, columns: Sequence[str]) -> str:
+    """What to write in place of a name that is no column: the nearest one, whatever its case and its spaces."""
+    simple = {" ".join(column.lower().replace("_", " ").split()): column for column in reversed(columns)}
+    wanted = " ".join(re.split("[!:]", name)[0].lower().replace("_", " ").split())
+    near = get_close_matches(wanted, list(simple), n=1)
+    return f"did you mean `{{{simple[near[0]]}}}`?" if near else f"write `{{{{{name}}}}}` if it is plain text"
+
+
+def built_in_recipe(kind: RecipeKind) -> Recipe:
+    """The recipe that needs no words of the user's."""
     return Recipe(kind, prompt_template={"sst2": SST2_PROMPT, "squad": SQUAD_PROMPT}.get(kind, ""))
 
 
+def recipe_of_adapter(prompt_format: PromptFormat, columns: Sequence[str], source: str) -> Recipe:
+    """The recipe for data with these columns in the templates that an adapter was trained with.
+
+    Raises:
+        UserError: they ask for columns that are not there.
+    """
+    templates = (prompt_format.prompt_template, prompt_format.completion_template)
+    asked = [name for one in templates for name in find_columns(one, prompt_format.template_columns)]
+    if missing := [name for name in dict.fromkeys(asked) if name not in columns]:
+        raise UserError(
+            f"{_names(missing)} missing in `{source}`, which the templates of the adapter ask for",
+            where=f"its columns are {_names(columns)}",
+            next_step=f"rename columns of the data to {_names(missing)}",
+        )
+    return Recipe("templates", *templates, template_columns=prompt_format.template_columns)
+
+
+def find_built_in(prompt_format: PromptFormat) -> TaskName | None:
+    """The built-in task that an adapter was trained on, by its prompt and its labels."""
+    known: dict[TaskName, tuple[str, Task]] = {"sst2": (SST2_PROMPT, SST2_TASK), "squad": (SQUAD_PROMPT, SQUAD_TASK)}
+    own = prompt_format.prompt_template, prompt_format.task
+    return next((name for name, expected in known.items() if own == expected), None)
+
+
 def _make_from_templates(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
-    completion = _fill(recipe.completion_template, row)
-    return Example(id=example_id, prompt=_fill(recipe.prompt_template, row), completion=completion)
+    completion = _fill(recipe.completion_template, row, recipe.template_columns)
+    prompt = _fill(recipe.prompt_template, row, recipe.template_columns)
+    return Example(id=example_id, prompt=prompt, completion=completion)
 
 
 def _make_sst2(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
     value = row.get("label")
     label = _SST2_LABEL_OF.get(value.strip() if isinstance(value, str) else value)
     if label is None:
-        if str(value).strip() in ("-1", "None", ""):
+        if str(value).strip() in ("-1", "None", "nan", ""):
             raise Unlabelled(f"label `{value}` stands for no label")
         raise WrongRow(f"label `{value}` is neither 0 (negative) nor 1 (positive)")
     return Example(id=example_id, prompt=_fill(recipe.prompt_template, row), completion=SST2_TASK.labels[label])
@@ -215,9 +289,9 @@ def _make_text(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Examp
     return Example(id=example_id, prompt="", completion=_text(row, "text"))
 
 
-def _fill(template: str, row: Mapping[str, Any]) -> str:
+def _fill(template: str, row: Mapping[str, Any], columns: Sequence[str] | None = None) -> str:
     try:
-        return fill_template(template, row)
+        return fill_template(template, row, columns)
     except KeyError as error:
         raise WrongRow(f"no column `{error.args[0]}`") from None
     except TypeError as error:
@@ -251,4 +325,10 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-_TASK_IN_WORDS = {"sst2": "SST-2", "squad": "SQuAD v2"}
+_TASK_IN_WORDS: dict[TaskName, str] = {"sst2": "SST-2", "squad": "SQuAD v2"}
+_SAY_WHICH: dict[TaskName, str] = {
+    "sst2": "beside `train_file`, write `dataset_id: sst2` if it is SST-2 (0 is negative, 1 is positive); else two "
+    'templates, such as `prompt_template: "{sentence}\\nLabel:"` and `completion_template: " {label}"`',
+    "squad": "beside `train_file`, write `dataset_id: squad_v2` if it is SQuAD; else two templates, such as "
+    '`prompt_template: "{context}\\n{question}\\nAnswer:"` and `completion_template: " {answers}"`',
+}

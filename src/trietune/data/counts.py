@@ -34,6 +34,8 @@ class SplitCounts:
         overlong: longer than `max_length`; left out in training, kept in validation.
         truncated: cut to `max_length` at the left of their prompt.
         without_completion: nothing to learn but the end; left out in training, kept in validation.
+        without_labels: not a single label, so there is nothing to learn or to measure; left out.
+        padded: tokens whose `attention_mask` hides padding, which was taken away.
         without_prompt: a column of the prompt is empty; kept.
         duplicates: equal to an earlier example; kept.
         completions: how often each completion occurs, if there are few; else empty.
@@ -51,6 +53,8 @@ class SplitCounts:
     without_completion: Count = field(default_factory=Count)
     without_prompt: Count = field(default_factory=Count)
     duplicates: Count = field(default_factory=Count)
+    without_labels: Count = field(default_factory=Count)
+    padded: Count = field(default_factory=Count)
     completions: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -83,6 +87,8 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
         (counts.overlong, f"{longer}, {left_out}"),
         (counts.truncated, f"{longer}, cut at the left of the prompt"),
         (counts.without_completion, f"without a completion, {left_out}"),
+        (counts.without_labels, "without a label, left out"),
+        (counts.padded, "whose `attention_mask` hides padding, which was taken away"),
         (counts.without_prompt, "with an empty text in the prompt, kept"),
         (counts.duplicates, "equal to an earlier one, kept"),
     ):

@@ -17,13 +17,22 @@ import numpy as np
 
 from trietune.data.cache import CacheWriter
 from trietune.data.chat import Segment
-from trietune.data.columns import Recipe, Unlabelled, WrongRow, example_maker
+from trietune.data.columns import (
+    FORMS,
+    REQUIRED_COLUMNS,
+    Recipe,
+    RecipeKind,
+    Unlabelled,
+    WrongRow,
+    example_maker,
+    find_form,
+)
 from trietune.data.counts import SAMPLES_KEPT, Count, SplitCounts
 from trietune.data.encoder import EncodedExamples, Encoder
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.files import BrokenRow, Row
 from trietune.data.sources import PlacedRow
-from trietune.data.templates import find_columns
+from trietune.data.templates import find_columns, find_half_character, to_text
 from trietune.errors import UserError
 
 _T = TypeVar("_T")
@@ -125,6 +134,7 @@ class _Read:
     segments: list[Segment]
     tokens: tuple[list[int], list[int]] | None
     has_empty_text: bool
+    is_padded: bool = False
 
 
 @dataclass(slots=True)
@@ -188,21 +198,50 @@ class _Tally:
 def _example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[[Row, str], list[_Read]]:
     """The function from a row and its place to what is written of it; it raises `WrongRow`."""
     if recipe.kind == "tokens":
-        return lambda row, place: [_read_tokens(row, place, encoder, rules)]
+
+        def read_tokens(row: Row, place: str) -> list[_Read]:
+            _check_form(row, recipe)
+            return [_read_tokens(row, place, encoder, rules)]
+
+        return read_tokens
     make = example_maker(recipe)
-    prompt_columns = find_columns(recipe.prompt_template)
+    prompt_columns = find_columns(recipe.prompt_template, recipe.template_columns)
 
     def read(row: Row, place: str) -> list[_Read]:
+        _check_form(row, recipe)
         example = make(row, place)
         if encoder.prompt_format.is_turn_by_turn:
             turns = _turns(example)
-            return [_Read(place, turn, encoder.segments(turn), None, has_empty_text=False) for turn in turns]
-        is_empty = any(not str(row.get(name) or "").strip() for name in prompt_columns)
+            return [_Read(place, turn, _segments(turn, encoder), None, has_empty_text=False) for turn in turns]
+        is_empty = any(not to_text(row.get(name), name).strip() for name in prompt_columns)
         if recipe.kind == "columns":
             is_empty = not example.prompt.strip()
-        return [_Read(place, example, encoder.segments(example), None, is_empty)]
+        return [_Read(place, example, _segments(example, encoder), None, is_empty)]
 
     return read
+
+
+def _check_form(row: Row, recipe: Recipe) -> None:
+    """The first row decides how all are read; one that would be read in another way may not pass in silence."""
+    if recipe.kind not in FORMS:
+        return
+    own = find_form(row)
+    if own is not None and FORMS.index(own) < FORMS.index(recipe.kind):
+        raise WrongRow(
+            f"it has {_in_words(own)}, and the first row of the data {_in_words(recipe.kind)}: "
+            "put rows of one form into one file"
+        )
+
+
+def _in_words(kind: RecipeKind) -> str:
+    return ", ".join(f"`{name}`" for name in REQUIRED_COLUMNS[kind])
+
+
+def _segments(example: Example, encoder: Encoder) -> list[Segment]:
+    segments = encoder.segments(example)
+    if half := find_half_character(example.id, *example.answers, *(text for text, _ in segments)):
+        raise WrongRow(f"the text holds half a character, or a byte that is not UTF-8 ({half})")
+    return segments
 
 
 def _turns(example: Example) -> list[Example]:
@@ -219,11 +258,12 @@ def _turns(example: Example) -> list[Example]:
 
 def _read_tokens(row: Row, place: str, encoder: Encoder, rules: Rules) -> _Read:
     """Data that somebody else tokenized: kept as it is, checked, and decoded to have a text to show."""
-    input_ids, labels = list(row.get("input_ids") or ()), list(row.get("labels") or ())
+    input_ids, labels, mask = (_read_numbers(row, name) for name in ("input_ids", "labels", "attention_mask"))
     if len(input_ids) != len(labels):
         raise WrongRow(f"{len(input_ids)} `input_ids` and {len(labels)} `labels`")
-    if not all(isinstance(value, int) for value in (*input_ids, *labels)):
-        raise WrongRow("`input_ids` and `labels` must be whole numbers")
+    kept = _find_kept(mask, len(input_ids)) if row.get("attention_mask") is not None else slice(None)
+    num_masked = len(input_ids) - len(input_ids[kept])
+    input_ids, labels = input_ids[kept], labels[kept]
     size = encoder.beginning.get_vocab_size(with_added_tokens=True)
     wrong = next((one for one in input_ids if not 0 <= one < size), None)
     wrong = next((one for one in labels if one != rules.ignored_label and not 0 <= one < size), wrong)
@@ -236,7 +276,32 @@ def _read_tokens(row: Row, place: str, encoder: Encoder, rules: Rules) -> _Read:
         prompt=str(encoder.beginning.decode(input_ids[:first], skip_special_tokens=False)),
         completion=str(encoder.beginning.decode(input_ids[first:], skip_special_tokens=False)),
     )
-    return _Read(place, example, [], (input_ids, labels), has_empty_text=False)
+    return _Read(place, example, [], (input_ids, labels), has_empty_text=False, is_padded=num_masked > 0)
+
+
+def _read_numbers(row: Row, name: str) -> list[int]:
+    value = row.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple) or not all(type(one) in (int, bool) for one in value):
+        raise WrongRow(f"`{name}` must be a list of whole numbers")
+    if name != "attention_mask" and any(isinstance(one, bool) for one in value):
+        raise WrongRow(f"`{name}` must be a list of whole numbers")
+    return [int(one) for one in value]
+
+
+def _find_kept(mask: list[int], num_tokens: int) -> slice:
+    """What a mask leaves of a row: everything between padding at its left and padding at its right."""
+    if len(mask) != num_tokens:
+        raise WrongRow(f"{num_tokens} `input_ids` and {len(mask)} values of `attention_mask`")
+    if not set(mask) <= {0, 1}:
+        raise WrongRow("`attention_mask` must hold 0 and 1")
+    if 1 not in mask:
+        return slice(0, 0)
+    first, last = mask.index(1), num_tokens - mask[::-1].index(1)
+    if 0 in mask[first:last]:
+        raise WrongRow("`attention_mask` hides tokens between others, which is not supported")
+    return slice(first, last)
 
 
 def _read_block(
@@ -289,6 +354,11 @@ def _write_block(
         encoded = encoder.encode_segments([one.segments for one in read])
     else:
         encoded = _encode_tokens([one.tokens for one in read if one.tokens is not None])
+        tally.count("padded", [one.place for one in read if one.is_padded])
+    has_labels = _find_labelled(encoded)
+    if not has_labels.all():
+        tally.count("without_labels", _chosen([one.place for one in read], ~has_labels))
+        encoded, read = _take(encoded, has_labels), _chosen(read, has_labels)
     encoded, read = _fit(encoded, read, rules, encoder, tally)
     examples = [one.example for one in read]
     tally.add(examples, encoded)
@@ -301,6 +371,13 @@ def _encode_tokens(tokens: Sequence[tuple[list[int], list[int]]]) -> EncodedExam
     labels = np.array([one for _, own in tokens for one in own], np.int32)
     labels[(np.cumsum(lengths) - lengths)[lengths > 0]] = IGNORED_LABEL
     return EncodedExamples(input_ids, labels, lengths)
+
+
+def _find_labelled(encoded: EncodedExamples) -> np.ndarray:
+    """Which sequences have a label; bool [examples]."""
+    of_token = np.repeat(np.arange(len(encoded.lengths)), encoded.lengths)
+    labelled = of_token[encoded.labels != IGNORED_LABEL]
+    return np.bincount(labelled, minlength=len(encoded.lengths)) > 0
 
 
 def _fit(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from trietune.data.chat import Segment, split_last_turn, split_turns
+from trietune.data.columns import WrongRow
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
@@ -84,18 +85,44 @@ def find_bos_id(tokenizer: Any) -> int | None:
     return None if declines_it and not adds_it else int(bos_id)
 
 
-def find_stop_ids(tokenizer: Any, prompt_format: PromptFormat) -> tuple[int, ...]:
-    """The ids that end an answer: EOS, and in a conversation the token that the chat template closes a turn with."""
+def find_stop_ids(tokenizer: Any, prompt_format: PromptFormat, conversation: Sequence[Message] = ()) -> tuple[int, ...]:
+    """The ids that end an answer: EOS, and in a conversation the token that the chat template closes a turn with.
+
+    Args:
+        conversation: one of the data, up to an answer, for templates that refuse a plain one.
+
+    Raises:
+        UserError: the chat template cannot be used.
+    """
     if prompt_format.kind != "chat":
         return (prompt_format.eos_id,)
     encoder = make_encoder(tokenizer, prompt_format)
-    turn = (Message("user", "a"), Message("assistant", "b"))
-    encoded = encoder.encode([Example(id="", prompt="", completion="b", messages=turn)])
+    encoded = _encode_probe(encoder, conversation)
     closing = encoded.input_ids[encoded.labels != IGNORED_LABEL].tolist()
     special = set(tokenizer.all_special_ids) | {
         token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     return tuple(dict.fromkeys([prompt_format.eos_id, *(one for one in closing if one in special)]))
+
+
+def _encode_probe(encoder: Encoder, conversation: Sequence[Message]) -> EncodedExamples:
+    plain = (Message("user", "a"), Message("assistant", "b"))
+    same_roles = tuple(Message(one.role, "b" if one.role == "assistant" else "a") for one in conversation)
+    probes = [plain, (Message("system", "s"), *plain), same_roles, tuple(conversation)]
+    reason: WrongRow | None = None
+    for probe in probes:
+        if not probe:
+            continue
+        try:
+            return encoder.encode([Example(id="", prompt="", completion="b", messages=probe)])
+        except WrongRow as error:
+            reason = error
+    raise UserError(
+        f"the chat template cannot be used: {reason}",
+        where="a conversation of the data" if conversation else "a plain conversation of user and assistant",
+        next_step="chat_template: FILE.jinja     (a template that renders these conversations, and asks for an answer "
+        "with what it writes before one)",
+    )
 
 
 @dataclass(frozen=True, slots=True)

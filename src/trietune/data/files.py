@@ -105,7 +105,7 @@ def _sniff_json(path: Path) -> Format:
         return "squad"
     try:
         is_object = isinstance(json.loads(first_line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         is_object = False
     if is_object and b'"data"' not in first_line:
         return "jsonl"
@@ -168,7 +168,7 @@ def _read_jsonl(path: Path) -> Iterator[NumberedRow]:
             continue
         try:
             row = loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield number, BrokenRow(_json_error(error))
             continue
         yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is no object {...}")
@@ -193,7 +193,7 @@ def _read_json_list(path: Path) -> Iterator[NumberedRow]:
         seen = position
         try:
             row, position = decoder.raw_decode(text, position)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             # What follows a syntax error has no place that could be trusted.
             yield number, BrokenRow(_json_error(error))
             return
@@ -225,7 +225,11 @@ def _read_squad(path: Path) -> Iterator[NumberedRow]:
             where=f"{path}, line {error.lineno}, column {error.colno}",
             next_step="the file may be cut off; copy or download it again",
         ) from None
-    except (KeyError, TypeError) as error:
+    except RecursionError:
+        raise UserError(
+            f"`{path.name}` is nested too deeply", where=str(path), next_step="take lists or objects out of each other"
+        ) from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"`{path.name}` is not in SQuAD's form: {_missing(error)}",
             where=str(path),
@@ -297,7 +301,9 @@ def _wrong_number_of_columns(found: int, expected: int) -> BrokenRow:
     return BrokenRow(f"{found} column{'s' if found != 1 else ''} instead of {expected}")
 
 
-def _json_error(error: ValueError) -> str:
+def _json_error(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deeply"
     return f"not JSON: {error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "not JSON"
 
 

@@ -26,10 +26,14 @@ _ALIASES: dict[str, TaskName] = {
     "sst2": "sst2",
     "glue/sst2": "sst2",
     "nyu-mll/glue": "sst2",
+    "nyu-mll/glue:sst2": "sst2",
+    "glue:sst2": "sst2",
     "squadv2": "squad",
     "squad_v2": "squad",
     "rajpurkar/squad_v2": "squad",
 }
+# Data in the form of a built-in task that lies elsewhere and is loaded from there.
+_SAME_FORM: dict[str, TaskName] = {"squad": "squad", "rajpurkar/squad": "squad"}
 # A hub that answers at all does so in a second or two.
 HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")
@@ -37,7 +41,8 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")
 
 def find_task(dataset_id: str) -> TaskName | None:
     """The task that a data set's name stands for, if it is one of those that are built in."""
-    return _ALIASES.get(dataset_id.lower().split("@")[0])
+    name = dataset_id.lower().split("@")[0]
+    return _ALIASES.get(name) or _SAME_FORM.get(name)
 
 
 def suggest_alias(dataset_id: str) -> str | None:
@@ -72,7 +77,7 @@ def load_from_hub(dataset_id: str, *, report: Callable[[str], None]) -> tuple[An
 
 
 def _places(name: str) -> Sequence[_Place]:
-    match find_task(name):
+    match _ALIASES.get(name.lower()):
         case "sst2":
             return _SST2_PLACES[::-1] if "glue" in name.lower() else _SST2_PLACES
         case "squad":

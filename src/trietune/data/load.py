@@ -19,14 +19,26 @@ import numpy as np
 
 from trietune.config.settings import Settings
 from trietune.data.cache import CacheWriter, make_key, open_cached
-from trietune.data.columns import REQUIRED_COLUMNS, Recipe, choose_recipe
-from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
+from trietune.data.columns import (
+    REQUIRED_COLUMNS,
+    Recipe,
+    built_in_recipe,
+    choose_recipe,
+    find_built_in,
+    find_form,
+    find_unused,
+    is_squad_row,
+    recipe_of_adapter,
+)
+from trietune.data.counts import SAMPLES_KEPT, DataCounts, SplitCounts, describe, name_places
 from trietune.data.encode_rows import COMPLETIONS_TALLIED, Rules, tokenize_rows
 from trietune.data.encoder import hash_tokenizer, make_encoder
-from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
+from trietune.data.examples import IGNORED_LABEL, Message, Task, TokenSequences
+from trietune.data.files import detect_format
 from trietune.data.prompt_formats import make_prompt_format
-from trietune.data.sources import Rows, Sources, SplitRole, find_sources
-from trietune.data.templates import PromptFormat
+from trietune.data.sources import FileRows, Rows, Sources, SplitRole, find_sources
+from trietune.data.templates import PromptFormat, find_columns, read_messages, split_template
+from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
 from trietune.errors import UserError
 
 Report = Callable[[str], None]
@@ -41,6 +53,9 @@ HELD_OUT_SEED = 20_230_712
 # Custom data is a choice between labels if its completions are few, short, and each seen several times.
 LABEL_SEEN_AT_LEAST = 3
 LABEL_CHARACTERS_AT_MOST = 60
+# Which rows are accepted, and how: an entry of the cache that was made by other rules is not used.
+READING_VERSION = 2
+DEMO_DATA = (DEMO_REVIEWS, DEMO_QUESTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +64,9 @@ class Data:
 
     Attributes:
         validation: None if the data is too small to hold any out.
+        source_name: the training data as a person would name it, without the path to it.
+        trained_on, measured_on: the hub's id of the data set that training and validation rows come from; None where
+            they are files of one's own.
         fingerprint: changes whenever a token or a label of either split does; the other two tell them apart, and
             `validation_fingerprint` is empty where there is no validation data.
     """
@@ -61,6 +79,9 @@ class Data:
     train_fingerprint: str
     validation_fingerprint: str
     counts: DataCounts
+    source_name: str = ""
+    trained_on: str | None = None
+    measured_on: str | None = None
 
 
 def load_data(
@@ -85,7 +106,12 @@ def load_data(
     """
     sources = find_sources(settings, report=report)
     recipe = _find_recipe(settings, sources)
-    prompt_format = make_prompt_format(settings, tokenizer, recipe)
+    prompt_format = make_prompt_format(settings, tokenizer, recipe, _first_conversation(sources.train, recipe))
+    unused = find_unused(sources.train.columns(), recipe)
+    if unused and (sources.task_name is None or settings.train_file):
+        report(f"columns of `{sources.train.name}` that nothing uses: {', '.join(f'`{name}`' for name in unused)}")
+    if recipe.kind == "templates" and not find_columns(recipe.prompt_template, recipe.template_columns):
+        report("`prompt_template` names no column: all prompts are the same text")
     loading = _Loading(
         settings, tokenizer, recipe, prompt_format, _writable(cache_folder, report), report, progress, check_stop
     )
@@ -101,6 +127,8 @@ def load_data(
         validation, validation_counts, validation_key = loading.load(
             validation_rows, is_training=False, held_out=held_out
         )
+    if validation is not None:
+        _report_shared_rows(train, validation, report)
     task = recipe.task
     if recipe.kind in ("templates", "columns"):
         task = find_label_task(train_counts, validation_counts)
@@ -117,13 +145,16 @@ def load_data(
         train_fingerprint=train_key,
         validation_fingerprint=validation_key,
         counts=DataCounts(train_counts, validation_counts, held_out=held_out is not None),
+        source_name=_name_of_source(settings, sources),
+        trained_on=sources.train.hub_id,
+        measured_on=validation_rows.hub_id if validation_rows is not None else None,
     )
 
 
 def load_split(
     settings: Settings,
     tokenizer: Any,
-    split: SplitRole,
+    split: SplitRole | None,
     *,
     prompt_format: PromptFormat | None = None,
     cache_folder: Path,
@@ -133,12 +164,18 @@ def load_split(
 ) -> tuple[TokenSequences, PromptFormat]:
     """One split to evaluate on, with nothing left out; in the prompt format of an adapter, if one is given.
 
+    Args:
+        split: split as a run would split the data; None takes the data's own validation split, and every row where it
+            has none.
+
     Raises:
         UserError: as `load_data`; or the data has no such split.
     """
     sources = find_sources(settings, report=report)
-    recipe = _find_recipe(settings, sources)
-    used_format = prompt_format or make_prompt_format(settings, tokenizer, recipe)
+    recipe = _find_recipe(settings, sources, prompt_format)
+    used_format = prompt_format or make_prompt_format(
+        settings, tokenizer, recipe, _first_conversation(sources.train, recipe)
+    )
     if prompt_format is not None:
         recipe = _in_words_of(prompt_format, recipe, sources.train.name)
         if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
@@ -146,21 +183,32 @@ def load_split(
     loading = _Loading(
         settings, tokenizer, recipe, used_format, _writable(cache_folder, report), report, progress, check_stop
     )
-    rows = {"train": sources.train, "validation": sources.validation, "test": sources.test}[split]
-    held_out = None
-    if rows is None and split == "validation":
-        rows = sources.train
-        held_out = draw_held_out(rows.count())
-        report(_describe_held_out(rows, held_out))
-    if rows is None or (held_out is not None and not held_out.any()):
-        raise UserError(
-            f"`{sources.train.name}` comes without a {split} split",
-            next_step="name a file with examples that were not trained on: `validation_file: ...`",
-        )
-    sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out)
+    rows, held_out = _rows_of_split(sources, split, report)
+    is_rest = split == "train" and held_out is not None
+    sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out, is_rest=is_rest)
     if prompt_format is None and recipe.kind in ("templates", "columns"):
         used_format = replace(used_format, task=find_label_task(counts, None))
     return sequences, used_format
+
+
+def _rows_of_split(sources: Sources, split: SplitRole | None, report: Report) -> tuple[Rows, np.ndarray | None]:
+    """The rows to measure, and which of them; None takes all."""
+    train = sources.train
+    if split is None and sources.validation is None:
+        report(f"`{train.name}` has no validation split of its own: every row is measured")
+        return train, None
+    rows = {"train": train, "validation": sources.validation, "test": sources.test}[split or "validation"]
+    held_out = None
+    if split in ("train", "validation") and sources.validation is None:
+        held_out = draw_held_out(train.count())
+        report(_describe_held_out(train, held_out))
+        rows = train if split == "train" or held_out.any() else None
+    if rows is None:
+        raise UserError(
+            f"`{train.name}` comes without a {split} split",
+            next_step="name a file with examples that were not trained on: `validation_file: ...`",
+        )
+    return rows, ~held_out if split == "train" and held_out is not None else held_out
 
 
 def draw_held_out(num_rows: int) -> np.ndarray:
@@ -203,9 +251,20 @@ class _Loading:
     check_stop: CheckStop
 
     def load(
-        self, rows: Rows, *, is_training: bool, held_out: np.ndarray | None, limit: int | None = None
+        self,
+        rows: Rows,
+        *,
+        is_training: bool,
+        held_out: np.ndarray | None,
+        limit: int | None = None,
+        is_rest: bool = False,
     ) -> tuple[TokenSequences, SplitCounts, str]:
-        """A split from the cache, or made now; its counts; its key."""
+        """A split from the cache, or made now; its counts; its key.
+
+        Args:
+            held_out: bool [rows]; training leaves these out, everything else takes only these.
+            is_rest: whether `held_out` holds the rows that training takes, to be measured.
+        """
         self.check_stop()
         rules = Rules(
             max_length=self.settings.max_length,
@@ -215,22 +274,27 @@ class _Loading:
         )
         key = make_key(
             rows=rows.fingerprint(),
-            recipe=asdict(self.recipe),
-            prompt_format=asdict(self.prompt_format),
+            recipe=_deciding_fields(self.recipe),
+            prompt_format=_deciding_fields(self.prompt_format),
             rules=asdict(rules),
             tokenizers=metadata.version("tokenizers"),
-            held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training],
+            held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training or is_rest],
+            **({"is_rest": True} if is_rest else {}),
             limit=limit,
         )
-        found = open_cached(self.cache_folder, key)
+        entry = make_key(fingerprint=key, reading_version=READING_VERSION)
+        found = open_cached(self.cache_folder, entry)
         if found is None:
-            sequences, counts = self._tokenize(rows, rules, key, is_training, held_out, limit)
+            sequences, counts = self._tokenize(rows, rules, entry, is_training, held_out, limit)
         else:
             sequences, counts = found[0], SplitCounts.from_dict(found[1])
         for line in describe(counts, is_training=is_training, max_length=rules.max_length):
             self.report(line)
         if not len(sequences):
             raise _nothing_left(counts, rules.max_length)
+        # Checkpoints of the first version name data by `key` alone, and such rows gave other sequences then.
+        if counts.without_labels.number or counts.padded.number:
+            key = make_key(fingerprint=key, reading_version=READING_VERSION)
         return sequences, counts, key
 
     def _tokenize(
@@ -257,6 +321,63 @@ class _Loading:
             return writer.finish(asdict(counts)), counts
 
 
+def _first_conversation(rows: Rows, recipe: Recipe) -> tuple[Message, ...]:
+    """The first conversation up to its first answer; empty where there is none that can be read."""
+    _, row = next(rows.read(), ("", None)) if recipe.kind == "messages" else ("", None)
+    try:
+        messages = read_messages(row["messages"]) if isinstance(row, dict) else ()
+    except (KeyError, TypeError):
+        return ()
+    end = next((index for index, one in enumerate(messages) if one.role == "assistant" and index), None)
+    return messages[: end + 1] if end is not None else ()
+
+
+def _report_shared_rows(train: TokenSequences, validation: TokenSequences, report: Report) -> None:
+    """Say how many validation examples stand in the training data, too: their figures are memory, not skill."""
+    keys = [_sums(sequences) for sequences in (train, validation)]
+    candidates = np.flatnonzero(np.isin(keys[0], keys[1]))
+    seen = {_ids_of(train, int(index)) for index in candidates}
+    shared = [index for index in range(len(validation)) if _ids_of(validation, index) in seen]
+    if shared:
+        places = name_places([validation.ids[index] for index in shared[:SAMPLES_KEPT]], len(shared))
+        report(
+            f"validation: {len(shared):,} of {len(validation):,} examples also stand in the training data ({places})"
+        )
+
+
+def _sums(sequences: TokenSequences) -> np.ndarray:
+    """A number of each sequence that equal ones share; int64 [examples]."""
+    offsets = np.asarray(sequences.offsets)
+    ids = np.asarray(sequences.input_ids, np.int64)
+    totals = np.concatenate([[0], np.cumsum(ids * ids % 1_000_003)])
+    sums: np.ndarray = (totals[offsets[1:]] - totals[offsets[:-1]]) * 65_537 + np.diff(offsets)
+    return sums
+
+
+def _ids_of(sequences: TokenSequences, index: int) -> bytes:
+    return np.asarray(sequences.input_ids[sequences.offsets[index] : sequences.offsets[index + 1]]).tobytes()
+
+
+def _is_in_squads_form(rows: Rows, first: Any) -> bool:
+    is_squad_file = isinstance(rows, FileRows) and all(detect_format(path) == "squad" for path in rows.paths)
+    has_columns = isinstance(first, dict) and set(REQUIRED_COLUMNS["squad"]) <= set(first)
+    return has_columns and find_form(first) is None and (is_squad_file or is_squad_row(first))
+
+
+def _deciding_fields(words: Recipe | PromptFormat) -> dict[str, Any]:
+    """What of a recipe or prompt format decides tokens.
+
+    Names of columns do only where templates mean others than they meant when identifiers alone were columns; a
+    checkpoint of that time then goes on with the same fingerprint.
+    """
+    fields = asdict(words)
+    columns = fields.pop("template_columns")
+    templates = (words.prompt_template, words.completion_template)
+    if all(split_template(one, columns) == split_template(one) for one in templates):
+        return fields
+    return {**fields, "template_columns": [find_columns(one, columns) for one in templates]}
+
+
 def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Recipe:
     """The recipe for the same rows in the words of an adapter's prompt format."""
     kind = {"messages": "chat", "tokens": "tokens"}.get(recipe.kind, "template")
@@ -270,22 +391,32 @@ def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Re
         recipe,
         prompt_template=prompt_format.prompt_template,
         completion_template=prompt_format.completion_template,
+        template_columns=prompt_format.template_columns,
     )
 
 
-def _find_recipe(settings: Settings, sources: Sources) -> Recipe:
+def _find_recipe(settings: Settings, sources: Sources, trained_with: PromptFormat | None = None) -> Recipe:
+    """The recipe for these rows; what an adapter was trained with says more about them than their columns."""
     rows = sources.train
     columns = rows.columns()
     task_name = sources.task_name
+    if trained_with is not None and trained_with.kind == "template":
+        own_task = find_built_in(trained_with)
+        if own_task and set(REQUIRED_COLUMNS[own_task]) <= set(columns):
+            return built_in_recipe(own_task)
+        if trained_with.completion_template:
+            return recipe_of_adapter(trained_with, columns, rows.name)
     if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
         task_name = None
+    place, row = next(rows.read(), ("", None))
     if not columns:
-        place, row = next(rows.read(), ("", None))
         raise UserError(
             f"`{rows.name}` holds no rows" if row is None else f"no row of `{rows.name}` can be read",
             where=None if row is None else f"{place}: {getattr(row, 'reason', 'no columns')}",
             next_step="check that the file is the one that you mean",
         )
+    if task_name is None and settings.prompt_template is None and _is_in_squads_form(rows, row):
+        task_name = "squad"
     return choose_recipe(
         columns,
         task_name=task_name,
@@ -293,6 +424,11 @@ def _find_recipe(settings: Settings, sources: Sources) -> Recipe:
         completion_template=settings.completion_template,
         source=rows.name,
     )
+
+
+def _name_of_source(settings: Settings, sources: Sources) -> str:
+    known = sources.train.hub_id or (settings.dataset_id if settings.dataset_id in DEMO_DATA else None)
+    return str(known or sources.train.name) if settings.train_file is None else sources.train.name
 
 
 def _last_row(held_out: np.ndarray | None, limit: int | None) -> int | None:
@@ -319,6 +455,12 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
             f"all {counts.read:,} examples of `{counts.source}` are longer than `max_length: {max_length}`",
             where=name_places(counts.overlong.samples, counts.overlong.number),
             next_step="raise `max_length`, or write `overlong: truncate_prompt`",
+        )
+    if counts.without_labels.number:
+        return UserError(
+            f"none of the {counts.read:,} rows of `{counts.source}` has a label, so there is nothing to learn",
+            where=name_places(counts.without_labels.samples, counts.without_labels.number),
+            next_step="check `labels` (and `ignored_index`) of the data",
         )
     return UserError(
         f"none of the {counts.read:,} rows of `{counts.source}` can be learnt from: their completions are empty",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,25 @@ from trietune.config.settings import Settings
 from trietune.data.chat import rewrites_turns
 from trietune.data.columns import Recipe
 from trietune.data.encoder import check_tokenizer, find_bos_id, find_stop_ids, hash_tokenizer
-from trietune.data.examples import Task
+from trietune.data.examples import Message, Task
 from trietune.data.templates import PromptFormat, literal_text
 from trietune.errors import UserError
 
 
-def make_prompt_format(settings: Settings, tokenizer: Any, recipe: Recipe) -> PromptFormat:
+def make_prompt_format(
+    settings: Settings, tokenizer: Any, recipe: Recipe, conversation: Sequence[Message] = ()
+) -> PromptFormat:
     """The prompt format of a recipe; the task of custom data is told by the data later.
+
+    Args:
+        conversation: the first one of the data, up to an answer; some chat templates refuse a plain one.
 
     Raises:
         UserError: the tokenizer cannot be used, or conversations have no chat template.
     """
     check_tokenizer(tokenizer, name=_name(tokenizer))
-    template_text = literal_text(recipe.prompt_template) + literal_text(recipe.completion_template)
+    templates = (recipe.prompt_template, recipe.completion_template)
+    template_text = "".join(literal_text(template, recipe.template_columns) for template in templates)
     # Whole prompts that were made elsewhere, and templates that spell special tokens, mean those tokens.
     may_mean_them = recipe.kind in ("messages", "columns", "text", "tokens")
     spells_them = any(token in template_text for token in tokenizer.all_special_tokens)
@@ -39,8 +46,9 @@ def make_prompt_format(settings: Settings, tokenizer: Any, recipe: Recipe) -> Pr
         stop_ids=(int(tokenizer.eos_token_id),),
         task=recipe.task,
         tokenizer_hash=hash_tokenizer(tokenizer),
+        template_columns=recipe.template_columns,
     )
-    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format))
+    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversation))
 
 
 def make_plain_format(tokenizer: Any) -> PromptFormat:
@@ -80,9 +88,13 @@ def _find_chat_template(settings: Settings, tokenizer: Any, recipe: Recipe) -> s
         return ""
     if own:
         if "{{" in own or "{%" in own:
-            return str(own)
+            return str(own).removeprefix("\ufeff")
         try:
-            return Path(own).expanduser().read_text()
+            return Path(own).expanduser().read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"`chat_template: {own}` is not UTF-8 text (byte {error.start + 1})", next_step="save it as UTF-8"
+            ) from None
         except OSError as error:
             raise UserError(
                 f"`chat_template: {own}` is neither a template nor a file that can be read",
@@ -103,7 +115,8 @@ def _own_template(tokenizer: Any) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    return str(template or "")
+    # A file that an editor saved with a mark of its own at the beginning would put that mark into every prompt.
+    return str(template or "").removeprefix("\ufeff")
 
 
 def _name(tokenizer: Any) -> str:

@@ -32,6 +32,8 @@ _SPLIT_NAMES: dict[SplitRole, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test",),
 }
+# `-00000-of-00002`, with the hub's hash behind it or not; `_1`; `.part3`.
+_SHARD = re.compile(r"([-_.]?(part|shard)?[-_.]?\d+([-_.]of[-_.]\d+)?([-_][0-9a-f]{8,})?)?", re.IGNORECASE)
 _SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\])?")
 
 
@@ -40,6 +42,11 @@ class Rows(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def hub_id(self) -> str | None:
+        """The data set of the hub that they come from, as `owner/name`; None for local files."""
+        ...
 
     def fingerprint(self) -> str:
         """Changes whenever the rows, their order or their places do."""
@@ -62,7 +69,7 @@ class Rows(Protocol):
 class Sources:
     """`validation` is None where the data has none: then a part of the training rows is held out.
 
-    `is_task_certain` is false where `task_name` only comes from the default of `dataset_id`, beside local files.
+    `is_task_certain` is false where `task_name` may be an old default that nobody wrote.
     """
 
     train: Rows
@@ -84,13 +91,17 @@ def find_sources(settings: Settings, *, report: Callable[[str], None]) -> Source
     task_name = find_task(settings.dataset_id or "")
     split = settings.dataset_split or "train"
     if settings.train_file:
-        splits = _local_splits(settings.train_file, "train_file")
+        splits = _local_splits(settings.train_file, "train_file", report)
         found = _from_splits(splits, task_name, split, f"`{settings.train_file}`")
-        found = replace(found, is_task_certain=settings.where("dataset_id") != "default")
-    else:
+        found = replace(found, is_task_certain=not _is_of_a_run(settings.where("dataset_id")))
+    elif settings.dataset_id is not None:
         found = _from_dataset_id(settings.dataset_id, task_name, split, report)
+    else:
+        raise UserError(
+            "no data is named", where="`train_file` and `dataset_id` are empty", next_step="train_file: data.jsonl"
+        )
     if settings.validation_file:
-        splits = _local_splits(settings.validation_file, "validation_file")
+        splits = _local_splits(settings.validation_file, "validation_file", report)
         name = _find_split(splits, "validation") or "train"
         found = replace(found, validation=splits[name])
     return found
@@ -108,6 +119,10 @@ class FileRows:
         names = [path.name for path in paths]
         labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
         return cls(tuple(paths), tuple(labels))
+
+    @property
+    def hub_id(self) -> None:
+        return None
 
     @property
     def name(self) -> str:
@@ -152,6 +167,11 @@ class HubRows:
     name: str
     split: str
 
+    @property
+    def hub_id(self) -> str:
+        # The name may tell the configuration, too: `nyu-mll/glue (sst2)`.
+        return self.name.partition(" ")[0]
+
     def fingerprint(self) -> str:
         # Not the library's own: that is another one offline, and after an upgrade.
         digest = hashlib.sha256(f"{self.split}\0{len(self.dataset)}\0".encode())
@@ -186,6 +206,10 @@ class SlicedRows:
     stop: int
 
     @property
+    def hub_id(self) -> str | None:
+        return self.rows.hub_id
+
+    @property
     def name(self) -> str:
         return f"{self.rows.name}[{self.start}:{self.stop}]"
 
@@ -205,11 +229,17 @@ class SlicedRows:
         return islice(self.rows.read(), self.start, self.stop)
 
 
+def _is_of_a_run(origin: str) -> bool:
+    """Whether a value stands in the `config.yaml` of a run: until 0.1.0, those named SST-2 beside any `train_file`."""
+    path = Path(origin.rpartition(", line ")[0])
+    return path.name == "config.yaml" and (path.parent / ".run-id").is_file()
+
+
 def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str, report: Callable[[str], None]) -> Sources:
     demo = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions}.get(dataset_id)
     path = demo() if demo else Path(dataset_id).expanduser()
     if path.exists() or glob.has_magic(dataset_id):
-        return _from_splits(_local_splits(str(path), "dataset_id"), task_name, split, f"`{dataset_id}`")
+        return _from_splits(_local_splits(str(path), "dataset_id", report), task_name, split, f"`{dataset_id}`")
     looks_like_a_path = path.suffix.lower() in FORMAT_OF_SUFFIX or dataset_id.startswith((".", "/", "~"))
     if looks_like_a_path or not is_hub_id(dataset_id):
         raise _no_such_path(path, "dataset_id")
@@ -280,25 +310,31 @@ def _select(rows: Rows, request: Mapping[str, str | None]) -> Rows:
     return SlicedRows(rows, first, last)
 
 
-def _local_splits(value: str, key: str) -> dict[str, Rows]:
+def _local_splits(value: str, key: str, report: Callable[[str], None]) -> dict[str, Rows]:
     """What a path stands for; a file, or files that a pattern finds, are one split called `train`."""
     path = Path(value).expanduser()
-    return _splits_of_folder(path) if path.is_dir() else {"train": FileRows.of(_expand(path, key))}
+    return _splits_of_folder(path, report) if path.is_dir() else {"train": FileRows.of(_expand(path, key))}
 
 
-def _splits_of_folder(folder: Path) -> dict[str, Rows]:
+def _splits_of_folder(folder: Path, report: Callable[[str], None]) -> dict[str, Rows]:
     """Split names to files: `train.tsv`, shards such as `train-00000-of-00002.parquet`, or `train/anything.jsonl`."""
     # Data sets downloaded from the hub keep their files in `data`.
     roots = [folder, folder / "data"] if (folder / "data").is_dir() else [folder]
     files: dict[str, list[Path]] = {}
+    similar: dict[str, list[Path]] = {}
     unnamed: list[Path] = []
     for path in sorted(path for root in roots for path in root.iterdir()):
-        name = _split_of(path.stem if path.is_file() else path.name)
+        name, is_exact = _split_of(path.stem if path.is_file() else path.name)
         if path.is_dir():
-            if name:
+            if name and is_exact:
                 files.setdefault(name, []).extend(_data_files(path))
         elif path.suffix.lower() in FORMAT_OF_SUFFIX:
-            files.setdefault(name, []).append(path) if name else unnamed.append(path)
+            if name is None:
+                unnamed.append(path)
+            else:
+                (files if is_exact else similar).setdefault(name, []).append(path)
+    for name, paths in similar.items():
+        _settle(name, paths, files, folder, report)
     for name, paths in files.items():
         suffixes = sorted({path.suffix for path in paths})
         if len(suffixes) > 1:
@@ -318,10 +354,34 @@ def _splits_of_folder(folder: Path) -> dict[str, Rows]:
     return {name: FileRows.of(paths) for name, paths in files.items() if paths}
 
 
-def _split_of(stem: str) -> str | None:
+def _settle(
+    name: str, similar: list[Path], files: dict[str, list[Path]], folder: Path, report: Callable[[str], None]
+) -> None:
+    """`train_backup.jsonl` is no part of `train.jsonl`; a single `train_v2.jsonl` is the split where nothing else is.
+
+    Raises:
+        UserError: several could be the split.
+    """
+    names = ", ".join(f"`{path.name}`" for path in similar)
+    if name in files:
+        report(f"not read, beside `{files[name][0].name}` in `{folder}`: {names}")
+    elif len(similar) == 1:
+        files[name] = similar
+    else:
+        raise UserError(
+            f"several files could be the split `{name}`: {names}",
+            where=str(folder),
+            next_step="name those to take: `train_file: ...` and `validation_file: ...` (a file or a pattern)",
+        )
+
+
+def _split_of(stem: str) -> tuple[str | None, bool]:
+    """The split that a file's name begins with, and whether nothing but the number of a shard follows."""
     word = re.match(r"[a-z]+", stem.lower())
     known = {name for names in _SPLIT_NAMES.values() for name in names}
-    return word.group() if word and word.group() in known else None
+    if word is None or word.group() not in known:
+        return None, False
+    return word.group(), _SHARD.fullmatch(stem[word.end() :]) is not None
 
 
 def _data_files(folder: Path) -> list[Path]:

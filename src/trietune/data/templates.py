@@ -2,15 +2,19 @@
 
     "Review: {sentence}\\nOutput:"  +  {"sentence": "fine"}   ->   "Review: fine\\nOutput:"
 
-`{name}` is a column; `{{name}}` is that text itself; every other brace is a brace, so a template may hold JSON.
+`{name}` is a column, spelt exactly as in the data; `{{name}}` is that text itself; every other brace is a brace, so a
+template may hold JSON.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import groupby
 from typing import Any, Literal
 
 from trietune.data.examples import Message, Task
@@ -29,7 +33,13 @@ UNANSWERABLE = "unanswerable"
 SQUAD_TASK = Task(kind="answers")
 
 FORMAT_VERSION = 1
-_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}")
+_BRACES = re.compile(r"\{\{([^{}\r\n]+)\}\}|\{([^{}\r\n]+)\}")
+# What somebody means as a column, right or wrong: `Review Text`, and what Python's own templates allow behind a name.
+_NAME = re.compile(r"(?=.*\w)[\w \t-]+(![a-z])?(:[^\"']*)?")
+# What adapters without `template_columns` were trained with: identifiers are columns, everything else is text.
+_IDENTIFIERS = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}")
+
+Piece = tuple[str, bool]  # text, or the name of a column and True
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,8 @@ class PromptFormat:
         tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.encoder.hash_tokenizer`.
         is_turn_by_turn: of a `chat`, whether each answer is an example of its own, because the template writes earlier
             answers anew; else all answers of a conversation are learnt in one.
+        template_columns: of a `template`, the columns that both templates may name; None takes identifiers alone, as
+            the first adapters did.
     """
 
     kind: Literal["template", "chat", "tokens"]
@@ -64,11 +76,12 @@ class PromptFormat:
     task: Task
     tokenizer_hash: str
     is_turn_by_turn: bool = False
+    template_columns: tuple[str, ...] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The names that the prompt template asks for, in its order."""
-        return find_columns(self.prompt_template)
+        return find_columns(self.prompt_template, self.template_columns)
 
     def to_json(self) -> str:
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, ensure_ascii=False, indent=2) + "\n"
@@ -85,8 +98,10 @@ class PromptFormat:
             version = fields.pop("format_version")
             if version == FORMAT_VERSION:
                 task = fields.pop("task")
+                columns = fields.pop("template_columns", None)
                 return cls(
                     **{**fields, "stop_ids": tuple(fields["stop_ids"])},
+                    template_columns=None if columns is None else tuple(map(str, columns)),
                     task=Task(task["kind"], tuple(task["labels"]), tuple(task["label_names"])),
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -102,40 +117,83 @@ class PromptFormat:
         )
 
 
-def fill_template(template: str, row: Mapping[str, Any]) -> str:
+def fill_template(template: str, row: Mapping[str, Any], columns: Collection[str] | None = None) -> str:
     """The template with its columns put in; a missing value (None) is empty text.
+
+    Args:
+        columns: those of the data; None takes every identifier in braces for one.
 
     Raises:
         KeyError: the row has no such column; its argument is the name.
         TypeError: the value is a list or an object.
     """
-
-    def replace(match: re.Match[str]) -> str:
-        escaped, name = match.groups()
-        return f"{{{escaped}}}" if escaped is not None else to_text(row[name], name)
-
-    return _PLACEHOLDER.sub(replace, template)
+    pieces = split_template(template, columns)
+    return "".join(to_text(row[text], text) if is_column else text for text, is_column in pieces)
 
 
-def find_columns(template: str) -> tuple[str, ...]:
+def find_columns(template: str, columns: Collection[str] | None = None) -> tuple[str, ...]:
     """The columns that a template asks for, each once, in its order."""
-    return tuple(dict.fromkeys(name for _, name in _PLACEHOLDER.findall(template) if name))
+    return tuple(dict.fromkeys(text for text, is_column in split_template(template, columns) if is_column))
 
 
-def literal_text(template: str) -> str:
+def find_unknown_names(template: str, columns: Collection[str]) -> tuple[str, ...]:
+    """What stands in braces like the name of a column, and is none of `columns`."""
+    names = (name for _, name in _BRACES.findall(template) if name)
+    return tuple(dict.fromkeys(name for name in names if name not in columns and _NAME.fullmatch(name)))
+
+
+def literal_text(template: str, columns: Collection[str] | None = None) -> str:
     """What of a template is text of its own."""
-    return _PLACEHOLDER.sub("", template)
+    return "".join(text for text, is_column in split_template(template, columns) if not is_column)
+
+
+@lru_cache(maxsize=64)
+def _split(template: str, columns: frozenset[str] | None) -> tuple[Piece, ...]:
+    pieces: list[Piece] = []
+    end = 0
+    for match in (_IDENTIFIERS if columns is None else _BRACES).finditer(template):
+        escaped, name = match.groups()
+        piece: Piece = (match.group(), False)
+        if escaped is not None and (columns is None or escaped in columns or _NAME.fullmatch(escaped)):
+            piece = (f"{{{escaped}}}", False)
+        elif name is not None and (columns is None or name in columns):
+            piece = (name, True)
+        pieces += [(template[end : match.start()], False), piece]
+        end = match.end()
+    pieces.append((template[end:], False))
+    runs = groupby(pieces, key=lambda one: one if one[1] else None)
+    return tuple(column or ("".join(text for text, _ in texts), False) for column, texts in runs)
+
+
+def split_template(template: str, columns: Collection[str] | None = None) -> tuple[Piece, ...]:
+    """A template as texts and names of columns, in its order."""
+    return _split(template, None if columns is None else frozenset(columns))
 
 
 def to_text(value: Any, column: str) -> str:
-    """A cell as text: None is empty, numbers are written as JSON writes them; a list or an object is no text."""
+    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is no text.
+
+    None is empty, and so is NaN, which tables of numbers write where a value is missing.
+    """
     if isinstance(value, str):
         return value
-    if value is None:
+    if value is None or value != value:
         return ""
+    if isinstance(value, float) and math.isinf(value):
+        raise TypeError(f"column `{column}` holds {value}, and a text or number is needed")
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     raise TypeError(f"column `{column}` holds a {type(value).__name__}, and a text or number is needed")
+
+
+def find_half_character(*texts: str) -> str | None:
+    """The first half of a pair of UTF-16 in these texts, written `\\ud83d`; None if all can be written as UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"\\u{ord(text[error.start]):04x}"
+    return None
 
 
 def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
@@ -148,7 +206,7 @@ def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise TypeError(f"column `{column}` holds text that is no JSON list of messages") from None
     if not isinstance(value, Sequence) or not value:
         raise TypeError(f"column `{column}` is no list of messages, or an empty one")

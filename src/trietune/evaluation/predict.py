@@ -16,7 +16,7 @@ import numpy as np
 from trietune.data.columns import WrongRow
 from trietune.data.encoder import Encoder
 from trietune.data.examples import Example, Message
-from trietune.data.templates import PromptFormat, fill_template, read_messages
+from trietune.data.templates import PromptFormat, fill_template, find_half_character, read_messages
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
 from trietune.evaluation.scoring import (
@@ -61,7 +61,7 @@ def predict_labels(
         UserError: an input does not have what the prompt template asks for.
     """
     task = encoder.prompt_format.task
-    prompts = [_encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
+    prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
     if not prompts:
         return []
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -100,7 +100,7 @@ def predict_text(
     Raises:
         UserError: an input does not have what the prompt template asks for, or is empty.
     """
-    prompts = [_encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
+    prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise UserError(
@@ -130,7 +130,9 @@ def answer_turn(
     Raises:
         UserError: the chat template refuses the conversation.
     """
-    prompt = _encode_prompt(encoder, _conversation(messages))
+    conversation = _conversation(messages)
+    _check_text(conversation, "the conversation")
+    prompt = encode_prompt(encoder, conversation)
     limits = _limits(encoder, max_new_tokens=max_new_tokens, max_nodes=max_nodes, batch_size=1)
     stream = _TextStream(encoder, on_text or (lambda piece: None))
     [answer] = generate(model, [prompt], limits, check_stop=check_stop, on_token=lambda _, token: stream.add(token))
@@ -148,7 +150,18 @@ def make_examples(prompt_format: PromptFormat, inputs: Sequence[Input]) -> list[
     Raises:
         UserError: a text for a template with several columns, or a row that lacks a column.
     """
-    return [_make_example(prompt_format, value, f"input {number}") for number, value in enumerate(inputs, start=1)]
+    examples = [_make_example(prompt_format, value, f"input {number}") for number, value in enumerate(inputs, start=1)]
+    for number, example in enumerate(examples, start=1):
+        _check_text(example, f"input {number}")
+    return examples
+
+
+def _check_text(example: Example, name: str) -> None:
+    if half := find_half_character(example.prompt, *(message.content for message in example.messages)):
+        raise UserError(
+            f"{name} holds half a character, or a byte that is not UTF-8 ({half})",
+            next_step="give the text as UTF-8; in JSON, both halves: \\ud83d\\ude00",
+        )
 
 
 def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Example:
@@ -186,15 +199,26 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
             next_step=f"give JSON with all of them: {_sample_row(columns)}",
         )
     try:
-        return Example(id=name, prompt=fill_template(prompt_format.prompt_template or "{prompt}", value), completion="")
+        template = prompt_format.prompt_template
+        prompt = fill_template(template, value, prompt_format.template_columns) if template else _prompt_of(value)
+        return Example(id=name, prompt=prompt, completion="")
     except TypeError as error:
         raise UserError(f"{name} cannot be read: {error}", next_step="give text or a number there") from None
+
+
+def _prompt_of(row: Mapping[str, Any]) -> str:
+    return fill_template("{prompt}", row)
 
 
 _ADVICE_MESSAGES = 'give a text, or JSON such as {"messages": [{"role": "user", "content": "..."}]}'
 
 
-def _encode_prompt(encoder: Encoder, example: Example) -> list[int]:
+def encode_prompt(encoder: Encoder, example: Example) -> list[int]:
+    """The token ids that the model is asked with.
+
+    Raises:
+        UserError: the chat template refuses the conversation.
+    """
     try:
         return encoder.encode_prompt(example)
     except WrongRow as error:

@@ -18,6 +18,7 @@ from trietune.config.settings import Settings
 from trietune.errors import UserError
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
+from trietune.run.fitting import check_ids, check_vocabulary
 from trietune.run.prepare import choose_attention, locate_base, make_deterministic, progress_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ class Opened:
     device: Device
     max_positions: int
 
+    @property
+    def num_embeddings(self) -> int:
+        """Tokens that the model has a vector for."""
+        network: Any = self.model.network
+        return int(network.get_input_embeddings().weight.shape[0])
+
     def encoder(self, prompt_format: PromptFormat | None = None) -> Encoder:
         """Texts to tokens in `prompt_format`, or the adapter's, or as a conversation, or as they are."""
         from trietune.data import make_encoder, make_plain_format
@@ -63,7 +70,7 @@ def evaluate(
     target: str | Path,
     *,
     overrides: Sequence[str] | Mapping[str, Any] = (),
-    split: str = "validation",
+    split: str | None = None,
     max_examples: int | None = None,
     tracker: Tracker | None = None,
 ) -> Evaluation:
@@ -72,7 +79,8 @@ def evaluate(
     Args:
         target: a run's folder, an adapter's folder, or a base model as in `model_name`.
         overrides: of the run's settings, such as `dataset_id=...` or `validation_file=...`.
-        split: `train`, `validation` or `test`.
+        split: `train`, `validation` or `test`, as a run splits the data. None takes the validation examples of a run's
+            own data, and of other data its validation split, or every row where it has none.
         max_examples: a random subset of this size; None takes all.
 
     Raises:
@@ -85,7 +93,7 @@ def evaluate(
     from trietune.tracking.tracker import Tracker as Hub
 
     hub = tracker or Hub()
-    if split not in ("train", "validation", "test"):
+    if split not in (None, "train", "validation", "test"):
         raise UserError(f"there is no split `{split}`", next_step="--split validation   (or train, or test)")
     with StopSignals() as signals:
         opened = open_model(target, overrides, hub)
@@ -94,8 +102,14 @@ def evaluate(
                 f"`{target}` is an adapter alone, so the data to evaluate it on must be named",
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
             )
+        if split is None and not _overridden_data(overrides):
+            split = "validation"
+        settings = opened.settings
+        if _overridden_data(overrides) == {"validation_file"} and not _is_run(target):
+            # Nothing else is to be looked up, least of all the default data set.
+            settings = settings.model_copy(update={"train_file": settings.validation_file, "dataset_id": None})
         sequences, prompt_format = load_split(
-            opened.settings,
+            settings,
             opened.tokenizer,
             split,  # type: ignore[arg-type]  # checked above
             prompt_format=opened.prompt_format,
@@ -104,6 +118,7 @@ def evaluate(
             progress=progress_of(hub, "examples"),
             check_stop=signals.check,
         )
+        check_vocabulary(sequences, opened.num_embeddings)
         size = opened.settings.eval_batch_size
         return measure(
             opened.model,
@@ -127,9 +142,18 @@ def predict(
     check_stop: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """What the model says to each input: `{"label", "probabilities"}` for a task with labels, else `{"text"}`."""
-    from trietune.evaluation.predict import DEFAULT_MAX_NEW_TOKENS, predict_labels, predict_text
+    from trietune.evaluation.predict import (
+        DEFAULT_MAX_NEW_TOKENS,
+        encode_prompt,
+        make_examples,
+        predict_labels,
+        predict_text,
+    )
 
     encoder = opened.encoder()
+    check_ids(
+        [encode_prompt(encoder, one) for one in make_examples(encoder.prompt_format, inputs)], opened.num_embeddings
+    )
     if encoder.prompt_format.task.kind == "labels":
         labels = predict_labels(
             opened.model,
@@ -243,7 +267,15 @@ def _find_adapter(path: Path) -> Path | None:
 
 
 def _names_data(opened: Opened, target: str | Path, overrides: Sequence[str] | Mapping[str, Any]) -> bool:
-    if (Path(target).expanduser() / "config.yaml").is_file():
-        return True
-    keys = {item.partition("=")[0] for item in overrides} if not isinstance(overrides, Mapping) else set(overrides)
-    return bool(keys & {"dataset_id", "train_file", "validation_file"})
+    return _is_run(target) or bool(_overridden_data(overrides))
+
+
+def _is_run(target: str | Path) -> bool:
+    return (Path(target).expanduser() / "config.yaml").is_file()
+
+
+def _overridden_data(overrides: Sequence[str] | Mapping[str, Any]) -> set[str]:
+    """The keys of `overrides` that name data."""
+    pairs = overrides.items() if isinstance(overrides, Mapping) else (item.split("=", 1) for item in overrides)
+    named = {key.strip() for key, *value in pairs if value not in ([None], ["null"], [""])}
+    return named & {"dataset_id", "train_file", "validation_file"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from trietune.config.settings import Settings
     from trietune.device import Device
     from trietune.model.attention.layout import AttentionKind
     from trietune.trie import Batching
@@ -18,6 +20,14 @@ if TYPE_CHECKING:
 
 # Norms and the like are left out of what is counted, so where all linear layers are adapted the part is 1.
 FULLY_ADAPTED = 0.995
+
+
+def num_steps_of(settings: Settings, num_train: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of a whole run with `num_train` training examples."""
+    batches_per_epoch = math.ceil(num_train / settings.batch_size)
+    per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
+    in_all = per_epoch * settings.num_epochs
+    return per_epoch, in_all if settings.max_steps is None else min(settings.max_steps, in_all)
 
 
 @dataclass(frozen=True, slots=True)

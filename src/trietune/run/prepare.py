@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from trietune.errors import UserError
 from trietune.run.device_plan import check_device, device_options, plan_shapes
+from trietune.run.fitting import check_positions, check_vocabulary
 from trietune.run.grouping import choose_groups, measure_batches, sharing_of
-from trietune.run.plan import Plan
+from trietune.run.plan import Plan, num_steps_of
 from trietune.tracking.events import Working
 
 if TYPE_CHECKING:
@@ -105,15 +105,19 @@ def prepare(
         progress=progress_of(hub, "examples"),
         check_stop=check_stop,
     )
+    check_vocabulary(data.train, shape.num_embeddings)
+    longest = data.counts.train.longest
+    if data.validation is not None and data.counts.validation is not None:
+        check_vocabulary(data.validation, shape.num_embeddings)
+        longest = max(longest, data.counts.validation.longest)
+    most = getattr(shape.config, "max_position_embeddings", None)
+    check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=hub.say)
     num_train = len(data.train)
     groups, work = choose_groups(settings, data, kept, hub)
-    batches_per_epoch = math.ceil(num_train / settings.batch_size)
-    steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
-    num_steps = steps_per_epoch * settings.num_epochs
-    if settings.max_steps is not None:
-        if settings.max_steps > num_steps:
-            hub.say(f"`num_epochs: {settings.num_epochs}` ends after {num_steps:,} steps, before `max_steps`")
-        num_steps = min(settings.max_steps, num_steps)
+    steps_per_epoch, num_steps = num_steps_of(settings, num_train)
+    in_all_epochs = steps_per_epoch * settings.num_epochs
+    if settings.max_steps is not None and settings.max_steps > in_all_epochs:
+        hub.say(f"`num_epochs: {settings.num_epochs}` ends after {in_all_epochs:,} steps, before `max_steps`")
     bytes_with_scores = partial(
         bytes_per_position,
         shape.config,

@@ -10,18 +10,28 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE
 from trietune.checkpoints.remote.open import open_remote
-from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
+from trietune.checkpoints.resume import (
+    Difference,
+    abandon_lines,
+    check_differences,
+    compare,
+    compare_warmup,
+    load_or_create_run_id,
+    table_lines,
+)
 from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE
 from trietune.io.directory import Content, Damaged, check_sizes, read_directory, write_directory
 from trietune.io.disk_errors import SaveFailed
 from trietune.io.manifest import ManifestInfo
 from trietune.run import environment
+from trietune.run.plan import num_steps_of
 from trietune.tracking import events
 from trietune.tracking.jsonl import LINE_FILES
 
@@ -95,13 +105,32 @@ class Keeper:
             return None
         for note in loaded.notes:
             self.hub.say(note, is_warning=True)
-        differences = compare(loaded.details, self.details(), allowed_changes)
+        differences = [
+            *compare(loaded.details, self.details(), allowed_changes),
+            *self._schedule_differences(loaded, allowed_changes),
+        ]
         check_differences(differences, loaded.path)
         if differences:
             self.hub.say("this is not as it was at the checkpoint:", is_warning=True)
             for line in table_lines(differences):
                 self.hub.say(f"  {line}")
         return loaded
+
+    def _schedule_differences(self, loaded: LoadedCheckpoint, allowed_changes: frozenset[str]) -> list[Difference]:
+        """Steps of warm-up are no setting: they follow from others and from the number of examples."""
+        state = json.loads(loaded.contents[STATE_FILE]) if STATE_FILE in loaded.contents else {}
+        before = state.get("num_warmup_steps")
+        if before is None:
+            before = self._warmup_before(loaded, state)
+        return compare_warmup(before, self.prepared.plan.num_warmup_steps, loaded.step, allowed_changes)
+
+    def _warmup_before(self, loaded: LoadedCheckpoint, state: Mapping[str, Any]) -> int | None:
+        """Of a checkpoint that does not say it, worked out from its settings as they were planned."""
+        names = ("num_epochs", "max_steps", "warmup_ratio", "warmup_steps", "batch_size", "gradient_accumulation_steps")
+        if not all(name in loaded.details for name in names):
+            return None
+        then = self.settings.model_copy(update={name: loaded.details[name] for name in names})
+        return then.num_warmup_steps(num_steps_of(then, self.prepared.plan.num_train)[1])
 
     def start(self, resumed: LoadedCheckpoint | None) -> None:
         """Clean up after a killed process, set aside what lies beyond the checkpoint, begin to copy."""
@@ -253,6 +282,8 @@ class Keeper:
             PROMPT_FILE: self._prompt_format(),
             "README.md": self._card(before, after, encoder).encode(),
         }
+        if template := self.prepared.data.prompt_format.chat_template:
+            contents["chat_template.jinja"] = template.encode()
         details = {**self.details(), "trained_steps": trained_steps}
         info = ManifestInfo(self.run_id, step, metrics, kind="adapter", details=details)
         write_directory(target, contents, info=info)
@@ -302,7 +333,13 @@ class Keeper:
             **adapter_files(peft_model, self.prepared.base),
             PROMPT_FILE: self._prompt_format(),
         }
-        state = {"step": step, "epoch": epoch, "has_optimizer": self.settings.save_optim, **further_state}
+        state = {
+            "step": step,
+            "epoch": epoch,
+            "has_optimizer": self.settings.save_optim,
+            "num_warmup_steps": self.prepared.plan.num_warmup_steps,
+            **further_state,
+        }
         contents[STATE_FILE] = json.dumps(state, indent=2).encode()
         if self.settings.save_optim:
             contents[OPTIMIZER_FILE] = tensors_to_content(optimizer_tensors(optimizer))
@@ -312,6 +349,8 @@ class Keeper:
         return self.prepared.data.prompt_format.to_json().encode()
 
     def _card(self, before: Evaluation | None, after: Evaluation | None, encoder: Any) -> str:
+        from trietune.data.columns import WrongRow
+        from trietune.data.shapes import without_own_text
         from trietune.model.adapter.card import CardFacts, Score, model_card
 
         scores = []
@@ -321,17 +360,26 @@ class Keeper:
         data, plan = self.prepared.data, self.prepared.plan
         prompt_format = data.prompt_format
         sequences = data.validation if data.validation is not None else data.train
-        prompt_ids = encoder.encode_prompt(sequences.examples[0])
+        shown = example = sequences.examples[0]
+        if not self.settings.card_example:
+            shown = without_own_text(prompt_format, example)
+        try:
+            prompt_ids = encoder.encode_prompt(shown)
+        except WrongRow:  # a chat template that looks into the texts refuses placeholders
+            prompt_ids = encoder.encode_prompt(replace(shown, prompt="{prompt}", messages=()))
         without_bos = prompt_ids[1:] if prompt_ids[:1] == [prompt_format.bos_id] else prompt_ids
         return model_card(
             CardFacts(
                 title=self.directory.name,
                 base=self.prepared.base,
                 example_prompt=self.prepared.tokenizer.decode(without_bos),
+                is_shape=not self.settings.card_example,
                 bos_id=prompt_format.bos_id,
                 stop_ids=prompt_format.stop_ids,
                 parses_special_tokens=prompt_format.parses_special_tokens,
-                dataset=self.settings.dataset_id,
+                dataset=data.source_name,
+                trained_on=data.trained_on,
+                measured_on=data.measured_on,
                 num_train_examples=plan.num_train,
                 scores=scores,
                 settings={key: getattr(self.settings, key) for key in CARD_SETTINGS},

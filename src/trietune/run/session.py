@@ -164,7 +164,7 @@ class Session:
         except LossNotFiniteError as error:
             self._raise_not_finite(error)
         step_of_adapter = self._take_best()
-        after = self._evaluate("after", max_examples=None)
+        after = self._evaluate("after", max_examples=None, weights_step=step_of_adapter)
         adapter = self.keeper.write_adapter(
             step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
         )
@@ -398,7 +398,9 @@ class Session:
         if evaluation is not None:
             self.measured, self.measured_step = dict(evaluation.metrics), self.step
 
-    def _evaluate(self, when: Literal["before", "during", "after"], *, max_examples: int | None) -> Evaluation | None:
+    def _evaluate(
+        self, when: Literal["before", "during", "after"], *, max_examples: int | None, weights_step: int | None = None
+    ) -> Evaluation | None:
         from trietune.evaluation.evaluate import evaluate
 
         if self.data.validation is None:
@@ -427,6 +429,7 @@ class Session:
                 num_examples=evaluation.num_examples,
                 when=when,
                 intervals=evaluation.intervals,
+                weights_step=None if weights_step == self.step else weights_step,
             )
         )
         if when != "during" and self.settings.print_examples and evaluation.predictions:

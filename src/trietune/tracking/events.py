@@ -69,7 +69,8 @@ class Evaluated:
     """One evaluation, named `eval/...`; `when` is `before`, `during` or `after` training.
 
     Shares (`eval/accuracy`, `eval/exact_match`, `eval/f1`, ...) are fractions from 0 to 1. `intervals` are 95 %
-    intervals in the unit of their metric, under the same names.
+    intervals in the unit of their metric, under the same names. `weights_step` is the step whose weights were
+    measured, where an earlier checkpoint won: then the values are no point of a curve at `step`.
     """
 
     step: int
@@ -78,6 +79,17 @@ class Evaluated:
     num_examples: int
     when: Literal["before", "during", "after"]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    weights_step: int | None = None
+
+    @property
+    def measured_step(self) -> int:
+        """The step whose weights were measured."""
+        return self.step if self.weights_step is None else self.weights_step
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the values belong into a curve, at `step`."""
+        return self.measured_step == self.step
 
 
 @dataclass(frozen=True, slots=True)

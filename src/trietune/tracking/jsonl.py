@@ -126,6 +126,8 @@ class FilesConsumer:
             case Evaluated():
                 head = {"event": "evaluation", "step": event.step, "epoch": event.epoch, **stamp, "when": event.when}
                 body = {**head, **event.metrics, "num_examples": event.num_examples}
+                if event.weights_step is not None:
+                    body["weights_step"] = event.weights_step
                 return [(METRICS, {**body, "intervals": {name: list(pair) for name, pair in event.intervals.items()}})]
             case Predicted():
                 head = {"step": event.step, "when": event.when}

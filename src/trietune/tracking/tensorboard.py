@@ -31,7 +31,7 @@ class TensorboardConsumer:
                 self._writer = EventFileWriter(str(event.directory / FOLDER))
             case StepFinished() if event.is_logged:
                 self._write_scalars(event.step, event.metrics)
-            case Evaluated():
+            case Evaluated() if event.is_point:
                 self._write_scalars(event.step, event.metrics)
                 if self._writer:
                     self._writer.flush()

@@ -36,7 +36,7 @@ class TrackioConsumer:
                     )
             case StepFinished() if event.is_logged:
                 self._log(event.step, {"epoch": event.epoch, **event.metrics})
-            case Evaluated():
+            case Evaluated() if event.is_point:
                 self._log(event.step, dict(event.metrics))
             case RunFinished():
                 self.close()

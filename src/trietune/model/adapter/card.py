@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -36,7 +35,6 @@ _LOAD_MERGED = (
     "model.eval()",
     "",
 )
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +51,12 @@ class Score:
 class CardFacts:
     """What the card says.
 
-    `title` names the adapter. `dataset` is what the user wrote as data. `example_prompt` is one whole prompt as the
-    model saw it in training, without the beginning-of-sequence token; `bos_id` is put before it, `stop_ids` end an
-    answer. `parses_special_tokens`: whether special tokens in the prompt's text are meant. `settings` are shown as a
-    table. `is_merged`: the folder holds a whole model and no adapter.
+    `title` names the adapter. `dataset` names the data for people; `trained_on` and `measured_on` are the hub's ids of
+    the training and validation data, None for files of one's own: only then the card claims them. `example_prompt` is
+    one whole prompt as the model saw it in training, or (`is_shape`) its shape with names in braces; it stands without
+    the beginning-of-sequence token; `bos_id` is put before it, `stop_ids` end an answer. `parses_special_tokens`:
+    whether special tokens in the prompt's text are meant. `settings` are shown as a table. `is_merged`: the folder
+    holds a whole model and no adapter.
     """
 
     title: str
@@ -65,7 +65,10 @@ class CardFacts:
     bos_id: int | None
     stop_ids: Sequence[int]
     parses_special_tokens: bool = False
+    is_shape: bool = False
     dataset: str | None = None
+    trained_on: str | None = None
+    measured_on: str | None = None
     num_train_examples: int | None = None
     scores: Sequence[Score] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -91,7 +94,7 @@ def usage_code(facts: CardFacts) -> str:
     bos = f"[{facts.bos_id}] + " if facts.bos_id is not None else ""
     lines = [
         *(_LOAD_MERGED if facts.is_merged else _load_adapter(facts.base)),
-        _PROMPT_LINE + repr(facts.example_prompt),
+        _PROMPT_LINE + repr(facts.example_prompt) + ("  # put your text where braces are" if facts.is_shape else ""),
         f"tokens = {bos}tokenizer(prompt, add_special_tokens=False{special}).input_ids",
         "output = model.generate(",
         "    input_ids=torch.tensor([tokens]),",
@@ -134,35 +137,29 @@ def base_license(base: ModelFolder) -> str | None:
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
-    # The hub refuses a base or a data set that is no id of its own, such as a local path.
-    dataset = facts.dataset if facts.dataset and _is_dataset_of_the_hub(facts.dataset) else None
+    measured_on = facts.measured_on
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=dataset,
-            dataset_name=dataset,
+            dataset_type=measured_on,
+            dataset_name=measured_on,
             metric_type=_HUB_METRICS[score.name],
             metric_value=round(score.after, 6),
         )
         for score in facts.scores
-        if dataset and score.name in _HUB_METRICS
+        if measured_on and score.name in _HUB_METRICS
     ]
     return ModelCardData(
         base_model=facts.base.name if facts.base.source == "hub" else None,
         library_name="transformers" if facts.is_merged else "peft",
         license=base_license(facts.base),
-        datasets=[dataset] if dataset else None,
+        datasets=[facts.trained_on] if facts.trained_on else None,
         metrics=sorted({result.metric_type for result in results}) or None,
         pipeline_tag="text-generation",
         tags=["trietune"] if facts.is_merged else ["lora", "trietune"],
         model_name=facts.title if results else None,
         eval_results=results or None,
     )
-
-
-def _is_dataset_of_the_hub(name: str) -> bool:
-    is_path = Path(name).exists() or Path(name).suffix in (".tsv", ".csv", ".json", ".jsonl", ".parquet", ".txt")
-    return _HUB_ID.fullmatch(name) is not None and not is_path and not name.startswith("demo/")
 
 
 def _summary(facts: CardFacts) -> str:

@@ -6,6 +6,7 @@ those of base and adapter, in fp32 and in the dtype that is saved.
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ Report = Callable[[str], None]
 
 # What belongs to an adapter beside its two files, where it is there.
 _COMPANIONS = ("prompt_format.json", "README.md")
+# Where transformers looks for a chat template first, before `chat_template` in tokenizer_config.json.
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 # fp32 keeps 24 bits; a product of a few thousand terms through some dozen layers leaves about five digits of logits.
 _MERGE_TOLERANCE = 1e-3
@@ -102,6 +105,7 @@ def export_adapter(
         raise UserError(f"`{out}` exists already", next_step="choose another name, or remove it first")
     parse_config(files[CONFIG_FILE], where=str(folder / CONFIG_FILE))
     companions = {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
+    companions |= _chat_template_of(companions, where=folder)
     if readme is not None:
         companions["README.md"] = readme.encode()
     if merge:
@@ -113,6 +117,20 @@ def export_adapter(
     if plain:
         files = fold_scale(files, where=str(folder))
     return _write_files({**companions, **files}, out)
+
+
+def _chat_template_of(companions: Mapping[str, bytes], *, where: Path) -> dict[str, bytes]:
+    """The chat template of training, for programs that know nothing of `prompt_format.json`; empty without one."""
+    try:
+        template = strict_json.parse(companions["prompt_format.json"]).get("chat_template")
+    except KeyError:
+        return {}
+    except (strict_json.NotStrict, AttributeError) as error:
+        raise UserError(
+            f"`{where / 'prompt_format.json'}` is not what TrieTune writes beside an adapter: {error}",
+            next_step="take the adapter folder again from the run that made it",
+        ) from None
+    return {CHAT_TEMPLATE_FILE: template.encode()} if isinstance(template, str) and template else {}
 
 
 def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
@@ -197,10 +215,21 @@ def _write_merged(
                 shutil.copyfile(base.path / name, staging / name)
         for name, data in companions.items():
             (staging / name).write_bytes(data)
+        if CHAT_TEMPLATE_FILE in companions:
+            _leave_out_other_templates(staging)
         num_bytes = sum(path.stat().st_size for path in staging.iterdir())
     for name, difference in differences.items():
         report(f"merged logits differ from base and adapter by at most {difference:.2g} in {name}")
     return Exported(out, num_bytes, differences)
+
+
+def _leave_out_other_templates(folder: Path) -> None:
+    """Take the base's own chat template out of a merged model that was trained with another."""
+    config = folder / "tokenizer_config.json"
+    document = json.loads(config.read_bytes()) if config.is_file() else {}
+    if isinstance(document, dict) and document.pop("chat_template", None) is not None:
+        config.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)
 
 
 def _was_trained_in_4bit(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized
 from trietune.model.base.load import check_config
 from trietune.model.base.randomness import rates_in_attention, rates_of, silence_rates
 
+# GPT-2's `wpe`; `embed_positions`, `position_embeddings` and their like.
+_POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)$")
+
 
 @dataclass(frozen=True, slots=True)
 class NetworkShape:
@@ -28,6 +32,8 @@ class NetworkShape:
         num_parameters: of the base model, tied ones once.
         num_trainable: of the adapter.
         num_in_layers: of the base model's parameters, those of linear layers below the output head.
+        num_embeddings: rows of the input embedding.
+        has_learnt_positions: whether each position has a vector of its own, so that there are no more of them.
         refusal: why tries cannot be computed, as the end of a sentence; None if they can.
         widths: of its layers, for the estimate of memory.
         coverage: which part of its layers carries adapters.
@@ -42,6 +48,8 @@ class NetworkShape:
     widths: Widths
     coverage: Coverage
     base_rates: Mapping[str, float]
+    num_embeddings: int = 0
+    has_learnt_positions: bool = False
 
     def num_bytes(self, dtype: torch.dtype, *, load_in_4bit: bool = False) -> int:
         """Of the base model's weights in `dtype`, its layers in 4 bits if asked."""
@@ -74,6 +82,11 @@ def describe_network(
         if base_dropout and dropped:
             name, rate = next(iter(dropped.items()))
             refusal = f"`base_dropout: True` keeps its dropout on attention weights (`{name}: {rate:g}`)"
+        num_embeddings = int(network.get_input_embeddings().weight.shape[0])
+        has_learnt_positions = any(
+            isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
+            for name, module in network.named_modules()
+        )
         num_parameters = sum(p.numel() for p in network.parameters())
         num_in_layers = sum(p.numel() for name, p in network.named_parameters() if is_quantized(name, tuple(p.shape)))
         config = network.config.get_text_config()
@@ -81,5 +94,14 @@ def describe_network(
         peft_model = add_adapter(network, base=base, **adapter)
     num_trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     return NetworkShape(
-        config, num_parameters, num_trainable, num_in_layers, refusal, widths, measure_coverage(network), base_rates
+        config=config,
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        num_in_layers=num_in_layers,
+        refusal=refusal,
+        widths=widths,
+        coverage=measure_coverage(network),
+        base_rates=base_rates,
+        num_embeddings=num_embeddings,
+        has_learnt_positions=has_learnt_positions,
     )

@@ -163,6 +163,8 @@ def evaluation_line(event: Evaluated) -> str:
             text += f" ({wording.interval(key, *event.intervals[key])})"
         parts.append(text)
     moment = {"before": "before training", "after": "after training", "during": f"at step {event.step:,}"}[event.when]
+    if not event.is_point:
+        moment += f" of the weights of step {event.measured_step:,}"
     return f"evaluation {moment}, {event.num_examples:,} examples: " + ", ".join(parts)
 
 

@@ -78,7 +78,7 @@ def comparison(before: Evaluated | None, after: Evaluated | None) -> list[str]:
         return []
     titles = {"before": "before", "after": "after", "during": "now"}
     keys = list(dict.fromkeys(key for evaluation in evaluations for key in evaluation.metrics))
-    rows = [("", *(titles[evaluation.when] for evaluation in evaluations))]
+    rows = [("", *(_title(titles[evaluation.when], evaluation) for evaluation in evaluations))]
     rows.append(("examples", *(f"{evaluation.num_examples:,}" for evaluation in evaluations)))
     rows += [(wording.metric_name(key), *(_value(evaluation, key) for evaluation in evaluations)) for key in keys]
     lines = columns(rows)
@@ -122,6 +122,10 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
         return []
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _title(title: str, evaluation: Evaluated) -> str:
+    return title if evaluation.is_point else f"{title} (step {evaluation.measured_step:,})"
 
 
 def _value(evaluation: Evaluated, key: str) -> str:

@@ -32,7 +32,8 @@ def charts_of(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     charts: dict[str, dict[str, Any]] = {}
     for index, run in enumerate(runs):
         # Two evaluations of one step are a subset and all examples: the later one, of all, is the point.
-        evaluations = list({evaluation.step: evaluation for evaluation in run.evaluations}.values())
+        # Of a checkpoint that won over the last step, the values would hide how the curve ended.
+        evaluations = list({one.step: one for one in run.evaluations if one.is_point}.values())
         for key in dict.fromkeys(key for evaluation in evaluations for key in evaluation.metrics):
             points = [[e.step, value] for e in evaluations if (value := e.metrics.get(key)) is not None]
             band = [[e.step, *e.intervals[key]] for e in evaluations if key in e.intervals]

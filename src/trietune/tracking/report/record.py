@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from trietune.errors import UserError
 from trietune.tracking.events import Evaluated, Prediction
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS
 
-_PLACE_KEYS = ("event", "step", "epoch", "time", "when", "num_examples", "intervals")
+_PLACE_KEYS = ("event", "step", "epoch", "time", "when", "num_examples", "intervals", "weights_step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def read_run(directory: Path) -> RunRecord:
         config=_read_yaml(directory / CONFIG),
         environment=_read_json(directory / ENVIRONMENT),
         steps=of_kind.get("step", []),
-        evaluations=[_evaluation(line) for line in of_kind.get("evaluation", [])],
+        evaluations=_evaluations(lines),
         notes=[
             (str(line["event"]), str(line.get("text"))) for line in lines if line.get("event") in ("info", "warning")
         ],
@@ -110,6 +110,19 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, num_unreadable
 
 
+def _evaluations(lines: Sequence[Mapping[str, Any]]) -> list[Evaluated]:
+    """In their order. Before 0.1.0 the step of the final weights stood only where the adapter was saved after them."""
+    found: list[Evaluated] = []
+    for line in lines:
+        if line.get("event") == "evaluation":
+            found.append(_evaluation(line))
+        elif line.get("event") == "saved" and line.get("kind") == "adapter" and found and found[-1].when == "after":
+            step = line.get("step")
+            if isinstance(step, int) and found[-1].weights_step is None and step != found[-1].step:
+                found[-1] = replace(found[-1], weights_step=step)
+    return found
+
+
 def _evaluation(line: Mapping[str, Any]) -> Evaluated:
     return Evaluated(
         step=int(line.get("step") or 0),
@@ -122,6 +135,7 @@ def _evaluation(line: Mapping[str, Any]) -> Evaluated:
             for key, pair in (line.get("intervals") or {}).items()
             if None not in pair
         },
+        weights_step=line.get("weights_step"),
     )
 
 

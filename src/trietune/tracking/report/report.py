@@ -168,6 +168,8 @@ def _rows_of(run: RunRecord) -> dict[str, Any]:
         "num_examples": [f"{evaluation.num_examples:,}" if evaluation else "-" for evaluation in (before, after)],
         "metrics": {key: [_cell(before, key), _cell(after, key)] for key in keys},
         "after_title": "after training" if run.evaluation("after") else "so far",
+        "steps": [f"step {evaluation.measured_step:,}" if evaluation else "-" for evaluation in (before, after)],
+        "is_earlier": bool(after and not after.is_point),
     }
 
 

@@ -93,7 +93,7 @@ class WandbConsumer:
                 self._start(event)
             case StepFinished() if event.is_logged:
                 self._log(event.step, event.epoch, event.metrics)
-            case Evaluated():
+            case Evaluated() if event.is_point:
                 self._log(event.step, event.epoch, event.metrics)
             case Histograms():
                 self._outbox.put_histograms(event)
