@@ -128,9 +128,9 @@ class Session:
 
     def run(self) -> Run:
         """From the first line to the last; the run's status is told to every consumer whatever happens."""
-        resumed = self.keeper.find_checkpoint(self.allowed_changes)
-        if resumed is not None and (finished := self._already_finished(resumed)) is not None:
+        if (finished := self._already_finished()) is not None:
             return finished
+        resumed = self.keeper.find_checkpoint(self.allowed_changes)
         try:
             return self._run(resumed)
         except StopRequested as stop:
@@ -507,13 +507,14 @@ class Session:
                     arrays[f"{kind}/{name}"] = value.float().flatten().cpu().numpy().copy()
         self.hub.emit(events.Histograms(step, arrays))
 
-    def _already_finished(self, resumed: LoadedCheckpoint) -> Run | None:
-        adapter = self.plan.directory / "adapter"
-        trained = self.keeper.trained_steps()
-        if trained is None or trained < self.plan.num_steps:
+    def _already_finished(self) -> Run | None:
+        finished = self.keeper.finished(self.allowed_changes)
+        if finished is None:
             return None
-        self.hub.say(f"{self.plan.directory.name} has finished: its adapter is in {adapter}; nothing was changed")
-        return Run(self.plan.directory, "finished", resumed.step, adapter=adapter)
+        trained, place = finished
+        self.hub.say(f"{self.plan.directory.name} has finished: its adapter is in {place}; nothing was changed")
+        adapter = self.plan.directory / "adapter"
+        return Run(self.plan.directory, "finished", trained, adapter=adapter if adapter.is_dir() else None)
 
     # Endings
 

@@ -88,6 +88,16 @@ def nothing_to_resume(folder: Path, traces: Sequence[str]) -> UserError:
     )
 
 
+def adapter_without_checkpoint(adapter: Path | str, reason: str) -> UserError:
+    """Training from the beginning would replace what an earlier training made."""
+    return UserError(
+        f"there is a final adapter and no checkpoint to go on from: {adapter}",
+        where=f"{reason}\n       nothing was changed",
+        next_step="start anew under another `wandb_run_name`, or move that adapter away to train it again here",
+        exit_code=EXIT_RESUME_REFUSED,
+    )
+
+
 def all_damaged(folder: Path, damages: Sequence[Damaged]) -> UserError:
     """Every checkpoint is damaged: never a silent fresh start."""
     shown = "\n       ".join(str(damage) for damage in damages[:5])

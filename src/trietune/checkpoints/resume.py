@@ -171,21 +171,39 @@ def load_or_create_run_id(run_directory: Path, *, adopt: str | None = None) -> s
 
     `adopt` is an id found elsewhere, in a remote copy for a run directory that is still empty.
     """
+    run_id = load_run_id(run_directory)
+    if run_id is None:
+        run_id = adopt or new_run_id()
+        keep_run_id(run_directory, run_id)
+    return run_id
+
+
+def load_run_id(run_directory: Path) -> str | None:
+    """The id in `.run-id`; None if there is no such file. Raises `UserError` if it holds something else."""
     path = run_directory / ".run-id"
     try:
         text = path.read_text("ascii").strip()
     except FileNotFoundError:
-        run_id = adopt or secrets.token_hex(16)
-        try:
-            files.replace_file(path, f"{run_id}\n".encode())
-        except OSError as error:
-            raise messages.start_failed(error, path) from error
-        return run_id
+        return None
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable_id(path) from error
     if not text.isalnum() or len(text) > 200:
         raise _unreadable_id(path)
     return text
+
+
+def new_run_id() -> str:
+    """An id that no other run has."""
+    return secrets.token_hex(16)
+
+
+def keep_run_id(run_directory: Path, run_id: str) -> None:
+    """Write `.run-id`. Raises `UserError` when the disk refuses."""
+    path = run_directory / ".run-id"
+    try:
+        files.replace_file(path, f"{run_id}\n".encode())
+    except OSError as error:
+        raise messages.start_failed(error, path) from error
 
 
 def _effect_of_a_harmless_change(key: str, before: object, now: object, current: Mapping[str, Any]) -> str | None:

@@ -216,6 +216,10 @@ class CheckpointStore:
                 damages.append(damage)
         raise messages.all_damaged(self.folder, damages)
 
+    def has_traces(self) -> bool:
+        """Whether a checkpoint is here, whole or not, or once was."""
+        return bool(_step_entries(self.folder) or _traces(self.folder))
+
     def set_aside_newer(self, step: int) -> list[Path]:
         """Rename every `step-*` beyond `step` to `abandoned-<n>-step-*`, so that `last` means this line of steps.
 

@@ -193,7 +193,7 @@ def synchronise(
         given_up.discard(checkpoint.step)
     removed = _retain(store, remote, given_up)
     if final:
-        _upload_rest(store.run_directory, remote, uploaded)
+        _upload_rest(store, remote, uploaded)
     return SyncResult(tuple(uploaded), tuple(removed), (), None, tuple(warnings))
 
 
@@ -257,9 +257,11 @@ def _retain(store: CheckpointStore, remote: RemoteRun, given_up: set[int]) -> li
     return [step_name(step) for step in steps]
 
 
-def _upload_rest(run_directory: Path, remote: RemoteRun, uploaded: list[str]) -> None:
+def _upload_rest(store: CheckpointStore, remote: RemoteRun, uploaded: list[str]) -> None:
+    run_directory = store.run_directory
     adapter = run_directory / "adapter"
     if adapter.is_dir():
+        remote.check_adapter(store.run_id, remote.adapter_manifest())
         remote.upload(adapter)
         uploaded.append("adapter")
     remote.upload_plain([run_directory / name for name in RUN_FILES if (run_directory / name).is_file()])
