@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -159,11 +159,11 @@ class Session:
                     self._after_step(step)
         except LossNotFiniteError as error:
             self._raise_not_finite(error)
-        step_of_adapter = self._take_best()
-        after = self._evaluate("after", max_examples=None)
-        adapter = self.keeper.write_adapter(
-            step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
-        )
+        with self._best_weights() as step_of_adapter:
+            after = self._evaluate("after", max_examples=None)
+            adapter = self.keeper.write_adapter(
+                step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
+            )
         return self._finished(before, after, adapter=adapter)
 
     def _restore(self, resumed: LoadedCheckpoint) -> None:
@@ -480,17 +480,27 @@ class Session:
         state: dict[str, Any] = {"max_positions": self.max_positions, "packed_bytes": self.model.packed_bytes}
         return state if self.loss_scale is None else {**state, "loss_scale": dict(self.loss_scale.state())}
 
-    def _take_best(self) -> int:
-        """Go back to the best checkpoint's weights if they were measured better than the last; returns their step."""
-        from trietune.model.adapter import set_adapter_tensors
+    @contextmanager
+    def _best_weights(self) -> Iterator[int]:
+        """The best checkpoint's weights in the model if they were measured better than the last; gives their step.
+
+        However the block ends, the last step's weights are back by then: a stop saves them under the last step's name.
+        """
+        from trietune.model.adapter import adapter_tensors, overwrite_tensors, set_adapter_tensors
 
         metrics = self.measured if self.measured_step == self.step else {}
         best = self.keeper.better_than_last(self.step, metrics)
         if best is None:
-            return self.step
+            yield self.step
+            return
         step, weights = best
-        set_adapter_tensors(self.peft_model, weights, where=f"step {step}")
-        return step
+        live = adapter_tensors(self.peft_model)
+        last = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+        try:
+            set_adapter_tensors(self.peft_model, weights, where=f"step {step}")
+            yield step
+        finally:
+            overwrite_tensors(live, last)
 
     def _emit_histograms(self, step: int) -> None:
         mode = self.settings.wandb_watch_mode
