@@ -18,6 +18,7 @@ from trietune import environment
 from trietune.checkpoints import messages
 from trietune.checkpoints.directory import Content, Damaged, read_directory, verify_directory, write_directory
 from trietune.checkpoints.manifest import ManifestInfo
+from trietune.checkpoints.measured import MEASURED_ON, describe_measured_on
 from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE, SaveFailed
 from trietune.checkpoints.resume import (
     abandon_lines,
@@ -73,6 +74,8 @@ class Keeper:
             keep_best_n=self.settings.keep_best_n,
             metric=self.settings.checkpoint_metric,
             mode=self.settings.checkpoint_metric_mode,
+            measured_on=self._measured_on(),
+            details=self.details(),
         )
         self.saved_step: int | None = None
         self._uploader: Uploader | None = None
@@ -170,6 +173,12 @@ class Keeper:
         """Sign the folder, clean up after a kill, set aside what lies beyond the checkpoint, begin to copy."""
         if load_run_id(self.directory) is None:
             keep_run_id(self.directory, self.run_id)
+        try:
+            return self._start(resumed)
+        except OSError as error:
+            raise messages.start_failed(error, Path(str(error.filename or self.directory))) from error
+
+    def _start(self, resumed: LoadedCheckpoint | None) -> None:
         self.store.clean_leftovers()
         step = -1 if resumed is None else resumed.step
         for name in LINE_FILES:
@@ -186,6 +195,10 @@ class Keeper:
 
             self._uploader = Uploader(self.store, self.remote, resumed_step=resumed.step if resumed else None)
             self._uploader.start()
+
+    def move_to(self, directory: Path) -> None:
+        """Save in another place from here on: the run's folder was moved there."""
+        self.directory = self.store.run_directory = directory
 
     def restore(
         self, resumed: LoadedCheckpoint, peft_model: PeftModel, optimizer: torch.optim.Optimizer
@@ -340,7 +353,17 @@ class Keeper:
 
     def details(self) -> dict[str, Any]:
         """What a resume compares: the settings, and what surrounds them."""
-        return {**self.settings.dump_public(), **environment.compared(self.environment)}
+        compared = environment.compared(self.environment)
+        return {**self.settings.dump_public(), **compared, MEASURED_ON: self._measured_on()}
+
+    def _measured_on(self) -> str:
+        data, plan = self.prepared.data, self.prepared.plan
+        return describe_measured_on(
+            data.validation_fingerprint,
+            num_examples=plan.num_validation,
+            max_examples=plan.eval_max_examples,
+            seed=self.settings.seed,
+        )
 
     def _checkpoint_files(
         self,

@@ -7,7 +7,9 @@ The loop yields finished steps; what a step means (logged, validated, saved, the
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -15,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trietune.checkpoints.lock import RunLock
+from trietune.checkpoints.lock import LOCK_NAME, RunLock
+from trietune.checkpoints.messages import folder_lost
+from trietune.checkpoints.probe import check_folder, check_plain_files
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
-from trietune.files import make_folders
+from trietune.files import make_folders, remove_tree
 from trietune.host_memory import KeptMemory, give_back_freed_memory, keep_freed_memory
 from trietune.keeping import Keeper
 from trietune.meter import Meter
@@ -26,6 +30,7 @@ from trietune.prepare import Prepared, adapter_arguments, prepare, progress_of
 from trietune.signals import StopSignals
 from trietune.tracking import events
 from trietune.tracking.consumers import open_tracker
+from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, LINE_FILES
 from trietune.tracking.wandb import are_histograms_due, watched_kinds
 
 if TYPE_CHECKING:
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
     from trietune.training.loss_scale import LossScale
     from trietune.training.readings import LossNotFiniteError
 
+# What a run writes in its folder beside its lines and its checkpoints.
+OTHER_FILES = (CONFIG, ENVIRONMENT, ".run-id", "report.html", "wandb.json")
 SHOWN_EXAMPLES, SHOWN_PREDICTIONS = 3, 10
 # `max_time` leaves this many steps' time, and this many seconds, to save in.
 STEPS_LEFT_TO_SAVE, SECONDS_LEFT_TO_SAVE = 1.5, 2.0
@@ -91,16 +98,42 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         )
         stack.callback(hub.close)
         prepared = prepare(settings, hub, signals.check)
-        make_folders(prepared.plan.directory)
-        stack.enter_context(RunLock(prepared.plan.directory))
-        return Session(prepared, hub, signals, allowed_changes).run()
+        with _folder_of(prepared.plan.directory) as lock:
+            return Session(prepared, hub, signals, lock, allowed_changes).run()
+
+
+@contextmanager
+def _folder_of(directory: Path) -> Iterator[RunLock]:
+    """The run's folder, made if need be, locked and tried; one that was made for nothing goes again."""
+    is_new = not os.path.lexists(directory)
+    make_folders(directory)
+    with RunLock(directory) as lock:
+        try:
+            check_plain_files(directory, (*LINE_FILES, *OTHER_FILES))
+            check_folder(directory)
+            yield lock
+        except (UserError, StopRequested):
+            if is_new and lock.is_in_place():
+                _remove_if_empty(directory)
+            raise
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        if {path.name for path in directory.iterdir()} <= {LOCK_NAME}:
+            remove_tree(directory)
 
 
 class Session:
     """One run under way: the model, where its events go, and what has been measured so far."""
 
     def __init__(
-        self, prepared: Prepared, hub: Tracker, signals: StopSignals, allowed_changes: frozenset[str] = frozenset()
+        self,
+        prepared: Prepared,
+        hub: Tracker,
+        signals: StopSignals,
+        lock: RunLock,
+        allowed_changes: frozenset[str] = frozenset(),
     ) -> None:
         from trietune.device.cpu import resident_bytes
 
@@ -112,6 +145,7 @@ class Session:
         self.tokenizer = prepared.tokenizer
         self.hub = hub
         self.signals = signals
+        self.lock = lock
         self.allowed_changes = allowed_changes
         self.began = time.monotonic()
         self.step = 0
@@ -161,6 +195,8 @@ class Session:
             self._raise_not_finite(error)
         with self._best_weights() as step_of_adapter:
             after = self._evaluate("after", max_examples=None)
+            if not self.lock.is_in_place():
+                raise folder_lost(self.plan.directory, None)
             adapter = self.keeper.write_adapter(
                 step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
             )
@@ -198,8 +234,11 @@ class Session:
 
     def _measure_again(self, resumed: LoadedCheckpoint) -> None:
         """Take the validation that a signal cut short, so that the checkpoint of a due step is ranked after all."""
-        if resumed.metrics:
+        if resumed.metrics and self.keeper.store.is_comparable(resumed.details):
             self.measured, self.measured_step = _finite(resumed.metrics), resumed.step
+        elif resumed.metrics:
+            # On other data, and so no figure to compare with; the checkpoint keeps the one that it was ranked by.
+            self._validate()
         elif resumed.step % self.settings.val_steps_freq == 0 and self.data.validation is not None:
             self._validate()
             self.keeper.saved_step = None
@@ -349,6 +388,7 @@ class Session:
                 is_logged=self._is_logged(step.number),
             )
         )
+        self._check_folder()
         is_saved = self._is_save_due(step.number, is_last)
         if step.number % self.settings.val_steps_freq == 0 or is_saved or is_last:
             self._validate()
@@ -358,6 +398,16 @@ class Session:
         if not is_last:
             self.signals.check()
             self._check_time()
+
+    def _check_folder(self) -> None:
+        """Stop when the folder was moved or removed; what was learnt is saved where it is now."""
+        if self.lock.is_in_place():
+            return
+        now_at = self.lock.moved_to()
+        if now_at is not None:
+            self.keeper.move_to(now_at)
+            self._save(must_succeed=True)
+        raise folder_lost(self.plan.directory, now_at)
 
     def _is_save_due(self, step: int, is_last: bool) -> bool:
         match self.settings.save_strategy:

@@ -7,6 +7,7 @@ refuse the resume unless the user allowed them by name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -17,18 +18,19 @@ from typing import Any, Literal
 
 from trietune import files
 from trietune.checkpoints import messages, strict_json
+from trietune.checkpoints.directory import Damaged, read_manifest
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 
 _NOT_MENTIONED = {
     "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage", "log_level", "max_time",
-    "model_to_wandb", "on_save_error", "print_examples", "project_dir", "remote_path", "resume_from_checkpoint",
-    "resume_option", "run_decode_example", "save_optim", "save_strategy", "self_check", "steps_freq",
-    "storage_backend", "sync_to_storage", "test_config", "tracker", "use_wandb", "val_steps_freq", "wandb_log_freq",
-    "wandb_project", "wandb_run_name", "wandb_tags", "wandb_watch_mode",
+    "measured_on", "model_to_wandb", "on_save_error", "print_examples", "project_dir", "remote_path",
+    "resume_from_checkpoint", "resume_option", "run_decode_example", "save_optim", "save_strategy", "self_check",
+    "steps_freq", "storage_backend", "sync_to_storage", "test_config", "tracker", "use_wandb", "val_steps_freq",
+    "wandb_log_freq", "wandb_project", "wandb_run_name", "wandb_tags", "wandb_watch_mode",
 }  # fmt: skip
 
 _ROUNDING = "the same numbers up to rounding, not the same bits"
-_REPORTED = "only what is reported changes"
+_REPORTED = "what is reported changes, and checkpoints are ranked apart from those of before"
 # What dropout takes out is drawn for each micro-batch, in the order in which layers ask.
 _REDRAWN = "other dropout masks from here on: another draw, not the same numbers"
 _DRAWN_BY = {"batching", "device", "fused_layers", "max_tokens_per_micro_batch"}
@@ -179,17 +181,32 @@ def load_or_create_run_id(run_directory: Path, *, adopt: str | None = None) -> s
 
 
 def load_run_id(run_directory: Path) -> str | None:
-    """The id in `.run-id`; None if there is no such file. Raises `UserError` if it holds something else."""
+    """The id in `.run-id`; None in a folder that was never signed.
+
+    Raises:
+        UserError: it holds something else, or is missing beside checkpoints or an adapter.
+    """
     path = run_directory / ".run-id"
     try:
         text = path.read_text("ascii").strip()
     except FileNotFoundError:
+        if found := ids_in_manifests(run_directory):
+            raise messages.run_id_missing(path, found) from None
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable_id(path) from error
     if not text.isalnum() or len(text) > 200:
         raise _unreadable_id(path)
     return text
+
+
+def ids_in_manifests(run_directory: Path) -> list[str]:
+    """The ids that checkpoints and the final adapter of a folder name, each once."""
+    found = []
+    for path in [*sorted(run_directory.glob("checkpoints/*step-*")), run_directory / "adapter"]:
+        with contextlib.suppress(Damaged, OSError):
+            found.append(read_manifest(path).info.run_id)
+    return list(dict.fromkeys(found))
 
 
 def new_run_id() -> str:
