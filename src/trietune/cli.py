@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ import typer
 
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
 from trietune.host_memory import keep_freed_memory
+from trietune.signals import process_age_s
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from trietune.inference import Opened
 
 JSON_VERSION = 1
+# When this command began, on the clock of `time.monotonic`: `max_time` counts from there.
+_began = time.monotonic()
 
 app = typer.Typer(
     name="trietune",
@@ -81,7 +86,7 @@ def train(
     _set_log_level(settings.log_level)
     from trietune.run import train as run_training
 
-    raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change)).exit_code)
+    raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change), began=_began).exit_code)
 
 
 @app.command()
@@ -312,6 +317,20 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of the user are printed without a traceback."""
+    code = _run(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            # Python would end with 120 for what its exit cannot write; the terminal has gone, or the disk is full.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    global _began
+    _began = time.monotonic() - (process_age_s() if arguments is None else 0.0)
     _leave_telemetry_off()
     keep_freed_memory()
     try:
@@ -324,7 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{without_secrets(str(error))}\n")
         return error.exit_code
     except StopRequested as stop:
-        sys.stderr.write(f"stopped by {stop.signal_name} before there was anything to save\n")
+        with contextlib.suppress(OSError):  # after a hang-up there is no terminal
+            sys.stderr.write(f"stopped by {stop.signal_name} before there was anything to save\n")
         return stop.exit_code
     except KeyboardInterrupt:
         return 130

@@ -148,6 +148,7 @@ class Keeper:
         if self.settings.load_from_storage and self.remote is not None:
             from trietune.checkpoints.uploads import fetch
 
+            self._sign()
             for note in fetch(self.store, self.remote, self.settings.resume_option, path):
                 self.hub.say(note)
         if not self.store.has_traces():
@@ -171,12 +172,15 @@ class Keeper:
 
     def start(self, resumed: LoadedCheckpoint | None) -> None:
         """Sign the folder, clean up after a kill, set aside what lies beyond the checkpoint, begin to copy."""
-        if load_run_id(self.directory) is None:
-            keep_run_id(self.directory, self.run_id)
+        self._sign()
         try:
             return self._start(resumed)
         except OSError as error:
             raise messages.start_failed(error, Path(str(error.filename or self.directory))) from error
+
+    def _sign(self) -> None:
+        if not os.path.lexists(self.directory / ".run-id"):
+            keep_run_id(self.directory, self.run_id)
 
     def _start(self, resumed: LoadedCheckpoint | None) -> None:
         self.store.clean_leftovers()

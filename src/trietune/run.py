@@ -72,18 +72,26 @@ class Run:
     exit_code: int = EXIT_DONE
 
 
-def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes: frozenset[str] = frozenset()) -> Run:
+def train(
+    settings: Settings,
+    *,
+    tracker: Tracker | None = None,
+    allowed_changes: frozenset[str] = frozenset(),
+    began: float | None = None,
+) -> Run:
     """Train the adapter that `settings` describe.
 
     Args:
         tracker: who hears of the run's events; by default its files, the console, and the tracker that the settings
             name.
         allowed_changes: keys that may differ from those of the checkpoint that is resumed.
+        began: when the command began, as `time.monotonic` tells it, for `max_time`; None: now.
 
     Raises:
         UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused.
         StopRequested: a signal came before there was anything to save.
     """
+    began = time.monotonic() if began is None else began
     with ExitStack() as stack:
         if keep_freed_memory():
             stack.callback(give_back_freed_memory)
@@ -97,9 +105,29 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
             model_to_wandb=settings.model_to_wandb,
         )
         stack.callback(hub.close)
-        prepared = prepare(settings, hub, signals.check)
+        prepared = prepare(settings, hub, TimedStop(signals, settings.max_time, began).check)
         with _folder_of(prepared.plan.directory) as lock:
-            return Session(prepared, hub, signals, lock, allowed_changes).run()
+            return Session(prepared, hub, signals, lock, began, allowed_changes).run()
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStop:
+    """A stop by signal, or because `max_time` is nearly over; for long work between steps.
+
+    Attributes:
+        max_time: seconds from `began`; None is no limit.
+        began: when the command began, by `time.monotonic`.
+    """
+
+    signals: StopSignals
+    max_time: float | None
+    began: float
+
+    def check(self) -> None:
+        """Raise `StopRequested` if it is time to leave."""
+        self.signals.check()
+        if self.max_time is not None and time.monotonic() - self.began > self.max_time - SECONDS_LEFT_TO_SAVE:
+            raise StopRequested("max_time", EXIT_DONE)
 
 
 @contextmanager
@@ -133,6 +161,7 @@ class Session:
         hub: Tracker,
         signals: StopSignals,
         lock: RunLock,
+        began: float,
         allowed_changes: frozenset[str] = frozenset(),
     ) -> None:
         from trietune.device.cpu import resident_bytes
@@ -147,8 +176,9 @@ class Session:
         self.signals = signals
         self.lock = lock
         self.allowed_changes = allowed_changes
-        self.began = time.monotonic()
-        self.step = 0
+        self.began = began
+        self.stop = TimedStop(signals, self.settings.max_time, began)
+        self.step = self.first_step = 0
         self.epoch = 0.0
         self.measured: dict[str, float] = {}
         self.measured_step: int | None = None
@@ -247,7 +277,7 @@ class Session:
     def _start(self, resumed: LoadedCheckpoint | None) -> None:
         self.keeper.start(resumed)
         if resumed is not None:
-            self.step = resumed.step
+            self.step = self.first_step = resumed.step
         self.hub.emit(
             events.RunStarted(
                 name=self.plan.directory.name,
@@ -449,7 +479,7 @@ class Session:
             max_examples=max_examples,
             seed=self.settings.seed,
             generate=when != "during" or self._ranks_by_answers(),
-            check_stop=self.signals.check,
+            check_stop=self.stop.check,
             progress=progress_of(self.hub, "examples"),
         )
         self.kept_memory.give_back()
@@ -605,6 +635,8 @@ class Session:
             commands = ["the same command with `--resume` goes on from here"]
         self.keeper.finish_uploads(is_final=False, must_leave=self._must_leave)
         self.hub.say(f"stopped by {reason} after step {self.step:,}")
+        if reason == "max_time" and self.step == self.first_step:
+            self.hub.say("no step was taken: `max_time` is shorter than what comes before the first", is_warning=True)
         self._finish("stopped", {}, commands)
         return Run(self.plan.directory, "stopped", self.step, exit_code=exit_code)
 

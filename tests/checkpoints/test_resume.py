@@ -138,3 +138,15 @@ def test_a_broken_run_id_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / ".run-id").write_bytes(data)
     with pytest.raises(UserError, match="does not hold the id of a run"):
         load_or_create_run_id(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "fingerprint"), [("train_file", "data_fingerprint"), ("model_name", "base_digest")])
+def test_the_same_contents_in_another_place_are_the_same_training(key: str, fingerprint: str) -> None:
+    def verdicts(then: object, now: object) -> list[str]:
+        found = compare({key: "/a/x", fingerprint: then}, {key: "/b/x", fingerprint: now})
+        return [item.verdict for item in found if item.key == key]
+
+    assert verdicts("5e0b", "5e0b") == ["warn"]
+    assert verdicts("5e0b", "77aa") == ["refuse"]
+    assert verdicts(None, None) == ["refuse"]
+    assert verdicts("", "") == ["refuse"]

@@ -63,6 +63,14 @@ _WARNED = {
     "world_size": f"{_ROUNDING}; dropout masks are drawn by rank",
 }
 _WARNED_PREFIXES = {"versions.": "not promised to give the same bits", "machine.": _ROUNDING}
+# Where something lies says nothing about what it is: with these fingerprints equal, another place is no other training.
+_FINGERPRINTS = {
+    "train_file": "data_fingerprint",
+    "dataset_id": "data_fingerprint",
+    "validation_file": "validation_fingerprint",
+    "model_name": "base_digest",
+    "base_model": "base_digest",
+}
 _LENGTH_OF_RUN = {"num_epochs", "max_steps"}
 _MISSING = object()
 
@@ -101,6 +109,10 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Colle
     for key in sorted(saved.keys() | current.keys()):
         before, now = saved.get(key, _MISSING), current.get(key, _MISSING)
         if key in _NOT_MENTIONED or _plain(before) == _plain(now):
+            continue
+        fingerprint = _FINGERPRINTS.get(key, "")
+        if saved.get(fingerprint) and saved.get(fingerprint) == current.get(fingerprint):
+            differences.append(Difference(key, _shown(before), _shown(now), "warn", "the same contents, elsewhere"))
             continue
         effect = _effect_of_a_harmless_change(key, before, now, current)
         verdict: Literal["warn", "allowed", "refuse"] = "warn"
