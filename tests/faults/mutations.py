@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no staging: written under its final name", "checkpoints/directory.py",
-        '    staging = files.hidden_sibling("staging", target)\n    try:\n        files.make_folder(staging)\n        entries',
+        '    staging = files.hidden_sibling("staging", target)\n    try:\n        files.make_folder(staging)\n        entries',  # noqa: E501
         "    staging = target\n    try:\n        files.make_folder(staging)\n        entries",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut", "tests/checkpoints/test_directory.py"),
     ),
