@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from trietune import load_config, train
-from trietune.checkpoints import manifest
-from trietune.checkpoints.directory import read_directory, read_manifest
-from trietune.model import adapter as adapter_module
-from trietune.run import Run, Session
-from trietune.tracking.dispatch import Tracker
+from trietune.io import manifest
+from trietune.io.directory import read_directory, read_manifest
+from trietune.model.adapter import adapter as adapter_module
+from trietune.run.session import Run, Session
 from trietune.tracking.events import Event, Said, Saved
+from trietune.tracking.tracker import Tracker
 
 WEIGHTS = "adapter_model.safetensors"
 

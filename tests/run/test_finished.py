@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trietune.cli import main
+from trietune.cli.app import main
 
 Settings = dict[str, object]
 Resume = Callable[..., tuple[int, str]]

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from trietune import UserError, load_config, train
-from trietune.checkpoints.directory import verify_directory
 from trietune.checkpoints.lock import RunLock
-from trietune.cli import main
-from trietune.run import Run
-from trietune.tracking.dispatch import Tracker
+from trietune.cli.app import main
+from trietune.io.directory import verify_directory
+from trietune.run.session import Run
 from trietune.tracking.events import Event, Said, StepFinished
+from trietune.tracking.tracker import Tracker
 
 Settings = dict[str, object]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from trietune import load_config, train
-from trietune.checkpoints import manifest
-from trietune.checkpoints.directory import read_manifest
 from trietune.checkpoints.measured import MEASURED_ON
-from trietune.run import Run
-from trietune.tracking.dispatch import Tracker
+from trietune.io import manifest
+from trietune.io.directory import read_manifest
+from trietune.run.session import Run
+from trietune.tracking.tracker import Tracker
 
 Settings = dict[str, object]
 

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from trietune import UserError, load_config, train
-from trietune.run import Run
-from trietune.tracking.dispatch import Tracker
+from trietune.run.session import Run
 from trietune.tracking.events import (
     Evaluated,
     Event,
@@ -30,6 +29,7 @@ from trietune.tracking.events import (
     StepFinished,
 )
 from trietune.tracking.jsonl import FilesConsumer
+from trietune.tracking.tracker import Tracker
 
 
 class Recorder:
@@ -187,7 +187,7 @@ def test_a_signal_in_evaluation_saves_what_was_learnt(overrides: dict[str, objec
 
 def test_max_time_stops_and_saves(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     passed = [0.0]
-    monkeypatch.setattr("trietune.run.time.monotonic", lambda now=time.monotonic: now() + passed[0])
+    monkeypatch.setattr("trietune.run.session.time.monotonic", lambda now=time.monotonic: now() + passed[0])
 
     def pass_an_hour(event: Event) -> None:
         if isinstance(event, StepFinished) and event.step == 2:
@@ -304,7 +304,7 @@ def test_attention_and_checkpointing_change_no_number(
 
 
 def test_fused_layers_change_speed_alone(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune.model import fused
+    from trietune.model.fast import norms_and_mlps as fused
 
     calls = []
     backward = fused.GatedMlp.backward
@@ -321,7 +321,7 @@ def test_fused_layers_change_speed_alone(overrides: dict[str, object], monkeypat
 def test_pack_weights_changes_speed_alone(
     pack_weights: bool, overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trietune.model import frozen_weight
+    from trietune.model.fast import frozen_weight
 
     products = []
     product = frozen_weight._product
@@ -333,7 +333,7 @@ def test_pack_weights_changes_speed_alone(
 
 
 def test_gradient_checkpointing_recomputes(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune.model import row_attention
+    from trietune.model.attention import rows as row_attention
 
     calls = []
     forward = row_attention.RowAttention.forward
@@ -349,7 +349,7 @@ def test_gradient_checkpointing_recomputes(overrides: dict[str, object], monkeyp
 
 
 def test_self_check_catches_a_wrong_mask(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune.model import trie_layout
+    from trietune.model.attention import layout as trie_layout
 
     def sees_its_future(trie: Any, window: int | None = None) -> np.ndarray:
         return np.ones((trie.num_nodes, trie.num_nodes), bool)
@@ -459,7 +459,7 @@ def test_print_examples_shows_labels_before_and_answers_after(overrides: dict[st
 def test_a_save_that_fails_is_told_and_training_goes_on_or_stops(
     overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trietune import files
+    from trietune.io import files
 
     def full(path: Any) -> None:
         if "step-" in str(path):

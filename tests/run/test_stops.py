@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from trietune import load_config, train
-from trietune.checkpoints.directory import verify_directory
 from trietune.device.cpu import resident_bytes
 from trietune.errors import StopRequested
-from trietune.run import Run
-from trietune.signals import process_age_s
-from trietune.tracking.dispatch import Tracker
+from trietune.io.directory import verify_directory
+from trietune.run.session import Run
+from trietune.run.signals import process_age_s
 from trietune.tracking.events import Event, StepFinished
+from trietune.tracking.tracker import Tracker
 
 Settings = dict[str, object]
 
@@ -89,7 +89,7 @@ def test_what_was_ignored_at_the_start_stays_ignored(overrides: Settings) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGUSR2, signal.SIGALRM])
 def test_other_signals_keep_the_systems_meaning(number: signal.Signals) -> None:
-    code = f"import os, time\nfrom trietune.signals import StopSignals\nwith StopSignals():\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(60)"  # noqa: E501
+    code = f"import os, time\nfrom trietune.run.signals import StopSignals\nwith StopSignals():\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(60)"  # noqa: E501
     limit = lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # noqa: E731
     done = subprocess.run([sys.executable, "-c", code], check=False, preexec_fn=limit)
     assert done.returncode == -number
@@ -135,7 +135,7 @@ def test_max_time_counts_what_came_before_the_first_step(overrides: Settings) ->
 
 def test_max_time_ends_an_evaluation_with_the_work_saved(overrides: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     passed = [0.0]
-    monkeypatch.setattr("trietune.run.time.monotonic", lambda now=time.monotonic: now() + passed[0])
+    monkeypatch.setattr("trietune.run.session.time.monotonic", lambda now=time.monotonic: now() + passed[0])
 
     class Clock(Sender):
         def handle(self, event: Event) -> None:
@@ -153,7 +153,7 @@ def test_max_time_ends_an_evaluation_with_the_work_saved(overrides: Settings, mo
 
 
 def test_a_process_knows_its_age() -> None:
-    code = "import time; time.sleep(0.5)\nfrom trietune.signals import process_age_s\nprint(process_age_s())"
+    code = "import time; time.sleep(0.5)\nfrom trietune.run.signals import process_age_s\nprint(process_age_s())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) >= 0.5
     assert process_age_s() > 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from trietune.training.ahead import ahead_thread, one_ahead
+from trietune.training.prefetch import ahead_thread, one_ahead
 
 
 def threads() -> list[threading.Thread]:

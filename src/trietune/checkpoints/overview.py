@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trietune.checkpoints import directory, retention
-from trietune.checkpoints.directory import Damaged
-from trietune.checkpoints.manifest import MANIFEST_NAME, Manifest
-from trietune.checkpoints.remote import RemoteRun
+from trietune.checkpoints import retention
+from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.resume import load_run_id
 from trietune.checkpoints.retention import STEP_NAME
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
+from trietune.io import directory
+from trietune.io.directory import Damaged
+from trietune.io.manifest import MANIFEST_NAME, Manifest
 
 
 @dataclass(frozen=True, slots=True)

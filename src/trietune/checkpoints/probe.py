@@ -10,9 +10,9 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from trietune import files
 from trietune.checkpoints import messages
 from trietune.errors import UserError
+from trietune.io import files
 
 _CONTENT = b"written to see whether this folder keeps what is written\n"
 
