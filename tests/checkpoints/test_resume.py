@@ -147,3 +147,15 @@ def test_a_data_set_that_nobody_named_is_no_difference_where_the_data_are_the_sa
     assert verdicts == ["refuse", "refuse"]
     [named] = compare(saved, {"dataset_id": "rajpurkar/squad_v2", "data_fingerprint": "a"})
     assert named.verdict == "refuse"
+
+
+@pytest.mark.parametrize(("key", "fingerprint"), [("train_file", "data_fingerprint"), ("model_name", "base_digest")])
+def test_the_same_contents_in_another_place_are_the_same_training(key: str, fingerprint: str) -> None:
+    def verdicts(then: object, now: object) -> list[str]:
+        found = compare({key: "/a/x", fingerprint: then}, {key: "/b/x", fingerprint: now})
+        return [item.verdict for item in found if item.key == key]
+
+    assert verdicts("5e0b", "5e0b") == ["warn"]
+    assert verdicts("5e0b", "77aa") == ["refuse"]
+    assert verdicts(None, None) == ["refuse"]
+    assert verdicts("", "") == ["refuse"]

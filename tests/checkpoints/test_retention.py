@@ -47,3 +47,11 @@ def test_laws_of_retention(
     allowance = keep_last_n + keep_best_n
     assert len(left - pinned) <= max(allowance, 1)
     assert kept_steps(history, mode=mode, **limits) <= left
+
+
+def test_values_measured_on_something_else_are_not_compared() -> None:
+    found = [Ranked(50, 0.9, measured_on="a"), Ranked(100, 0.8, measured_on="a"), Ranked(150, 0.1, measured_on="b")]
+    assert [item.step for item in best_first(found, "min")] == [150]
+    assert [item.step for item in best_first(found, "min", "a")] == [100, 50]
+    assert [item.step for item in best_first(found, "min", "never")] == [150]
+    assert kept_steps(found, keep_last_n=0, keep_best_n=1, mode="min") == {100, 150}

@@ -53,12 +53,12 @@ MUTATIONS = [
     ),
     Mutation(
         "flush of the folder after the rename left out", "io/directory.py",
-        "        raise\n    files.flush_folder(target.parent)\n", "        raise\n",
+        "    files.flush_folder(target.parent)\n    if moved_aside", "    if moved_aside",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
     ),
     Mutation(
         "flush of the staged folder left out", "io/directory.py",
-        "        files.flush_folder(staging)\n", "",
+        "        files.flush_folder(staging)\n        moved_aside =", "        moved_aside =",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
     ),
     Mutation(
@@ -73,19 +73,20 @@ MUTATIONS = [
     ),
     Mutation(
         "no staging: written under its final name", "io/directory.py",
-        '    staging = files.hidden_sibling("staging", target)\n', "    staging = target\n",
+        '    staging = files.hidden_sibling("staging", target)\n    try:\n        files.make_folder(staging)\n        entries',  # noqa: E501
+        "    staging = target\n    try:\n        files.make_folder(staging)\n        entries",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut", "tests/checkpoints/test_directory.py"),
     ),
     Mutation(
         "removal without hiding first", "io/directory.py",
-        "    files.rename(directory, hidden)\n    files.flush_folder(directory.parent)\n    files.remove_tree(hidden)\n",  # noqa: E501
-        "    files.remove_tree(directory)\n",
+        "    try:\n        files.rename(directory, hidden)\n",
+        "    files.remove_tree(directory)\n    return\n    try:\n        files.rename(directory, hidden)\n",
         (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut",),
     ),
     Mutation(
         "removal without a flush after hiding", "io/directory.py",
-        "    files.rename(directory, hidden)\n    files.flush_folder(directory.parent)\n",
-        "    files.rename(directory, hidden)\n",
+        "    files.flush_folder(directory.parent)\n    files.remove_tree(hidden)\n",
+        "    files.remove_tree(hidden)\n",
         (f"{CRASHES}::test_no_state_after_a_power_cut_breaks_a_promise[three_saves_with_retention]",),
     ),
     Mutation(
@@ -259,8 +260,27 @@ MUTATIONS = [
     ),
     Mutation(
         "signals not polled in evaluation", "run/session.py",
-        "            check_stop=self.signals.check,\n", "",
+        "            check_stop=self.stop.check,\n", "",
         (f"{TRAINER}::test_a_signal_in_evaluation_stops_it_and_saves",),
+    ),
+    Mutation(
+        "a run without checkpoints never has finished", "run/saving.py",
+        "        if trained < self.prepared.plan.num_steps:\n", "        if not self.store.has_traces():\n",
+        ("tests/run/test_finished.py",),
+    ),
+    Mutation(
+        "the best weights stay in the model after a stop", "run/session.py",
+        "            overwrite_tensors(live, last)\n", "            pass\n", ("tests/run/test_best_weights.py",),
+    ),
+    Mutation(
+        "ranked across other validation data", "checkpoints/retention.py",
+        "    chosen = [item for item in ranked if item.measured_on == measured_on]\n", "    chosen = ranked\n",
+        ("tests/checkpoints/test_retention.py",),
+    ),
+    Mutation(
+        "a lost .run-id replaced by a new one", "checkpoints/resume.py",
+        "        if found := ids_in_manifests(run_directory):\n", "        if found := []:\n",
+        ("tests/run/test_lost_folder.py",),
     ),
     Mutation(
         "gaps between tensors allowed", "io/safetensors.py",

@@ -586,10 +586,10 @@ def test_a_full_disk_is_said_and_training_goes_on(forge: Forge, place: Path, tmp
 
 
 def test_time_runs_out_in_time_to_save(forge: Forge, place: Path, tmp_path: Path) -> None:
-    config = write_config(place, tmp_path, **LONG, max_time=4)
+    config = write_config(place, tmp_path, **LONG, max_time=10)
     begun = time.monotonic()
     life = forge.run("train", config)
-    assert time.monotonic() - begun < 9
+    assert time.monotonic() - begun < 15
     assert life.exit_code == 0, life.text
     run = tmp_path / "run"
     assert steps_on_disk(run)[-1] == num_lines(run / "batches.jsonl") < NUM_LONG_STEPS

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,16 @@ def test_a_signal_in_evaluation_saves_what_was_learnt(overrides: dict[str, objec
     assert (stopped.directory / "checkpoints" / "step-00000002" / "manifest.json").is_file()
 
 
-def test_max_time_stops_and_saves(overrides: dict[str, object]) -> None:
-    stopped, _ = run({**overrides, "max_time": 0.5})
+def test_max_time_stops_and_saves(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = [0.0]
+    monkeypatch.setattr("trietune.run.session.time.monotonic", lambda now=time.monotonic: now() + passed[0])
+
+    def pass_an_hour(event: Event) -> None:
+        if isinstance(event, StepFinished) and event.step == 2:
+            passed[0] = 3600.0
+
+    stopped, _ = run({**overrides, "max_time": 3600}, Recorder(pass_an_hour))
+    assert stopped.step == 2
     assert stopped.status == "stopped"
     assert stopped.exit_code == 0
     assert list((stopped.directory / "checkpoints").glob("step-*"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from trietune.training.prefetch import one_ahead
+from trietune.training.prefetch import ahead_thread, one_ahead
 
 
 def threads() -> list[threading.Thread]:
@@ -65,3 +65,19 @@ def test_leaving_by_an_exception_ends_the_thread() -> None:
 
     with pytest.raises(KeyError):
         leave()
+
+
+def test_a_thread_that_is_there_is_used_again_when_none_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with ahead_thread() as thread:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            threading.Thread().start()
+        for _ in range(3):
+            results = one_ahead(lambda n: n * n, range(4), thread)
+            assert [next(results), next(results)] == [0, 1]
+            results.close()
+        assert list(one_ahead(lambda n: n * n, range(4), thread)) == [0, 1, 4, 9]
+        monkeypatch.undo()

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -25,17 +26,22 @@ _MAX_HOLDER_BYTES = 4096
 class RunLock:
     """Hold the run directory as a context manager. Raises `UserError` that names the holder when it is taken.
 
-    Only the program's name is kept of the command line: arguments may carry what nobody else should read.
+    Both the lock file and the folder itself are locked, so removing the file lets nobody else in, and moving the folder
+    neither. Only the program's name is kept of the command line: arguments may carry what nobody else should read.
     """
 
     def __init__(self, run_directory: Path) -> None:
+        self.directory = run_directory
         self.path = run_directory / LOCK_NAME
         self._descriptor: int | None = None
+        self._folder: int | None = None
 
     def __enter__(self) -> RunLock:
         self._descriptor = _open(self.path)
         try:
+            self._folder = files.open_folder(self.directory)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_folder()
         except OSError as error:
             holder = _read_holder(self._descriptor)
             self._close()
@@ -51,21 +57,66 @@ class RunLock:
             ) from error
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, it is only not signed
             files.rewrite_lock(self._descriptor, strict_json.serialise(_this_process()))
-        # A forked child shares the lock and would keep it after our death.
-        os.register_at_fork(after_in_child=self._close)
+        _HELD.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._descriptor is not None:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        for descriptor in (self._folder, self._descriptor):
+            if descriptor is not None:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
         self._close()
 
+    def moved_to(self) -> Path | None:
+        """Where the folder is now, if it was moved; None where that cannot be told, or it was removed."""
+        if self._folder is None:
+            return None
+        try:
+            place = Path(f"/proc/self/fd/{self._folder}").readlink()
+            return place if os.path.samestat(place.stat(), os.fstat(self._folder)) else None
+        except OSError:
+            return None
+
+    def is_in_place(self) -> bool:
+        """Whether the folder's name still means the folder that was locked. A disk that does not answer is in place."""
+        if self._folder is None:
+            return True
+        try:
+            return os.path.samestat(self.directory.stat(), os.fstat(self._folder))
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
+    def _lock_folder(self) -> None:
+        assert self._folder is not None
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return  # NFS locks what is open for writing, and no folder is: there the file has to do
+
     def _close(self) -> None:
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            files.close(descriptor)
+        _HELD.discard(self)
+        for descriptor in (self._folder, self._descriptor):
+            if descriptor is not None:
+                files.close(descriptor)
+        self._folder = self._descriptor = None
+
+
+# A forked child shares the locks of its parent and would keep them after the parent's death.
+_HELD: weakref.WeakSet[RunLock] = weakref.WeakSet()
+
+
+def _drop_locks_of_the_parent() -> None:
+    for lock in list(_HELD):
+        lock._close()
+
+
+os.register_at_fork(after_in_child=_drop_locks_of_the_parent)
 
 
 def _open(path: Path) -> int:

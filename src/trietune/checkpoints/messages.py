@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io.directory import Damaged
-from trietune.io.disk_errors import SaveFailed
+from trietune.io.disk_errors import REMEDIES, SaveFailed
 
 # The one file that a resume can do without, and the word with which a person allows it to.
 OPTIMIZER_FILE, OPTIMIZER_STATE = "optimizer.safetensors", "optimizer_state"
@@ -24,9 +25,9 @@ def checkpoint_not_saved(failure: SaveFailed, *, newest_whole: Path | None) -> S
     )
 
 
-def removal_failed(error: OSError) -> str:
+def removal_failed(error: OSError, path: Path | None = None) -> str:
     """One sentence: an old checkpoint could not be removed, which harms nothing but space."""
-    name = f" {Path(str(error.filename)).name}" if error.filename else ""
+    name = f" {path.name}" if path is not None else f" {Path(str(error.filename)).name}" if error.filename else ""
     return f"an old checkpoint could not be removed:{name} {error.strerror or error}; the next save tries again"
 
 
@@ -43,6 +44,53 @@ def nothing_to_resume(folder: Path, traces: Sequence[str]) -> UserError:
     return UserError(
         f"there is no checkpoint to resume from in {folder}",
         next_step="set `resume_from_checkpoint: auto` to start when there is none yet, or False to start anew",
+        exit_code=EXIT_RESUME_REFUSED,
+    )
+
+
+def folder_unusable(folder: Path, reason: str, number: int = 0) -> UserError:
+    """What every save does was tried before the first step, and failed."""
+    return UserError(
+        f"checkpoints cannot be kept in {folder}: {reason}",
+        where="a folder was written, renamed and read there, before the first step; nothing was trained",
+        next_step=REMEDIES.get(
+            number, "give a `project_dir` on a file system that renames folders, such as a local disk"
+        ),
+    )
+
+
+def run_id_missing(path: Path, ids: Sequence[str]) -> UserError:
+    """Copied without its hidden files, say: what is there names its run, the folder does not."""
+    several = f"; what is there belongs to {len(ids)} runs: {', '.join(ids)}" if len(ids) > 1 else ""
+    return UserError(
+        f"{path.parent} has lost its file .run-id, which ties checkpoints and adapter to their run",
+        where=f"a copy by `cp runs/x/* y/` leaves out hidden files{several}\n       nothing was changed",
+        next_step=f"copy it too, or write it: `echo {ids[0]} > {shlex.quote(str(path))}`",
+        exit_code=EXIT_RESUME_REFUSED,
+    )
+
+
+def folder_lost(folder: Path, now_at: Path | None) -> UserError:
+    """The run's folder was moved or removed while the run wrote to it."""
+    if now_at is None:
+        return UserError(
+            f"{folder} was removed while this run wrote to it",
+            where="there is nowhere to save to",
+            next_step="start the run again",
+        )
+    return UserError(
+        f"{folder} was moved to {now_at} while this run wrote to it",
+        where=f"the checkpoint of the last step is in {now_at / 'checkpoints'}",
+        next_step="go on from there with `--resume`, with `project_dir` and `wandb_run_name` of the new place",
+    )
+
+
+def adapter_without_checkpoint(adapter: Path | str, reason: str) -> UserError:
+    """Training from the beginning would replace what an earlier training made."""
+    return UserError(
+        f"there is a final adapter and no checkpoint to go on from: {adapter}",
+        where=f"{reason}\n       nothing was changed",
+        next_step="start anew under another `wandb_run_name`, or move that adapter away to train it again here",
         exit_code=EXIT_RESUME_REFUSED,
     )
 

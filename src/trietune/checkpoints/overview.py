@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from trietune.checkpoints import retention
 from trietune.checkpoints.remote.copies import RemoteRun
-from trietune.checkpoints.retention import STEP_NAME, Ranked
+from trietune.checkpoints.resume import load_run_id
+from trietune.checkpoints.retention import STEP_NAME
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 from trietune.io import directory
 from trietune.io.directory import Damaged
-from trietune.io.manifest import MANIFEST_NAME
+from trietune.io.manifest import MANIFEST_NAME, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +47,20 @@ class Proof:
 def list_checkpoints(store: CheckpointStore, remote: RemoteRun | None = None) -> list[CheckpointRow]:
     """Every step that the disk or the storage knows, oldest first; local ones are read and verified in full."""
     rows: dict[int, CheckpointRow] = {}
+    manifests: dict[int, Manifest | None] = {}
     for copy in remote.scan() if remote else []:
         metrics = copy.manifest.info.metrics if copy.manifest else {}
         size = sum(copy.keys.values())
+        manifests[copy.step] = copy.manifest
         rows[copy.step] = CheckpointRow(copy.step, metrics.get(store.metric), size, copy.damage, "remote", False)
     for item in store.scan():
         damage = item.damage or _damage_of(item.path)
         reason = f"{damage.file} {damage.reason}" if damage else None
         size = item.manifest.size_bytes if item.manifest else 0
+        manifests[item.step] = item.manifest
         place: Literal["local", "both"] = "both" if item.step in rows and not rows[item.step].damage else "local"
         rows[item.step] = CheckpointRow(item.step, item.metrics.get(store.metric), size, reason, place, False)
-    ranked = [Ranked(row.step, row.metric, row.damage is None) for row in rows.values()]
+    ranked = [store.ranked(row.step, manifests.get(row.step), is_whole=row.damage is None) for row in rows.values()]
     best = {item.step for item in retention.best_first(ranked, store.mode)[:1]}
     return [replace(rows[step], is_best=step in best) for step in sorted(rows)]
 
@@ -79,11 +83,12 @@ def verify_path(path: Path) -> list[Proof]:
 
 
 def read_run_id(run_directory: Path) -> str:
-    """The id of an existing run, for commands that only read; empty when it never had one."""
-    try:
-        return (run_directory / ".run-id").read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
+    """The id of an existing run, for commands that only read; empty when it never had one.
+
+    Raises:
+        UserError: `.run-id` is missing beside checkpoints or an adapter, or cannot be read.
+    """
+    return load_run_id(run_directory) or ""
 
 
 def _prove(folder: Path) -> Proof:

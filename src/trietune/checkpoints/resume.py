@@ -7,6 +7,7 @@ refuse the resume unless the user allowed them by name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -15,19 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trietune.checkpoints import messages
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io import disk_errors, files, strict_json
+from trietune.io.directory import Damaged, read_manifest
 
 _NOT_MENTIONED = {
     "card_example", "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage",
-    "log_level", "max_time", "model_to_wandb", "on_save_error", "print_examples", "project_dir", "remote_path",
+    "log_level", "max_time", "measured_on", "model_to_wandb", "on_save_error", "print_examples", "project_dir",
+    "remote_path",
     "resume_from_checkpoint", "resume_option", "run_decode_example", "save_optim", "save_strategy", "self_check",
     "steps_freq", "storage_backend", "sync_to_storage", "test_config", "tracker", "use_wandb", "val_steps_freq",
     "wandb_log_freq", "wandb_project", "wandb_run_name", "wandb_tags", "wandb_watch_mode",
 }  # fmt: skip
 
 _ROUNDING = "the same numbers up to rounding, not the same bits"
-_REPORTED = "only what is reported changes"
+_REPORTED = "what is reported changes, and checkpoints are ranked apart from those of before"
 # What dropout takes out is drawn for each micro-batch, in the order in which layers ask.
 _REDRAWN = "other dropout masks from here on: another draw, not the same numbers"
 _DRAWN_BY = {"batching", "device", "fused_layers", "max_tokens_per_micro_batch"}
@@ -60,6 +64,14 @@ _WARNED = {
     "world_size": f"{_ROUNDING}; dropout masks are drawn by rank",
 }
 _WARNED_PREFIXES = {"versions.": "not promised to give the same bits", "machine.": _ROUNDING}
+# Where something lies says nothing about what it is: with these fingerprints equal, another place is no other training.
+_FINGERPRINTS = {
+    "train_file": "data_fingerprint",
+    "dataset_id": "data_fingerprint",
+    "validation_file": "validation_fingerprint",
+    "model_name": "base_digest",
+    "base_model": "base_digest",
+}
 _LENGTH_OF_RUN = {"num_epochs", "max_steps"}
 WARMUP_IN_EFFECT = "warm-up in effect"
 _DECIDE_WARMUP = frozenset(
@@ -106,6 +118,10 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Colle
             continue
         # Beside `train_file`, checkpoints of 0.1.0 name a data set that nobody wrote; the bytes of the data decide.
         if key == "dataset_id" and None in (before, now) and _has_same_data(saved, current):
+            continue
+        fingerprint = _FINGERPRINTS.get(key, "")
+        if saved.get(fingerprint) and saved.get(fingerprint) == current.get(fingerprint):
+            differences.append(Difference(key, _shown(before), _shown(now), "warn", "the same contents, elsewhere"))
             continue
         effect = _effect_of_a_harmless_change(key, before, now, current)
         verdict: Literal["warn", "allowed", "refuse"] = "warn"
@@ -203,21 +219,54 @@ def load_or_create_run_id(run_directory: Path, *, adopt: str | None = None) -> s
 
     `adopt` is an id found elsewhere, in a remote copy for a run directory that is still empty.
     """
+    run_id = load_run_id(run_directory)
+    if run_id is None:
+        run_id = adopt or new_run_id()
+        keep_run_id(run_directory, run_id)
+    return run_id
+
+
+def load_run_id(run_directory: Path) -> str | None:
+    """The id in `.run-id`; None in a folder that was never signed.
+
+    Raises:
+        UserError: it holds something else, or is missing beside checkpoints or an adapter.
+    """
     path = run_directory / ".run-id"
     try:
         text = path.read_text("ascii").strip()
     except FileNotFoundError:
-        run_id = adopt or secrets.token_hex(16)
-        try:
-            files.replace_file(path, f"{run_id}\n".encode())
-        except OSError as error:
-            raise disk_errors.start_failed(error, path) from error
-        return run_id
+        if found := ids_in_manifests(run_directory):
+            raise messages.run_id_missing(path, found) from None
+        return None
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable_id(path) from error
     if not text.isalnum() or len(text) > 200:
         raise _unreadable_id(path)
     return text
+
+
+def ids_in_manifests(run_directory: Path) -> list[str]:
+    """The ids that checkpoints and the final adapter of a folder name, each once."""
+    found = []
+    for path in [*sorted(run_directory.glob("checkpoints/*step-*")), run_directory / "adapter"]:
+        with contextlib.suppress(Damaged, OSError):
+            found.append(read_manifest(path).info.run_id)
+    return list(dict.fromkeys(found))
+
+
+def new_run_id() -> str:
+    """An id that no other run has."""
+    return secrets.token_hex(16)
+
+
+def keep_run_id(run_directory: Path, run_id: str) -> None:
+    """Write `.run-id`. Raises `UserError` when the disk refuses."""
+    path = run_directory / ".run-id"
+    try:
+        files.replace_file(path, f"{run_id}\n".encode())
+    except OSError as error:
+        raise disk_errors.start_failed(error, path) from error
 
 
 def _effect_of_a_harmless_change(key: str, before: object, now: object, current: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trietune.checkpoints import messages, retention
+from trietune.checkpoints.measured import measured_on
 from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
 from trietune.io import directory, disk_errors, files
 from trietune.io.directory import Content, Damaged
@@ -31,7 +33,9 @@ from trietune.io.manifest import Manifest, ManifestInfo
 ResumeOption = Literal["last", "best", "path"]
 
 # What this package stages in the run directory itself; nothing else there is ever cleaned.
-_STAGED_IN_RUN = re.compile(r"adapter|\.run-id|[a-z]+(\.abandoned-[0-9]+)?\.(jsonl|json|yaml|html)", re.ASCII)
+_STAGED_IN_RUN = re.compile(r"adapter|probe|\.run-id|[a-z]+(\.abandoned-[0-9]+)?\.(jsonl|json|yaml|html)", re.ASCII)
+
+_STAGED_BESIDE_STEPS = re.compile(rf"{STEP_NAME.pattern}|probe", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,8 @@ class CheckpointStore:
     Args:
         run_id: of this run; checkpoints that name another are shown as foreign and left alone.
         metric: the key of a checkpoint's metrics that `keep_best_n` and `best` look at.
+        measured_on: what this run measures on; values measured on something else are not compared with its own.
+        details: of this run, to tell what older checkpoints were measured on.
     """
 
     run_directory: Path
@@ -96,6 +102,8 @@ class CheckpointStore:
     keep_best_n: int
     metric: str
     mode: Mode
+    measured_on: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
     _pins: dict[int, int] = field(default_factory=dict)
     _resumed_step: int | None = None
     _known_whole: set[int] = field(default_factory=set)
@@ -127,23 +135,23 @@ class CheckpointStore:
         started = time.perf_counter()
         info = ManifestInfo(run_id=self.run_id, step=step, metrics=metrics or {}, details=details or {})
         target = self.folder / step_name(step)
+        warnings: list[str] = []
         try:
             files.make_folders(self.folder)
             for path in flush_first:
-                if path.exists():
-                    files.flush_file(path)
+                if path.exists() and not _flush_if_plain(path):
+                    warnings.append(f"{path.name} is no longer a plain file, and the log in it may be lost")
             written = directory.write_directory(target, contents, info=info)
         except (OSError, SaveFailed) as error:
             failure = error if isinstance(error, SaveFailed) else disk_errors.save_failed(error, target)
             raise messages.checkpoint_not_saved(failure, newest_whole=self._newest_whole()) from error
-        warnings = []
         if written.moved_aside:
             warnings.append(f"{target.name} stood there and was not whole; it is now {written.moved_aside.name}")
         self._known_whole.add(step)
         self._resumed_step = None
         removed: list[Path] = []
         try:
-            self._retain(removed)
+            warnings += self._retain(removed)
         except OSError as error:
             warnings.append(messages.removal_failed(error))
         return SavedCheckpoint(
@@ -171,10 +179,25 @@ class CheckpointStore:
         return found
 
     def best(self) -> Checkpoint | None:
-        """The best by `checkpoint_metric` among those that look whole."""
+        """The best by `checkpoint_metric` of those that look whole and were measured on what this run measures on."""
         by_step = {item.step: item for item in self.scan()}
-        ranked = retention.best_first(self._ranked(list(by_step.values())), self.mode)
-        return by_step[ranked[0].step] if ranked else None
+        ranked = self._ranked(list(by_step.values()))
+        if self.measured_on:
+            ranked = [item for item in ranked if item.measured_on == self.measured_on]
+        best = retention.best_first(ranked, self.mode, self.measured_on)
+        return by_step[best[0].step] if best else None
+
+    def ranked(self, step: int, manifest: Manifest | None, *, is_whole: bool = True) -> Ranked:
+        """What the policy looks at, of a checkpoint here or a copy elsewhere."""
+        if manifest is None:
+            return Ranked(step, None, is_whole)
+        info = manifest.info
+        on = measured_on(info.details, current=self.measured_on, current_settings=self.details)
+        return Ranked(step, info.metrics.get(self.metric), is_whole, on)
+
+    def is_comparable(self, details: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint with these details was measured on what this run measures on."""
+        return measured_on(details, current=self.measured_on, current_settings=self.details) == self.measured_on
 
     def load(
         self,
@@ -216,6 +239,10 @@ class CheckpointStore:
                 damages.append(damage)
         raise messages.all_damaged(self.folder, damages)
 
+    def has_traces(self) -> bool:
+        """Whether a checkpoint is here, whole or not, or once was."""
+        return bool(_step_entries(self.folder) or _traces(self.folder))
+
     def set_aside_newer(self, step: int) -> list[Path]:
         """Rename every `step-*` beyond `step` to `abandoned-<n>-step-*`, so that `last` means this line of steps.
 
@@ -229,15 +256,14 @@ class CheckpointStore:
         moved = []
         for path in sorted(newer, key=step_of, reverse=True):
             aside = self.folder / f"abandoned-{number}-{path.name}"
-            files.rename(path, aside)
-            files.flush_folder(self.folder)
+            directory.rename_directory(path, aside)
             moved.append(aside)
         return moved
 
     def clean_leftovers(self) -> list[Path]:
         """Clean up after a killed process, under the lock: checkpoints, the final adapter, and half-written files."""
         return [
-            *directory.clean_leftovers(self.folder, STEP_NAME),
+            *directory.clean_leftovers(self.folder, _STAGED_BESIDE_STEPS),
             *directory.clean_leftovers(self.run_directory, _STAGED_IN_RUN),
         ]
 
@@ -254,7 +280,9 @@ class CheckpointStore:
                 if not self._pins[step]:
                     del self._pins[step]
 
-    def _retain(self, removed: list[Path]) -> None:
+    def _retain(self, removed: list[Path]) -> list[str]:
+        """Remove what the limits do not keep; returns a sentence about each one that could not be removed."""
+        failures = []
         with self._guard:
             found = self.scan()
             ranked = self._ranked(found)
@@ -263,9 +291,15 @@ class CheckpointStore:
             pins = set(self._pins) if self._resumed_step is None else {*self._pins, self._resumed_step}
             for step in retention.removable_steps(ranked, pinned=pins, **self._limits):
                 path = self.folder / step_name(step)
-                directory.remove_directory(path)
+                try:
+                    directory.remove_directory(path)
+                except OSError as error:
+                    failures.append(messages.removal_failed(error, path))
+                    if os.path.lexists(path):
+                        continue
                 self._known_whole.discard(step)
                 removed.append(path)
+        return failures
 
     def _kept(self, ranked: Sequence[Ranked]) -> set[int]:
         return retention.kept_steps(ranked, **self._limits)
@@ -284,11 +318,11 @@ class CheckpointStore:
         return True
 
     def _ranked(self, found: Sequence[Checkpoint]) -> list[Ranked]:
-        return [Ranked(item.step, item.metrics.get(self.metric), item.damage is None) for item in found]
+        return [self.ranked(item.step, item.manifest, is_whole=item.damage is None) for item in found]
 
     def _best_before_newest(self, found: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[str]]:
         newest_first = list(reversed(found))
-        ranked = retention.best_first(self._ranked(found), self.mode)
+        ranked = retention.best_first(self._ranked(found), self.mode, self.measured_on)
         if not ranked:
             return newest_first, [f"no whole checkpoint has a value of `{self.metric}`; taking the newest instead"]
         best = next(item for item in found if item.step == ranked[0].step)
@@ -350,6 +384,14 @@ class CheckpointStore:
         with contextlib.suppress(OSError):
             return next((item.path for item in reversed(self.scan()) if item.damage is None), None)
         return None
+
+
+def _flush_if_plain(path: Path) -> bool:
+    """Flush a file of the run; False for what somebody put in its place. A pipe would wait for a writer for ever."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return False
+    files.flush_file(path)
+    return True
 
 
 def step_of(path: Path) -> int:

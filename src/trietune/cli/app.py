@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ import typer
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.malloc import keep_freed_memory
+from trietune.run.signals import process_age_s
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from trietune.run.opened import Opened
 
 JSON_VERSION = 1
+# When this command began, on the clock of `time.monotonic`: `max_time` counts from there.
+_began = time.monotonic()
 
 app = typer.Typer(
     name="trietune",
@@ -82,7 +87,7 @@ def train(
     _set_log_level(settings.log_level)
     from trietune.run.session import train as run_training
 
-    raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change)).exit_code)
+    raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change), began=_began).exit_code)
 
 
 @app.command()
@@ -317,6 +322,20 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of the user are printed without a traceback."""
+    code = _run(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            # Python would end with 120 for what its exit cannot write; the terminal has gone, or the disk is full.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    global _began
+    _began = time.monotonic() - (process_age_s() if arguments is None else 0.0)
     _leave_telemetry_off()
     keep_freed_memory()
     try:
@@ -329,7 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{without_secrets(str(error))}\n")
         return error.exit_code
     except StopRequested as stop:
-        sys.stderr.write(f"stopped by {stop.signal_name} before there was anything to save\n")
+        with contextlib.suppress(OSError):  # after a hang-up there is no terminal
+            sys.stderr.write(f"stopped by {stop.signal_name} before there was anything to save\n")
         return stop.exit_code
     except KeyboardInterrupt:
         return 130

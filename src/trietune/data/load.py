@@ -473,7 +473,10 @@ def _writable(cache_folder: Path, report: Report) -> Path:
     """The cache folder; if nothing can be written there, a temporary one that lasts as long as the process."""
     try:
         (cache_folder / "tokens").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache_folder / "tokens"):
+        # An entry is a folder that gets its name when it is whole; not every file system renames folders.
+        with tempfile.TemporaryDirectory(dir=cache_folder / "tokens", prefix=".trying-") as tried:
+            (Path(tried) / "building").mkdir()
+            (Path(tried) / "building").rename(Path(tried) / "whole")
             return cache_folder
     except OSError as error:
         folder = Path(tempfile.mkdtemp(prefix="trietune-"))

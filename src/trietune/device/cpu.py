@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import psutil
 import torch
 
@@ -9,6 +11,7 @@ from trietune.device.device import Device
 from trietune.device.precision import measure_fastest
 
 CPU = torch.device("cpu")
+_resident = 0
 
 
 def describe_cpu(reason: str | None = None) -> Device:
@@ -32,5 +35,11 @@ def free_host_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of the host that this process holds."""
-    return int(psutil.Process().memory_info().rss)
+    """Memory of the host that this process holds; what it last held while it may open no more files."""
+    global _resident
+    try:
+        _resident = int(psutil.Process().memory_info().rss)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+    return _resident

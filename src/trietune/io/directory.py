@@ -121,13 +121,19 @@ def _write_directory(target: Path, contents: Mapping[str, Content], info: Manife
     if moved_aside is not None and REPLACED.fullmatch(moved_aside.name):
         files.discard(moved_aside)
         moved_aside = None
+    _check_arrived(target, written)
     return WrittenDirectory(target, written, time.perf_counter() - started, moved_aside)
 
 
-def verify_directory(directory: Path) -> Verified:
-    """Read every byte that the manifest names, in pieces, and compare. Raises `Damaged`."""
+def verify_directory(directory: Path, *, without: Collection[str] = ()) -> Verified:
+    """Read every byte that the manifest names, in pieces, and compare; files in `without` may differ, or be gone.
+
+    Raises `Damaged`.
+    """
     found = read_manifest(directory)
     for name, entry in found.files.items():
+        if name in without:
+            continue
         with _open_listed(directory, name, entry) as file:
             digest = hashlib.sha256()
             while piece := file.read(_CHUNK_BYTES):
@@ -186,7 +192,14 @@ def check_sizes(directory: Path, *, without: Collection[str] = ()) -> Manifest:
 def remove_directory(directory: Path) -> None:
     """Remove a directory so that no reader ever sees half of it: first the name, for good, then what is inside."""
     hidden = files.hidden_sibling("removed", directory)
-    files.rename(directory, hidden)
+    try:
+        files.rename(directory, hidden)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _remove_in_place(directory)
+        files.flush_folder(directory.parent)
+        return
     files.flush_folder(directory.parent)
     files.remove_tree(hidden)
 
@@ -227,9 +240,56 @@ def move_aside(directory: Path) -> Path:
     number = 1
     while os.path.lexists(aside := directory.with_name(f".damaged-{directory.name}-{number}")):
         number += 1
-    files.rename(directory, aside)
-    files.flush_folder(directory.parent)
+    rename_directory(directory, aside)
     return aside
+
+
+def _check_arrived(target: Path, written: Manifest) -> None:
+    """Some file systems acknowledge a rename that they have not made: what the folder lists now is what counts."""
+    with os.scandir(target.parent) as entries:
+        is_listed = any(entry.name == target.name for entry in entries)
+    try:
+        is_there = is_listed and check_sizes(target).files == dict(written.files)
+    except Damaged:
+        is_there = False
+    if not is_there:
+        raise OSError(errno.ESTALE, "it was written, renamed and acknowledged, and is not there", str(target))
+
+
+def _rename_folder(source: Path, target: Path) -> None:
+    """Rename, or copy where a folder cannot be renamed (one from a lower layer of an overlay), whole or not at all."""
+    try:
+        files.rename(source, target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV or source.is_symlink():
+            raise
+    staging = files.hidden_sibling("staging", target)
+    try:
+        files.make_folder(staging)
+        for path in sorted(source.iterdir()):
+            files.write_file(staging / path.name, [path.read_bytes()])
+        files.flush_folder(staging)
+        files.rename(staging, target)
+    except BaseException:
+        files.discard(staging)
+        raise
+    files.flush_folder(target.parent)
+    _remove_in_place(source)
+
+
+def _remove_in_place(directory: Path) -> None:
+    """Remove a folder that cannot be hidden first: its manifest goes before all else, so nobody takes it for whole."""
+    if os.path.lexists(directory / MANIFEST_NAME):
+        files.remove_file(directory / MANIFEST_NAME)
+        files.flush_folder(directory)
+    files.remove_tree(directory)
+
+
+def rename_directory(source: Path, target: Path) -> None:
+    """Give a directory another name beside it, for good."""
+    _rename_folder(source, target)
+    files.flush_folder(target.parent)
 
 
 def _write_one(path: Path, content: Content) -> FileEntry:
@@ -260,8 +320,7 @@ def _make_room(target: Path) -> Path | None:
     except Damaged:
         return move_aside(target)
     aside = files.hidden_sibling("replaced", target)
-    files.rename(target, aside)
-    files.flush_folder(target.parent)
+    rename_directory(target, aside)
     return aside
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trietune.errors import UserError
 
-_REMEDIES = {
+REMEDIES = {
     errno.ENOSPC: "free some space on that disk; `keep_last_n` and `keep_best_n` bound what a run keeps",
     errno.EDQUOT: "free some of your quota there; `keep_last_n` and `keep_best_n` bound what a run keeps",
     errno.EFBIG: "raise the limit of file sizes (`ulimit -f unlimited`)",
@@ -32,7 +32,7 @@ def save_failed(error: OSError, target: Path) -> SaveFailed:
     return SaveFailed(
         f"{target.name} was not saved: {error.strerror or error}",
         where=f"in {target.parent}",
-        next_step=_REMEDIES.get(error.errno or 0, "look at that folder and its disk"),
+        next_step=REMEDIES.get(error.errno or 0, "look at that folder and its disk"),
         number=error.errno or 0,
     )
 
@@ -42,5 +42,5 @@ def start_failed(error: OSError, path: Path) -> UserError:
     return UserError(
         f"{path.name} could not be written: {error.strerror or error}",
         where=f"in {path.parent}; nothing was lost",
-        next_step=_REMEDIES.get(error.errno or 0, "look at that folder and its disk"),
+        next_step=REMEDIES.get(error.errno or 0, "look at that folder and its disk"),
     )

@@ -88,6 +88,11 @@ def open_lock(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
+def open_folder(path: Path) -> int:
+    """Open a folder, to lock it and to know it again wherever it is moved."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
 def rewrite_lock(descriptor: int, data: bytes) -> None:
     """Replace what the lock file says about its holder; never flushed, for it means nothing after a crash."""
     os.ftruncate(descriptor, 0)

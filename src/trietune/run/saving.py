@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trietune.checkpoints import messages
+from trietune.checkpoints.measured import MEASURED_ON, describe_measured_on
 from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE
 from trietune.checkpoints.remote.open import open_remote
 from trietune.checkpoints.resume import (
@@ -22,13 +25,15 @@ from trietune.checkpoints.resume import (
     check_differences,
     compare,
     compare_warmup,
-    load_or_create_run_id,
+    keep_run_id,
+    load_run_id,
+    new_run_id,
     table_lines,
 )
 from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE
-from trietune.io.directory import Content, Damaged, check_sizes, read_directory, write_directory
-from trietune.io.disk_errors import SaveFailed
+from trietune.io.directory import Content, Damaged, read_directory, verify_directory, write_directory
+from trietune.io.disk_errors import SaveFailed, start_failed
 from trietune.io.manifest import ManifestInfo
 from trietune.run import environment
 from trietune.run.plan import num_steps_of
@@ -44,7 +49,9 @@ if TYPE_CHECKING:
     from trietune.run.prepare import Prepared
     from trietune.tracking.tracker import Tracker
 
-STATE_FILE, PROMPT_FILE = "trainer_state.json", "prompt_format.json"
+STATE_FILE, PROMPT_FILE, CARD_FILE = "trainer_state.json", "prompt_format.json", "README.md"
+# A longer or shorter plan is told apart by its steps; the key is the adapter's own.
+STEPS_KEYS = ("trained_steps", "num_epochs", "max_steps")
 # One formula in three kernels, whose state is the same.
 SAME_STATE = {"adamw", "adamw_torch", "adamw_torch_fused"}
 # Shown in the model card.
@@ -64,10 +71,7 @@ class Keeper:
         self.hub = hub
         self.environment = environment.describe(prepared)
         self.remote = open_remote(self.settings.storage_backend, self.settings.remote_path, self.directory.name)
-        adopted = None
-        if self.remote is not None and self.settings.load_from_storage and self.settings.resume_from_checkpoint:
-            adopted = self.remote.find_run_id()
-        self.run_id = load_or_create_run_id(self.directory, adopt=adopted)
+        self.run_id = load_run_id(self.directory) or self._id_of_copies() or new_run_id()
         self.store = CheckpointStore(
             run_directory=self.directory,
             run_id=self.run_id,
@@ -75,11 +79,66 @@ class Keeper:
             keep_best_n=self.settings.keep_best_n,
             metric=self.settings.checkpoint_metric,
             mode=self.settings.checkpoint_metric_mode,
+            measured_on=self._measured_on(),
+            details=self.details(),
         )
         self.saved_step: int | None = None
         self._uploader: Uploader | None = None
 
+    def _id_of_copies(self) -> str | None:
+        return self.remote.find_run_id() if self.remote is not None and self._reads_copies() else None
+
+    def _reads_copies(self) -> bool:
+        return bool(self.settings.load_from_storage and self.settings.resume_from_checkpoint)
+
     # Going on
+
+    def finished(self, allowed_changes: frozenset[str]) -> tuple[int, str] | None:
+        """Steps and place of the final adapter, if the run that is resumed has taken the steps of its plan.
+
+        Asked before any checkpoint: those may be gone, or were never written. An edited model card changes nothing.
+
+        Raises:
+            UserError: it is the adapter of another training.
+        """
+        info, place = self._adapter_info()
+        trained = _trained_steps(info)
+        if info is None or trained is None or info.run_id != self.run_id:
+            return None
+        if trained < self.prepared.plan.num_steps:
+            return None
+        before, now = (
+            {key: value for key, value in details.items() if key not in STEPS_KEYS}
+            for details in (info.details, self.details())
+        )
+        check_differences(compare(before, now, allowed_changes), Path(place))
+        return trained, place
+
+    def _adapter_info(self) -> tuple[ManifestInfo | None, str]:
+        """What the final adapter says of itself, here or in the storage, and where it lies; None if none is whole."""
+        adapter = self.directory / "adapter"
+        if not self.settings.resume_from_checkpoint:
+            return None, str(adapter)
+        if os.path.lexists(adapter) or self.remote is None or not self.settings.load_from_storage:
+            try:
+                return verify_directory(adapter, without={CARD_FILE}).manifest.info, str(adapter)
+            except Damaged:
+                return None, str(adapter)
+        found = self.remote.adapter_manifest()
+        return (found.info if found is not None else None), f"{self.remote.location}/adapter"
+
+    def _check_no_adapter(self) -> None:
+        """Refuse to start from the beginning where an adapter would be replaced that no checkpoint leads up to."""
+        info, place = self._adapter_info()
+        if info is None:
+            if not os.path.lexists(place):
+                return
+            reason = "it is not whole, as `trietune verify` shows"
+        elif info.run_id != self.run_id:
+            reason = f"it is of another run ({info.run_id[:12]})"
+        else:
+            reason = f"it was trained for {_trained_steps(info)} steps, the plan has {self.prepared.plan.num_steps:,}"
+        raise messages.adapter_without_checkpoint(place, reason)
 
     def find_checkpoint(self, allowed_changes: frozenset[str]) -> LoadedCheckpoint | None:
         """The checkpoint that the settings mean, read and verified; None for a fresh start.
@@ -94,8 +153,11 @@ class Keeper:
         if self.settings.load_from_storage and self.remote is not None:
             from trietune.checkpoints.remote.uploads import fetch
 
+            self._sign()
             for note in fetch(self.store, self.remote, self.settings.resume_option, path):
                 self.hub.say(note)
+        if not self.store.has_traces():
+            self._check_no_adapter()
         expendable = {OPTIMIZER_FILE} if OPTIMIZER_STATE in allowed_changes else set()
         loaded = self.store.load(
             self.settings.resume_option, path, fresh_if_none=choice == "auto", expendable=expendable
@@ -133,7 +195,18 @@ class Keeper:
         return then.num_warmup_steps(num_steps_of(then, self.prepared.plan.num_train)[1])
 
     def start(self, resumed: LoadedCheckpoint | None) -> None:
-        """Clean up after a killed process, set aside what lies beyond the checkpoint, begin to copy."""
+        """Sign the folder, clean up after a kill, set aside what lies beyond the checkpoint, begin to copy."""
+        self._sign()
+        try:
+            return self._start(resumed)
+        except OSError as error:
+            raise start_failed(error, Path(str(error.filename or self.directory))) from error
+
+    def _sign(self) -> None:
+        if not os.path.lexists(self.directory / ".run-id"):
+            keep_run_id(self.directory, self.run_id)
+
+    def _start(self, resumed: LoadedCheckpoint | None) -> None:
         self.store.clean_leftovers()
         step = -1 if resumed is None else resumed.step
         for name in LINE_FILES:
@@ -151,14 +224,9 @@ class Keeper:
             self._uploader = Uploader(self.store, self.remote, resumed_step=resumed.step if resumed else None)
             self._uploader.start()
 
-    def trained_steps(self) -> int | None:
-        """The steps after which this run wrote its final adapter; None if it did not, or the adapter is damaged."""
-        try:
-            info = check_sizes(self.directory / "adapter").info
-        except Damaged:
-            return None
-        trained = info.details.get("trained_steps")
-        return trained if info.run_id == self.run_id and isinstance(trained, int) else None
+    def move_to(self, directory: Path) -> None:
+        """Save in another place from here on: the run's folder was moved there."""
+        self.directory = self.store.run_directory = directory
 
     def restore(
         self, resumed: LoadedCheckpoint, peft_model: PeftModel, optimizer: torch.optim.Optimizer
@@ -280,7 +348,7 @@ class Keeper:
         contents: dict[str, Content] = {
             **adapter_files(peft_model, self.prepared.base),
             PROMPT_FILE: self._prompt_format(),
-            "README.md": self._card(before, after, encoder).encode(),
+            CARD_FILE: self._card(before, after, encoder).encode(),
         }
         if template := self.prepared.data.prompt_format.chat_template:
             contents["chat_template.jinja"] = template.encode()
@@ -315,7 +383,17 @@ class Keeper:
 
     def details(self) -> dict[str, Any]:
         """What a resume compares: the settings, and what surrounds them."""
-        return {**self.settings.dump_public(), **environment.compared(self.environment)}
+        compared = environment.compared(self.environment)
+        return {**self.settings.dump_public(), **compared, MEASURED_ON: self._measured_on()}
+
+    def _measured_on(self) -> str:
+        data, plan = self.prepared.data, self.prepared.plan
+        return describe_measured_on(
+            data.validation_fingerprint,
+            num_examples=plan.num_validation,
+            max_examples=plan.eval_max_examples,
+            seed=self.settings.seed,
+        )
 
     def _checkpoint_files(
         self,
@@ -385,3 +463,8 @@ class Keeper:
                 settings={key: getattr(self.settings, key) for key in CARD_SETTINGS},
             )
         )
+
+
+def _trained_steps(info: ManifestInfo | None) -> int | None:
+    trained = info.details.get("trained_steps") if info is not None else None
+    return trained if isinstance(trained, int) else None

@@ -7,18 +7,22 @@ The loop yields finished steps; what a step means (logged, validated, saved, the
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from trietune.checkpoints.lock import RunLock
+from trietune.checkpoints.lock import LOCK_NAME, RunLock
+from trietune.checkpoints.messages import folder_lost
+from trietune.checkpoints.probe import check_folder, check_plain_files
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
-from trietune.io.files import make_folders
+from trietune.io.files import make_folders, remove_tree
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, keep_freed_memory
 from trietune.run.prepare import Prepared, adapter_arguments, prepare, progress_of
@@ -26,6 +30,7 @@ from trietune.run.saving import Keeper
 from trietune.run.signals import StopSignals
 from trietune.run.throughput import Meter
 from trietune.tracking import events
+from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, LINE_FILES
 from trietune.tracking.open import open_tracker
 from trietune.tracking.wandb.wandb import are_histograms_due, watched_kinds
 
@@ -37,6 +42,8 @@ if TYPE_CHECKING:
     from trietune.training.loss_scale import LossScale
     from trietune.training.readings import LossNotFiniteError
 
+# What a run writes in its folder beside its lines and its checkpoints.
+OTHER_FILES = (CONFIG, ENVIRONMENT, ".run-id", "report.html", "wandb.json")
 SHOWN_EXAMPLES, SHOWN_PREDICTIONS = 3, 10
 # `max_time` leaves this many steps' time, and this many seconds, to save in.
 STEPS_LEFT_TO_SAVE, SECONDS_LEFT_TO_SAVE = 1.5, 2.0
@@ -66,13 +73,20 @@ class Run:
     exit_code: int = EXIT_DONE
 
 
-def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes: frozenset[str] = frozenset()) -> Run:
+def train(
+    settings: Settings,
+    *,
+    tracker: Tracker | None = None,
+    allowed_changes: frozenset[str] = frozenset(),
+    began: float | None = None,
+) -> Run:
     """Train the adapter that `settings` describe.
 
     Args:
         tracker: who hears of the run's events; by default its files, the console, and the tracker that the settings
             name.
         allowed_changes: keys that may differ from those of the checkpoint that is resumed.
+        began: when the command began, as `time.monotonic` tells it, for `max_time`; None: now.
 
     Raises:
         UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or several
@@ -80,6 +94,7 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         StopRequested: a signal came before there was anything to save.
     """
     refuse_several_processes()
+    began = time.monotonic() if began is None else began
     with ExitStack() as stack:
         if keep_freed_memory():
             stack.callback(give_back_freed_memory)
@@ -93,17 +108,64 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
             model_to_wandb=settings.model_to_wandb,
         )
         stack.callback(hub.close)
-        prepared = prepare(settings, hub, signals.check)
-        make_folders(prepared.plan.directory)
-        stack.enter_context(RunLock(prepared.plan.directory))
-        return Session(prepared, hub, signals, allowed_changes).run()
+        prepared = prepare(settings, hub, TimedStop(signals, settings.max_time, began).check)
+        with _folder_of(prepared.plan.directory) as lock:
+            return Session(prepared, hub, signals, lock, began, allowed_changes).run()
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStop:
+    """A stop by signal, or because `max_time` is nearly over; for long work between steps.
+
+    Attributes:
+        max_time: seconds from `began`; None is no limit.
+        began: when the command began, by `time.monotonic`.
+    """
+
+    signals: StopSignals
+    max_time: float | None
+    began: float
+
+    def check(self) -> None:
+        """Raise `StopRequested` if it is time to leave."""
+        self.signals.check()
+        if self.max_time is not None and time.monotonic() - self.began > self.max_time - SECONDS_LEFT_TO_SAVE:
+            raise StopRequested("max_time", EXIT_DONE)
+
+
+@contextmanager
+def _folder_of(directory: Path) -> Iterator[RunLock]:
+    """The run's folder, made if need be, locked and tried; one that was made for nothing goes again."""
+    is_new = not os.path.lexists(directory)
+    make_folders(directory)
+    with RunLock(directory) as lock:
+        try:
+            check_plain_files(directory, (*LINE_FILES, *OTHER_FILES))
+            check_folder(directory)
+            yield lock
+        except (UserError, StopRequested):
+            if is_new and lock.is_in_place():
+                _remove_if_empty(directory)
+            raise
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        if {path.name for path in directory.iterdir()} <= {LOCK_NAME}:
+            remove_tree(directory)
 
 
 class Session:
     """One run under way: the model, where its events go, and what has been measured so far."""
 
     def __init__(
-        self, prepared: Prepared, hub: Tracker, signals: StopSignals, allowed_changes: frozenset[str] = frozenset()
+        self,
+        prepared: Prepared,
+        hub: Tracker,
+        signals: StopSignals,
+        lock: RunLock,
+        began: float,
+        allowed_changes: frozenset[str] = frozenset(),
     ) -> None:
         from trietune.device.cpu import resident_bytes
 
@@ -115,9 +177,11 @@ class Session:
         self.tokenizer = prepared.tokenizer
         self.hub = hub
         self.signals = signals
+        self.lock = lock
         self.allowed_changes = allowed_changes
-        self.began = time.monotonic()
-        self.step = 0
+        self.began = began
+        self.stop = TimedStop(signals, self.settings.max_time, began)
+        self.step = self.first_step = 0
         self.epoch = 0.0
         self.measured: dict[str, float] = {}
         self.measured_step: int | None = None
@@ -132,9 +196,9 @@ class Session:
 
     def run(self) -> Run:
         """From the first line to the last; the run's status is told to every consumer whatever happens."""
-        resumed = self.keeper.find_checkpoint(self.allowed_changes)
-        if resumed is not None and (finished := self._already_finished(resumed)) is not None:
+        if (finished := self._already_finished()) is not None:
             return finished
+        resumed = self.keeper.find_checkpoint(self.allowed_changes)
         try:
             return self._run(resumed)
         except StopRequested as stop:
@@ -163,11 +227,13 @@ class Session:
                     self._after_step(step)
         except LossNotFiniteError as error:
             self._raise_not_finite(error)
-        step_of_adapter = self._take_best()
-        after = self._evaluate("after", max_examples=None, weights_step=step_of_adapter)
-        adapter = self.keeper.write_adapter(
-            step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
-        )
+        with self._best_weights() as step_of_adapter:
+            after = self._evaluate("after", max_examples=None, weights_step=step_of_adapter)
+            if not self.lock.is_in_place():
+                raise folder_lost(self.plan.directory, None)
+            adapter = self.keeper.write_adapter(
+                step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
+            )
         return self._finished(before, after, adapter=adapter)
 
     def _restore(self, resumed: LoadedCheckpoint) -> None:
@@ -202,8 +268,11 @@ class Session:
 
     def _measure_again(self, resumed: LoadedCheckpoint) -> None:
         """Take the validation that a signal cut short, so that the checkpoint of a due step is ranked after all."""
-        if resumed.metrics:
+        if resumed.metrics and self.keeper.store.is_comparable(resumed.details):
             self.measured, self.measured_step = _finite(resumed.metrics), resumed.step
+        elif resumed.metrics:
+            # On other data, and so no figure to compare with; the checkpoint keeps the one that it was ranked by.
+            self._validate()
         elif resumed.step % self.settings.val_steps_freq == 0 and self.data.validation is not None:
             self._validate()
             self.keeper.saved_step = None
@@ -212,7 +281,7 @@ class Session:
     def _start(self, resumed: LoadedCheckpoint | None) -> None:
         self.keeper.start(resumed)
         if resumed is not None:
-            self.step = resumed.step
+            self.step = self.first_step = resumed.step
         self.hub.emit(
             events.RunStarted(
                 name=self.plan.directory.name,
@@ -364,6 +433,7 @@ class Session:
                 is_logged=self._is_logged(step.number),
             )
         )
+        self._check_folder()
         is_saved = self._is_save_due(step.number, is_last)
         if step.number % self.settings.val_steps_freq == 0 or is_saved or is_last:
             self._validate()
@@ -373,6 +443,16 @@ class Session:
         if not is_last:
             self.signals.check()
             self._check_time()
+
+    def _check_folder(self) -> None:
+        """Stop when the folder was moved or removed; what was learnt is saved where it is now."""
+        if self.lock.is_in_place():
+            return
+        now_at = self.lock.moved_to()
+        if now_at is not None:
+            self.keeper.move_to(now_at)
+            self._save(must_succeed=True)
+        raise folder_lost(self.plan.directory, now_at)
 
     def _is_save_due(self, step: int, is_last: bool) -> bool:
         match self.settings.save_strategy:
@@ -416,7 +496,7 @@ class Session:
             max_examples=max_examples,
             seed=self.settings.seed,
             generate=when != "during" or self._ranks_by_answers(),
-            check_stop=self.signals.check,
+            check_stop=self.stop.check,
             progress=progress_of(self.hub, "examples"),
         )
         self.kept_memory.give_back()
@@ -498,17 +578,27 @@ class Session:
         state: dict[str, Any] = {"max_positions": self.max_positions, "packed_bytes": self.model.packed_bytes}
         return state if self.loss_scale is None else {**state, "loss_scale": dict(self.loss_scale.state())}
 
-    def _take_best(self) -> int:
-        """Go back to the best checkpoint's weights if they were measured better than the last; returns their step."""
-        from trietune.model.adapter.adapter import set_adapter_tensors
+    @contextmanager
+    def _best_weights(self) -> Iterator[int]:
+        """The best checkpoint's weights in the model if they were measured better than the last; gives their step.
+
+        However the block ends, the last step's weights are back by then: a stop saves them under the last step's name.
+        """
+        from trietune.model.adapter.adapter import adapter_tensors, overwrite_tensors, set_adapter_tensors
 
         metrics = self.measured if self.measured_step == self.step else {}
         best = self.keeper.better_than_last(self.step, metrics)
         if best is None:
-            return self.step
+            yield self.step
+            return
         step, weights = best
-        set_adapter_tensors(self.peft_model, weights, where=f"step {step}")
-        return step
+        live = adapter_tensors(self.peft_model)
+        last = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+        try:
+            set_adapter_tensors(self.peft_model, weights, where=f"step {step}")
+            yield step
+        finally:
+            overwrite_tensors(live, last)
 
     def _before_update(self, step: int) -> None:
         if not self.looked_for_gradients:
@@ -543,13 +633,14 @@ class Session:
                     arrays[f"{kind}/{name}"] = value.float().flatten().cpu().numpy().copy()
         self.hub.emit(events.Histograms(step, arrays))
 
-    def _already_finished(self, resumed: LoadedCheckpoint) -> Run | None:
-        adapter = self.plan.directory / "adapter"
-        trained = self.keeper.trained_steps()
-        if trained is None or trained < self.plan.num_steps:
+    def _already_finished(self) -> Run | None:
+        finished = self.keeper.finished(self.allowed_changes)
+        if finished is None:
             return None
-        self.hub.say(f"{self.plan.directory.name} has finished: its adapter is in {adapter}; nothing was changed")
-        return Run(self.plan.directory, "finished", resumed.step, adapter=adapter)
+        trained, place = finished
+        self.hub.say(f"{self.plan.directory.name} has finished: its adapter is in {place}; nothing was changed")
+        adapter = self.plan.directory / "adapter"
+        return Run(self.plan.directory, "finished", trained, adapter=adapter if adapter.is_dir() else None)
 
     # Endings
 
@@ -580,6 +671,8 @@ class Session:
             commands = ["the same command with `--resume` goes on from here"]
         self.keeper.finish_uploads(is_final=False, must_leave=self._must_leave)
         self.hub.say(f"stopped by {reason} after step {self.step:,}")
+        if reason == "max_time" and self.step == self.first_step:
+            self.hub.say("no step was taken: `max_time` is shorter than what comes before the first", is_warning=True)
         self._finish("stopped", {}, commands)
         return Run(self.plan.directory, "stopped", self.step, exit_code=exit_code)
 

@@ -13,10 +13,12 @@ checkpoint aside: `trietune.checkpoints.resume.abandon_lines`.)
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
@@ -196,7 +198,9 @@ class LineFile:
             self._descriptor = None
 
     def _open(self) -> None:
-        if self._path.exists():
+        if os.path.lexists(self._path):
+            if not stat.S_ISREG(self._path.lstat().st_mode):
+                raise OSError(errno.EINVAL, f"{self._path.name} is not a plain file")
             num_cut_bytes = repair_last_line(self._path)
             if num_cut_bytes:
                 self._say(f"{self._path.name}: cut off a torn last line of {num_cut_bytes:,} bytes")

@@ -28,7 +28,7 @@ from trietune.device.memory import is_out_of_memory, release_cached_memory
 from trietune.model.causal_lm import TrieModel
 from trietune.training.loss_scale import LossScale
 from trietune.training.optimizer import Schedule, make_state
-from trietune.training.prefetch import one_ahead
+from trietune.training.prefetch import ahead_thread, one_ahead
 from trietune.training.readings import Readings
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, total_weight
@@ -138,19 +138,20 @@ def train(
         return _lay_out(number, sampler, schedules, make_micro_batches)
 
     number = schedules.first_step
-    while number < schedules.num_steps:
-        with closing(one_ahead(lay_out, range(number, schedules.num_steps))) as layouts:
-            for layout in layouts:
-                try:
-                    step = taker.take(layout)
-                except MicroBatchTooLargeError as error:
-                    optimizer.zero_grad(set_to_none=True)
-                    if cut_smaller is None:
-                        raise
-                    cut_smaller(error)
-                    break
-                number += 1
-                yield step
+    with ahead_thread() as thread:
+        while number < schedules.num_steps:
+            with closing(one_ahead(lay_out, range(number, schedules.num_steps), thread)) as layouts:
+                for layout in layouts:
+                    try:
+                        step = taker.take(layout)
+                    except MicroBatchTooLargeError as error:
+                        optimizer.zero_grad(set_to_none=True)
+                        if cut_smaller is None:
+                            raise
+                        cut_smaller(error)
+                        break
+                    number += 1
+                    yield step
 
 
 @dataclass(frozen=True, slots=True)

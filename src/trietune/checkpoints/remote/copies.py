@@ -78,26 +78,37 @@ class RemoteRun:
         A storage that is away, or takes longer than five seconds, is no error: each synchronisation asks again.
         """
         found: list[RemoteCopy] = []
+        adapters: list[Manifest | None] = []
 
         def look() -> None:
             with contextlib.suppress(Exception):
                 found.extend(self.scan())
+                adapters.append(self.adapter_manifest())
 
         thread = threading.Thread(target=look, name="trietune-owner", daemon=True)
         thread.start()
         thread.join(_LONGEST_LOOK_S)
         self.check_copies(run_id, list(found))
+        for adapter in adapters:
+            self.check_adapter(run_id, adapter)
+
+    def check_adapter(self, run_id: str, found: Manifest | None) -> None:
+        """Raise `UserError` for the final adapter of another run."""
+        if found is not None and found.info.run_id != run_id:
+            raise self._foreign("the adapter", found.info.run_id, run_id)
 
     def check_copies(self, run_id: str, copies: Sequence[RemoteCopy]) -> None:
         """Raise `UserError` for copies of another run; nothing of theirs is ever overwritten or removed."""
         for copy in copies:
             if copy.manifest and copy.manifest.info.run_id != run_id:
-                raise UserError(
-                    f"{self.location} holds checkpoints of another run",
-                    where=f"{step_name(copy.step)} there belongs to run {copy.manifest.info.run_id[:12]}, "
-                    f"this is run {run_id[:12]}",
-                    next_step="give this run another `wandb_run_name` or `remote_path`",
-                )
+                raise self._foreign(step_name(copy.step), copy.manifest.info.run_id, run_id)
+
+    def _foreign(self, name: str, theirs: str, ours: str) -> UserError:
+        return UserError(
+            f"{self.location} holds {'the adapter' if name == 'the adapter' else 'checkpoints'} of another run",
+            where=f"{name} there belongs to run {theirs[:12]}, this is run {ours[:12]}",
+            next_step="give this run another `wandb_run_name` or `remote_path`",
+        )
 
     def find_run_id(self) -> str | None:
         """Whose copies these are, for a run directory that is still empty.
@@ -106,7 +117,25 @@ class RemoteRun:
             UserError: the storage cannot be read, so nobody knows.
         """
         with self.needed_now():
-            return next((copy.manifest.info.run_id for copy in reversed(self.scan()) if copy.manifest), None)
+            found = next((copy.manifest for copy in reversed(self.scan()) if copy.manifest), None)
+        found = found or self.adapter_manifest()
+        return found.info.run_id if found is not None else None
+
+    def adapter_manifest(self) -> Manifest | None:
+        """That of the final adapter's copy; None if there is none, or one that cannot be believed.
+
+        Raises:
+            UserError: the storage cannot be read, so nobody knows.
+        """
+        key = f"{self.name}/adapter/{MANIFEST_NAME}"
+        with self.needed_now():
+            if key not in self._try(lambda: self.storage.list(f"{self.name}/adapter")):
+                return None
+            try:
+                found = manifest.parse(self._try(lambda: self.storage.get(key, manifest.MAX_MANIFEST_BYTES + 1)))
+            except (FileNotFoundError, manifest.ManifestError):
+                return None
+        return found if found.info.kind == "adapter" else None
 
     @contextmanager
     def needed_now(self) -> Iterator[None]:

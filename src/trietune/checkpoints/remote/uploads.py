@@ -21,7 +21,7 @@ from trietune.checkpoints import retention
 from trietune.checkpoints.remote import retry as attempts
 from trietune.checkpoints.remote.copies import RemoteCopy, RemoteRun
 from trietune.checkpoints.remote.retry import Patience
-from trietune.checkpoints.retention import Ranked, step_name
+from trietune.checkpoints.retention import step_name
 from trietune.checkpoints.store import Checkpoint, CheckpointStore, ResumeOption
 from trietune.errors import UserError
 from trietune.io import directory, files, manifest
@@ -178,6 +178,7 @@ def synchronise(
     """
     uploaded = [] if uploaded is None else uploaded
     warnings: list[str] = []
+    failures: list[Exception] = []
     copies = remote.scan()
     remote.check_copies(store.run_id, copies)
     given_up = {copy.step for copy in copies if resumed_step is not None and copy.step > resumed_step}
@@ -192,9 +193,11 @@ def synchronise(
                     warnings.append(f"not copied: {damage}")
         there[checkpoint.step] = checkpoint.manifest
         given_up.discard(checkpoint.step)
-    removed = _retain(store, remote, given_up)
+    removed = _retain(store, remote, given_up, failures)
     if final:
-        _upload_rest(store.run_directory, remote, uploaded)
+        _upload_rest(store, remote, uploaded)
+    if failures:
+        raise failures[0]
     return SyncResult(tuple(uploaded), tuple(removed), (), None, tuple(warnings))
 
 
@@ -237,15 +240,14 @@ def _newest_missing(store: CheckpointStore, there: Mapping[int, manifest.Manifes
     return None
 
 
-def _retain(store: CheckpointStore, remote: RemoteRun, given_up: set[int]) -> list[str]:
+def _retain(store: CheckpointStore, remote: RemoteRun, given_up: set[int], failures: list[Exception]) -> list[str]:
+    """Remove copies as on disk; one that the storage does not let go is noted in `failures`, and the others go."""
     copies = remote.scan()
     on_disk = {item.step for item in store.scan()}
     whole = [copy for copy in copies if copy.damage is None and copy.step not in given_up]
     if not whole:
         return []
-    ranked = [
-        Ranked(copy.step, copy.manifest.info.metrics.get(store.metric) if copy.manifest else None) for copy in whole
-    ]
+    ranked = [store.ranked(copy.step, copy.manifest) for copy in whole]
     removable = retention.removable_steps(
         ranked, keep_last_n=store.keep_last_n, keep_best_n=store.keep_best_n, mode=store.mode
     )
@@ -253,14 +255,24 @@ def _retain(store: CheckpointStore, remote: RemoteRun, given_up: set[int]) -> li
     unfinished = [copy.step for copy in copies if copy.manifest is None and copy.step < newest]
     has_own_line = bool(given_up) and any(copy.step in on_disk for copy in whole)
     steps = sorted({*removable, *unfinished, *(given_up if has_own_line else ())})
+    removed = []
     for step in steps:
-        remote.remove(step)
-    return [step_name(step) for step in steps]
+        try:
+            remote.remove(step)
+        except Exception as error:
+            if attempts.is_transient(error):
+                raise
+            failures.append(error)
+        else:
+            removed.append(step_name(step))
+    return removed
 
 
-def _upload_rest(run_directory: Path, remote: RemoteRun, uploaded: list[str]) -> None:
+def _upload_rest(store: CheckpointStore, remote: RemoteRun, uploaded: list[str]) -> None:
+    run_directory = store.run_directory
     adapter = run_directory / "adapter"
     if adapter.is_dir():
+        remote.check_adapter(store.run_id, remote.adapter_manifest())
         remote.upload(adapter)
         uploaded.append("adapter")
     remote.upload_plain([run_directory / name for name in RUN_FILES if (run_directory / name).is_file()])
@@ -275,12 +287,8 @@ def _candidates(
     if option == "path":
         return [copy for copy in newest_first if path is not None and step_name(copy.step) == path.name]
     if option == "best":
-        ranked = [
-            Ranked(copy.step, copy.manifest.info.metrics.get(store.metric) if copy.manifest else None)
-            for copy in usable
-            if copy.damage is None
-        ]
-        best = [item.step for item in retention.best_first(ranked, store.mode)[:1]]
+        ranked = [store.ranked(copy.step, copy.manifest) for copy in usable if copy.damage is None]
+        best = [item.step for item in retention.best_first(ranked, store.mode, store.measured_on)[:1]]
         return sorted(newest_first, key=lambda copy: copy.step not in best)
     return newest_first
 

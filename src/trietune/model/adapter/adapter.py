@@ -203,6 +203,13 @@ def set_adapter_tensors(peft_model: PeftModel, data: bytes, *, where: str) -> No
             copy_into(live[name], raw)
 
 
+def overwrite_tensors(live: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Give live tensors the values of others of the same names and shapes."""
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(values[name])
+
+
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], live: Mapping[str, torch.Tensor], *, where: str) -> None:
     try:
         check_names(shapes, live)
