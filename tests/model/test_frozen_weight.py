@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trietune.model.fast import frozen_weight
-from trietune.model.fast.frozen_weight import FrozenWeight, pack_frozen_weights
+from trietune.model.fast.frozen_weight import FrozenWeight, can_pack, pack_frozen_weights
 from trietune.model.fast.linear import fuse_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
@@ -28,6 +28,8 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def packed(weight: Tensor) -> FrozenWeight:
+    if not can_pack(weight):
+        pytest.skip(f"this processor has no blocked products in {weight.dtype}")
     frozen = FrozenWeight(weight)
     frozen.may_pack = True
     return frozen
@@ -62,6 +64,17 @@ def test_double_precision_is_not_packed() -> None:
     assert fuse_linears(network) == 1
     network(torch.ones(2, 8, dtype=torch.float64))
     assert pack_frozen_weights(network) == 0
+
+
+def test_a_processor_without_blocked_products_in_bf16_packs_none(
+    monkeypatch: pytest.MonkeyPatch, products: list[int]
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    network = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16).requires_grad_(False)
+    fuse_linears(network)
+    assert pack_frozen_weights(network) == 0
+    network(torch.ones(2, 8, dtype=torch.bfloat16))
+    assert products == []
 
 
 def test_as_many_weights_as_the_bound_allows(products: list[int]) -> None:

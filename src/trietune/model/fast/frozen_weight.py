@@ -123,7 +123,7 @@ def pack_frozen_weights(network: nn.Module, *, most_bytes: int | None = None) ->
     found = (module.__dict__.get("frozen_weight") for module in network.modules())
     total = 0
     for frozen in found:
-        if not isinstance(frozen, FrozenWeight) or frozen.is_part or not _can_pack(frozen.weights[0]):
+        if not isinstance(frozen, FrozenWeight) or frozen.is_part or not can_pack(frozen.weights[0]):
             continue
         num_bytes = 2 * frozen.numel * frozen.weights[0].element_size()
         frozen.may_pack = most_bytes is None or total + num_bytes <= most_bytes
@@ -131,6 +131,10 @@ def pack_frozen_weights(network: nn.Module, *, most_bytes: int | None = None) ->
     return total
 
 
-def _can_pack(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
+    """Whether this machine has products of blocked copies of such a weight."""
     is_built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_built and weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES
+    if not is_built or weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES:
+        return False
+    # Processors without AVX-512 (BW, VL, DQ) have no blocked products in bf16: oneDNN refuses them with a RuntimeError.
+    return weight.dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
