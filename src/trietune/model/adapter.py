@@ -27,7 +27,7 @@ from trietune.checkpoints.directory import Content
 from trietune.checkpoints.tensors import TensorError, check_names, parse
 from trietune.errors import UserError
 from trietune.model.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES, config_for_file, parse_config
-from trietune.model.adapter_folder import WEIGHTS_FILE, read_plain_file, read_shapes
+from trietune.model.adapter_folder import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, Listed, read_plain_file, read_shapes
 from trietune.model.locate import ModelFolder
 from trietune.model.raw_tensors import copy_into, tensors_to_content
 
@@ -106,22 +106,31 @@ def adapter_files(peft_model: PeftModel, base: ModelFolder) -> dict[str, Content
     }
 
 
-def load_adapter(network: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+def load_adapter(
+    network: PreTrainedModel, folder: Path, *, listed: Listed | None = None, is_trainable: bool = False
+) -> PeftModel:
     """Put the adapter in `folder` onto `network`; every tensor of the file has its place, and every place its tensor.
 
     The weights are read after their header has been found to fit, so a file that claims the world costs nothing.
 
+    Args:
+        listed: what its files must hold, see `adapter_folder.read_listed`.
+
     Raises:
         UserError: no adapter there, a configuration that is not LoRA as we know it, tensors missing, unexpected or of
-            another shape than this network's.
+            another shape than this network's, other bytes than those `listed`.
     """
-    config = read_plain_file(folder, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
+    config = read_plain_file(folder, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES, listed=listed)
     weights = folder / WEIGHTS_FILE
+
+    def read_weights() -> bytes:
+        return read_plain_file(folder, WEIGHTS_FILE, max_bytes=MAX_WEIGHTS_BYTES, listed=listed)
+
     try:
         shapes = read_shapes(folder)
     except TensorError as error:
         raise _does_not_fit(str(weights), error) from error
-    return _load(network, config, shapes, weights.read_bytes, where=str(folder), is_trainable=is_trainable)
+    return _load(network, config, shapes, read_weights, where=str(folder), is_trainable=is_trainable)
 
 
 def load_adapter_files(

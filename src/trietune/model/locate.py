@@ -46,7 +46,8 @@ class ModelFolder:
     """A base model on this disk.
 
     `name` is what the user wrote, without `@revision`: adapters record it as their base. `revision` is the commit that
-    a hub id was resolved to. `digest` is the SHA-256 of a GGUF file, in hex.
+    a hub id was resolved to. `digest` is the SHA-256 of a GGUF file, in hex, and `weights_digest` tells what it was
+    converted to.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class ModelFolder:
     source: Literal["hub", "folder", "gguf"]
     revision: str | None = None
     digest: str | None = None
+    weights_digest: str | None = None
 
 
 def locate_model(
@@ -118,8 +120,10 @@ def _take_gguf(file: Path, model_name: str, report: Report) -> ModelFolder:
         )
     from trietune.model.gguf import convert_gguf
 
-    folder, digest = convert_gguf(file, report=report)
-    return ModelFolder(path=folder, name=model_name, source="gguf", digest=digest)
+    found = convert_gguf(file, report=report)
+    return ModelFolder(
+        path=found.folder, name=model_name, source="gguf", digest=found.digest, weights_digest=found.weights_digest
+    )
 
 
 def check_folder(folder: Path) -> None:
