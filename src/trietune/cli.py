@@ -435,19 +435,30 @@ def _evaluation_lines(found: Evaluation) -> list[str]:
 
 
 def _read_inputs(path: Path | None, *, has_text: bool) -> Iterator[Any]:
+    from trietune.data.json_text import JsonDecoder, RepeatedKeyError
+
     if path is None and (has_text or sys.stdin.isatty()):
         return
     is_stdin = path is None or str(path) == "-"
     try:
-        lines = sys.stdin.read().splitlines() if is_stdin else path.read_text("utf-8").splitlines()  # type: ignore[union-attr]
+        text = sys.stdin.read() if is_stdin else path.read_text("utf-8-sig")  # type: ignore[union-attr]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`--input {path}` cannot be read: {error}", next_step="check the path") from error
-    is_json = (path is not None and path.suffix == ".jsonl") or (is_stdin and bool(lines) and lines[0].startswith("{"))
+    # Not `splitlines`: a text may hold the other separators that it knows.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    is_json = (path is not None and path.suffix.lower() in (".jsonl", ".ndjson")) or (
+        is_stdin and bool(lines) and lines[0].startswith("{")
+    )
+    decoder = JsonDecoder()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line) if is_json else line
+            yield decoder.decode(line) if is_json else line
+        except RepeatedKeyError as error:
+            raise UserError(
+                f"{path or 'stdin'}:{number} has a {error}", next_step="remove one of the two values"
+            ) from error
         except ValueError as error:
             raise UserError(f"{path or 'stdin'}:{number} is not JSON: {error}") from error
 

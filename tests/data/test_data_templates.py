@@ -8,7 +8,7 @@ import pytest
 
 from trietune.data.examples import Example, Message
 from trietune.data.recipes import Recipe, Unlabelled, WrongRow, choose_recipe, example_maker
-from trietune.data.templates import fill_template, find_columns, literal_text
+from trietune.data.templates import PromptFormat, fill_template, find_columns, literal_text, read_messages
 from trietune.errors import UserError
 
 
@@ -146,3 +146,10 @@ def test_a_list_in_a_template_is_a_wrong_row() -> None:
         make({"a": [1], "b": "x"}, prompt_template="{a}", completion_template="{b}")
     with pytest.raises(WrongRow, match="no column `completion`"):
         example_maker(Recipe("columns"))({"prompt": "x"}, "data.jsonl:1")
+
+
+def test_a_key_twice_is_an_error_in_messages_and_in_a_prompt_format() -> None:
+    with pytest.raises(TypeError, match="column `messages` holds an object with a duplicate key `content`"):
+        read_messages('[{"role": "user", "content": "a", "content": "b"}]')
+    with pytest.raises(UserError, match="duplicate key `kind`"):
+        PromptFormat.from_json('{"format_version": 1, "kind": "chat", "kind": "template"}')

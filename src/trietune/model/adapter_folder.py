@@ -123,5 +123,5 @@ def _not_as_written(folder: Path, name: str, reason: str) -> UserError:
     return UserError(
         f"the adapter in `{folder}` is not as it was written: {name} {reason}",
         next_step="take the adapter from a copy, or from a checkpoint that `trietune verify` finds whole. If you "
-        f"changed it on purpose: `cp -RL {folder} NEW && rm NEW/{MANIFEST_NAME}`, then use NEW, which is read unchecked",
+        f"changed it on purpose: `cp -RL {folder} NEW && rm NEW/{MANIFEST_NAME}`, then use NEW, read unchecked",
     )
