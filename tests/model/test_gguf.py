@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trietune.checkpoints.resume import compare
 from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
+from trietune.model import gguf as gguf_module
 from trietune.model.gguf import cache_folder, convert_gguf
 from trietune.model.load import load_network
 from trietune.model.locate import ModelFolder, locate_model
@@ -263,6 +264,23 @@ def test_a_file_put_into_a_converted_folder_or_taken_out_of_it_is_noticed(write:
     convert_gguf(path, report=said.append)
     assert "adapter_config.json" in said[2]
     assert not (folder / "adapter_config.json").is_symlink()
+
+
+def test_a_file_that_changes_while_it_is_converted_is_not_kept_under_its_former_digest(
+    write: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write()
+
+    def convert(file: Path, folder: Path, convert: Callable[..., None] = gguf_module._convert) -> None:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 0x02
+        file.write_bytes(data)
+        convert(file, folder)
+
+    monkeypatch.setattr(gguf_module, "_convert", convert)
+    with pytest.raises(UserError, match="was written to while it was converted"):
+        convert_gguf(path)
+    assert list((cache / "gguf").iterdir()) == []
 
 
 def test_others_may_read_the_folder(write: Callable[..., Path]) -> None:

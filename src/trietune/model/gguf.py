@@ -66,6 +66,12 @@ def convert_gguf(file: Path, *, report: Callable[[str], None] = lambda text: Non
         report(f"converting {file.name} to safetensors, once; kept in {folder}")
         with whole_folder(folder) as staging:
             _convert(file, staging)
+            if _check_and_hash(file) != digest:
+                raise UserError(
+                    f"`{file}` was written to while it was converted",
+                    where="nothing was kept",
+                    next_step="wait until the file is complete, then run the same command again",
+                )
             (staging / _DIGESTS).write_text(json.dumps(_digests(staging), indent=1) + "\n")
     weights = {name: digest for name, digest in _recorded(folder).items() if name.endswith(".safetensors")}
     return Converted(folder, digest, hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest())
