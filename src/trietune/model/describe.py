@@ -53,7 +53,9 @@ def describe_network(base: ModelFolder, *, dtype: torch.dtype, adapter: Mapping[
     check_config(base)
     config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=False
+        )
         refusal = check_architecture(network)
         num_parameters = sum(p.numel() for p in network.parameters())
         num_in_layers = sum(p.numel() for name, p in network.named_parameters() if is_quantized(name, tuple(p.shape)))

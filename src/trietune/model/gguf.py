@@ -18,10 +18,11 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from trietune.errors import UserError
@@ -31,6 +32,7 @@ from trietune.model.staging import whole_folder, write_error
 _LAYOUT = "2"
 _DIGESTS = "digests.json"
 _MAGIC = b"GGUF"
+_ALONE = "model.gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +128,15 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     metadata, dtype_name = _read_metadata(file)
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        # The library draws bars of its own on stderr, some of them whatever its settings say.
-        with redirect_stderr(io.StringIO()):
+        # transformers draws bars of its own on stderr, some of them whatever its settings say.
+        with redirect_stderr(io.StringIO()), _alone(file) as folder_of_file:
+            source: dict[str, Any] = {
+                "pretrained_model_name_or_path": str(folder_of_file),
+                "gguf_file": _ALONE,
+                "trust_remote_code": False,
+                "local_files_only": True,
+            }
             network = AutoModelForCausalLM.from_pretrained(
                 **source, quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, dtype_name)
             )
@@ -147,6 +154,14 @@ def _convert(file: Path, folder: Path) -> None:
         network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_readme(file, metadata), encoding="utf-8")
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A folder that holds nothing but a link to `file`: transformers reads what lies beside it, code included."""
+    with TemporaryDirectory(prefix="trietune-gguf-") as folder:
+        (Path(folder) / _ALONE).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
