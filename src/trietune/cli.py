@@ -15,6 +15,7 @@ import typer
 
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
 from trietune.host_memory import keep_freed_memory
+from trietune.outputs import check_output, write_output
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -133,7 +134,7 @@ def predict(
     input_file: Annotated[
         MaybePath, typer.Option("--input", help="Texts, one a line, or .jsonl with columns; `-` is stdin.")
     ] = None,
-    output_file: Annotated[MaybePath, typer.Option("--output", help="JSONL; stdout if not given.")] = None,
+    output_file: Annotated[MaybePath, typer.Option("--output", help="JSONL; `-` is stdout.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
@@ -143,6 +144,12 @@ def predict(
     from trietune.inference import predict as ask
     from trietune.signals import StopSignals
 
+    if output_file is not None and str(output_file) == "-":
+        output_file, writes_lines = None, True
+    else:
+        writes_lines = False
+    if output_file is not None:
+        check_output(output_file, "--output")
     is_chat = not text and input_file is None and sys.stdin.isatty()
     inputs = [] if is_chat else [*text, *_read_inputs(input_file, has_text=bool(text))]
     with _console() as hub:
@@ -154,11 +161,12 @@ def predict(
         answers = ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=signals.check)
     records = [{"input": given, **answer} for given, answer in zip(inputs, answers, strict=True)]
     if output_file is not None:
-        from trietune import files
-
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        files.replace_file(output_file, lines.encode())
+        write_output(output_file, lines.encode("utf-8", "backslashreplace"), "--output")
         typer.echo(f"{len(records):,} answers in {output_file}", err=True)
+    elif writes_lines:
+        for record in records:
+            _print_json_line(record)
     elif as_json:
         _print_json({"target": target, "predictions": records})
     else:
@@ -190,17 +198,20 @@ def export(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
-    out: Annotated[MaybePath, typer.Option(help="HTML file; default: report.html in the (first) run.")] = None,
+    out: Annotated[MaybePath, typer.Option(help="HTML file, or `-`; default: report.html in the (first) run.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Print it instead of writing a page.")] = False,
 ) -> None:
     """Write one page about one run, or several side by side."""
-    from trietune.tracking.report import report_text, write_report
+    from trietune.tracking.report import render_runs, report_text
 
     if text:
         typer.echo(report_text(runs))
         return
+    if out is not None and str(out) == "-":
+        sys.stdout.write(render_runs(runs))
+        return
     page = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
-    write_report(runs, page)
+    write_output(page, render_runs(runs).encode(), "--out")
     typer.echo(str(page))
 
 
@@ -289,10 +300,12 @@ def init(
     if kind not in template_kinds():
         raise UserError(f"there is no template `{kind}`", next_step=f"trietune init {'|'.join(template_kinds())}")
     target = out or Path(f"{kind}.yaml")
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"`{target}` exists already", next_step=f"trietune init {kind} --out ANOTHER.yaml")
-    target.write_text(render_template(kind), encoding="utf-8")
-    (target.parent / SCHEMA_FILE).write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+    schema = target.parent / SCHEMA_FILE
+    check_output(schema, "init")
+    write_output(target, render_template(kind).encode(), "--out")
+    write_output(schema, (json.dumps(json_schema(), indent=1) + "\n").encode(), "init")
     typer.echo(f"{target}: every line has its meaning beside it")
     typer.echo(f"next:  trietune train {target} --dry-run")
 
@@ -397,9 +410,13 @@ def _print_plan(settings: Settings, *, as_json: bool) -> None:
 
 
 def _print_json(document: dict[str, Any]) -> None:
+    _print_json_line({"schema_version": JSON_VERSION, **document})
+
+
+def _print_json_line(record: dict[str, Any]) -> None:
     from trietune.tracking.jsonl import plain
 
-    typer.echo(json.dumps(plain({"schema_version": JSON_VERSION, **document}), ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(plain(record), ensure_ascii=False, allow_nan=False))
 
 
 def _parse_bound(text: str) -> tuple[str, bool, float]:
