@@ -260,8 +260,8 @@ def _check_key(key: str) -> None:
 
 
 def _refuse_credentials(remote_path: str) -> None:
-    # Secrets are pasted as they are, slashes included, with a scheme, half of one, or none: a colon before the last `@`,
-    # other than that of `scheme://`, stands between a name and a password.
+    # Secrets are pasted as they are, slashes included, with a scheme, half of one, or none: a colon before the last
+    # `@`, other than that of `scheme://`, stands between a name and a password.
     user_info, at, _ = re.sub(r"^\s*[a-z][a-z0-9+.-]*://", "", remote_path, flags=re.IGNORECASE).rpartition("@")
     carries = (at and (":" in user_info or _looks_random(user_info))) or re.search(
         r"[?&;](sig|token|key|secret|password|x-amz)", remote_path, re.I

@@ -109,6 +109,8 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _plain_file(folder: Path, name: str, *, max_bytes: int) -> Path:
     path = folder / name
+    if path.is_symlink():
+        _check_link(folder, path)
     if not path.is_file():
         raise UserError(
             f"`{folder}` holds no adapter: {name} is {'no plain file' if path.exists() else 'missing'}",
@@ -117,6 +119,28 @@ def _plain_file(folder: Path, name: str, *, max_bytes: int) -> Path:
     if (size_bytes := path.stat().st_size) > max_bytes:
         raise UserError(f"`{path}` has {size_bytes:,} bytes; an adapter's has {max_bytes:,} at most")
     return path
+
+
+def copied_file(folder: Path, name: str) -> Path:
+    """`folder/name`, a plain file that may be handed on. Raises `UserError` for a link that leads elsewhere."""
+    path = folder / name
+    if path.is_symlink():
+        _check_link(folder, path)
+    if not path.is_file():
+        raise UserError(f"`{path}` is no plain file", next_step="remove it, or put a plain file in its place")
+    return path
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """Refuse a link out of its folder: what it leads to may be no one's business. The hub's cache links to `blobs`."""
+    home, target = folder.resolve(), path.resolve()
+    own = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
+    if target.parent not in own:
+        raise UserError(
+            f"`{path}` is a link out of its folder, to {target}",
+            where="what lies elsewhere is neither used nor handed on under this name",
+            next_step=f"if you mean that file, copy it: `cp --remove-destination {target} {path}`",
+        )
 
 
 def _not_as_written(folder: Path, name: str, reason: str) -> UserError:

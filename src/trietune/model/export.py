@@ -31,6 +31,7 @@ from trietune.model.adapter_folder import (
     MAX_TEXT_BYTES,
     PROMPT_FILE,
     WEIGHTS_FILE,
+    copied_file,
     read_adapter,
     read_listed,
     read_plain_file,
@@ -208,8 +209,8 @@ def _write_merged(
         with quiet_library():
             merged.save_pretrained(staging)
         for name in _COPIED_FILES:
-            if (base.path / name).is_file():
-                shutil.copyfile(base.path / name, staging / name)
+            if os.path.lexists(base.path / name):
+                shutil.copyfile(copied_file(base.path, name), staging / name)
         for name, data in companions.items():
             (staging / name).write_bytes(data)
         num_bytes = sum(path.stat().st_size for path in staging.iterdir())
