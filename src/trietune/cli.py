@@ -46,7 +46,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         import trietune
 
-        typer.echo(trietune.__version__)
+        _say(trietune.__version__)
         raise typer.Exit
 
 
@@ -74,7 +74,7 @@ def train(
         overrides = [*overrides, "resume_from_checkpoint=auto"]
     settings = load_config(config or demo_config(), overrides)
     if show_config:
-        typer.echo(describe(settings))
+        _say(describe(settings))
         return
     if dry_run:
         _print_plan(settings, as_json=as_json)
@@ -119,11 +119,11 @@ def evaluate(
         )
     else:
         for line in _evaluation_lines(found):
-            typer.echo(line)
+            _say(line)
     missed = [text for text, (name, is_least, value) in zip(require, bounds, strict=True)
               if not _holds(found, name, is_least, value)]  # fmt: skip
     if missed:
-        typer.echo(f"not reached: {', '.join(missed)}", err=True)
+        _say(f"not reached: {', '.join(missed)}", err=True)
         raise typer.Exit(EXIT_THRESHOLD_MISSED)
 
 
@@ -163,7 +163,7 @@ def predict(
     if output_file is not None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_output(output_file, lines.encode("utf-8", "backslashreplace"), "--output")
-        typer.echo(f"{len(records):,} answers in {output_file}", err=True)
+        _say(f"{len(records):,} answers in {output_file}", err=True)
     elif writes_lines:
         for record in records:
             _print_json_line(record)
@@ -171,7 +171,7 @@ def predict(
         _print_json({"target": target, "predictions": records})
     else:
         for record in records:
-            typer.echo(_answer_line(record))
+            _say(_answer_line(record))
 
 
 @app.command()
@@ -190,9 +190,9 @@ def export(
     with _console() as hub:
         base = locate_base(base_name_of(find_adapter(target)), hub) if merge else None
         written = export_adapter(target, out, merge=merge, plain=plain, base=base, report=hub.say)
-    typer.echo(f"{written.folder}: {written.num_bytes:,} bytes")
+    _say(f"{written.folder}: {written.num_bytes:,} bytes")
     for dtype, difference in written.logit_differences.items():
-        typer.echo(f"largest difference of a logit, merged against adapter, in {dtype}: {difference:.2e}")
+        _say(f"largest difference of a logit, merged against adapter, in {dtype}: {difference:.2e}")
 
 
 @app.command()
@@ -205,14 +205,18 @@ def report(
     from trietune.tracking.report import render_runs, report_text
 
     if text:
-        typer.echo(report_text(runs))
+        _say(report_text(runs))
         return
     if out is not None and str(out) == "-":
-        sys.stdout.write(render_runs(runs))
+        page_text = render_runs(runs)
+        if sys.stdout.isatty():
+            _say(page_text)
+        else:
+            sys.stdout.write(page_text)
         return
     page = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     write_output(page, render_runs(runs).encode(), "--out")
-    typer.echo(str(page))
+    _say(str(page))
 
 
 @app.command()
@@ -227,7 +231,7 @@ def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
         _print_json({"run": str(run), "metric": store.metric, "checkpoints": [row.as_json() for row in rows]})
         return
     if not rows:
-        typer.echo(f"{run} has no checkpoints")
+        _say(f"{run} has no checkpoints")
         return
     table = [("step", settings.checkpoint_metric, "size", "state", "where", "")]
     for row in rows:
@@ -237,7 +241,7 @@ def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
             (f"{row.step:,}", value, f"{row.size_bytes / 1e6:.1f} MB", state, row.place, "best" if row.is_best else "")
         )
     for line in columns(table):
-        typer.echo(line)
+        _say(line)
 
 
 @app.command()
@@ -257,7 +261,7 @@ def verify(
         for proof in proofs:
             state = f"whole, {proof.size_bytes:,} bytes" if proof.damage is None else f"damaged: {proof.damage}"
             also = f"; beside it: {', '.join(proof.extra)}" if proof.extra else ""
-            typer.echo(f"{proof.path}: {state}{also}")
+            _say(f"{proof.path}: {state}{also}")
     if any(proof.damage is not None for proof in proofs):
         raise typer.Exit(EXIT_BUG)
 
@@ -281,11 +285,11 @@ def sync(run: RunFolder) -> None:
         except UserError:
             raise
         except Exception as error:
-            typer.echo(f"error: {remote.location}: {error}\nnext:  the same command tries again", err=True)
+            _say(f"error: {remote.location}: {error}\nnext:  the same command tries again", err=True)
             raise typer.Exit(EXIT_UPLOAD_INCOMPLETE) from error
     for warning in result.warnings:
-        typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"{remote.location}: {len(result.uploaded)} uploaded" + "".join(f"\n  {n}" for n in result.uploaded))
+        _say(f"warning: {warning}", err=True)
+    _say(f"{remote.location}: {len(result.uploaded)} uploaded" + "".join(f"\n  {n}" for n in result.uploaded))
 
 
 @app.command()
@@ -306,8 +310,8 @@ def init(
     check_output(schema, "init")
     write_output(target, render_template(kind).encode(), "--out")
     write_output(schema, (json.dumps(json_schema(), indent=1) + "\n").encode(), "init")
-    typer.echo(f"{target}: every line has its meaning beside it")
-    typer.echo(f"next:  trietune train {target} --dry-run")
+    _say(f"{target}: every line has its meaning beside it")
+    _say(f"next:  trietune train {target} --dry-run")
 
 
 @app.command()
@@ -320,7 +324,7 @@ def doctor(as_json: AsJson = False) -> None:
         _print_json(found.as_json())
         return
     for line in found.lines():
-        typer.echo(line)
+        _say(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -334,10 +338,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         from trietune.config.secrets import without_secrets
 
-        sys.stderr.write(f"{without_secrets(str(error))}\n")
+        _say(str(without_secrets(str(error))), err=True)
         return error.exit_code
     except StopRequested as stop:
-        sys.stderr.write(f"stopped by {stop.signal_name} before there was anything to save\n")
+        _say(f"stopped by {stop.signal_name} before there was anything to save", err=True)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -357,10 +361,11 @@ def _report_bug(error: Exception) -> int:
         "w", prefix="trietune-error-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
         file.write(str(without_secrets("".join(traceback.format_exception(error)))))
-    sys.stderr.write(
+    _say(
         f"error: a bug in TrieTune: {type(error).__name__}: {without_secrets(str(error))[:300]}\n"
         f"       the whole traceback is in {file.name}\n"
-        "next:  please report it with that file and the output of `trietune doctor`\n"
+        "next:  please report it with that file and the output of `trietune doctor`",
+        err=True,
     )
     return EXIT_BUG
 
@@ -378,7 +383,12 @@ def _leave_telemetry_off() -> None:
 def _set_log_level(level: str) -> None:
     import logging
 
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    from trietune.tracking.terminal import VisibleFormatter, make_warnings_visible
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
+    make_warnings_visible()
     logging.getLogger("trietune").setLevel(level)
 
 
@@ -406,7 +416,7 @@ def _print_plan(settings: Settings, *, as_json: bool) -> None:
         _print_json({"plan": dict(prepared.plan.lines()), "num_steps": prepared.plan.num_steps})
         return
     for line in columns(prepared.plan.lines()):
-        typer.echo(line)
+        _say(line)
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -414,9 +424,16 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _print_json_line(record: dict[str, Any]) -> None:
-    from trietune.tracking.jsonl import plain
+    from trietune.tracking.terminal import write_json
 
-    typer.echo(json.dumps(plain(record), ensure_ascii=False, allow_nan=False))
+    write_json(sys.stdout, record)
+
+
+def _say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Text for people, on stdout or stderr."""
+    from trietune.tracking.terminal import write_text
+
+    write_text(sys.stderr if err else sys.stdout, f"{text}\n" if nl else text)
 
 
 def _parse_bound(text: str) -> tuple[str, bool, float]:
@@ -495,13 +512,13 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
 
     encoder = opened.encoder()
     is_chat = encoder.prompt_format.kind == "chat"
-    typer.echo(f"{opened.name}: write a line; Ctrl-D ends" + ("; `/new` begins anew" if is_chat else ""), err=True)
+    _say(f"{opened.name}: write a line; Ctrl-D ends" + ("; `/new` begins anew" if is_chat else ""), err=True)
     messages: list[Message] = []
     while True:
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            typer.echo("", err=True)
+            _say("", err=True)
             return
         if not line:
             continue
@@ -510,7 +527,7 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
             continue
         try:
             if not is_chat:
-                typer.echo(_answer_line(ask(opened, [line], max_new_tokens=max_new_tokens)[0]))
+                _say(_answer_line(ask(opened, [line], max_new_tokens=max_new_tokens)[0]))
                 continue
             messages = [*messages, Message("user", line)]
             turn = answer_turn(
@@ -519,12 +536,12 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
                 messages,
                 max_nodes=opened.max_positions,
                 max_new_tokens=max_new_tokens,
-                on_text=lambda piece: typer.echo(piece, nl=False),
+                on_text=lambda piece: _say(piece, nl=False),
             )
-            typer.echo("")
+            _say("")
             messages = [*messages, turn]
         except UserError as error:
-            typer.echo(str(error), err=True)
+            _say(str(error), err=True)
 
 
 def _open_store(run: Path) -> Any:
