@@ -9,7 +9,6 @@ keeps three digits.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,9 @@ from trietune.errors import UserError
 from trietune.model.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES, config_for_file, parse_config
 from trietune.model.adapter_folder import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, Listed, read_plain_file, read_shapes
 from trietune.model.locate import ModelFolder
+from trietune.model.module_names import resolve_patterns
 from trietune.model.raw_tensors import copy_into, tensors_to_content
+from trietune.name_patterns import PatternError, matching
 
 _FLOATING_POINT = ("F64", "F32", "F16", "BF16")
 
@@ -229,12 +230,15 @@ def linear_modules(network: nn.Module) -> list[str]:
 def _wrap(network: PreTrainedModel, config: LoraConfig, *, base: ModelFolder, seed: int, where: str) -> PeftModel:
     # PEFT writes the network's own name here, and warns about any other that it finds.
     config.base_model_name_or_path = None
+    resolve_patterns(config, [name for name, _ in network.named_modules() if name], where=where)
     devices = [network.device] if network.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 under a name that the latter is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         # It trains and loads; merging it is what fails, and `export` refuses that by comparing logits.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
+        # A pattern of ranks may mean modules that have no adapter, and was matched against all names.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         torch.manual_seed(seed)
         try:
             peft_model: PeftModel = get_peft_model(network, config, autocast_adapter_dtype=False)
@@ -283,12 +287,14 @@ def _check_matches(key: str, network: nn.Module, targets: str | list[str]) -> No
     for pattern in patterns:
         try:
             matches = (
-                any(re.fullmatch(pattern, name) for name in names)
+                bool(matching(pattern, names))
                 if isinstance(targets, str)
                 else any(name == pattern or name.endswith(f".{pattern}") for name in names)
             )
-        except re.error as error:
-            raise UserError(f"`{key}: {pattern}` is no pattern: {error}") from error
+        except PatternError as error:
+            raise UserError(
+                f"`{key}: {pattern[:80]}` {error}", next_step=f"{key}: all-linear   (or a list of names)"
+            ) from error
         if not matches:
             raise UserError(
                 f"`{key}`: nothing in this model is called `{pattern}`",
