@@ -9,8 +9,8 @@ import os
 import stat
 from pathlib import Path
 
-from trietune import files
 from trietune.errors import UserError
+from trietune.io import files
 
 
 def check_output(path: Path, name: str) -> None:

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from model.families import FAMILIES
 from trietune.device.options import Mesh, Sharding
 from trietune.errors import UserError
-from trietune.model.adapter import adapter_files, add_adapter, load_adapter_files
-from trietune.model.adapter_config import CONFIG_FILE, parse_config
-from trietune.model.locate import ModelFolder
+from trietune.model.adapter.adapter import adapter_files, add_adapter, load_adapter_files
+from trietune.model.adapter.config import CONFIG_FILE, parse_config
+from trietune.model.base.locate import ModelFolder
 from trietune.model.module_names import resolve_patterns
 from trietune.name_patterns import PatternError, matching
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from trietune import evaluate, load_config, train
-from trietune.cli import main
+from trietune.cli.app import main
 from trietune.errors import UserError
-from trietune.model.adapter import load_adapter
-from trietune.model.adapter_folder import CHECKED_FILES
-from trietune.model.export import export_adapter
+from trietune.model.adapter.adapter import load_adapter
+from trietune.model.adapter.export import export_adapter
+from trietune.model.adapter.folder import CHECKED_FILES
 
 
 @pytest.fixture
@@ -123,9 +123,9 @@ def test_a_copy_made_of_links_is_checked_as_well(run: Path, tmp_path: Path) -> N
 def test_weights_that_change_after_the_look_at_their_size_are_not_used(run: Path, tiny_model: Path) -> None:
     import torch
 
-    from trietune.model.adapter_folder import read_listed
-    from trietune.model.load import load_network
-    from trietune.model.locate import locate_model
+    from trietune.model.adapter.folder import read_listed
+    from trietune.model.base.load import load_network
+    from trietune.model.base.locate import locate_model
 
     listed = read_listed(run / "adapter")
     assert listed is not None

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model.test_gguf import HEADS, HIDDEN, KEY_HEADS, LAYERS, MIDDLE, TOKENS, _write
 from trietune.errors import UserError
-from trietune.model.locate import locate_model
+from trietune.model.base.locate import locate_model
 
 SOURCES = Path(__file__).parents[2] / "src" / "trietune"
 TRAP = "from pathlib import Path\nPath(__file__).with_name('TRAPPED').touch()\nraise RuntimeError('it ran')\n"
@@ -66,8 +66,8 @@ def test_nothing_beside_a_gguf_file_is_read(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text("a hostile template")
     (folder / "adapter_config.json").write_text("{}")
     script = (
-        "import sys\nfrom trietune.data.tokenizer import load_tokenizer\n"
-        "from trietune.model.locate import locate_model\n"
+        "import sys\nfrom trietune.data.encoder import load_tokenizer\n"
+        "from trietune.model.base.locate import locate_model\n"
         "found = locate_model(sys.argv[1])\nload_tokenizer(found.path)\nprint(found.path)"
     )
     done = run(script, str(file), home=tmp_path)
@@ -102,11 +102,11 @@ def test_code_in_a_base_folder_is_not_run(tmp_path: Path, tiny_model: Path, mode
     script = """
 import sys
 import torch
-from trietune.data.tokenizer import load_tokenizer
+from trietune.data.encoder import load_tokenizer
 from trietune.errors import UserError
-from trietune.model.describe import describe_network
-from trietune.model.load import load_network
-from trietune.model.locate import locate_model
+from trietune.model.base.shape import describe_network
+from trietune.model.base.load import load_network
+from trietune.model.base.locate import locate_model
 
 base = locate_model(sys.argv[1])
 for door in (

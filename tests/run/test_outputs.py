@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trietune import load_config, train
-from trietune.cli import main
+from trietune.cli.app import main
 
 
 @pytest.fixture

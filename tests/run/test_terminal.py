@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trietune import load_config, train
-from trietune.cli import main
+from trietune.cli.app import main
 
 # Renames the window; moves the cursor up and wipes a line; C1's own introducer; turns the direction of writing.
 HOSTILE = "\x1b]0;owned\x07\x1b[1A\x1b[2K\x9b31m\u202egnirts"
@@ -153,7 +153,7 @@ def test_warnings_of_libraries_are_written_out(capfd: pytest.CaptureFixture[str]
     import sys
 
     script = (
-        "import warnings, logging\nfrom trietune.cli import _set_log_level\n_set_log_level('INFO')\n"
+        "import warnings, logging\nfrom trietune.cli.app import _set_log_level\n_set_log_level('INFO')\n"
         f"warnings.warn({HOSTILE!r})\nlogging.getLogger('trietune').info({HOSTILE!r})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

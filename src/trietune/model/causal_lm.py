@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from trietune.device.device import recompute
-from trietune.model.attention import register
+from trietune.model.attention.attend import register
+from trietune.model.attention.layout import AttentionKind, TrieLayout
+from trietune.model.attention.static_layout import StaticLayout
 from trietune.model.loss import label_losses
-from trietune.model.static_layout import StaticLayout
-from trietune.model.trie_layout import AttentionKind, TrieLayout
 from trietune.trie import MicroBatch, Trie, pad_trie
 from trietune.trie.static_shapes import StaticShapes
 

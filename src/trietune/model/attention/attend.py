@@ -1,0 +1,141 @@
+"""How the nodes of a trie attend, and the library's attention interface in front of it.
+
+    rows     batched products of rows and their paths (`row_attention.py`): runs anywhere
+    varlen   the same rows as sequences of one flash kernel (`varlen_attention.py`)
+    flex     one kernel under a mask of blocks (`flex_attention.py`)
+    mask     all nodes at once under a `T x T` mask: the reference
+
+Without a trie (generation, padded rows) the library's own attention runs.
+
+Letters: T nodes, N nodes that query, H query heads, G key and value heads, d head size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trietune.model.attention.flex import flex_attend
+from trietune.model.attention.layout import TrieLayout
+from trietune.model.attention.rows import RowAttention
+from trietune.model.attention.varlen import VarlenAttention
+
+
+def trie_attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "1 H T d"],
+    key: Float[Tensor, "1 G T d"],
+    value: Float[Tensor, "1 G T d"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    trie_layout: TrieLayout | None = None,
+    **other: Any,
+) -> tuple[Float[Tensor, "1 T H d"], Tensor | None]:
+    """The library's attention interface. Without a layout (generation, padded rows) it is the library's own attention.
+
+    Raises:
+        ValueError: if `dropout` is set; attention dropout would need one draw for each pair that a branch sees.
+    """
+    if trie_layout is None:
+        return _library_attention(softcap)(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            **other,
+        )
+    if dropout:
+        raise ValueError("attention dropout is not defined on a trie")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if trie_layout.kind == "mask":
+        return _masked(query, key, value, trie_layout.mask(sliding_window), scale, softcap), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(q, k, v, trie_layout, window=sliding_window, scale=scale, softcap=softcap)[None], None
+
+
+def attend(
+    query: Float[Tensor, "N H d"],
+    key: Float[Tensor, "T G d"],
+    value: Float[Tensor, "T G d"],
+    layout: TrieLayout,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    of_needed: bool = False,
+) -> Float[Tensor, "N H d"]:
+    """Softmax attention of nodes by rows, runs or blocks, as the layout is made for.
+
+    Args:
+        window: number of positions that a query sees, itself included.
+        of_needed: only the layout's needed nodes query.
+
+    Raises:
+        ValueError: a layout of another kind; soft-capping by variable-length attention, whose kernel has none.
+    """
+    match layout.kind:
+        case "varlen":
+            if softcap is not None:
+                raise ValueError("variable-length attention knows no soft-capping")
+            runs = layout.varlen(window, of_needed=of_needed)
+            out: Tensor = VarlenAttention.apply(query, key, value, runs, scale)  # type: ignore[no-untyped-call]
+            return out
+        case "flex":
+            blocks = layout.flex(window, of_needed=of_needed)
+            return flex_attend(query, key, value, blocks, scale=scale, softcap=softcap)
+        case "rows":
+            rows = layout.rows(window, query.shape[-1], query.dtype, of_needed=of_needed)
+            flat = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
+            out = RowAttention.apply(*flat, rows, scale, softcap)  # type: ignore[no-untyped-call]
+            return out.view(query.shape)
+        case _:
+            raise ValueError(f"nodes do not attend by `{layout.kind}` here")
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Float[Tensor, "1 T H d"]:
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if softcap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    else:
+        scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        accumulate = torch.promote_types(scores.dtype, torch.float32)
+        out = torch.softmax(scores, -1, dtype=accumulate).to(query.dtype) @ value
+    return out.transpose(1, 2)
+
+
+def _library_attention(softcap: float | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    # The library's SDPA knows no soft-capping; its Gemma 2 form of plain attention does.
+    attention: Callable[..., tuple[Tensor, Tensor | None]] = (
+        sdpa_attention_forward if softcap is None else eager_attention_forward
+    )
+    return attention
+
+
+def register() -> str:
+    """Make the attention known to the library and return its name; may be called again."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+    name = "trietune"
+    AttentionInterface.register(name, trie_attention)
+    # Only used without a layout: additive masks suit both of the library's attentions behind `trie_attention`.
+    AttentionMaskInterface.register(name, eager_mask)
+    return name
