@@ -99,6 +99,17 @@ def test_a_csv_cell_may_span_lines(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1},\n3]', 2, "no object"),
         ("a.json", '[{"a": 1}\n{"a": 2}]', 1, "does not go on"),
         ("a.json", '[{"a": 1},', 1, "not JSON"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', 2, "the list has ended, and 10 more characters follow"),
+        ("a.json", '[]\n\n{"a": 2}\n', 3, "the list has ended"),
+        ("a.json", '[{"a": 1}]]', 1, "the list has ended"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1}{"a": 2}\n', 2, "not JSON: Extra data"),
+        ("a.json", '{"a": 1}\n{"a": 1} x\n', 2, "not JSON: Extra data"),
+        ("a.json", '[{"a": 1},\n{"a": 1, "a": 2},\n{"a": 3}]', 2, "duplicate key `a`"),
+        ("a.jsonl", '{"a": 1, "b": 2, "b": 2}\n{"a": 1}\n', 1, "duplicate key `b`"),
+        ("a.ndjson", '{"a": {"b": [{"c": 1, "c": 2}]}}\n{"a": 1}\n', 1, "duplicate key `c`"),
+        ("a.json", '{"a": 1, "\\u0061": 2}\n{"a": 1}\n', 1, "duplicate key `a`"),
+        ("a.json", '[{"messages": [{"role": "user", "role": "x"}]}]', 1, "duplicate key `role`"),
+        ("a.json", '[{"a": 1},\n{"a": ' + 100_000 * "[" + "]}]", 2, "not JSON"),
     ],
 )
 def test_a_broken_row_says_where_and_why(tmp_path: Path, name: str, text: str | bytes, line: int, reason: str) -> None:
@@ -136,9 +147,36 @@ def test_squad_gives_one_row_a_question(tmp_path: Path) -> None:
         ]
 
 
+def test_rows_after_a_repeated_key_are_read_on(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '[{"a": 1, "a": 2},\n{"a": 3}\n,{"a": 4}]\n \n')
+    assert list(read_rows(path)) == [(1, BrokenRow("duplicate key `a`")), (2, {"a": 3}), (3, {"a": 4})]
+
+
+@pytest.mark.parametrize(
+    "qa",
+    [
+        '{"question": "q?", "question": "r?", "answers": []}',
+        '{"question": "q?", "answers": [{"text": "a", "text": "b"}]}',
+        '{"question": "q?", "answers": [{"text": "a"}], "is_impossible": true, "is_impossible": false}',
+    ],
+)
+def test_a_question_with_a_key_twice_is_a_broken_row(tmp_path: Path, qa: str) -> None:
+    whole = '{"question": "w?", "answers": [{"text": "a"}]}'
+    text = f'{{"data": [{{"paragraphs": [{{"context": "c", "qas": [{qa}, {whole}]}}]}}]}}'
+    rows = list(read_rows(write(tmp_path / "dev.json", text)))
+    assert [number for number, _ in rows] == [1, 2]
+    assert isinstance(rows[0][1], BrokenRow)
+    assert "duplicate key" in rows[0][1].reason
+    assert rows[1][1] == {"context": "c", "question": "w?", "answers": {"text": ["a"]}}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("a.json", '{"data": [], "data": [{"paragraphs": []}]}', "has the key `data` twice"),
+        ("a.json", '{"data": [{"paragraphs": [], "paragraphs": []}]}', "article 1 has the key `paragraphs` twice"),
+        ("a.json", '{"data": [{"paragraphs": [{"context": "", "qas": [], "qas": []}]}]}', "has the key `qas` twice"),
+        ("a.json", '{"data": [{"paragraphs": []}]} {"data": []}', "is not JSON: Extra data"),
         ("a.docx", "x", "form that is not known"),
         ("a.json", '{"version": "v2.0", "data": [{"paragraphs": [{"qas": []}]}]}', "not in SQuAD's form: no 'context'"),
         ("a.json", '{"data": [1, 2]}', "not in SQuAD's form"),
@@ -155,6 +193,13 @@ def test_a_file_of_another_form_is_the_users_mistake(
 ) -> None:
     with pytest.raises(UserError, match=message):
         list(read_rows(write(tmp_path / name, text)))
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), path)
+    with pytest.raises(UserError, match="column `text` stands twice"):
+        list(read_rows(path))
 
 
 def test_long_cells_of_a_csv_are_read(tmp_path: Path) -> None:

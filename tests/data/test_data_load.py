@@ -16,6 +16,7 @@ import pytest
 from trietune.data import Data, load_data, load_split, preview_examples
 from trietune.data.examples import IGNORED_LABEL, Message
 from trietune.data.load import draw_held_out
+from trietune.data.sources import FileRows
 from trietune.errors import StopRequested, UserError
 
 Load = Callable[..., Data]
@@ -829,3 +830,68 @@ def test_validation_examples_that_stand_in_training_are_counted(load: Load, said
     assert not [line for line in said if "also stand" in line]
     load(train_file=jsonl("w.jsonl", [rows[0]] * 20))
     assert [line for line in said if "1 of 1 examples also stand in the training data" in line]
+
+
+ADDED = [{"prompt": f"more {n}", "completion": "c"} for n in range(500)]
+
+
+@pytest.mark.parametrize("moment", ["while it is read", "after the columns", "between count and fingerprint"])
+def test_a_file_that_grows_while_it_is_read_is_noticed_and_nothing_is_kept(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    rows = [{"prompt": f"text {n}", "completion": "c"} for n in range(3000)]
+    train, dev = Path(jsonl("train.jsonl", rows)), jsonl("dev.jsonl", rows[:2])
+    grown: list[bool] = []
+
+    def grow() -> None:
+        if not grown:
+            grown.append(True)
+            with train.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in ADDED))
+
+    whole: dict[str, Any] = {"train_file": "train.jsonl", "validation_file": dev}
+    hooks: dict[str, Any] = {}
+    if moment == "while it is read":
+        hooks = {"progress": lambda *_: grow()}
+    elif moment == "after the columns":
+        hooks = {"check_stop": grow}
+    else:
+        whole = {"train_file": "train.jsonl"}
+        count = FileRows.count
+
+        def count_and_grow(rows: FileRows) -> int:
+            number = count(rows)
+            grow()
+            return number
+
+        monkeypatch.setattr(FileRows, "count", count_and_grow)
+    with pytest.raises(UserError, match=r"`train.jsonl` was written to while it was read") as caught:
+        load(**whole, **hooks)
+    assert grown == [True]
+    assert "run the same command again" in str(caught.value)
+    kept = [path.name for path in (tmp_path / "cache" / "tokens").iterdir()]
+    assert kept == [], "an entry under a key that is not that of its content"
+    data = load(**whole)
+    assert len(data.train) + (len(data.validation or ()) if "validation_file" not in whole else 0) == 3500
+
+
+def test_a_file_that_changes_and_comes_back_is_noticed(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"text {n}", "completion": "c"} for n in range(3000)]
+    train = Path(jsonl("train.jsonl", rows))
+    original = train.read_bytes()
+    read = FileRows.read
+
+    def read_another(files: FileRows) -> Any:
+        train.write_bytes(original.replace(b"text", b"lies"))
+        yield from read(files)
+        train.write_bytes(original)
+
+    monkeypatch.setattr(FileRows, "read", read_another)
+    with pytest.raises(UserError, match="was written to while it was read"):
+        load(train_file="train.jsonl", validation_file=jsonl("dev.jsonl", rows[:2]))
+
+
+def test_files_that_rest_are_read_as_ever(load: Load) -> None:
+    rows = [{"prompt": f"text {n}", "completion": "c"} for n in range(40)]
+    settings = {"train_file": jsonl("train.jsonl", rows), "validation_file": jsonl("dev.jsonl", rows[:2])}
+    assert load(**settings).fingerprint == load(**settings).fingerprint

@@ -8,7 +8,7 @@ import pytest
 
 from trietune.data.columns import Recipe, Unlabelled, WrongRow, choose_recipe, example_maker
 from trietune.data.examples import Example, Message
-from trietune.data.templates import fill_template, find_columns, literal_text
+from trietune.data.templates import PromptFormat, fill_template, find_columns, literal_text, read_messages
 from trietune.errors import UserError
 
 
@@ -199,3 +199,10 @@ def test_a_name_that_is_no_column_is_refused_with_the_nearest(name: str, near: s
 
 def test_templates_of_the_first_adapters_mean_what_they_meant() -> None:
     assert fill_template("{a b} {0} {{0}} {a}", {"a": "A", "a b": "no", "0": "no"}) == "{a b} {0} {0} A"
+
+
+def test_a_key_twice_is_an_error_in_messages_and_in_a_prompt_format() -> None:
+    with pytest.raises(TypeError, match="column `messages` holds an object with a duplicate key `content`"):
+        read_messages('[{"role": "user", "content": "a", "content": "b"}]')
+    with pytest.raises(UserError, match="duplicate key `kind`"):
+        PromptFormat.from_json('{"format_version": 1, "kind": "chat", "kind": "template"}')

@@ -80,6 +80,9 @@ def test_no_secret_is_in_anything_that_is_written(forge: Forge, place: Path, tmp
     refused = [
         ("--set", f"remote_path=s3://KEY:{canary('remotepath')}@bucket/x"),
         ("--set", f"remote_path=https://host/x?sig={canary('remotesignature')}"),
+        ("--set", f"remote_path=s3://KEY:a/{canary('remotepath')}/b@bucket/x"),
+        ("--set", f"remote_path=KEY:a/{canary('remotepath')}/b@bucket/x"),
+        ("--set", f"train_file=s3://KEY:a/{canary('datapath')}/b@127.0.0.1:9/x.jsonl"),
         ("--set", f"train_file=https://user:{canary('datapath')}@127.0.0.1:9/x.jsonl"),
     ]
     for arguments in refused:

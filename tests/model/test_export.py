@@ -207,3 +207,55 @@ def test_others_may_read_it(tmp_path: Path) -> None:
     (tmp_path / "probe").touch()
     expected = (tmp_path / "probe").stat().st_mode
     assert {path.stat().st_mode for path in done.folder.iterdir()} == {expected}
+
+
+@pytest.mark.parametrize("name", ["README.md", "prompt_format.json", "chat_template.jinja"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str, merge: bool) -> None:
+    adapter = _adapter(_base(tmp_path / "base"), tmp_path / "adapter")
+    (tmp_path / "secret").write_text("mine alone")
+    (adapter / name).unlink(missing_ok=True)
+    (adapter / name).symlink_to("../secret")
+    assert (adapter / name).read_text() == "mine alone", "the link leads there"
+    with pytest.raises(UserError, match="is a link out of its folder"):
+        export_adapter(adapter, tmp_path / "out", merge=merge)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "tokenizer.json"])
+def test_a_link_out_of_the_base_is_not_followed_by_a_merge(tmp_path: Path, name: str) -> None:
+    base = _base(tmp_path / "base")
+    adapter = _adapter(base, tmp_path / "adapter")
+    (tmp_path / "secret").write_text("mine alone")
+    (base.path / name).unlink(missing_ok=True)
+    (base.path / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="is a link out of its folder"):
+        export_adapter(adapter, tmp_path / "out", merge=True, base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_within_a_folder_and_into_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    adapter = _adapter(_base(tmp_path / "base"), tmp_path / "adapter")
+    (adapter / "README.md").rename(adapter / "card.md")
+    (adapter / "README.md").symlink_to("card.md")
+    export_adapter(adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == "# An adapter\n"
+    assert not (tmp_path / "out" / "README.md").is_symlink()
+    cache = tmp_path / "models--owner--adapter"
+    (cache / "snapshots").mkdir(parents=True)
+    (adapter / "README.md").unlink()
+    (adapter / "card.md").rename(adapter / "README.md")
+    adapter.rename(cache / "blobs")
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir()
+    for path in (cache / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert len(list(export_adapter(snapshot, tmp_path / "again").folder.iterdir())) == 4
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
+    adapter = _adapter(_base(tmp_path / "base"), tmp_path / "adapter")
+    (adapter / "README.md").unlink()
+    os.mkfifo(adapter / "README.md")
+    with pytest.raises(UserError, match=r"README.md is no plain file"):
+        export_adapter(adapter, tmp_path / "out")

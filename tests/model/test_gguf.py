@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from trietune.checkpoints.resume import compare
 from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
+from trietune.model.base import gguf as gguf_module
 from trietune.model.base.gguf import cache_folder, convert_gguf
 from trietune.model.base.load import load_network
-from trietune.model.base.locate import locate_model
+from trietune.model.base.locate import ModelFolder, locate_model
 
 HIDDEN, HEADS, KEY_HEADS, LAYERS, MIDDLE = 64, 4, 2, 2, 96
 # GPT-2's way to write bytes as letters: the tokenizer of the tiny model knows every byte and four merges.
@@ -204,8 +208,83 @@ def test_a_changed_file_is_converted_anew(write: Callable[..., Path]) -> None:
     assert convert_gguf(path) != first
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "digests.json"])
+def test_a_converted_folder_that_changed_is_made_again(
+    network: LlamaForCausalLM, write: Callable[..., Path], name: str
+) -> None:
+    path = write()
+    converted = convert_gguf(path)
+    damaged = converted.folder / name
+    as_written = damaged.read_bytes()
+    damaged.write_bytes(as_written[:-3] + bytes([as_written[-3] ^ 0x40]) + as_written[-2:])
+    if name == "model.safetensors":
+        tampered = load_network(
+            ModelFolder(converted.folder, "x", "folder"), dtype=torch.float32, device=torch.device("cpu")
+        )
+        assert any(
+            not torch.equal(parameter, network.state_dict()[key]) for key, parameter in tampered.state_dict().items()
+        ), "the flipped bit is in no weight"
+    said: list[str] = []
+    assert convert_gguf(path, report=said.append) == converted
+    assert "is not as it was written" in said[0]
+    assert name in said[0]
+    assert damaged.read_bytes() == as_written
+    assert convert_gguf(path, report=said.append) == converted
+    assert len(said) == 2, "said once, and once that it is converted"
+
+
+def test_a_resume_compares_what_the_file_was_converted_to(write: Callable[..., Path]) -> None:
+    path = write()
+    before = locate_model(str(path))
+    weights = before.path / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0x02
+    weights.write_bytes(data)
+    digests = json.loads((before.path / "digests.json").read_text())
+    digests["model.safetensors"] = hashlib.sha256(data).hexdigest()
+    (before.path / "digests.json").write_text(json.dumps(digests))
+    now = locate_model(str(path))
+    assert (now.path, now.digest) == (before.path, before.digest), "the conversion itself tells nothing"
+    [difference] = compare({"base_weights": before.weights_digest}, {"base_weights": now.weights_digest})
+    assert difference.verdict == "refuse"
+    [unknown] = compare({}, {"base_weights": now.weights_digest})
+    assert unknown.verdict == "warn", "checkpoints of before this was kept go on"
+
+
+def test_a_file_put_into_a_converted_folder_or_taken_out_of_it_is_noticed(write: Callable[..., Path]) -> None:
+    path = write()
+    folder = convert_gguf(path).folder
+    (folder / "generation_config.json").unlink()
+    (folder / "chat_template.jinja").write_text("another")
+    said: list[str] = []
+    convert_gguf(path, report=said.append)
+    assert "is not as it was written" in said[0]
+    assert (folder / "generation_config.json").exists()
+    (folder / "adapter_config.json").symlink_to("/etc/passwd")
+    convert_gguf(path, report=said.append)
+    assert "adapter_config.json" in said[2]
+    assert not (folder / "adapter_config.json").is_symlink()
+
+
+def test_a_file_that_changes_while_it_is_converted_is_not_kept_under_its_former_digest(
+    write: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write()
+
+    def convert(file: Path, folder: Path, convert: Callable[..., None] = gguf_module._convert) -> None:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 0x02
+        file.write_bytes(data)
+        convert(file, folder)
+
+    monkeypatch.setattr(gguf_module, "_convert", convert)
+    with pytest.raises(UserError, match="was written to while it was converted"):
+        convert_gguf(path)
+    assert list((cache / "gguf").iterdir()) == []
+
+
 def test_others_may_read_the_folder(write: Callable[..., Path]) -> None:
-    folder, _ = convert_gguf(write())
+    folder = convert_gguf(write()).folder
     modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
     assert len(modes) == 1, "safetensors writes files for their owner alone, the others follow the umask"
 

@@ -238,3 +238,42 @@ def test_a_second_process_on_one_run_is_refused(overrides: dict[str, object], tm
     assert done.returncode == 2
     assert "another process writes" in done.stderr
     assert f"process {os.getpid()}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("in.jsonl", '{"sentence": "a"}\n{"sentence": "a", "sentence": "b"}\n', "in.jsonl:2 has a duplicate key"),
+        ("in.ndjson", '{"sentence": {"a": 1, "a": 2}}\n', "in.ndjson:1 has a duplicate key `a`"),
+        ("in.jsonl", '{"sentence": "a"} {"sentence": "b"}\n', "in.jsonl:1 is not JSON: Extra data"),
+    ],
+)
+def test_inputs_of_which_a_part_would_be_dropped_are_refused(
+    name: str, text: str, message: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert main(["predict", "nowhere", "--input", str(tmp_path / name)]) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_one_line_of_input_is_one_input_whatever_separators_are_in_it(tmp_path: Path) -> None:
+    from trietune.cli.app import _read_inputs
+
+    path = tmp_path / "in.txt"
+    path.write_bytes("\ufeffa fine\u2028film\r\n\nbad\x85music".encode())
+    assert list(_read_inputs(path, has_text=False)) == ["a fine\u2028film", "bad\x85music"]
+
+
+def test_a_second_list_in_a_file_is_an_error_and_not_dropped(
+    overrides: dict[str, object], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [json.dumps({"prompt": f"film {n}", "completion": "good"}) for n in range(20)]
+    whole = f"[{','.join(rows)}]\n"
+    (tmp_path / "train.json").write_text(whole * 2)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({**overrides, "train_file": str(tmp_path / "train.json"), "validation_file": None}))
+    assert main(["train", str(config), "--dry-run"]) == 2
+    assert "train.json:2" in (error := capfd.readouterr().err)
+    assert "the list has ended" in error
+    (tmp_path / "train.json").write_text(whole)
+    assert main(["train", str(config), "--dry-run"]) == 0

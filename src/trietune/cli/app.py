@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
+from trietune.io.outputs import check_output, write_output
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.malloc import keep_freed_memory
 from trietune.run.signals import process_age_s
@@ -51,7 +52,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         import trietune
 
-        typer.echo(trietune.__version__)
+        _say(trietune.__version__)
         raise typer.Exit
 
 
@@ -79,7 +80,7 @@ def train(
         overrides = [*overrides, "resume_from_checkpoint=auto"]
     settings = load_config(config or demo_config(), overrides)
     if show_config:
-        typer.echo(describe(settings))
+        _say(describe(settings))
         return
     if dry_run:
         _print_plan(settings, as_json=as_json)
@@ -127,11 +128,11 @@ def evaluate(
         )
     else:
         for line in _evaluation_lines(found):
-            typer.echo(line)
+            _say(line)
     missed = [text for text, (name, is_least, value) in zip(require, bounds, strict=True)
               if not _holds(found, name, is_least, value)]  # fmt: skip
     if missed:
-        typer.echo(f"not reached: {', '.join(missed)}", err=True)
+        _say(f"not reached: {', '.join(missed)}", err=True)
         raise typer.Exit(EXIT_THRESHOLD_MISSED)
 
 
@@ -142,7 +143,7 @@ def predict(
     input_file: Annotated[
         MaybePath, typer.Option("--input", help="Texts, one a line, or .jsonl with columns; `-` is stdin.")
     ] = None,
-    output_file: Annotated[MaybePath, typer.Option("--output", help="JSONL; stdout if not given.")] = None,
+    output_file: Annotated[MaybePath, typer.Option("--output", help="JSONL; `-` is stdout.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
@@ -152,6 +153,12 @@ def predict(
     from trietune.run.opened import predict as ask
     from trietune.run.signals import StopSignals
 
+    if output_file is not None and str(output_file) == "-":
+        output_file, writes_lines = None, True
+    else:
+        writes_lines = False
+    if output_file is not None:
+        check_output(output_file, "--output")
     is_chat = not text and input_file is None and sys.stdin.isatty()
     inputs = [] if is_chat else [*text, *_read_inputs(input_file, has_text=bool(text))]
     with _console() as hub:
@@ -163,16 +170,17 @@ def predict(
         answers = ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=signals.check)
     records = [{"input": given, **answer} for given, answer in zip(inputs, answers, strict=True)]
     if output_file is not None:
-        from trietune.io import files
-
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        files.replace_file(output_file, lines.encode())
-        typer.echo(f"{len(records):,} answers in {output_file}", err=True)
+        write_output(output_file, lines.encode("utf-8", "backslashreplace"), "--output")
+        _say(f"{len(records):,} answers in {output_file}", err=True)
+    elif writes_lines:
+        for record in records:
+            _print_json_line(record)
     elif as_json:
         _print_json({"target": target, "predictions": records})
     else:
         for record in records:
-            typer.echo(_answer_line(record))
+            _say(_answer_line(record))
 
 
 @app.command()
@@ -192,26 +200,33 @@ def export(
     with _console() as hub:
         base = locate_base(base_name_of(find_adapter(target)), hub) if merge else None
         written = export_adapter(target, out, merge=merge, plain=plain, base=base, report=hub.say)
-    typer.echo(f"{written.folder}: {written.num_bytes:,} bytes")
+    _say(f"{written.folder}: {written.num_bytes:,} bytes")
     for dtype, difference in written.logit_differences.items():
-        typer.echo(f"largest difference of a logit, merged against adapter, in {dtype}: {difference:.2e}")
+        _say(f"largest difference of a logit, merged against adapter, in {dtype}: {difference:.2e}")
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
-    out: Annotated[MaybePath, typer.Option(help="HTML file; default: report.html in the (first) run.")] = None,
+    out: Annotated[MaybePath, typer.Option(help="HTML file, or `-`; default: report.html in the (first) run.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Print it instead of writing a page.")] = False,
 ) -> None:
     """Write one page about one run, or several side by side."""
-    from trietune.tracking.report.report import report_text, write_report
+    from trietune.tracking.report.report import render_runs, report_text
 
     if text:
-        typer.echo(report_text(runs))
+        _say(report_text(runs))
+        return
+    if out is not None and str(out) == "-":
+        page_text = render_runs(runs)
+        if sys.stdout.isatty():
+            _say(page_text)
+        else:
+            sys.stdout.write(page_text)
         return
     page = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
-    write_report(runs, page)
-    typer.echo(str(page))
+    write_output(page, render_runs(runs).encode(), "--out")
+    _say(str(page))
 
 
 @app.command()
@@ -226,7 +241,7 @@ def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
         _print_json({"run": str(run), "metric": store.metric, "checkpoints": [row.as_json() for row in rows]})
         return
     if not rows:
-        typer.echo(f"{run} has no checkpoints")
+        _say(f"{run} has no checkpoints")
         return
     table = [("step", settings.checkpoint_metric, "size", "state", "where", "")]
     for row in rows:
@@ -236,7 +251,7 @@ def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
             (f"{row.step:,}", value, f"{row.size_bytes / 1e6:.1f} MB", state, row.place, "best" if row.is_best else "")
         )
     for line in columns(table):
-        typer.echo(line)
+        _say(line)
 
 
 @app.command()
@@ -256,7 +271,7 @@ def verify(
         for proof in proofs:
             state = f"whole, {proof.size_bytes:,} bytes" if proof.damage is None else f"damaged: {proof.damage}"
             also = f"; beside it: {', '.join(proof.extra)}" if proof.extra else ""
-            typer.echo(f"{proof.path}: {state}{also}")
+            _say(f"{proof.path}: {state}{also}")
     if any(proof.damage is not None for proof in proofs):
         raise typer.Exit(EXIT_BUG)
 
@@ -280,11 +295,11 @@ def sync(run: RunFolder) -> None:
         except UserError:
             raise
         except Exception as error:
-            typer.echo(f"error: {remote.location}: {error}\nnext:  the same command tries again", err=True)
+            _say(f"error: {remote.location}: {error}\nnext:  the same command tries again", err=True)
             raise typer.Exit(EXIT_UPLOAD_INCOMPLETE) from error
     for warning in result.warnings:
-        typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"{remote.location}: {len(result.uploaded)} uploaded" + "".join(f"\n  {n}" for n in result.uploaded))
+        _say(f"warning: {warning}", err=True)
+    _say(f"{remote.location}: {len(result.uploaded)} uploaded" + "".join(f"\n  {n}" for n in result.uploaded))
 
 
 @app.command()
@@ -299,12 +314,14 @@ def init(
     if kind not in template_kinds():
         raise UserError(f"there is no template `{kind}`", next_step=f"trietune init {'|'.join(template_kinds())}")
     target = out or Path(f"{kind}.yaml")
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"`{target}` exists already", next_step=f"trietune init {kind} --out ANOTHER.yaml")
-    target.write_text(render_template(kind), encoding="utf-8")
-    (target.parent / SCHEMA_FILE).write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
-    typer.echo(f"{target}: every line has its meaning beside it")
-    typer.echo(f"next:  trietune train {target} --dry-run")
+    schema = target.parent / SCHEMA_FILE
+    check_output(schema, "init")
+    write_output(target, render_template(kind).encode(), "--out")
+    write_output(schema, (json.dumps(json_schema(), indent=1) + "\n").encode(), "init")
+    _say(f"{target}: every line has its meaning beside it")
+    _say(f"next:  trietune train {target} --dry-run")
 
 
 @app.command()
@@ -317,7 +334,7 @@ def doctor(as_json: AsJson = False) -> None:
         _print_json(found.as_json())
         return
     for line in found.lines():
-        typer.echo(line)
+        _say(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -345,11 +362,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     except UserError as error:
         from trietune.config.secrets import without_secrets
 
-        sys.stderr.write(f"{without_secrets(str(error))}\n")
+        _say(str(without_secrets(str(error))), err=True)
         return error.exit_code
     except StopRequested as stop:
         with contextlib.suppress(OSError):  # after a hang-up there is no terminal
-            sys.stderr.write(f"stopped by {stop.signal_name} before there was anything to save\n")
+            _say(f"stopped by {stop.signal_name} before there was anything to save", err=True)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -369,10 +386,11 @@ def _report_bug(error: Exception) -> int:
         "w", prefix="trietune-error-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
         file.write(str(without_secrets("".join(traceback.format_exception(error)))))
-    sys.stderr.write(
+    _say(
         f"error: a bug in TrieTune: {type(error).__name__}: {without_secrets(str(error))[:300]}\n"
         f"       the whole traceback is in {file.name}\n"
-        "next:  please report it with that file and the output of `trietune doctor`\n"
+        "next:  please report it with that file and the output of `trietune doctor`",
+        err=True,
     )
     return EXIT_BUG
 
@@ -390,7 +408,12 @@ def _leave_telemetry_off() -> None:
 def _set_log_level(level: str) -> None:
     import logging
 
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    from trietune.tracking.terminal import VisibleFormatter, make_warnings_visible
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
+    make_warnings_visible()
     logging.getLogger("trietune").setLevel(level)
 
 
@@ -419,13 +442,24 @@ def _print_plan(settings: Settings, *, as_json: bool) -> None:
         _print_json({"plan": dict(prepared.plan.lines()), "num_steps": prepared.plan.num_steps})
         return
     for line in columns(prepared.plan.lines()):
-        typer.echo(line)
+        _say(line)
 
 
 def _print_json(document: dict[str, Any]) -> None:
-    from trietune.tracking.jsonl import plain
+    _print_json_line({"schema_version": JSON_VERSION, **document})
 
-    typer.echo(json.dumps(plain({"schema_version": JSON_VERSION, **document}), ensure_ascii=False, allow_nan=False))
+
+def _print_json_line(record: dict[str, Any]) -> None:
+    from trietune.tracking.terminal import write_json
+
+    write_json(sys.stdout, record)
+
+
+def _say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Text for people, on stdout or stderr."""
+    from trietune.tracking.terminal import write_text
+
+    write_text(sys.stderr if err else sys.stdout, f"{text}\n" if nl else text)
 
 
 def _parse_bound(text: str) -> tuple[str, bool, float]:
@@ -461,19 +495,30 @@ def _evaluation_lines(found: Evaluation) -> list[str]:
 
 
 def _read_inputs(path: Path | None, *, has_text: bool) -> Iterator[Any]:
+    from trietune.data.json_text import JsonDecoder, RepeatedKeyError
+
     if path is None and (has_text or sys.stdin.isatty()):
         return
     is_stdin = path is None or str(path) == "-"
     try:
-        lines = sys.stdin.read().splitlines() if is_stdin else path.read_text("utf-8").splitlines()  # type: ignore[union-attr]
+        text = sys.stdin.read() if is_stdin else path.read_text("utf-8-sig")  # type: ignore[union-attr]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`--input {path}` cannot be read: {error}", next_step="check the path") from error
-    is_json = (path is not None and path.suffix == ".jsonl") or (is_stdin and bool(lines) and lines[0].startswith("{"))
+    # Not `splitlines`: a text may hold the other separators that it knows.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    is_json = (path is not None and path.suffix.lower() in (".jsonl", ".ndjson")) or (
+        is_stdin and bool(lines) and lines[0].startswith("{")
+    )
+    decoder = JsonDecoder()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line) if is_json else line
+            yield decoder.decode(line) if is_json else line
+        except RepeatedKeyError as error:
+            raise UserError(
+                f"{path or 'stdin'}:{number} has a {error}", next_step="remove one of the two values"
+            ) from error
         except (ValueError, RecursionError) as error:
             what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise UserError(f"{path or 'stdin'}:{number} is not JSON: {what}") from None
@@ -494,13 +539,13 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
 
     encoder = opened.encoder()
     is_chat = encoder.prompt_format.kind == "chat"
-    typer.echo(f"{opened.name}: write a line; Ctrl-D ends" + ("; `/new` begins anew" if is_chat else ""), err=True)
+    _say(f"{opened.name}: write a line; Ctrl-D ends" + ("; `/new` begins anew" if is_chat else ""), err=True)
     messages: list[Message] = []
     while True:
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            typer.echo("", err=True)
+            _say("", err=True)
             return
         if not line:
             continue
@@ -509,7 +554,7 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
             continue
         try:
             if not is_chat:
-                typer.echo(_answer_line(ask(opened, [line], max_new_tokens=max_new_tokens)[0]))
+                _say(_answer_line(ask(opened, [line], max_new_tokens=max_new_tokens)[0]))
                 continue
             messages = [*messages, Message("user", line)]
             turn = answer_turn(
@@ -518,12 +563,12 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
                 messages,
                 max_nodes=opened.max_positions,
                 max_new_tokens=max_new_tokens,
-                on_text=lambda piece: typer.echo(piece, nl=False),
+                on_text=lambda piece: _say(piece, nl=False),
             )
-            typer.echo("")
+            _say("")
             messages = [*messages, turn]
         except UserError as error:
-            typer.echo(str(error), err=True)
+            _say(str(error), err=True)
 
 
 def _open_store(run: Path) -> Any:

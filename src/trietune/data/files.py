@@ -5,7 +5,8 @@
     dull                           (3, BrokenRow("1 column instead of 2"))
 
 A row that cannot be read is a value and not an exception: whoever reads the whole file can then say how many there
-are, and where. Tab-separated files are read without quoting, as GLUE writes them: a quote in a sentence is text.
+are, and where. In JSON, an object with a key twice is such a row, and so is whatever follows the end. Tab-separated
+files are read without quoting, as GLUE writes them: a quote in a sentence is text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trietune.data.json_text import JsonDecoder, RepeatedKeyError, RepeatedKeys
 from trietune.errors import UserError
 
 Row = dict[str, Any]
@@ -104,7 +106,7 @@ def _sniff_json(path: Path) -> Format:
     if b'"paragraphs"' in start and b'"data"' in start:
         return "squad"
     try:
-        is_object = isinstance(json.loads(first_line), dict)
+        is_object = isinstance(JsonDecoder().decode_marked(first_line.decode()), dict)
     except (ValueError, RecursionError):
         is_object = False
     if is_object and b'"data"' not in first_line:
@@ -161,13 +163,13 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
 
 
 def _read_jsonl(path: Path) -> Iterator[NumberedRow]:
-    loads = json.loads
+    decode = JsonDecoder().decode
     for number, line in _read_lines(path):
         if isinstance(line, BrokenRow):
             yield number, line
             continue
         try:
-            row = loads(line)
+            row = decode(line)
         except (ValueError, RecursionError) as error:
             yield number, BrokenRow(_json_error(error))
             continue
@@ -177,7 +179,7 @@ def _read_jsonl(path: Path) -> Iterator[NumberedRow]:
 def _read_json_list(path: Path) -> Iterator[NumberedRow]:
     """Items are decoded one after the other, so that each is known by its line."""
     text = _read_text(path)
-    decoder = json.JSONDecoder()
+    decoder = JsonDecoder()
     position, number = _skip_space(text, 0), 1
     if not text.startswith("[", position):
         raise UserError(
@@ -192,30 +194,44 @@ def _read_json_list(path: Path) -> Iterator[NumberedRow]:
         number += text.count("\n", seen, position)
         seen = position
         try:
-            row, position = decoder.raw_decode(text, position)
+            row, repeated, position = decoder.decode_at(text, position)
         except (ValueError, RecursionError) as error:
             # What follows a syntax error has no place that could be trusted.
             yield number, BrokenRow(_json_error(error))
             return
-        yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is no object {...}")
+        if repeated is not None:
+            yield number, BrokenRow(_duplicate(repeated))
+        else:
+            yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is no object {...}")
         position = _skip_space(text, position)
         if text.startswith(",", position):
             position = _skip_space(text, position + 1)
         elif not text.startswith("]", position):
             yield number, BrokenRow("the list does not go on with `,` or end with `]` after this item")
             return
+    end = position + 1
+    beyond = _skip_space(text, end)
+    if beyond < len(text):
+        number += text.count("\n", seen, beyond)
+        yield number, BrokenRow(f"the list has ended, and {len(text[beyond:].rstrip()):,} more characters follow")
 
 
 def _read_squad(path: Path) -> Iterator[NumberedRow]:
     """One row a question, counted from 1, in the columns of the hub: lines of one JSON value tell nobody anything."""
     number = 0
     try:
-        articles = json.loads(_read_text(path))["data"]
-        for article in articles:
+        document = JsonDecoder().decode_marked(_read_text(path))
+        _check_squad_object(document, "the file", path)
+        for place, article in enumerate(document["data"], start=1):
+            _check_squad_object(article, f"article {place}", path)
             for paragraph in article["paragraphs"]:
+                _check_squad_object(paragraph, f"a paragraph of article {place}", path)
                 context = paragraph["context"]
                 for qa in paragraph["qas"]:
                     number += 1
+                    if (repeated := _repeated_in_question(qa)) is not None:
+                        yield number, BrokenRow(_duplicate(repeated))
+                        continue
                     answers = [] if qa.get("is_impossible") else [answer["text"] for answer in qa["answers"]]
                     row = {"context": context, "question": qa["question"], "answers": {"text": answers}}
                     yield number, row if qa.get("id") is None else {"id": str(qa["id"]), **row}
@@ -238,11 +254,34 @@ def _read_squad(path: Path) -> Iterator[NumberedRow]:
         ) from None
 
 
+def _check_squad_object(value: object, name: str, path: Path) -> None:
+    if isinstance(value, RepeatedKeys):
+        raise UserError(
+            f"{name} has the key `{value.repeated}` twice, so nobody can tell which is meant",
+            where=str(path),
+            next_step="remove one of the two",
+        )
+
+
+def _repeated_in_question(qa: Any) -> str | None:
+    """A key that stands twice in a question or in one of its answers."""
+    answers = qa.get("answers") if isinstance(qa, dict) else None
+    parts = [qa, *(answers if isinstance(answers, list) else ())]
+    return next((part.repeated for part in parts if isinstance(part, RepeatedKeys)), None)
+
+
+def _duplicate(key: str) -> str:
+    return str(RepeatedKeyError(key))
+
+
 def _read_parquet(path: Path) -> Iterator[NumberedRow]:
     import pyarrow.parquet
 
     number = 0
-    for batch in _open_parquet(pyarrow.parquet, path).iter_batches(batch_size=4096):
+    file = _open_parquet(pyarrow.parquet, path)
+    # As rows, the last of two columns of one name would win.
+    _check_columns(file.schema_arrow.names, path)
+    for batch in file.iter_batches(batch_size=4096):
         for row in batch.to_pylist():
             number += 1
             yield number, row
@@ -292,7 +331,7 @@ def _check_columns(columns: list[str], path: Path) -> None:
     if repeated:
         raise UserError(
             f"column `{repeated[0]}` stands twice in the header of `{path.name}`",
-            where=f"{path}, line 1",
+            where=f"{path}, line 1" if path.suffix.lower() != ".parquet" else str(path),
             next_step="name each column once; the first line of a TSV or CSV file is its header",
         )
 
@@ -304,7 +343,9 @@ def _wrong_number_of_columns(found: int, expected: int) -> BrokenRow:
 def _json_error(error: ValueError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "JSON that is nested too deeply"
-    return f"not JSON: {error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "not JSON"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg}, column {error.colno}"
+    return str(error) if isinstance(error, RepeatedKeyError) else "not JSON"
 
 
 def _missing(error: Exception) -> str:

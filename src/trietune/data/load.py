@@ -39,7 +39,7 @@ from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.sources import FileRows, Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat, find_columns, read_messages, split_template
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
-from trietune.errors import UserError
+from trietune.errors import StopRequested, UserError
 
 Report = Callable[[str], None]
 Progress = Callable[[str, int, int | None], None]
@@ -105,6 +105,7 @@ def load_data(
         UserError: the data cannot be found or read, has broken rows or wrong labels, or nothing of it is left.
     """
     sources = find_sources(settings, report=report)
+    watch = _Watch.of(sources)
     recipe = _find_recipe(settings, sources)
     prompt_format = make_prompt_format(settings, tokenizer, recipe, _first_conversation(sources.train, recipe))
     unused = find_unused(sources.train.columns(), recipe)
@@ -113,7 +114,7 @@ def load_data(
     if recipe.kind == "templates" and not find_columns(recipe.prompt_template, recipe.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
     loading = _Loading(
-        settings, tokenizer, recipe, prompt_format, _writable(cache_folder, report), report, progress, check_stop
+        settings, tokenizer, recipe, prompt_format, _writable(cache_folder, report), report, progress, check_stop, watch
     )
     held_out = None if sources.validation is not None else draw_held_out(sources.train.count())
     if held_out is not None:
@@ -172,6 +173,7 @@ def load_split(
         UserError: as `load_data`; or the data has no such split.
     """
     sources = find_sources(settings, report=report)
+    watch = _Watch.of(sources)
     recipe = _find_recipe(settings, sources, prompt_format)
     used_format = prompt_format or make_prompt_format(
         settings, tokenizer, recipe, _first_conversation(sources.train, recipe)
@@ -181,7 +183,7 @@ def load_split(
         if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
             report("the tokenizer is not the one that the adapter was trained with: figures may be worse for it")
     loading = _Loading(
-        settings, tokenizer, recipe, used_format, _writable(cache_folder, report), report, progress, check_stop
+        settings, tokenizer, recipe, used_format, _writable(cache_folder, report), report, progress, check_stop, watch
     )
     rows, held_out = _rows_of_split(sources, split, report)
     is_rest = split == "train" and held_out is not None
@@ -238,6 +240,28 @@ def find_label_task(train: SplitCounts, validation: SplitCounts | None) -> Task:
 
 
 @dataclass(frozen=True, slots=True)
+class _Watch:
+    """The files of all splits as they were before the first look into any: columns, counts and rows are of one time.
+
+    A key is made before rows are read, so what is read later must be what the key was made of.
+    """
+
+    rows: tuple[Rows, ...]
+    stamps: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @classmethod
+    def of(cls, sources: Sources) -> _Watch:
+        rows = tuple(rows for rows in (sources.train, sources.validation, sources.test) if rows is not None)
+        return cls(rows, tuple(one.stamp() for one in rows))
+
+    def check(self) -> None:
+        """Raise `UserError` if a file was written to since."""
+        for rows, stamp in zip(self.rows, self.stamps, strict=True):
+            if rows.stamp() != stamp:
+                raise _changed_meanwhile(rows)
+
+
+@dataclass(frozen=True, slots=True)
 class _Loading:
     """What the splits of one call share."""
 
@@ -249,6 +273,7 @@ class _Loading:
     report: Report
     progress: Progress
     check_stop: CheckStop
+    watch: _Watch
 
     def load(
         self,
@@ -272,8 +297,9 @@ class _Loading:
             keeps_empty=not is_training,
             ignored_label=self.settings.ignored_index if self.recipe.kind == "tokens" else IGNORED_LABEL,
         )
+        fingerprint = rows.fingerprint()
         key = make_key(
-            rows=rows.fingerprint(),
+            rows=fingerprint,
             recipe=_deciding_fields(self.recipe),
             prompt_format=_deciding_fields(self.prompt_format),
             rules=asdict(rules),
@@ -285,8 +311,9 @@ class _Loading:
         entry = make_key(fingerprint=key, reading_version=READING_VERSION)
         found = open_cached(self.cache_folder, entry)
         if found is None:
-            sequences, counts = self._tokenize(rows, rules, entry, is_training, held_out, limit)
+            sequences, counts = self._tokenize(rows, fingerprint, rules, entry, is_training, held_out, limit)
         else:
+            self.watch.check()
             sequences, counts = found[0], SplitCounts.from_dict(found[1])
         for line in describe(counts, is_training=is_training, max_length=rules.max_length):
             self.report(line)
@@ -298,7 +325,14 @@ class _Loading:
         return sequences, counts, key
 
     def _tokenize(
-        self, rows: Rows, rules: Rules, key: str, is_training: bool, held_out: np.ndarray | None, limit: int | None
+        self,
+        rows: Rows,
+        fingerprint: str,
+        rules: Rules,
+        key: str,
+        is_training: bool,
+        held_out: np.ndarray | None,
+        limit: int | None,
     ) -> tuple[TokenSequences, SplitCounts]:
         total = rows.quick_count() if held_out is None else int((held_out != is_training).sum())
         total = limit if total is None else min(total, limit or total)
@@ -307,17 +341,26 @@ class _Loading:
         if held_out is not None and not is_training:
             placed = compress(placed, held_out)
         with CacheWriter(self.cache_folder, key) as writer:
-            counts = tokenize_rows(
-                islice(placed, _last_row(held_out, limit)),
-                writer,
-                source=rows.name,
-                recipe=self.recipe,
-                encoder=make_encoder(self.tokenizer, self.prompt_format),
-                rules=rules,
-                check_stop=self.check_stop,
-                progress=lambda done: self.progress(phase, done, total),
-                left_out=held_out if is_training else None,
-            )
+            try:
+                counts = tokenize_rows(
+                    islice(placed, _last_row(held_out, limit)),
+                    writer,
+                    source=rows.name,
+                    recipe=self.recipe,
+                    encoder=make_encoder(self.tokenizer, self.prompt_format),
+                    rules=rules,
+                    check_stop=self.check_stop,
+                    progress=lambda done: self.progress(phase, done, total),
+                    left_out=held_out if is_training else None,
+                )
+            except StopRequested:
+                raise
+            except Exception:
+                self.watch.check()  # what is wrong with the rows may be that they are half written
+                raise
+            self.watch.check()
+            if rows.fingerprint() != fingerprint:
+                raise _changed_meanwhile(rows)
             return writer.finish(asdict(counts)), counts
 
 
@@ -446,6 +489,14 @@ def _describe_held_out(rows: Rows, held_out: np.ndarray) -> str:
     return (
         f"no validation data: {number:,} of {len(held_out):,} rows of `{rows.name}` are held out for it, "
         "the same ones in every run"
+    )
+
+
+def _changed_meanwhile(rows: Rows) -> UserError:
+    return UserError(
+        f"`{rows.name}` was written to while it was read, so nobody can tell what was read of it",
+        where="nothing was kept",
+        next_step="wait until the file is complete, then run the same command again",
     )
 
 

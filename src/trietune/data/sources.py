@@ -52,6 +52,10 @@ class Rows(Protocol):
         """Changes whenever the rows, their order or their places do."""
         ...
 
+    def stamp(self) -> tuple[tuple[int, ...], ...]:
+        """Changes whenever a file of these rows is written to, also if its content comes back."""
+        ...
+
     def columns(self) -> list[str]: ...
 
     def count(self) -> int: ...
@@ -138,6 +142,9 @@ class FileRows:
                 raise UserError(f"cannot read `{path}`: {error.strerror or error}") from None
         return digest.hexdigest()
 
+    def stamp(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(map(_stamp_of, self.paths))
+
     def columns(self) -> list[str]:
         for path in self.paths:
             for _, row in read_rows(path):
@@ -180,6 +187,9 @@ class HubRows:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
+    def stamp(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(_stamp_of(Path(cached["filename"])) for cached in self.dataset.cache_files)
+
     def columns(self) -> list[str]:
         return list(self.dataset.column_names)
 
@@ -216,6 +226,9 @@ class SlicedRows:
     def fingerprint(self) -> str:
         return f"{self.rows.fingerprint()}[{self.start}:{self.stop}]"
 
+    def stamp(self) -> tuple[tuple[int, ...], ...]:
+        return self.rows.stamp()
+
     def columns(self) -> list[str]:
         return self.rows.columns()
 
@@ -233,6 +246,14 @@ def _is_of_a_run(origin: str) -> bool:
     """Whether a value stands in the `config.yaml` of a run: until 0.1.0, those named SST-2 beside any `train_file`."""
     path = Path(origin.rpartition(", line ")[0])
     return path.name == "config.yaml" and (path.parent / ".run-id").is_file()
+
+
+def _stamp_of(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read `{path}`: {error.strerror or error}") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str, report: Callable[[str], None]) -> Sources:

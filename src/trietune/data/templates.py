@@ -18,6 +18,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from trietune.data.examples import Message, Task
+from trietune.data.json_text import RepeatedKeyError, decode_json
 from trietune.errors import UserError
 
 SST2_PROMPT = "Review: {sentence}\nOutput:"
@@ -94,7 +95,7 @@ class PromptFormat:
             UserError: not such a record, or one of a later version.
         """
         try:
-            fields = json.loads(text)
+            fields = decode_json(text)
             version = fields.pop("format_version")
             if version == FORMAT_VERSION:
                 task = fields.pop("task")
@@ -205,7 +206,9 @@ def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
     # Parquet and CSV have no lists of objects of mixed kind: some data sets keep them as JSON text.
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = decode_json(value)
+        except RepeatedKeyError as error:
+            raise TypeError(f"column `{column}` holds an object with a {error}") from None
         except (ValueError, RecursionError):
             raise TypeError(f"column `{column}` holds text that is no JSON list of messages") from None
     if not isinstance(value, Sequence) or not value:

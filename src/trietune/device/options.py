@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trietune.errors import UserError
+from trietune.io.name_patterns import PatternError, compile_pattern, matching
 
 # Axes whose devices split a batch, by the names that files give them.
 DATA_AXES = ("data", "batch", "dp")
@@ -53,12 +54,21 @@ class Mesh:
         plain = name.replace(PEFT_LAYER, "")
         candidates = [f"{prefix}{form}{end}" for prefix in ("", PEFT_PREFIX) for form in (name, plain) for end in ENDS]
         for sharding in self.shardings:
-            if any(re.search(sharding.pattern, candidate) for candidate in candidates):
+            if _is_found(sharding.pattern, candidates):
                 return sharding.axes, sharding.pattern
         return None
 
 
 ENDS = ("", ".weight")
+
+
+def _is_found(pattern: str, candidates: Sequence[str]) -> bool:
+    try:
+        return bool(matching(pattern, candidates, whole=False))
+    except PatternError as error:
+        raise UserError(
+            f"`{pattern[:80]}` {error}", where="`model_sharding_patterns`", next_step="write it without nested repeats"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +173,10 @@ def _pairs(shardings: Mapping[str, Any] | Sequence[Any] | None, where: str) -> l
 def _read_sharding(pair: tuple[str, Any], names: tuple[str, ...], where: str) -> Sharding:
     pattern, axes = pair
     try:
-        re.compile(pattern)
-    except re.error as error:
+        compile_pattern(pattern)
+    except PatternError as error:
         raise UserError(
-            f"`{pattern}` is no regular expression: {error}", where=where, next_step="write a point as `\\\\.`"
+            f"`{pattern}` is no regular expression: it {error}", where=where, next_step="write a point as `\\\\.`"
         ) from None
     if not isinstance(axes, Sequence) or isinstance(axes, str):
         raise UserError(

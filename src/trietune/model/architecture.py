@@ -83,7 +83,9 @@ def _attends_through_the_interface(config: Any) -> bool:
     AttentionMaskInterface.register(_PROBE, lambda *args, **kwargs: None)
     with torch.device("meta"):
         # A copy of the configuration too: it is where a network keeps how it attends.
-        network: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # type: ignore[no-untyped-call]
+        network: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            copy.deepcopy(config), trust_remote_code=False
+        )
         tokens = torch.zeros(1, 4, dtype=torch.long)
         try:
             network.set_attn_implementation(_PROBE)

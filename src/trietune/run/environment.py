@@ -36,6 +36,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "base_model": prepared.base.name,
         "base_revision": prepared.base.revision,
         "base_digest": prepared.base.digest or _sampled_digest(prepared.base.path),
+        "base_weights": prepared.base.weights_digest,
         "data_fingerprint": data.train_fingerprint,
         "validation_fingerprint": data.validation_fingerprint,
         "tokenizer": data.prompt_format.tokenizer_hash,
@@ -46,7 +47,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
 def compared(environment: Mapping[str, Any]) -> dict[str, Any]:
     """The part that decides whether a resumed run is the same training, flat."""
     names = (
-        "num_threads", "world_size", "base_model", "base_revision", "base_digest", "data_fingerprint",
+        "num_threads", "world_size", "base_model", "base_revision", "base_digest", "base_weights", "data_fingerprint",
         "validation_fingerprint", "tokenizer",
     )  # fmt: skip
     flat = {name: environment[name] for name in names}

@@ -7,6 +7,7 @@ google/gemma-...     a base model: data, or plain text
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -180,7 +181,8 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     """Load the base model and the adapter that `target` names.
 
     Raises:
-        UserError: `target` is none of a run, an adapter or a base model; a launcher started several processes.
+        UserError: `target` is none of a run, an adapter or a base model, its adapter is not as the manifest says, or a
+            launcher started several processes.
     """
     refuse_several_processes()
     from trietune.data.encoder import load_tokenizer
@@ -205,6 +207,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     # transformers starts an XLA device when it is imported, so these wait until one has been chosen.
     from trietune.model.adapter.adapter import load_adapter
     from trietune.model.adapter.export import base_name_of
+    from trietune.model.adapter.folder import MAX_TEXT_BYTES, PROMPT_FILE, read_listed, read_plain_file
     from trietune.model.architecture import check_architecture
     from trietune.model.assemble import assemble
     from trietune.model.base.four_bits import check_four_bits
@@ -214,6 +217,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
     if settings.load_in_4bit:
         check_four_bits(device, where=settings.where("load_in_4bit"))
+    listed = read_listed(adapter, hub.say) if adapter else None
     base = locate_base(base_name_of(adapter) if adapter else str(target), hub)
     network = load_network(
         base, dtype=dtype, device=device.loading_device, load_in_4bit=settings.load_in_4bit, report=hub.say
@@ -223,10 +227,11 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     refusal = check_architecture(network)
     widths = widths_of(network.config.get_text_config(), network)
     if adapter is not None:
-        load_adapter(network, adapter)
-        file = adapter / "prompt_format.json"
-        if file.is_file():
-            prompt_format = PromptFormat.from_json(file.read_text("utf-8"), where=str(file))
+        load_adapter(network, adapter, listed=listed)
+        file = adapter / PROMPT_FILE
+        if os.path.lexists(file):
+            data = read_plain_file(adapter, PROMPT_FILE, max_bytes=MAX_TEXT_BYTES, listed=listed)
+            prompt_format = PromptFormat.from_json(data.decode("utf-8", "replace"), where=str(file))
     if settings.batching != "padded" and refusal is not None:
         settings = settings.model_copy(update={"batching": "padded"})
         check_device(settings, device, options, hub.say)

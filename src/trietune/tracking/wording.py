@@ -68,6 +68,8 @@ def size(num_bytes: float) -> str:
 
 def visible(text: str) -> str:
     """`text` with control characters written out, so that data cannot steer a terminal; line breaks stay."""
+    if text.isprintable():
+        return text
     return "".join(
         char if char == "\n" or not unicodedata.category(char).startswith("C") else _escaped(char) for char in text
     )

@@ -246,8 +246,10 @@ def _check_key(key: str) -> None:
 
 
 def refuse_credentials(remote_path: str) -> None:
-    authority = re.match(r"[a-z0-9+.-]+://([^/]*)@", remote_path, re.IGNORECASE)
-    carries = (authority and ":" in authority[1]) or re.search(
+    # Secrets are pasted as they are, slashes included, with a scheme, half of one, or none: a colon before the last
+    # `@`, other than that of `scheme://`, stands between a name and a password.
+    user_info, at, _ = re.sub(r"^\s*[a-z][a-z0-9+.-]*://", "", remote_path, flags=re.IGNORECASE).rpartition("@")
+    carries = (at and (":" in user_info or _looks_random(user_info))) or re.search(
         r"[?&;](sig|token|key|secret|password|x-amz)", remote_path, re.I
     )
     if carries:
@@ -256,6 +258,11 @@ def refuse_credentials(remote_path: str) -> None:
             where="it would be written into config files and logs",
             next_step="leave it out, and log in by the provider's own means: environment, profile, or login command",
         )
+
+
+def _looks_random(text: str) -> bool:
+    kinds = (str.isupper, str.islower, str.isdigit)
+    return len(text) >= 20 and all(any(is_kind(char) for char in text) for is_kind in kinds)
 
 
 def names_below(keys: Iterable[str], prefix: str) -> dict[str, list[str]]:

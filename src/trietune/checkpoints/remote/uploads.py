@@ -275,7 +275,9 @@ def _upload_rest(store: CheckpointStore, remote: RemoteRun, uploaded: list[str])
         remote.check_adapter(store.run_id, remote.adapter_manifest())
         remote.upload(adapter)
         uploaded.append("adapter")
-    remote.upload_plain([run_directory / name for name in RUN_FILES if (run_directory / name).is_file()])
+    paths = [run_directory / name for name in RUN_FILES]
+    # A link may lead to what is not the run's.
+    remote.upload_plain([path for path in paths if path.is_file() and not path.is_symlink()])
 
 
 def _candidates(

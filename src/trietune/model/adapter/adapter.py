@@ -9,7 +9,6 @@ keeps three digits.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +23,14 @@ from transformers import PreTrainedModel
 from trietune.errors import UserError
 from trietune.io import strict_json
 from trietune.io.directory import Content
+from trietune.io.name_patterns import PatternError, matching
 from trietune.io.safetensors import TensorError, check_names, parse
 from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES, config_for_file, parse_config
-from trietune.model.adapter.folder import WEIGHTS_FILE, read_plain_file, read_shapes
+from trietune.model.adapter.folder import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, Listed, read_plain_file, read_shapes
 from trietune.model.adapter.targets import linear_modules, resolve_targets
 from trietune.model.adapter.tensors import copy_into, tensors_to_content
 from trietune.model.base.folder import ModelFolder
+from trietune.model.module_names import resolve_patterns
 
 _FLOATING_POINT = ("F64", "F32", "F16", "BF16")
 
@@ -125,22 +126,31 @@ def adapter_files(peft_model: PeftModel, base: ModelFolder) -> dict[str, Content
     }
 
 
-def load_adapter(network: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+def load_adapter(
+    network: PreTrainedModel, folder: Path, *, listed: Listed | None = None, is_trainable: bool = False
+) -> PeftModel:
     """Put the adapter in `folder` onto `network`; every tensor of the file has its place, and every place its tensor.
 
     The weights are read after their header has been found to fit, so a file that claims the world costs nothing.
 
+    Args:
+        listed: what its files must hold, see `adapter_folder.read_listed`.
+
     Raises:
         UserError: no adapter there, a configuration that is not LoRA as we know it, tensors missing, unexpected or of
-            another shape than this network's.
+            another shape than this network's, other bytes than those `listed`.
     """
-    config = read_plain_file(folder, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES)
+    config = read_plain_file(folder, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES, listed=listed)
     weights = folder / WEIGHTS_FILE
+
+    def read_weights() -> bytes:
+        return read_plain_file(folder, WEIGHTS_FILE, max_bytes=MAX_WEIGHTS_BYTES, listed=listed)
+
     try:
         shapes = read_shapes(folder)
     except TensorError as error:
         raise _does_not_fit(str(weights), error) from error
-    return _load(network, config, shapes, weights.read_bytes, where=str(folder), is_trainable=is_trainable)
+    return _load(network, config, shapes, read_weights, where=str(folder), is_trainable=is_trainable)
 
 
 def load_adapter_files(
@@ -244,14 +254,15 @@ def _does_not_fit(where: str, error: TensorError) -> UserError:
 def _wrap(network: PreTrainedModel, config: LoraConfig, *, base: ModelFolder, seed: int, where: str) -> PeftModel:
     # PEFT writes the network's own name here, and warns about any other that it finds.
     config.base_model_name_or_path = None
+    resolve_patterns(config, [name for name, _ in network.named_modules() if name], where=where)
     devices = [network.device] if network.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 under a name that the latter is about to drop.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         # It trains and loads; merging it is what fails, and `export` refuses that by comparing logits.
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
-        # It looks for them among modules alone; those that it writes itself are of experts, which are parameters.
-        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys", category=RuntimeWarning)
+        # A pattern of ranks may mean modules that have no adapter, and was matched against all names.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         # It sets this itself, layer by layer, for GPT-2's kind of linear layer.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         torch.manual_seed(seed)
@@ -302,12 +313,14 @@ def _check_matches(key: str, network: nn.Module, targets: str | list[str]) -> No
     for pattern in patterns:
         try:
             matches = (
-                any(re.fullmatch(pattern, name) for name in names)
+                bool(matching(pattern, names))
                 if isinstance(targets, str)
                 else any(name == pattern or name.endswith(f".{pattern}") for name in names)
             )
-        except re.error as error:
-            raise UserError(f"`{key}: {pattern}` is no pattern: {error}") from error
+        except PatternError as error:
+            raise UserError(
+                f"`{key}: {pattern[:80]}` {error}", next_step=f"{key}: all-linear   (or a list of names)"
+            ) from error
         if not matches:
             raise UserError(
                 f"`{key}`: nothing in this model is called `{pattern}`",

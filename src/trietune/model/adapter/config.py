@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from trietune.errors import UserError
 from trietune.io import strict_json
+from trietune.io.name_patterns import PatternError, compile_pattern
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 * 2**20
@@ -22,8 +23,8 @@ MAX_RANK = 4096
 _MAX_TEXT = 4096
 _MAX_NAMES = 100_000
 _MAX_PATTERN = 1024
-# Each unbounded repeat multiplies the time by the length of a name, some sixty letters.
-_MAX_REPEATS = 3
+# PEFT puts these names into patterns of its own.
+_PLAIN_NAME = re.compile(r"[\w.-]{1,512}", re.ASCII)
 
 
 def _is_text(value: object) -> bool:
@@ -31,17 +32,12 @@ def _is_text(value: object) -> bool:
 
 
 def _is_pattern(value: object) -> bool:
-    """A regular expression that ends in good time on any name: PEFT matches it against every module of the model."""
+    """A regular expression in Python's syntax; `module_names` sees to it that it ends in good time."""
     if not isinstance(value, str) or len(value) > _MAX_PATTERN:
         return False
-    repeats_a_repeat = re.search(r"[*+}]\??\)[^()]*\)*[*+{]", value)
-    return not repeats_a_repeat and len(re.findall(r"[*+{]", value)) <= _MAX_REPEATS and _compiles(value)
-
-
-def _compiles(pattern: str) -> bool:
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
+        compile_pattern(value)
+    except PatternError:
         return False
     return True
 
@@ -52,6 +48,10 @@ def _is_flag(value: object) -> bool:
 
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and 0 < len(value) <= _MAX_NAMES and all(_is_text(name) for name in value)
+
+
+def _is_plain_names(value: object) -> bool:
+    return _is_names(value) and all(_PLAIN_NAME.fullmatch(name) for name in value)  # type: ignore[attr-defined]
 
 
 def _is_rank(value: object) -> bool:
@@ -99,20 +99,20 @@ _HONOURED: dict[str, tuple[Callable[[object], bool], str]] = {
     "lora_dropout": (_is_probability, "a number from 0 to below 1"),
     "target_modules": (
         lambda value: value is None or value == [] or _is_pattern(value) or _is_names(value),
-        "a plain pattern or a list of names",
+        "a pattern or a list of names",
     ),
     "target_parameters": (lambda value: value is None or value == [] or _is_names(value), "a list of names"),
     "exclude_modules": (
         _or_none(lambda value: _is_pattern(value) or _is_names(value)),
-        "a plain pattern or a list of names",
+        "a pattern or a list of names",
     ),
-    "modules_to_save": (_or_none(_is_names), "a list of names"),
+    "modules_to_save": (_or_none(_is_plain_names), "a list of names"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "fan_in_fan_out": (_is_flag, "true or false"),
     "use_rslora": (_is_flag, "true or false"),
     "use_dora": (_is_flag, "true or false"),
     "layers_to_transform": (_or_none(_is_layers), "a layer's number or a list of them"),
-    "layers_pattern": (_or_none(_is_pattern), "a plain pattern"),
+    "layers_pattern": (_or_none(_is_pattern), "a pattern"),
     "rank_pattern": (_is_by_pattern(_is_rank), "ranks by name"),
     "alpha_pattern": (_is_by_pattern(_is_number), "numbers by name"),
 }
@@ -178,7 +178,10 @@ def parse_config(data: bytes, *, where: str) -> LoraConfig:
     if not document["target_modules"] and not document.get("target_parameters"):
         raise UserError(f"`{where}` has neither `target_modules` nor `target_parameters`: the adapter is on nothing")
     honoured = {key: value for key, value in document.items() if key in _HONOURED and key != "peft_version"}
-    return LoraConfig(**honoured)
+    try:
+        return LoraConfig(**honoured)
+    except ValueError as error:
+        raise UserError(f"`{where}` cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _check(key: str, value: object, where: str) -> None:

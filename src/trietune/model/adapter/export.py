@@ -7,6 +7,7 @@ those of base and adapter, in fp32 and in the dtype that is saved.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,13 +22,23 @@ from torch import Tensor
 
 from trietune.errors import UserError
 from trietune.io import strict_json
-from trietune.io.directory import Damaged, check_sizes
+from trietune.io.directory import Damaged, read_manifest
 from trietune.io.safetensors import RawTensor, from_numpy, parse, serialise
 from trietune.io.whole_folder import whole_folder
 from trietune.model.adapter.adapter import load_adapter_files
 from trietune.model.adapter.card import merged_card
-from trietune.model.adapter.config import CONFIG_FILE, config_for_file, parse_config
-from trietune.model.adapter.folder import WEIGHTS_FILE, read_adapter
+from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES, config_for_file, parse_config
+from trietune.model.adapter.folder import (
+    CHAT_FILE,
+    CHECKED_FILES,
+    MAX_TEXT_BYTES,
+    PROMPT_FILE,
+    WEIGHTS_FILE,
+    copied_file,
+    read_adapter,
+    read_listed,
+    read_plain_file,
+)
 from trietune.model.base.folder import TOKENIZER_FILES, ModelFolder
 from trietune.model.base.load import load_network, quiet_library
 from trietune.model.base.locate import locate_model
@@ -35,9 +46,7 @@ from trietune.model.base.locate import locate_model
 Report = Callable[[str], None]
 
 # What belongs to an adapter beside its two files, where it is there.
-_COMPANIONS = ("prompt_format.json", "README.md")
-# Where transformers looks for a chat template first, before `chat_template` in tokenizer_config.json.
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_COMPANIONS = (PROMPT_FILE, CHAT_FILE, "README.md")
 _COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 # fp32 keeps 24 bits; a product of a few thousand terms through some dozen layers leaves about five digits of logits.
 _MERGE_TOLERANCE = 1e-3
@@ -67,7 +76,8 @@ def find_adapter(path: Path) -> Path:
 
 def base_name_of(adapter: Path) -> str:
     """What to give to `locate_model` for the base of this adapter, with its revision. Raises `UserError`."""
-    config = parse_config((adapter / CONFIG_FILE).read_bytes(), where=str(adapter / CONFIG_FILE))
+    data = read_plain_file(adapter, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES, listed=read_listed(adapter))
+    config = parse_config(data, where=str(adapter / CONFIG_FILE))
     if not config.base_model_name_or_path:
         raise UserError(
             f"`{adapter / CONFIG_FILE}` does not say which base model the adapter belongs to",
@@ -96,15 +106,20 @@ def export_adapter(
         readme: another model card than the one beside the adapter, or than what is made of it for a merged model.
 
     Raises:
-        UserError: no adapter, `out` is taken, an adapter that cannot be folded, a full disk, or a merge that would
-            change the model.
+        UserError: no adapter, one that is not as its manifest says, `out` is taken, an adapter that cannot be folded, a
+            full disk, or a merge that would change the model.
     """
     folder = find_adapter(adapter)
-    files = read_adapter(folder)
+    listed = read_listed(folder, report)
+    files = read_adapter(folder, listed)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"`{out}` exists already", next_step="choose another name, or remove it first")
     parse_config(files[CONFIG_FILE], where=str(folder / CONFIG_FILE))
-    companions = {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
+    companions = {
+        name: read_plain_file(folder, name, max_bytes=MAX_TEXT_BYTES, listed=listed if name in CHECKED_FILES else None)
+        for name in _COMPANIONS
+        if os.path.lexists(folder / name)
+    }
     companions |= _chat_template_of(companions, where=folder)
     if readme is not None:
         companions["README.md"] = readme.encode()
@@ -130,7 +145,7 @@ def _chat_template_of(companions: Mapping[str, bytes], *, where: Path) -> dict[s
             f"`{where / 'prompt_format.json'}` is not what TrieTune writes beside an adapter: {error}",
             next_step="take the adapter folder again from the run that made it",
         ) from None
-    return {CHAT_TEMPLATE_FILE: template.encode()} if isinstance(template, str) and template else {}
+    return {CHAT_FILE: template.encode()} if isinstance(template, str) and template else {}
 
 
 def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
@@ -211,11 +226,11 @@ def _write_merged(
         with quiet_library():
             merged.save_pretrained(staging)
         for name in _COPIED_FILES:
-            if (base.path / name).is_file():
-                shutil.copyfile(base.path / name, staging / name)
+            if os.path.lexists(base.path / name):
+                shutil.copyfile(copied_file(base.path, name), staging / name)
         for name, data in companions.items():
             (staging / name).write_bytes(data)
-        if CHAT_TEMPLATE_FILE in companions:
+        if CHAT_FILE in companions:
             _leave_out_other_templates(staging)
         num_bytes = sum(path.stat().st_size for path in staging.iterdir())
     for name, difference in differences.items():
@@ -235,7 +250,7 @@ def _leave_out_other_templates(folder: Path) -> None:
 def _was_trained_in_4bit(folder: Path) -> bool:
     """What the manifest beside an adapter of ours says; other adapters say nothing of it."""
     try:
-        return bool(check_sizes(folder).info.details.get("load_in_4bit"))
+        return bool(read_manifest(folder).info.details.get("load_in_4bit"))
     except Damaged:
         return False
 

@@ -7,10 +7,10 @@ code when it is opened, so a model that has nothing else is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trietune.errors import UserError
 
@@ -30,6 +30,15 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
+# Keys by which a configuration can ask for another implementation, of attention or of anything else.
+_CHOICES_OF_KERNELS = frozenset(
+    f"{prefix}{what}{suffix}"
+    for what in ("attn_implementation", "experts_implementation")
+    for prefix in ("", "_")
+    for suffix in ("", "_internal")
+) | {"use_kernels", "kernel_config", "hub_kernels", "allow_all_kernels"}
+_BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -38,7 +47,8 @@ class ModelFolder:
     """A base model on this disk.
 
     `name` is what the user wrote, without `@revision`: adapters record it as their base. `revision` is the commit that
-    a hub id was resolved to. `digest` is the SHA-256 of a GGUF file, in hex.
+    a hub id was resolved to. `digest` is the SHA-256 of a GGUF file, in hex, and `weights_digest` tells what it was
+    converted to.
     """
 
     path: Path
@@ -46,6 +56,7 @@ class ModelFolder:
     source: Literal["hub", "folder", "gguf"]
     revision: str | None = None
     digest: str | None = None
+    weights_digest: str | None = None
 
 
 def check_folder(folder: Path) -> None:
@@ -61,6 +72,7 @@ def check_folder(folder: Path) -> None:
             f"`{folder / 'config.json'}` names no `model_type`, so nobody can tell what model it is",
             next_step="take config.json from the page that the weights come from",
         )
+    _check_implementations(config, folder / "config.json")
     for name in names:
         if name.endswith(".safetensors"):
             _check_not_a_pointer(folder / name)
@@ -74,12 +86,39 @@ def check_folder(folder: Path) -> None:
             )
 
 
+def _check_implementations(config: Mapping[str, Any], where: Path, path: str = "") -> None:
+    """Refuse a configuration that chooses kernels: transformers fetches some of them from the hub, as code."""
+    for key, value in config.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key in _CHOICES_OF_KERNELS and not _is_built_in(value):
+            raise UserError(
+                f"`{where}` asks for {name}: `{str(value)[:60]}`, which may be code from elsewhere",
+                where="TrieTune chooses by itself how a model attends (`attention`), and loads no kernels by name",
+                next_step=f"remove `{key}` from that file",
+            )
+        if isinstance(value, dict):
+            _check_implementations(value, where, name)
+
+
+def _is_built_in(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_built_in, value.values()))
+    return value is None or value is False or (isinstance(value, str) and value in _BUILT_IN)
+
+
 def check_names(place: str, names: Sequence[str]) -> None:
     """Judge a folder or a repository by the names of its files alone; before anything is fetched."""
     if "adapter_config.json" in names and "config.json" not in names:
         raise UserError(
             f"`{place}` is an adapter, not a base model",
             next_step="`model_name` is the model under it, `base_model_name_or_path` in its adapter_config.json",
+        )
+    if "adapter_config.json" in names:
+        # transformers would put that adapter onto the model by itself, with whatever PEFT reads in it.
+        raise UserError(
+            f"`{place}` holds both a model and an adapter (adapter_config.json), so nobody can tell which is meant",
+            next_step="copy the model's own files to another folder, or take the adapter out of this one: "
+            "`trietune export --merge` puts it into its base",
         )
     has_weights = any(name.endswith(".safetensors") and "/" not in name for name in names)
     if "config.json" not in names:

@@ -1,7 +1,8 @@
 """A GGUF file becomes, once, a folder that every tool can load: safetensors, config and tokenizer.
 
 The folder lies under `TRIETUNE_CACHE` (or `~/.cache/trietune`), named by the SHA-256 of the file, so a file that
-moves is not converted again and one that changes is never mistaken for its former self.
+moves is not converted again and one that changes is never mistaken for its former self. The digests of what was written
+are kept with it and compared at each use: a folder that has changed since is made again.
 
 Weights are stored in bfloat16, except those of a file that is itself fp32 or fp16. A block format such as Q4_1 is off
 the original weights by several per cent; rounding its values to bfloat16 adds 0.14 % (measured on SmolLM2-135M,
@@ -13,34 +14,94 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from trietune.errors import UserError
-from trietune.io.whole_folder import whole_folder
+from trietune.io.whole_folder import whole_folder, write_error
 
 # Part of the folder's name: a change of what is written here must not meet folders of an older version.
-_LAYOUT = "1"
+_LAYOUT = "2"
+_DIGESTS = "digests.json"
 _MAGIC = b"GGUF"
+_ALONE = "model.gguf"
 
 
-def convert_gguf(file: Path, *, report: Callable[[str], None] = lambda text: None) -> tuple[Path, str]:
-    """The folder with the weights of `file`, converted now if it never was, and the SHA-256 of `file` in hex.
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a GGUF file became.
+
+    Attributes:
+        folder: safetensors, config and tokenizer.
+        digest: SHA-256 of the GGUF file, in hex.
+        weights_digest: SHA-256 over the names and digests of the safetensors, in hex.
+    """
+
+    folder: Path
+    digest: str
+    weights_digest: str
+
+
+def convert_gguf(file: Path, *, report: Callable[[str], None] = lambda text: None) -> Converted:
+    """The weights of `file` in a folder that is what was once converted, to the byte; converted now if need be.
 
     Raises:
         UserError: not a GGUF file, damaged, one part of several, an architecture that is not read, a full disk.
     """
     digest = _check_and_hash(file)
     folder = cache_folder() / "gguf" / f"{digest[:32]}-{_LAYOUT}"
+    if folder.is_dir() and (damage := _damage_of(folder)) is not None:
+        report(f"{folder} is not as it was written ({damage}), so {file.name} is converted again")
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise write_error(error, folder) from error
     if not folder.is_dir():
         report(f"converting {file.name} to safetensors, once; kept in {folder}")
         with whole_folder(folder) as staging:
             _convert(file, staging)
-    return folder, digest
+            if _check_and_hash(file) != digest:
+                raise UserError(
+                    f"`{file}` was written to while it was converted",
+                    where="nothing was kept",
+                    next_step="wait until the file is complete, then run the same command again",
+                )
+            (staging / _DIGESTS).write_text(json.dumps(_digests(staging), indent=1) + "\n")
+    weights = {name: digest for name, digest in _recorded(folder).items() if name.endswith(".safetensors")}
+    return Converted(folder, digest, hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest())
+
+
+def _damage_of(folder: Path) -> str | None:
+    """What of a converted folder is not as it was written; None if every byte is."""
+    try:
+        recorded, found = _recorded(folder), _digests(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{_DIGESTS}: {_first_line(error)}"
+    return next((name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)), None)
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    return dict(json.loads((folder / _DIGESTS).read_text()).items())
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256, in hex, of each file in `folder`, links and folders included as what they are."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_file():
+            found[path.name] = "not a plain file"
+        elif path.name != _DIGESTS:
+            with path.open("rb") as stream:
+                found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -67,10 +128,15 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     metadata, dtype_name = _read_metadata(file)
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        # The library draws bars of its own on stderr, some of them whatever its settings say.
-        with redirect_stderr(io.StringIO()):
+        # transformers draws bars of its own on stderr, some of them whatever its settings say.
+        with redirect_stderr(io.StringIO()), _alone(file) as folder_of_file:
+            source: dict[str, Any] = {
+                "pretrained_model_name_or_path": str(folder_of_file),
+                "gguf_file": _ALONE,
+                "trust_remote_code": False,
+                "local_files_only": True,
+            }
             network = AutoModelForCausalLM.from_pretrained(
                 **source, quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, dtype_name)
             )
@@ -88,6 +154,14 @@ def _convert(file: Path, folder: Path) -> None:
         network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_readme(file, metadata), encoding="utf-8")
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A folder that holds nothing but a link to `file`: transformers reads what lies beside it, code included."""
+    with TemporaryDirectory(prefix="trietune-gguf-") as folder:
+        (Path(folder) / _ALONE).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:

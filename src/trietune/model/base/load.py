@@ -105,7 +105,7 @@ def check_config(folder: ModelFolder) -> None:
             next_step="choose a model whose architecture transformers has, for example Gemma, Llama, Qwen or Mistral",
         )
     try:
-        AutoConfig.from_pretrained(folder.path, local_files_only=True)
+        AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     except ValueError:
         raise UserError(
             f"the installed transformers does not know the architecture `{family}` of `{folder.name}`",

@@ -78,5 +78,7 @@ def _take_gguf(file: Path, model_name: str, report: Report) -> ModelFolder:
             if in_repository
             else "check the path; a relative one starts where the command runs",
         )
-    folder, digest = convert_gguf(file, report=report)
-    return ModelFolder(path=folder, name=model_name, source="gguf", digest=digest)
+    found = convert_gguf(file, report=report)
+    return ModelFolder(
+        path=found.folder, name=model_name, source="gguf", digest=found.digest, weights_digest=found.weights_digest
+    )

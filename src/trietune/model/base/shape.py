@@ -73,7 +73,9 @@ def describe_network(
     check_config(base)
     config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=False
+        )
         base_rates = rates_of(network)
         dropped = rates_in_attention(network)
         if not base_dropout:

@@ -34,6 +34,7 @@ from trietune.tracking.events import (
     StepFinished,
     Working,
 )
+from trietune.tracking.terminal import can_encode, encodable, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -138,13 +139,13 @@ class ConsoleConsumer:
     def _write_result(self, event: RunFinished) -> None:
         width = self._screen.width if self._screen else result.DEFAULT_WIDTH
         self._err.flush()
-        write_safely(self._out, "\n".join(self._result.lines(event, width)) + "\n")
+        write_text(self._out, "\n".join(self._result.lines(event, width)) + "\n")
 
     def _write(self, text: str, style: str = "info") -> None:
         if self._screen:
             self._screen.print_styled(wording.visible(text), style)
         else:
-            write_safely(self._err, wording.visible(text) + "\n")
+            write_text(self._err, text + "\n")
 
     def _frame(self, width: int) -> list[Text]:
         return progress_lines(self._progress, width, self._clock(), is_ascii=not can_encode(self._err, "━╸"))
@@ -182,27 +183,6 @@ def marked_text(example: MarkedExample) -> Text:
 def can_show_bars(stream: TextIO) -> bool:
     """Whether `stream` is a terminal on which a line can be drawn again."""
     return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
-
-
-def can_encode(stream: TextIO, text: str) -> bool:
-    try:
-        text.encode(stream.encoding or "utf-8")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
-
-
-def write_safely(stream: TextIO, text: str) -> None:
-    """Write and flush, whatever the stream's encoding."""
-    stream.write(encodable(stream, text))
-    stream.flush()
-
-
-def encodable(stream: TextIO, text: str) -> str:
-    """`text` with escapes for the characters that the stream's encoding lacks; writing them would fail."""
-    if can_encode(stream, text):
-        return text
-    return text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
 
 
 class _Screen:

@@ -155,6 +155,7 @@ def _line(name: str, share: float | None, texts: list[str], width: int, is_ascii
     """Name, bar and numbers in one line; numbers leave from the right, then the bar, where there is no room."""
     from rich.text import Text
 
+    name = wording.one_line(name, width)
     head = f"{name[: max(10, width // 3)]:<8}"[: max(1, width - 1)]
     while len(texts) > 1 and len(head) + 2 + len("  ".join(texts)) >= width:
         texts = texts[:-1]

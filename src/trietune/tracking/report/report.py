@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trietune.io import files
+from trietune.errors import UserError
+from trietune.io.outputs import write_output
 from trietune.tracking import wording
 from trietune.tracking.console import result
 from trietune.tracking.events import Evaluated, Event, Predicted, RunFinished, RunStarted
@@ -29,8 +30,18 @@ LARGEST_SHARE_OF_TIME = 0.01
 
 
 def write_report(run_directories: Sequence[Path], out: Path) -> None:
-    """Write the page for these runs to `out`, whole or not at all. Raises `UserError` for a folder without a run."""
-    files.replace_file(out, render_page(_read_runs(run_directories)).encode())
+    """Write the page for these runs to `out`, whole or not at all.
+
+    Raises:
+        UserError: a folder without a run, `out` is something else than a plain file, such as a link or a device, or the
+            disk refused.
+    """
+    write_output(out, render_runs(run_directories).encode(), "the report")
+
+
+def render_runs(run_directories: Sequence[Path]) -> str:
+    """The page for these runs as text. Raises `UserError` for a folder without a run."""
+    return render_page(_read_runs(run_directories))
 
 
 def render_page(runs: Sequence[RunRecord]) -> str:
@@ -110,7 +121,10 @@ class ReportConsumer:
         if self._directory is None:
             return
         began_s = self._clock()
-        write_report([self._directory], self._directory / REPORT)
+        try:
+            write_report([self._directory], self._directory / REPORT)
+        except UserError as error:
+            raise OSError(error.what) from error
         now_s = self._clock()
         self._not_before_s = now_s + (now_s - began_s) / LARGEST_SHARE_OF_TIME
 
