@@ -88,7 +88,8 @@ def _fuse_norm(module: nn.Module, proven: dict[type, bool]) -> bool:
         proven[type(module)] = _agrees_as_norm(module, offset, epsilon)
     if not proven[type(module)]:
         return False
-    scale = (weight.detach() + offset).to(adapter_dtype(weight.dtype))
+    # Cast, then add, as the library does: in bf16 a sum near one keeps two or three digits of Gemma's weights.
+    scale = weight.detach().to(adapter_dtype(weight.dtype)) + offset
 
     def forward(x: Tensor) -> Tensor:
         fused: Tensor = RmsNorm.apply(x, scale, epsilon)  # type: ignore[no-untyped-call]
