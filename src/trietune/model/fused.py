@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trietune.model.frozen_weight import keep_joined
 from trietune.model.lora_linear import FrozenLayer, JoinedLinear, adapter_dtype, fuse_linears
+from trietune.model.replaced import replace_forward
 from trietune.model.trie_layers import TrieLayers, fuse_trie_layers
 
 # In fp32 both forms round a few times; a norm with another formula differs in the first digit.
@@ -95,7 +96,7 @@ def _fuse_norm(module: nn.Module, proven: dict[type, bool]) -> bool:
         fused: Tensor = RmsNorm.apply(x, scale, epsilon)  # type: ignore[no-untyped-call]
         return fused
 
-    module.forward = forward
+    replace_forward(module, forward)
     return True
 
 
@@ -164,7 +165,7 @@ def _fuse_mlp(module: Any) -> bool:
     forward = _mlp_forward(module, linear, activation, library)
     if not _agrees_as_mlp(forward, library, gate.weight.weights[0]):
         return False
-    module.forward = forward
+    replace_forward(module, forward)
     keep_joined(module, linear.weight, instead_of=(gate.weight, up.weight))
     return True
 
