@@ -462,7 +462,7 @@ def _answer_line(record: dict[str, Any]) -> str:
 def _chat(opened: Opened, max_new_tokens: int) -> None:
     """Ask and answer until the end of input; adapters that were not trained on chats answer one text at a time."""
     from trietune.data.examples import Message
-    from trietune.evaluation.predict import answer_turn
+    from trietune.evaluation.predict import answer_turn, prompt_length
     from trietune.inference import predict as ask
 
     encoder = opened.encoder()
@@ -489,7 +489,7 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
                 opened.model,
                 encoder,
                 messages,
-                max_nodes=opened.max_positions,
+                max_nodes=opened.prove_for(prompt_length(encoder, messages) + max_new_tokens),
                 max_new_tokens=max_new_tokens,
                 on_text=lambda piece: typer.echo(piece, nl=False),
             )

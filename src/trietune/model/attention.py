@@ -25,7 +25,6 @@ from trietune.model.row_attention import RowAttention
 from trietune.model.trie_layout import AttentionNote, TrieLayout
 from trietune.model.varlen_attention import VarlenAttention
 
-
 # Arguments of attention that change its result and that no way to attend on a trie knows.
 UNKNOWN_TO_TRIES = ("s_aux", "position_bias", "attention_bias", "alibi")
 
@@ -143,10 +142,10 @@ def _masked(
 
 def _library_attention(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The plain attention of the layer's own file, which knows its sinks, soft-capping and whatever else it has."""
-    attention: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     for kind in type(module).__mro__:
-        attention = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-        if attention is not None:
+        found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if found is not None:
+            attention: Callable[..., tuple[Tensor, Tensor | None]] = found
             return attention
     raise NotImplementedError(f"the file of `{type(module).__name__}` has no plain attention")
 

@@ -140,7 +140,7 @@ class TrieModel:
         mask: Tensor | dict[str, Tensor],
         layout: TrieLayout | StaticLayout | None,
     ) -> Tensor:
-        """Hidden states [S, W, D] of tokens and positions [S, W]; `layout` says what is seen, without it `mask` does."""
+        """Hidden states [S, W, D] of tokens and positions [S, W]; `layout` says what is seen, or else `mask`."""
         inputs: dict[str, Any] = {} if layout is None else {"trie_layout": layout}
         output = self.network.get_decoder()(  # type: ignore[operator]  # of transformers, which is untyped
             input_ids=self.tensor(input_ids),

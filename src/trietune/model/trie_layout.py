@@ -104,7 +104,7 @@ class TrieLayout:
                 head_size=head_size,
                 dtype=dtype,
                 device=self._device,
-                cost=self._forced and self._forced.cost,
+                cost=None if self._forced is None else self._forced.cost,
                 keeps_none=self._forced is not None and self._forced.keeps_none,
             )
         return self._rows[key]

@@ -219,7 +219,7 @@ def random_forests(vocabulary_size: int, longest: int, *, device: torch.device) 
 
 def short_trie(tokens: np.ndarray) -> Trie:
     """Five rows of at most `SHORT_WIDTH` tokens, taken from `tokens` again and again."""
-    t = np.resize(tokens, 16 * SHORT_WIDTH).tolist()
+    t: list[int] = np.resize(tokens, 16 * SHORT_WIDTH).tolist()
     width, stem = SHORT_WIDTH, SHORT_STEM
 
     def branch(depth: int, number: int, length: int) -> list[int]:

@@ -23,7 +23,7 @@ from torch import nn
 from trietune.errors import UserError
 from trietune.model.attention import attend, attend_by_library
 from trietune.model.causal_lm import TrieModel
-from trietune.model.proof.forests import Forest, forest_of
+from trietune.model.proof.forests import Forest, PlainRows
 from trietune.model.proof.parts import (
     adapters_that_matter,
     is_layer,
@@ -31,7 +31,16 @@ from trietune.model.proof.parts import (
     layer_of,
     parts_of,
 )
-from trietune.model.proof.passes import Error, Record, Scope, compare, compare_pointwise, record
+from trietune.model.proof.passes import (
+    Error,
+    Record,
+    Scope,
+    compare,
+    compare_pointwise,
+    describe_error,
+    record,
+    skipping,
+)
 from trietune.model.replaced import library_code, restore_forward
 from trietune.model.row_layout import AttentionCost
 from trietune.model.trie_layout import AttentionNote, ForcedRows
@@ -73,6 +82,10 @@ class Proof:
     rungs: dict[str, int]
     worst: float
     lines: tuple[str, ...]
+
+    @property
+    def needs_masks(self) -> bool:
+        return UNDER_A_MASK in self.rungs.values()
 
 
 @dataclass(slots=True)
@@ -141,16 +154,22 @@ class _Prover:
         if not self.layers:
             raise self._refusal("it has no list of layers to look into")
         try:
-            self.known = record(self.network, forest_of_two(two, device).rows, Scope(self.parts), {}, precise=False)
+            self.known = record(self.network, PlainRows.of(two, device), Scope(self.parts), {}, precise=False)
             self.mixing = {name for name, one in self.known.items() if one.mixes}
             self.of_short = self._record(short, Scope(self.parts, self._wide_elsewhere(), with_gradients=()))
             scope = self._gradient_scope()
             self.of_gradients = self._record(short, scope) if with_gradients else {}
             self.of_longest = self._record_longest()
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-            raise self._refusal(
-                f"transformers' own code raises {type(error).__name__} on plain rows: {str(error).splitlines()[0][:160]}"
-            ) from error
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            NotImplementedError,
+        ) as error:
+            raise self._refusal(f"on plain rows, transformers' own code {describe_error(error)}") from error
 
     def prove(self) -> Proof:
         if unseen := [name for name in self.layers if name not in self.of_short]:
@@ -213,8 +232,16 @@ class _Prover:
         places = forest.rows if self.is_padded else forest.nodes
         try:
             errors = compare(records, lambda: run(forest), scope, places, self.known)
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-            reason = f"it raises {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            NotImplementedError,
+        ) as error:
+            reason = f"it {describe_error(error)}"
             return {name: Error(float("inf"), reason=reason) for name in scope.watched if is_layer(name)}
         unseen = [name for name in scope.watched if name in records and name not in errors]
         known_bad = {layer_of(name) for name, error in errors.items() if not error.worst <= BOUND}
@@ -309,6 +336,7 @@ class _Prover:
         if rung == UNDER_A_MASK:
             if self.is_padded:
                 self.network.set_attn_implementation("eager")
+                self.model.library_attention = "eager"
             self.model.needs_masks = not self.is_padded
             self.model.can_decode = False
         if layer == self.layers[-1]:
@@ -333,16 +361,14 @@ class _Prover:
         run = partial(_run_trie, self.model, self.short, kind="rows", forced=_GATHERED, needed=needed)
         try:
             errors = compare(records, run, scope, self.short.nodes, self.known, needed=needed)
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            errors = {last: Error(float("inf"), reason=f"it raises {type(error).__name__}")}
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as raised:
+            errors = {last: Error(float("inf"), reason=f"it {describe_error(raised)}")}
         error = errors.get(last, Error(float("inf"), reason="it is not called"))
         if error.worst <= BOUND:
             found.worst = max(found.worst, error.worst)
             return []
         self.model.prunes_last = False
-        return [
-            f"the last layer computes all positions: label positions alone give other values ({_number(error)})"
-        ]
+        return [f"the last layer computes all positions: label positions alone give other values ({_number(error)})"]
 
     def _prove_head(self, found: _Found) -> None:
         """The head by itself, next to the whole network on a row of a few tokens."""
@@ -359,7 +385,7 @@ class _Prover:
 
             handle = decoder.register_forward_hook(enlarge)
             try:
-                with torch.no_grad(), library_code(self.network, "eager"), _skipping_layers(scope, self.known):
+                with torch.no_grad(), library_code(self.network, "eager"), skipping(scope, self.known):
                     theirs = self.network(input_ids=tokens, use_cache=False).logits[0]
             finally:
                 handle.remove()
@@ -370,7 +396,9 @@ class _Prover:
             # A head runs in its own dtype: sums of another shape may round once.
             bound = max(BOUND, float(torch.finfo(theirs.dtype).eps))
             if not error <= bound:
-                raise self._refusal(f"its head gives other logits on single positions ({error:.1e}, allowed {bound:.0e})")
+                raise self._refusal(
+                    f"its head gives other logits on single positions ({error:.1e}, allowed {bound:.0e})"
+                )
 
     def _prove_kernel(self, found: _Found) -> None:
         """A kernel next to rows in fp32, on what the layers of each kind give to attention."""
@@ -378,7 +406,7 @@ class _Prover:
         for forest in (self.short, self.longest):
             layout = model.layout(forest.trie, forest.needed, kind="rows")
             layout.notes = []
-            with torch.no_grad(), _skipping_layers(self._kinds_scope(), self.known):
+            with torch.no_grad(), skipping(self._kinds_scope(), self.known):
                 _run(model, forest, layout)
             for note in layout.notes:
                 error = _kernel_error(model, forest.trie, forest.needed, note, self.with_gradients)
@@ -412,9 +440,9 @@ class _Prover:
             (BY_ROWS, "run unfused: fused they give other values"),
             (
                 UNDER_A_MASK,
-                "attend through transformers' own function, which takes time"
+                "attend through transformers' plain function, which takes time: otherwise, other values"
                 if self.is_padded
-                else "attend through transformers under a mask, which takes time and memory: otherwise they give other values",
+                else "attend through transformers under a mask, which takes time and memory: by rows, other values",
             ),
         ):
             layers = [name for name in self.layers if rungs[name] == rung]
@@ -466,11 +494,6 @@ class _Prover:
         return False
 
 
-def forest_of_two(trie: Trie, device: torch.device) -> Forest:
-    """A forest without padding nodes, for what is only looked at."""
-    return forest_of(trie, device)
-
-
 def _run_trie(
     model: TrieModel, forest: Forest, *, kind: Any, forced: ForcedRows | None, needed: np.ndarray | None = None
 ) -> object:
@@ -491,24 +514,20 @@ def _run_padded(model: TrieModel, forest: Forest) -> object:
 def _kernel_error(model: TrieModel, trie: Trie, needed: np.ndarray, note: AttentionNote, with_gradients: bool) -> float:
     told = {"window": note.window, "scale": note.scale, "softcap": note.softcap, "of_needed": note.of_needed}
     results = []
-    for kind, dtype in ((model.attention, note.query.dtype), ("rows", torch.promote_types(note.query.dtype, torch.float32))):
+    for kind, dtype in (
+        (model.attention, note.query.dtype),
+        ("rows", torch.promote_types(note.query.dtype, torch.float32)),
+    ):
         inputs = [x.detach().to(dtype).requires_grad_(with_gradients) for x in (note.query, note.key, note.value)]
         with torch.set_grad_enabled(with_gradients):
-            out = attend(*inputs, model.layout(trie, needed, kind=kind), **told)  # type: ignore[arg-type]
+            query, key, value = inputs
+            out = attend(query, key, value, model.layout(trie, needed, kind=kind), **told)  # type: ignore[arg-type]
         found = [out.detach()]
         if with_gradients:
             cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
             found += torch.autograd.grad(out, inputs, cotangent)
         results.append([x.double() for x in found])
     return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(*results, strict=True))
-
-
-@contextmanager
-def _skipping_layers(scope: Scope, known: dict[str, Record]) -> Iterator[None]:
-    from trietune.model.proof.passes import _skipping
-
-    with _skipping(scope, known):
-        yield
 
 
 @contextmanager

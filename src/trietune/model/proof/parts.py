@@ -1,8 +1,8 @@
 """What is compared: decoder layers, their direct children, and what follows the layers.
 
-    3                  a layer; its own numbers are those of its sums and scales
-    3.self_attn        a child that is given hidden states [rows, width, D]
-    norm               after the last layer
+3                  a layer; its own numbers are those of its sums and scales
+3.self_attn        a child that is given hidden states [rows, width, D]
+norm               after the last layer
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def adapters_that_matter(network: nn.Module) -> Iterator[None]:
     With B zero the gradient of A is zero, whatever computes it.
     """
     generator = torch.Generator().manual_seed(0)
-    kept: list[tuple[Tensor, Tensor]] = []
+    kept: list[tuple[nn.Parameter, Tensor]] = []
     for name, parameter in network.named_parameters():
         if "lora_" in name and parameter.is_floating_point() and not bool(parameter.detach().any()):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).mul_(0.05)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trietune.errors import UserError
 from trietune.model.load import is_out_of_memory
 from trietune.model.proof.forests import Places, PlainRows
 from trietune.model.proof.parts import InFullPrecision, in_full_precision, is_layer, layer_of
@@ -101,7 +102,13 @@ class Scope:
 
 
 def record(
-    network: Any, rows: PlainRows, scope: Scope, known: dict[str, Record], *, attention: str = "eager", precise: bool = True
+    network: Any,
+    rows: PlainRows,
+    scope: Scope,
+    known: dict[str, Record],
+    *,
+    attention: str = "eager",
+    precise: bool = True,
 ) -> dict[str, Record]:
     """What transformers' own code computes on plain rows, with its plain attention.
 
@@ -152,7 +159,7 @@ def record(
     inputs = {"input_ids": torch.from_numpy(rows.tokens.astype(np.int64)).to(rows.is_real.device)}
     with (
         library_code(network, attention),
-        _skipping(scope, known),
+        skipping(scope, known),
         _hooks(scope.watched, before, after),
         torch.set_grad_enabled(bool(scope.with_gradients)),
     ):
@@ -214,8 +221,9 @@ def compare(
         assert one.returned is not None
         theirs, handed_on, stream = one.output, one.returned, one.input
         grid = _grid(returned, places.shape)
-        is_pruned = grid is None and at is not None and returned.shape[-2] == len(at)
-        if is_pruned:
+        is_pruned = False
+        if grid is None and at is not None and returned.shape[-2] == len(at):
+            is_pruned = True
             theirs, handed_on, stream = (x.index_select(0, at) for x in (theirs, handed_on, stream))
             grid = returned.view(1, len(at), -1)
             ours, laid = grid[0], handed_on[None]
@@ -227,7 +235,9 @@ def compare(
         gradients = 0.0
         if leaf.requires_grad and one.grad_input is not None:
             cotangent = _cotangent(name, one.output, scope.cotangent_at)
-            laid_cotangent = cotangent.index_select(0, at)[None] if is_pruned else places.lay_once(cotangent)
+            laid_cotangent = (
+                cotangent.index_select(0, at)[None] if is_pruned and at is not None else places.lay_once(cotangent)
+            )
             gradients = _gradient_error(one, _gradients(part, leaf, grid, laid_cotangent), places)
         errors[name] = _error(ours.detach(), theirs, stream if is_layer(name) else None, gradients)
         # A copy: some layers add to what a child returned in place.
@@ -238,11 +248,11 @@ def compare(
             del leaves[name]
         for name in [n for n in upcast if layer_of(n) == layer]:
             upcast.pop(name).restore()
-        errors[layer] = Error(float("inf"), reason=f"it raises {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        errors[layer] = Error(float("inf"), reason=f"it {describe_error(error)}")
 
     with (
         _guarded(scope, records, places, fail),
-        _skipping(scope, known),
+        skipping(scope, known),
         _hooks(scope.watched, before, after),
         torch.set_grad_enabled(bool(scope.with_gradients)),
     ):
@@ -254,9 +264,7 @@ def compare(
     return errors
 
 
-def compare_pointwise(
-    part: nn.Module, network: Any, name: str, inputs: Tensor, attention: str
-) -> Error:
+def compare_pointwise(part: nn.Module, network: Any, name: str, inputs: Tensor, attention: str) -> Error:
     """Values and gradients of a part that is given hidden states [n, D] alone, in fp32, called by itself."""
     precise = InFullPrecision(part)
     try:
@@ -278,6 +286,12 @@ def compare_pointwise(
             float("inf") if found[0] is None else _relative(found[0][0], one.grad_input), _error_of_grads(one, found[1])
         )
     return _error(ours.detach()[0], theirs.detach()[0], None, gradients)
+
+
+def describe_error(error: Exception) -> str:
+    """`raises ValueError: ...`, in one line."""
+    what = error.what if isinstance(error, UserError) else str(error)
+    return f"raises {type(error).__name__}: {(what.splitlines() or [''])[0][:160]}"
 
 
 def _gradient_error(one: Record, found: tuple[Tensor | None, dict[str, Tensor]], places: Places) -> float:
@@ -342,8 +356,10 @@ def _cotangent(name: str, output: Tensor, at: np.ndarray | None) -> Tensor:
     return cotangent.to(output.device, output.dtype)
 
 
-def _gradients(part: nn.Module, leaf: Tensor, output: Tensor, cotangent: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
-    trained = {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+def _gradients(
+    part: nn.Module, leaf: Tensor, output: Tensor, cotangent: Tensor
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    trained = {name: p for name, p in part.named_parameters() if p.requires_grad}
     if not output.requires_grad:
         return None, {}
     found = torch.autograd.grad(output, [leaf, *trained.values()], cotangent, allow_unused=True)
@@ -375,8 +391,8 @@ def _error(ours: Tensor, theirs: Tensor, stream: Tensor | None, gradients: float
 def _hooks(parts: dict[str, nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
     handles = []
     for name, part in parts.items():
-        handles.append(part.register_forward_pre_hook(lambda m, a, k, n=name: before(n, m, a, k), with_kwargs=True))  # type: ignore[misc]
-        handles.append(part.register_forward_hook(lambda m, a, k, o, n=name: after(n, m, o), with_kwargs=True))  # type: ignore[misc]
+        handles.append(part.register_forward_pre_hook(lambda m, a, k, n=name: before(n, m, a, k), with_kwargs=True))
+        handles.append(part.register_forward_hook(lambda m, a, k, o, n=name: after(n, m, o), with_kwargs=True))
     try:
         yield
     finally:
@@ -401,7 +417,7 @@ def _standing_in(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None
 
 
 @contextmanager
-def _skipping(scope: Scope, known: dict[str, Record]) -> Iterator[None]:
+def skipping(scope: Scope, known: dict[str, Record]) -> Iterator[None]:
     def nothing(name: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             found = _hidden(args, kwargs)
