@@ -42,7 +42,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "phimoe": {**_EXPERTS, "sliding_window": LONG_WINDOW},
     "gpt_oss": {**_EXPERTS, "head_dim": 16, "sliding_window": SHORT_WINDOW, "initializer_range": 0.5},
+    "mistral": {"sliding_window": LONG_WINDOW},
     "olmo2": {},
+    "lfm2": {"full_attn_idxs": [1, 3], "block_multiple_of": 16},
     "cohere": {"logit_scale": 0.3},
     "granite": {
         "logits_scaling": 3.0, "residual_multiplier": 0.7, "embedding_multiplier": 2.0, "attention_multiplier": 0.2,
