@@ -260,7 +260,7 @@ def plain_gradients(network: Any, sequences: FlatSequences) -> tuple[float, dict
         total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         weight += int((labels != -100).sum())
     (total / weight).backward()
-    return float(total) / weight, {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+    return total.item() / weight, {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(
