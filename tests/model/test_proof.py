@@ -246,7 +246,7 @@ def batch() -> FlatSequences:
     rows = [stem + draw(26), stem + draw(7), a + draw(30), a + draw(5), a[:3] + draw(20), b + draw(12), b + draw(15)]
     labels = [[-100] * (len(row) - 2) + row[-2:] for row in rows]
     offsets = np.concatenate(([0], np.cumsum([len(row) for row in rows]))).astype(np.int64)
-    return FlatSequences(np.array(sum(rows, []), np.int32), np.array(sum(labels, []), np.int32), offsets)
+    return FlatSequences(np.concatenate(rows).astype(np.int32), np.concatenate(labels).astype(np.int32), offsets)
 
 
 def plain_gradients(network: Any, sequences: FlatSequences) -> tuple[float, dict[str, torch.Tensor]]:

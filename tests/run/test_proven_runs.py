@@ -52,9 +52,7 @@ def with_sinks(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "sinks"
 
 
-def test_layers_with_sinks_train_and_answer_through_transformers(
-    overrides: dict[str, Any], with_sinks: Path
-) -> None:
+def test_layers_with_sinks_train_and_answer_through_transformers(overrides: dict[str, Any], with_sinks: Path) -> None:
     changed = {
         **overrides, "model_name": str(with_sinks), "max_steps": 2, "lora_target_modules": ["q_proj", "v_proj"],
         "max_grad_norm": 1.0, "learning_rate": 1e-3,
