@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from model.odd_families import LONG_WINDOW, in_dtype, odd
 from strategies import FlatSequences
 from trietune.errors import UserError
 from trietune.model import attention, fused, head, row_attention, trie_layers, trie_layout
+from trietune.model.adapter import add_adapter
 from trietune.model.causal_lm import TrieModel
 from trietune.model.fused import fuse_network
+from trietune.model.locate import ModelFolder
 from trietune.model.proof import Proof, prove, random_forests
 from trietune.model.proof.ladder import AS_IT_IS, BOUND, BY_ROWS, UNDER_A_MASK
 from trietune.trie import make_micro_batches, total_weight
@@ -70,6 +73,28 @@ def test_no_parameter_is_another_bit_afterwards() -> None:
     proof_of(model)
     assert bytes_of(network) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        (torch.bfloat16, {"use_dora": True}),
+        (torch.bfloat16, {"dropout": 0.1}),
+        (torch.bfloat16, {"modules_to_save": ["norm", "mlp", "lm_head"]}),
+        (torch.float32, {"bias": "all"}),
+        (torch.float16, {}),
+    ],
+)
+def test_adapters_of_every_kind_are_proven(dtype: torch.dtype, changes: dict[str, Any]) -> None:
+    network = families.FAMILIES["qwen2"]()
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    network.config.dtype = dtype
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if "modules_to_save" in changes else "all-linear"
+    add_adapter(network, r=3, alpha=7, target_modules=targets, base=ModelFolder(Path(), "base", "folder"), **changes)
+    proof = proof_of(model_of(network))
+    assert set(proof.rungs.values()) == {AS_IT_IS}, proof.lines
+    assert proof.worst < BOUND / 10
 
 
 Mutate = Callable[[pytest.MonkeyPatch, list[str]], None]
