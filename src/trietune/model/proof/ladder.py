@@ -197,9 +197,20 @@ class _Prover:
                 self._go_down(layer, rungs[layer])
         lines = self._say_rungs(rungs, reasons)
         lines += self._prove_last(rungs, found)
-        self._prove_head(found)
+        try:
+            self._prove_head()
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            NotImplementedError,
+        ) as error:
+            raise self._refusal(f"its head by itself {describe_error(error)}") from error
         if self.model.attention in KERNELS:
-            self._prove_kernel(found)
+            self._prove_kernel()
         return Proof(rungs, found.worst, (self._say_all(found), *lines))
 
     # Rounds
@@ -370,7 +381,7 @@ class _Prover:
         self.model.prunes_last = False
         return [f"the last layer computes all positions: label positions alone give other values ({_number(error)})"]
 
-    def _prove_head(self, found: _Found) -> None:
+    def _prove_head(self) -> None:
         """The head by itself, next to the whole network on a row of a few tokens."""
         tokens = torch.from_numpy(self.short.trie.input_ids[None, :9].astype(np.int64)).to(self.model.device)
         decoder = self.network.get_decoder()
@@ -400,7 +411,7 @@ class _Prover:
                     f"its head gives other logits on single positions ({error:.1e}, allowed {bound:.0e})"
                 )
 
-    def _prove_kernel(self, found: _Found) -> None:
+    def _prove_kernel(self) -> None:
         """A kernel next to rows in fp32, on what the layers of each kind give to attention."""
         model = self.model
         for forest in (self.short, self.longest):
@@ -449,7 +460,8 @@ class _Prover:
             if layers:
                 error, name, where = reasons[layers[0]]
                 # One layer speaks for all; its class names what it is.
-                lines.append(f"{_list(layers)} {text} ({self._class(name)}, {where}: {_number(error)})")
+                said = text if len(layers) > 1 else _singular(text)
+                lines.append(f"{_list(layers)} {said} ({self._class(name)}, {where}: {_number(error)})")
         return lines
 
     def _say_failure(self, layer: str, why: tuple[Error, str, str]) -> str:
@@ -545,6 +557,11 @@ def _number(error: Error) -> str:
         return error.reason
     of_gradients = " of a gradient" if error.gradients > error.values else ""
     return f"{error.worst:.1e}{of_gradients}, allowed {BOUND:.0e}"
+
+
+def _singular(text: str) -> str:
+    verb, _, rest = text.partition(" ")
+    return f"{verb}s {rest}"
 
 
 def _list(layers: Sequence[str]) -> str:
