@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -133,4 +134,14 @@ def pack_frozen_weights(network: nn.Module, *, most_bytes: int | None = None) ->
 
 def _can_pack(weight: Tensor) -> bool:
     is_built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_built and weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES
+    return is_built and weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and _packs_here(weight.dtype)
+
+
+@cache
+def _packs_here(dtype: torch.dtype) -> bool:
+    """Whether this processor has the instructions: oneDNN packs no bf16 without AVX-512."""
+    try:
+        _blocked(torch.ones(16, 16, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True
