@@ -36,6 +36,8 @@ def packed(weight: Tensor) -> FrozenWeight:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("num_rows", [1, 7, 80, 257])
 def test_products_of_both_sides(dtype: torch.dtype, tolerance: float, num_rows: int, products: list[int]) -> None:
+    if not frozen_weight._packs_here(dtype):
+        pytest.skip(f"this processor has no packed products in {dtype}")
     generator = torch.Generator().manual_seed(num_rows)
     weight = torch.randn(48, 36, generator=generator, dtype=torch.float64)
     bias = torch.randn(48, generator=generator, dtype=torch.float64)
