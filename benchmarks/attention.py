@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
-from trietune.host_memory import keep_freed_memory  # noqa: E402
+from trietune.run.malloc import keep_freed_memory  # noqa: E402
 
 keep_freed_memory()
 
@@ -29,8 +29,8 @@ import torch  # noqa: E402
 from measure import median_seconds  # noqa: E402
 from scipy.optimize import nnls  # noqa: E402
 
-from trietune.model.row_attention import RowAttention  # noqa: E402
-from trietune.model.row_layout import AttentionCost, RowLayout, attention_cost, build_row_layout  # noqa: E402
+from trietune.model.attention.row_blocks import AttentionCost, RowLayout, attention_cost, build_row_layout  # noqa: E402
+from trietune.model.attention.rows import RowAttention  # noqa: E402
 from trietune.trie import build_trie  # noqa: E402
 
 # Blocks, queries and keys of a bucket: answers, questions under paragraphs, paragraphs, whole tries.

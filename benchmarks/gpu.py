@@ -42,9 +42,9 @@ from transformers import AutoTokenizer  # noqa: E402
 from workloads import Workload, real_workload  # noqa: E402
 
 from trietune.device import Device, choose_device  # noqa: E402
-from trietune.device.attention import AttentionNeeds  # noqa: E402
-from trietune.model.attention import attend, trie_attention  # noqa: E402
-from trietune.model.trie_layout import TrieLayout, visibility  # noqa: E402
+from trietune.device.kernels import AttentionNeeds  # noqa: E402
+from trietune.model.attention.attend import attend, trie_attention  # noqa: E402
+from trietune.model.attention.layout import TrieLayout, visibility  # noqa: E402
 from trietune.trie import Trie, make_micro_batches  # noqa: E402
 
 # (query heads, key heads, head size) of SmolLM2-135M, Mistral 7B and Gemma 1.1 2B

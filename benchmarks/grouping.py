@@ -39,7 +39,7 @@ from scipy import stats  # noqa: E402
 from workloads import find_file  # noqa: E402
 
 import trietune  # noqa: E402
-from trietune.tracking.dispatch import Tracker  # noqa: E402
+from trietune.tracking.tracker import Tracker  # noqa: E402
 
 MAX_LENGTH = {"sst2": 64, "squad": 256}
 ORDERS = ("grouped", "shuffled")

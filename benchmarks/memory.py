@@ -93,12 +93,12 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     from models import ModelChoice, add_lora, build_network, trained_parameters, vocabulary_size
 
     from trietune.device import bytes_per_position, choose_device
+    from trietune.model.base.load import enable_checkpointing
     from trietune.model.causal_lm import TrieModel
-    from trietune.model.fused import fuse_network
-    from trietune.model.load import enable_checkpointing
+    from trietune.model.fast.norms_and_mlps import fuse_network
     from trietune.training.loop import accumulate_gradients
     from trietune.training.optimizer import build_optimizer
-    from trietune.trie.work import measure_work
+    from trietune.trie.batch_stats import measure_work
 
     device = choose_device(job["device"], use_tt=False)
     choice = ModelChoice(job["model"], job["folder"], job["layers"], job["dtype"])

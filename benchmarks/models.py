@@ -67,7 +67,7 @@ def find_smollm2(folder: str | None) -> str:
     if folder is not None:
         return str(Path(folder).expanduser())
     from trietune.demo import smollm2_gguf
-    from trietune.model.locate import locate_model
+    from trietune.model.base.locate import locate_model
 
     return str(locate_model(str(smollm2_gguf())).path)
 

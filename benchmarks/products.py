@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from measure import median_seconds  # noqa: E402
 from torch import nn  # noqa: E402
 
-from trietune.model.frozen_weight import FrozenWeight  # noqa: E402
+from trietune.model.fast.frozen_weight import FrozenWeight  # noqa: E402
 
 LAYERS = {"SmolLM2-135M": [(576, 576), (576, 1536), (1536, 576)], "Gemma 1.1 2B": [(2048, 16_384), (16_384, 2048)]}
 

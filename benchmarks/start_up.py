@@ -135,9 +135,9 @@ def plan_and_train(settings: list[str]) -> dict[str, float]:
 
     from trietune.config import load_config
     from trietune.model.causal_lm import TrieModel
-    from trietune.model.fused import fuse_network
-    from trietune.prepare import prepare
-    from trietune.tracking.dispatch import Tracker
+    from trietune.model.fast.norms_and_mlps import fuse_network
+    from trietune.run.prepare import prepare
+    from trietune.tracking.tracker import Tracker
     from trietune.training.loop import accumulate_gradients
     from trietune.training.sampler import Sampler
     from trietune.trie import make_micro_batches

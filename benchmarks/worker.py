@@ -37,7 +37,7 @@ def main(job_file: Path) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
-    from trietune.host_memory import keep_freed_memory
+    from trietune.run.malloc import keep_freed_memory
 
     # `trietune train` does it for itself; here every engine gets it.
     keep_freed_memory()

@@ -17,7 +17,7 @@ from job import LEARNING_RATE, WEIGHT_DECAY, Gate, Job
 from models import add_lora, build_network, trained_parameters
 
 from trietune.device import Device, choose_device
-from trietune.device.attention import AttentionNeeds, choose_way
+from trietune.device.kernels import AttentionNeeds, choose_way
 from trietune.model.assemble import assemble
 from trietune.training.loop import Schedules
 from trietune.training.loop import train as train_steps

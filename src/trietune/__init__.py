@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from trietune.config import Settings, load_config
     from trietune.errors import UserError
     from trietune.evaluation.evaluate import Evaluation
-    from trietune.inference import evaluate
-    from trietune.run import Run, train
+    from trietune.run.opened import evaluate
+    from trietune.run.session import Run, train
 
 __version__ = "0.1.0"
 __all__ = ["Evaluation", "Run", "Settings", "UserError", "__version__", "evaluate", "load_config", "train"]
@@ -23,12 +23,12 @@ __all__ = ["Evaluation", "Run", "Settings", "UserError", "__version__", "evaluat
 # Loaded on first use, so that `import trietune` costs nothing and loads no torch.
 _HOMES = {
     "Evaluation": "trietune.evaluation.evaluate",
-    "Run": "trietune.run",
+    "Run": "trietune.run.session",
     "Settings": "trietune.config",
     "UserError": "trietune.errors",
-    "evaluate": "trietune.inference",
+    "evaluate": "trietune.run.opened",
     "load_config": "trietune.config",
-    "train": "trietune.run",
+    "train": "trietune.run.session",
 }
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from trietune.cli import main
+from trietune.cli.app import main
 
 sys.exit(main())

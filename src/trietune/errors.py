@@ -15,7 +15,7 @@ EXIT_SIGTERM = 143
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; printed without a traceback by `trietune.cli`.
+    """A mistake that the user can mend; printed without a traceback by `trietune.cli.app`.
 
     Args:
         what: one sentence in plain words, in backticks whatever the user typed.

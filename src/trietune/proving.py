@@ -112,7 +112,7 @@ def positions_under_masks(settings: Settings, config: Any, dtype: Any, free_byte
     from functools import partial
 
     from trietune.device.memory import bytes_per_position
-    from trietune.device_plan import largest_under_mask
+    from trietune.run.device_plan import largest_under_mask
 
     checkpointing = settings.gradient_checkpointing or not trains
     position_bytes = partial(bytes_per_position, config, dtype, gradient_checkpointing=checkpointing, is_fused=False)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from chromium import Chromium, find_chromium
 
-from trietune.tracking.console import ConsoleConsumer
-from trietune.tracking.consumers import open_tracker
+from trietune.tracking.console.console import ConsoleConsumer
 from trietune.tracking.events import Evaluated, RunStarted, StepFinished
-from trietune.tracking.report import write_report
+from trietune.tracking.open import open_tracker
+from trietune.tracking.report.report import write_report
 
 pytestmark = [
     pytest.mark.browser,

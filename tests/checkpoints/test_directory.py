@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from trietune import files
-from trietune.checkpoints import directory, manifest
-from trietune.checkpoints.directory import (
+from trietune.checkpoints.messages import SaveFailed
+from trietune.checkpoints.retention import STEP_NAME
+from trietune.io import directory, files, manifest
+from trietune.io.directory import (
     Damaged,
     Streamed,
     clean_leftovers,
@@ -20,9 +21,7 @@ from trietune.checkpoints.directory import (
     verify_directory,
     write_directory,
 )
-from trietune.checkpoints.manifest import ManifestInfo
-from trietune.checkpoints.messages import SaveFailed
-from trietune.checkpoints.retention import STEP_NAME
+from trietune.io.manifest import ManifestInfo
 
 INFO = ManifestInfo(run_id="run-1", step=50, metrics={"eval/loss": 0.5, "eval/accuracy": float("nan")})
 CONTENTS = {"adapter_model.safetensors": b"weights" * 1000, "adapter_config.json": b"{}\n", "empty.bin": b""}

@@ -17,8 +17,8 @@ import json, re, sys
 from pathlib import Path
 import torch
 from trietune.checkpoints.store import CheckpointStore
-from trietune.checkpoints.tensors import parse
-from trietune.model import raw_tensors
+from trietune.io.safetensors import parse
+from trietune.model.adapter import tensors as raw_tensors
 
 def memory(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

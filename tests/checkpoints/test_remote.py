@@ -12,14 +12,14 @@ from typing import Any
 import fsspec
 import pytest
 
-from trietune.checkpoints import attempts
-from trietune.checkpoints.attempts import Patience
 from trietune.checkpoints.overview import list_checkpoints
-from trietune.checkpoints.remote import RemoteRun
+from trietune.checkpoints.remote import retry as attempts
+from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.storage import FolderStorage, FsspecStorage, Storage, open_storage
+from trietune.checkpoints.remote.uploads import Uploader, fetch, synchronise
 from trietune.checkpoints.resume import load_or_create_run_id
-from trietune.checkpoints.storage import FolderStorage, FsspecStorage, Storage, open_storage
 from trietune.checkpoints.store import CheckpointStore
-from trietune.checkpoints.uploads import Uploader, fetch, synchronise
 from trietune.errors import UserError
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from trietune import files
 from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
 from trietune.errors import UserError
+from trietune.io import files
 
 SAVED: dict[str, Any] = {
     "learning_rate": 6e-5, "batch_size": 32, "mesh_shape": (8, 1), "log_level": "INFO", "num_epochs": 1,

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from trietune import files
-from trietune.checkpoints import directory
 from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
+from trietune.io import directory, files
 
 
 def make_store(folder: Path, **changes: Any) -> CheckpointStore:

@@ -69,9 +69,9 @@ def test_no_package_in_the_experiments_branch_can_hide_pytorch() -> None:
 )
 def test_script_passes_everything_on(typed: list[str], passed_on: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    cli = types.ModuleType("trietune.cli")
+    cli = types.ModuleType("trietune.cli.app")
     cli.main = lambda arguments: seen.append(arguments) or 0  # type: ignore[attr-defined, func-returns-value]
-    monkeypatch.setitem(sys.modules, "trietune.cli", cli)
+    monkeypatch.setitem(sys.modules, "trietune.cli.app", cli)
     monkeypatch.setattr(sys, "argv", ["script", *typed])
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(EXPERIMENT / "test_gemma11_finetuning.py"), run_name="__main__")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from trietune.data.cache import CacheWriter, make_key, open_cached
+from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import Example, Message
 from trietune.data.load import load_data
-from trietune.data.tokenizer import EncodedExamples
 
 EXAMPLES = [
     Example("a:1", "prompt \ud800 ", " completion", answers=("x", "y")),

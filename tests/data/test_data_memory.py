@@ -12,7 +12,7 @@ import pytest
 
 from trietune.config import Settings
 from trietune.data import load_data
-from trietune.data.tokenizing import ROWS_A_BLOCK
+from trietune.data.encode_rows import ROWS_A_BLOCK
 
 # A row more costs its 8-byte hash, its place in a sort of those, and nothing else; the text alone would be 30 times it.
 BYTES_A_ROW = 64

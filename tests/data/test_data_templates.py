@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from trietune.data.columns import Recipe, Unlabelled, WrongRow, choose_recipe, example_maker
 from trietune.data.examples import Example, Message
-from trietune.data.recipes import Recipe, Unlabelled, WrongRow, choose_recipe, example_maker
 from trietune.data.templates import fill_template, find_columns, literal_text
 from trietune.errors import UserError
 

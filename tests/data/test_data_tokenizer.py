@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tokenizer_families import BUILDERS, Family, gpt2
 
 from trietune.config import load_config
+from trietune.data.columns import Recipe, WrongRow
+from trietune.data.encoder import Encoder, find_stop_ids, hash_tokenizer, load_tokenizer, make_encoder
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.preview import split_text
 from trietune.data.prompt_formats import make_plain_format, make_prompt_format
-from trietune.data.recipes import Recipe, WrongRow
 from trietune.data.templates import SQUAD_PROMPT, SST2_PROMPT, SST2_TASK, PromptFormat, fill_template
-from trietune.data.tokenizer import Encoder, find_stop_ids, hash_tokenizer, load_tokenizer, make_encoder
 from trietune.errors import UserError
 
 SST2 = Example("1", fill_template(SST2_PROMPT, {"sentence": "a fine film , and moving "}), SST2_TASK.labels[1])

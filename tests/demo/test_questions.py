@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from trietune.data.columns import choose_recipe, example_maker
 from trietune.data.files import BrokenRow, detect_format, read_rows
-from trietune.data.recipes import choose_recipe, example_maker
 from trietune.demo.locations import demo_questions
 
 FEWEST_PARAGRAPHS = {"train": 44, "dev": 12}

@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from trietune.device.attention import AttentionNeeds, Card, card_refuses, choose_way
 from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
 from trietune.device.doctor import find_attention
+from trietune.device.kernels import AttentionNeeds, Card, card_refuses, choose_way
 from trietune.errors import UserError
 
 KB = 1024

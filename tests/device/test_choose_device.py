@@ -48,7 +48,7 @@ def test_xla_without_torch_xla() -> None:
 @without_torch_xla
 def test_a_plug_in_without_torch_xla_is_no_reason_to_train_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "has_plugin", lambda: True)
-    monkeypatch.setattr("trietune.device.xla.has_plugin", lambda: True)
+    monkeypatch.setattr("trietune.device.xla.device.has_plugin", lambda: True)
     with pytest.raises(UserError) as caught:
         choose_device("auto", use_tt=True)
     assert caught.value.what == "the device TT needs torch_xla, which is not installed"

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from trietune.device import cuda
-from trietune.device.attention import AttentionNeeds
+from trietune.device.kernels import AttentionNeeds
 
 GEMMA = AttentionNeeds(head_size=256, dtype=torch.bfloat16, has_soft_cap=False, num_positions=4096)
 

@@ -18,9 +18,9 @@ from trietune.device.memory import (
     micro_batch_bound,
 )
 from trietune.model.causal_lm import TrieModel
-from trietune.model.fused import fuse_network
+from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.trie import make_micro_batches
-from trietune.trie.work import measure_work
+from trietune.trie.batch_stats import measure_work
 
 # PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -31,14 +31,14 @@ from documents import (
 
 import trietune
 from trietune import errors
-from trietune.checkpoints.manifest import MANIFEST_NAME
 from trietune.checkpoints.store import CheckpointStore
-from trietune.cli import app, main
+from trietune.cli.app import app, main
 from trietune.config import Settings, load_config
 from trietune.config.documentation import ORIGINAL_KEYS
 from trietune.config.not_yet import ELSEWHERE, NOT_YET
 from trietune.data.templates import PromptFormat
-from trietune.meter import Meter
+from trietune.io.manifest import MANIFEST_NAME
+from trietune.run.throughput import Meter
 
 CLI: Any = typer.main.get_command(app)
 COMMANDS_PAGE = ROOT / "docs/commands.md"
@@ -144,7 +144,7 @@ def test_json_has_the_documented_keys(
 
 def printed_keys(function: str) -> set[str]:
     """Keys of the dictionary that a function of `cli.py` gives to `_print_json`."""
-    tree = ast.parse((ROOT / "src/trietune/cli.py").read_text("utf-8"))
+    tree = ast.parse((ROOT / "src/trietune/cli/app.py").read_text("utf-8"))
     body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     for node in ast.walk(body):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_print_json":

@@ -12,9 +12,9 @@ from tests.model.families import FAMILIES, VOCAB_SIZE
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from trietune.data.encoder import Encoder, make_encoder
 from trietune.data.examples import Example, Task, TokenSequences
 from trietune.data.templates import PromptFormat
-from trietune.data.tokenizer import Encoder, make_encoder
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from trietune.data.columns import choose_recipe, example_maker
+from trietune.data.encoder import find_bos_id, load_tokenizer
 from trietune.data.files import read_rows
-from trietune.data.recipes import choose_recipe, example_maker
 from trietune.data.templates import SQUAD_PROMPT, SQUAD_TASK
-from trietune.data.tokenizer import find_bos_id, load_tokenizer
 from trietune.demo import demo_questions, smollm2_gguf
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate_and_score
+from trietune.model.base.load import load_network
+from trietune.model.base.locate import locate_model
 from trietune.model.causal_lm import TrieModel
-from trietune.model.load import load_network
-from trietune.model.locate import locate_model
 
 # Sums over 30 layers in fp32, in another order.
 FP32_ROUNDING = 1e-4

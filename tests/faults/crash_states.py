@@ -1,4 +1,4 @@
-"""Every state that a power cut may leave, worked out from the operations that `trietune.files` was asked for.
+"""Every state that a power cut may leave, worked out from the operations that `trietune.io.files` was asked for.
 
 A file system keeps what was flushed. Of the rest it may keep any part in any order: each change of a folder that
 came after that folder's last flush is kept or lost, and a file's bytes after its last flush are there, missing,
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from trietune import files
+from trietune.io import files
 
 BLOCK = 4096
 Tree = dict[str, bytes | None]

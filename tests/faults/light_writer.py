@@ -16,17 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trietune import files
-from trietune.checkpoints import directory, resume
-from trietune.checkpoints.attempts import Patience
-from trietune.checkpoints.directory import Content, Streamed
+from trietune.checkpoints import resume
 from trietune.checkpoints.lock import RunLock
-from trietune.checkpoints.manifest import ManifestInfo
 from trietune.checkpoints.messages import SaveFailed
-from trietune.checkpoints.remote import RemoteRun
-from trietune.checkpoints.storage import FolderStorage
+from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.storage import FolderStorage
+from trietune.checkpoints.remote.uploads import synchronise
 from trietune.checkpoints.store import CheckpointStore
-from trietune.checkpoints.uploads import synchronise
+from trietune.io import directory, files
+from trietune.io.directory import Content, Streamed
+from trietune.io.manifest import ManifestInfo
 
 FIRST = b"weights at step 0"
 

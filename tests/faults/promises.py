@@ -8,10 +8,10 @@ from pathlib import Path
 from light_writer import contents_of, make_store, weights_at
 
 from trietune.checkpoints import resume
-from trietune.checkpoints.attempts import Patience
-from trietune.checkpoints.directory import read_directory, verify_directory
-from trietune.checkpoints.remote import RemoteRun
-from trietune.checkpoints.storage import FolderStorage
+from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.storage import FolderStorage
+from trietune.io.directory import read_directory, verify_directory
 
 SIZE = 20_000
 

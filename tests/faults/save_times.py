@@ -30,17 +30,17 @@ from typing import Any
 import numpy as np
 
 from trietune import load_config, train
-from trietune.checkpoints import tensors
-from trietune.checkpoints.attempts import Patience
-from trietune.checkpoints.directory import verify_directory
-from trietune.checkpoints.remote import RemoteRun
-from trietune.checkpoints.storage import FolderStorage
+from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.storage import FolderStorage
+from trietune.checkpoints.remote.uploads import Uploader
 from trietune.checkpoints.store import CheckpointStore
-from trietune.checkpoints.uploads import Uploader
 from trietune.demo import demo_config
-from trietune.tracking.dispatch import Tracker
+from trietune.io import safetensors as tensors
+from trietune.io.directory import verify_directory
 from trietune.tracking.events import Event, Saved, StepFinished
 from trietune.tracking.jsonl import FilesConsumer
+from trietune.tracking.tracker import Tracker
 
 RANK, LAYERS = 4, 18
 LINEAR = {"q": (2048, 2048), "k": (2048, 256), "v": (2048, 256), "o": (2048, 2048), "gate": (2048, 16384),

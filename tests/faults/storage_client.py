@@ -7,11 +7,11 @@ from pathlib import Path
 
 from light_writer import contents_of, say, weights_at
 
-from trietune.checkpoints.attempts import Patience
-from trietune.checkpoints.remote import RemoteRun
-from trietune.checkpoints.storage import open_storage
+from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.storage import open_storage
+from trietune.checkpoints.remote.uploads import synchronise
 from trietune.checkpoints.store import CheckpointStore
-from trietune.checkpoints.uploads import synchronise
 
 
 def main() -> None:

@@ -15,14 +15,15 @@ import pytest
 from crash_states import Operation, Tree, World, crashes, lay_out, recording
 from fault_table import Tally
 
-from trietune.checkpoints import directory, resume
-from trietune.checkpoints.attempts import Patience
-from trietune.checkpoints.directory import Damaged, Streamed, verify_directory, write_directory
-from trietune.checkpoints.manifest import ManifestInfo
-from trietune.checkpoints.remote import RemoteRun
-from trietune.checkpoints.storage import FolderStorage
+from trietune.checkpoints import resume
+from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.storage import FolderStorage
+from trietune.checkpoints.remote.uploads import synchronise
 from trietune.checkpoints.store import CheckpointStore
-from trietune.checkpoints.uploads import synchronise
+from trietune.io import directory
+from trietune.io.directory import Damaged, Streamed, verify_directory, write_directory
+from trietune.io.manifest import ManifestInfo
 
 MEMORY = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 NO_WAIT = Patience(sleep=lambda seconds: False, num_attempts=1)

@@ -14,11 +14,11 @@ import pytest
 from fault_table import Tally
 from light_writer import contents_of, make_store, weights_at
 
-from trietune.checkpoints.directory import Damaged, read_directory, verify_directory
 from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.resume import abandon_lines, load_or_create_run_id
 from trietune.errors import UserError
+from trietune.io.directory import Damaged, read_directory, verify_directory
 
 
 def save(run: Path, step: int, size: int = 2_000) -> Path:
@@ -128,7 +128,7 @@ def test_a_disk_that_is_full_keeps_what_it_has_and_takes_the_next_when_there_is_
 def test_a_disk_that_fills_up_in_the_middle_of_a_file_keeps_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trietune.checkpoints import directory
+    from trietune.io import directory
 
     monkeypatch.setattr(directory, "check_space", lambda folder, num_bytes: None)
     with mounted_tmpfs(tmp_path / "small", "size=300k") as disk:
@@ -212,7 +212,7 @@ def test_another_user_can_read_what_the_umask_lets_him(tmp_path: Path) -> None:
 
 
 def test_a_log_on_a_full_disk_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune import files
+    from trietune.io import files
 
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}\n')

@@ -26,11 +26,12 @@ from typing import Any
 import pytest
 from fault_table import Tally
 
-from trietune.checkpoints import manifest, strict_json, tensors
-from trietune.checkpoints.directory import Damaged, read_directory, write_directory
-from trietune.checkpoints.manifest import FileEntry, Manifest, ManifestInfo
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
+from trietune.io import manifest, strict_json
+from trietune.io import safetensors as tensors
+from trietune.io.directory import Damaged, read_directory, write_directory
+from trietune.io.manifest import FileEntry, Manifest, ManifestInfo
 
 INFO = ManifestInfo(run_id="run1", step=50)
 SHA256_OF_X = hashlib.sha256(b"x").hexdigest()
@@ -351,7 +352,7 @@ CONFIGS: dict[str, Any] = {
 
 @pytest.mark.slow
 def test_hostile_adapter_configs_are_refused(tally: Tally) -> None:
-    from trietune.model.adapter_config import parse_config
+    from trietune.model.adapter.config import parse_config
 
     parse_config(json.dumps(CONFIG).encode(), where="adapter_config.json")
     for document in CONFIGS.values():

@@ -15,7 +15,7 @@ from fault_table import Tally
 from light_writer import contents_of, weights_at
 from promises import SIZE, check_run, steps_said
 
-from trietune.checkpoints.directory import read_directory
+from trietune.io.directory import read_directory
 
 WRITER = Path(__file__).with_name("light_writer.py")
 

@@ -15,12 +15,12 @@ import pytest
 from fake_hub import FakeHub, fake_hub
 from light_writer import contents_of, weights_at
 
-from trietune.checkpoints import attempts
-from trietune.checkpoints.attempts import Patience
-from trietune.checkpoints.remote import RemoteRun
-from trietune.checkpoints.storage import open_storage
+from trietune.checkpoints.remote import retry as attempts
+from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.storage import open_storage
+from trietune.checkpoints.remote.uploads import fetch, synchronise
 from trietune.checkpoints.store import CheckpointStore
-from trietune.checkpoints.uploads import fetch, synchronise
 from trietune.errors import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -16,12 +16,12 @@ from fault_table import Tally
 from light_writer import contents_of, weights_at
 from storage_proxy import Fault, Proxy, proxy_to
 
-from trietune.checkpoints import attempts
-from trietune.checkpoints.attempts import Patience
-from trietune.checkpoints.remote import RemoteRun
-from trietune.checkpoints.storage import FsspecStorage
+from trietune.checkpoints.remote import retry as attempts
+from trietune.checkpoints.remote.copies import RemoteRun
+from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.storage import FsspecStorage
+from trietune.checkpoints.remote.uploads import Uploader, fetch, synchronise
 from trietune.checkpoints.store import CheckpointStore
-from trietune.checkpoints.uploads import Uploader, fetch, synchronise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CLIENT = Path(__file__).with_name("storage_client.py")

@@ -32,8 +32,8 @@ from trainer import (
     write_wide_model,
 )
 
-from trietune.checkpoints import tensors
-from trietune.checkpoints.directory import read_directory, verify_directory
+from trietune.io import safetensors as tensors
+from trietune.io.directory import read_directory, verify_directory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LONG = {"num_epochs": 30}

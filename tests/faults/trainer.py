@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trietune.checkpoints.directory import read_directory, verify_directory
 from trietune.checkpoints.store import step_of
+from trietune.io.directory import read_directory, verify_directory
 
 # Dropout, warm-up, weight decay and a falling rate: without them a resume that forgets something would go unnoticed.
 SETTINGS: dict[str, Any] = {

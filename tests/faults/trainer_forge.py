@@ -24,11 +24,11 @@ def import_all() -> None:
     import transformers  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    import trietune.cli
+    import trietune.cli.app
     import trietune.evaluation.evaluate
-    import trietune.model.adapter
+    import trietune.model.adapter.adapter
     import trietune.model.causal_lm
-    import trietune.run
+    import trietune.run.session
     import trietune.training.loop
     import trietune.training.optimizer  # noqa: F401
 
@@ -40,7 +40,7 @@ def become_trietune(arguments: list[str], output: str) -> None:
     sys.argv = ["trietune", *arguments]
     code = 1
     try:
-        from trietune.cli import main
+        from trietune.cli.app import main
 
         code = main()
     finally:

@@ -16,9 +16,9 @@ from torch import Tensor
 from model.trie_examples import dense_attention, random_nodes, trie_of
 from strategies import IGNORED, flat, question_batch
 from trietune.device import choose_device
-from trietune.device.attention import AttentionNeeds
-from trietune.model.attention import attend, trie_attention
-from trietune.model.trie_layout import TrieLayout
+from trietune.device.kernels import AttentionNeeds
+from trietune.model.attention.attend import attend, trie_attention
+from trietune.model.attention.layout import TrieLayout
 from trietune.trie import Trie
 
 # Of the formula's own error in the same number format; kernels keep probabilities in bf16 where it keeps them in fp32.

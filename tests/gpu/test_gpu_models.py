@@ -17,10 +17,10 @@ from torch import nn
 from model.families import FAMILIES, _random_weights, in_double
 from parity.test_gradients import gradients, one_row_an_example, relative_error
 from strategies import question_batch
-from trietune.model.adapter import add_adapter
+from trietune.model.adapter.adapter import add_adapter
+from trietune.model.base.locate import ModelFolder
 from trietune.model.causal_lm import TrieModel
-from trietune.model.fused import fuse_network
-from trietune.model.locate import ModelFolder
+from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.trie import make_micro_batches, total_weight
 
 # PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed.

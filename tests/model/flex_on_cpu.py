@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 from torch.nn.attention import flex_attention as library
 
-from trietune.model import flex_attention
+from trietune.model.attention import flex as flex_attention
 
 
 @contextmanager

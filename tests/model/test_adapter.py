@@ -18,9 +18,9 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from model.families import FAMILIES
-from trietune.checkpoints.tensors import RawTensor, from_numpy, parse, serialise
 from trietune.errors import UserError
-from trietune.model.adapter import (
+from trietune.io.safetensors import RawTensor, from_numpy, parse, serialise
+from trietune.model.adapter.adapter import (
     WEIGHTS_FILE,
     adapter_files,
     adapter_tensors,
@@ -29,9 +29,9 @@ from trietune.model.adapter import (
     load_adapter,
     load_adapter_files,
 )
-from trietune.model.adapter_config import CONFIG_FILE
-from trietune.model.load import quiet_library
-from trietune.model.locate import ModelFolder
+from trietune.model.adapter.config import CONFIG_FILE
+from trietune.model.base.load import quiet_library
+from trietune.model.base.locate import ModelFolder
 
 # PEFT 0.21 asks transformers 5.23 under a name that the latter is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -454,6 +454,6 @@ def test_a_configuration_without_what_it_needs(key: str, files: dict[str, bytes]
 
 def test_every_key_of_the_installed_peft_is_known() -> None:
     """A new version of PEFT brings new keys; each must be looked at once, and honoured or named as off."""
-    from trietune.model import adapter_config
+    from trietune.model.adapter import config as adapter_config
 
     assert set(LoraConfig().to_dict()) - set(adapter_config._HONOURED) - set(adapter_config._OFF) == set()

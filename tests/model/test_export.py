@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from model.families import FAMILIES
 from trietune.errors import UserError
-from trietune.model.adapter import WEIGHTS_FILE, adapter_files, add_adapter, load_adapter
-from trietune.model.adapter_config import CONFIG_FILE
-from trietune.model.export import base_name_of, export_adapter, find_adapter
-from trietune.model.load import quiet_library
-from trietune.model.locate import ModelFolder, locate_model
+from trietune.model.adapter.adapter import WEIGHTS_FILE, adapter_files, add_adapter, load_adapter
+from trietune.model.adapter.config import CONFIG_FILE
+from trietune.model.adapter.export import base_name_of, export_adapter, find_adapter
+from trietune.model.base.load import quiet_library
+from trietune.model.base.locate import ModelFolder, locate_model
 
 # PEFT 0.21 asks transformers 5.23 under a name that the latter is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

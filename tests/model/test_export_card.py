@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from model.families import FAMILIES
 from trietune.demo import DEMO_MODEL
-from trietune.model.adapter import adapter_files, add_adapter
-from trietune.model.card import CardFacts, Score, base_license, merged_card, model_card, usage_code
-from trietune.model.export import export_adapter
-from trietune.model.load import quiet_library
-from trietune.model.locate import ModelFolder, locate_model
+from trietune.model.adapter.adapter import adapter_files, add_adapter
+from trietune.model.adapter.card import CardFacts, Score, base_license, merged_card, model_card, usage_code
+from trietune.model.adapter.export import export_adapter
+from trietune.model.base.load import quiet_library
+from trietune.model.base.locate import ModelFolder, locate_model
 
 LETTERS = ["<eos>", "<bos>", *(chr(code) for code in range(32, 127))]
 ON_HUB = ModelFolder(Path("/nowhere"), "owner/tiny", "hub", revision="abc")

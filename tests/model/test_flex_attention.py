@@ -16,10 +16,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from model.flex_on_cpu import flex_on_cpu
 from model.trie_examples import dense_attention, largest_difference, random_nodes, trie_of
 from strategies import IGNORED, flat, question_batch
-from trietune.model import flex_attention
-from trietune.model.attention import attend
-from trietune.model.flex_attention import BLOCK, build_flex_layout
-from trietune.model.trie_layout import TrieLayout, visibility
+from trietune.model.attention import flex as flex_attention
+from trietune.model.attention.attend import attend
+from trietune.model.attention.flex import BLOCK, build_flex_layout
+from trietune.model.attention.layout import TrieLayout, visibility
 from trietune.trie import Trie
 
 # The compiler looks at inputs that are results of others.

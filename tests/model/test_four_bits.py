@@ -17,19 +17,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model.families import FAMILIES
 from strategies import question_batch
 from tiny_model import write_tiny_model
-from trietune.checkpoints.directory import write_directory
-from trietune.checkpoints.manifest import ManifestInfo
 from trietune.device.cpu import describe_cpu
 from trietune.errors import UserError
-from trietune.model import load
-from trietune.model.adapter import adapter_files, add_adapter
+from trietune.io.directory import write_directory
+from trietune.io.manifest import ManifestInfo
+from trietune.model.adapter.adapter import adapter_files, add_adapter
+from trietune.model.adapter.export import export_adapter
+from trietune.model.base import load
+from trietune.model.base.four_bits import BYTES_A_WEIGHT, check_four_bits, is_quantized
+from trietune.model.base.load import load_network
+from trietune.model.base.locate import ModelFolder, locate_model
+from trietune.model.base.shape import describe_network
 from trietune.model.causal_lm import TrieModel
-from trietune.model.describe import describe_network
-from trietune.model.export import export_adapter
-from trietune.model.four_bits import BYTES_A_WEIGHT, check_four_bits, is_quantized
-from trietune.model.fused import fuse_network
-from trietune.model.load import load_network
-from trietune.model.locate import ModelFolder, locate_model
+from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.trie import make_micro_batches
 
 # PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed.

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trietune.model import frozen_weight
-from trietune.model.frozen_weight import FrozenWeight, pack_frozen_weights
-from trietune.model.lora_linear import fuse_linears
+from trietune.model.fast import frozen_weight
+from trietune.model.fast.frozen_weight import FrozenWeight, pack_frozen_weights
+from trietune.model.fast.linear import fuse_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from model.families import FAMILIES, with_adapter
-from trietune.model.fused import fuse_layers
-from trietune.model.lora_linear import fuse_linears
+from trietune.model.fast.linear import fuse_linears
+from trietune.model.fast.norms_and_mlps import fuse_layers
 
 # fp32 sums of a few hundred terms in another order.
 TOLERANCE = 1e-5

@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from model.families import FAMILIES
 from trietune.errors import UserError
-from trietune.model import load
 from trietune.model.architecture import TESTED_FAMILIES, check_architecture
-from trietune.model.load import is_out_of_memory, load_network
-from trietune.model.locate import ModelFolder, locate_model
+from trietune.model.base import load
+from trietune.model.base.load import is_out_of_memory, load_network
+from trietune.model.base.locate import ModelFolder, locate_model
 
 CPU = torch.device("cpu")
 

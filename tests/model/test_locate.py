@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trietune.errors import UserError
-from trietune.model.locate import locate_model
+from trietune.model.base.locate import locate_model
 
 EMPTY_SAFETENSORS = b"\x02\0\0\0\0\0\0\0{}"
 

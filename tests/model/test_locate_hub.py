@@ -16,8 +16,8 @@ from pytest_httpserver import HTTPServer
 
 from model.fake_hub import COMMIT, FakeHub, Repository
 from trietune.errors import UserError
-from trietune.model import hub as hub_module
-from trietune.model.locate import locate_model
+from trietune.model.base import hub as hub_module
+from trietune.model.base.locate import locate_model
 
 TOKEN = "hf_notarealtokenatall"
 CONFIG = json.dumps({"model_type": "llama"}).encode()
@@ -250,7 +250,7 @@ def test_variables_of_the_hub_are_honoured(httpserver: HTTPServer, tmp_path: Pat
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    script = "import sys; from trietune.model.locate import locate_model\n"
+    script = "import sys; from trietune.model.base.locate import locate_model\n"
     script += "print(locate_model('owner/tiny').path); assert 'torch' not in sys.modules"
     online = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=False)
     assert online.returncode == 0, online.stderr

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from trietune.model.lora_linear import FrozenLayer, JoinedLinear, fuse_linears
+from trietune.model.fast.linear import FrozenLayer, JoinedLinear, fuse_linears
 
 INPUTS, ROWS = 12, 7
 

@@ -14,11 +14,16 @@ from model import families
 from model.odd_families import LONG_WINDOW, in_dtype, odd
 from strategies import FlatSequences
 from trietune.errors import UserError
-from trietune.model import attention, fused, head, row_attention, trie_layers, trie_layout
-from trietune.model.adapter import add_adapter
+from trietune.model import head
+from trietune.model.adapter.adapter import add_adapter
+from trietune.model.attention import attend as attention
+from trietune.model.attention import layout as trie_layout
+from trietune.model.attention import rows as row_attention
+from trietune.model.base.locate import ModelFolder
 from trietune.model.causal_lm import TrieModel
-from trietune.model.fused import fuse_network
-from trietune.model.locate import ModelFolder
+from trietune.model.fast import attention_layer as trie_layers
+from trietune.model.fast import norms_and_mlps as fused
+from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.model.proof import Proof, prove, random_forests
 from trietune.model.proof.ladder import AS_IT_IS, BOUND, BY_ROWS, UNDER_A_MASK
 from trietune.trie import make_micro_batches, total_weight

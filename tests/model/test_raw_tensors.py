@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trietune.checkpoints.directory import Streamed
-from trietune.checkpoints.tensors import parse
-from trietune.model import raw_tensors
-from trietune.model.raw_tensors import bytes_to_tensors, copy_into, tensors_to_content
+from trietune.io.directory import Streamed
+from trietune.io.safetensors import parse
+from trietune.model.adapter import tensors as raw_tensors
+from trietune.model.adapter.tensors import bytes_to_tensors, copy_into, tensors_to_content
 
 TENSORS = {
     "matrix": torch.arange(185.0).view(37, 5), "transposed": torch.arange(45.0).view(5, 9).t(),

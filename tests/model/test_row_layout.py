@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from model.trie_examples import trie_of
 from strategies import FlatSequences, batches, flat
-from trietune.model.row_layout import AttentionCost, attention_cost, build_row_layout, cut_into_blocks
-from trietune.model.trie_layout import visibility
+from trietune.model.attention.layout import visibility
+from trietune.model.attention.row_blocks import AttentionCost, attention_cost, build_row_layout, cut_into_blocks
 from trietune.trie import build_trie
 
 HEADS, KEY_HEADS = 4, 2

@@ -12,9 +12,9 @@ from torch.nn.attention.varlen import varlen_attn
 from model.flash_on_cpu import flash_on_cpu
 from model.trie_examples import dense_attention, largest_difference, random_nodes, trie_of
 from strategies import IGNORED, batches, flat, question_batch
-from trietune.model.attention import attend
-from trietune.model.trie_layout import TrieLayout, visibility
-from trietune.model.varlen_attention import VarlenAttention, build_varlen_layout
+from trietune.model.attention.attend import attend
+from trietune.model.attention.layout import TrieLayout, visibility
+from trietune.model.attention.varlen import VarlenAttention, build_varlen_layout
 from trietune.trie import Trie
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from strategies import FlatSequences
-from trietune.model.trie_layout import visibility
+from trietune.model.attention.layout import visibility
 from trietune.trie import Trie, build_trie
 
 

@@ -14,7 +14,7 @@ from model.families import FAMILIES, in_double, with_adapter
 from parity.test_gradients import gradients, one_row_an_example, relative_error
 from strategies import FlatSequences, question_batch
 from trietune.model.causal_lm import TrieModel
-from trietune.model.fused import fuse_network
+from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.trie import make_micro_batches, total_weight
 
 # Errors of single draws scatter; the trie's may be this much of the larger of the two that padded rows make.

@@ -16,7 +16,7 @@ from parity.test_gradients import (
 )
 from strategies import question_batch
 from trietune.model.causal_lm import TrieModel
-from trietune.model.fused import fuse_network
+from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.trie import make_micro_batches, total_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -9,9 +9,10 @@ from torch import nn
 
 from model.families import FAMILIES, in_double
 from strategies import FlatSequences, question_batch
-from trietune.model import row_attention, row_layout
+from trietune.model.attention import row_blocks as row_layout
+from trietune.model.attention import rows as row_attention
+from trietune.model.attention.row_blocks import AttentionCost
 from trietune.model.causal_lm import TrieModel
-from trietune.model.row_layout import AttentionCost
 from trietune.trie import make_micro_batches, total_weight
 
 # Sums are taken in another order: a few hundred roundings of relative size 2^-53 and 2^-24.

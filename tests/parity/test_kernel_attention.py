@@ -20,7 +20,7 @@ from parity.test_fused_layers import build
 from parity.test_gradients import FP32_TOLERANCE, FP64_TOLERANCE, gradients, one_row_an_example, relative_error
 from strategies import question_batch
 from trietune.model.causal_lm import TrieModel
-from trietune.model.fused import fuse_network
+from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.trie import make_micro_batches, total_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_one_row_an_example(
 @pytest.mark.parametrize("way", ["varlen", "flex"])
 def test_recomputed_activations_change_no_gradient(way: str) -> None:
     """Layouts pass through checkpointed layers as they are."""
-    from trietune.model.load import enable_checkpointing
+    from trietune.model.base.load import enable_checkpointing
 
     batch = question_batch(np.random.default_rng(3), vocabulary=120)
     [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_nodes=10_000)

@@ -17,13 +17,13 @@ import torch
 
 from model.families import FAMILIES
 from strategies import FlatSequences, flat, question_batch
-from trietune.data.tokenizer import load_tokenizer
+from trietune.data.encoder import load_tokenizer
 from trietune.demo import smollm2_gguf
 from trietune.device.cpu import describe_cpu
 from trietune.errors import UserError
+from trietune.model.base.locate import locate_model
 from trietune.model.causal_lm import TrieModel
-from trietune.model.locate import locate_model
-from trietune.model.lora_linear import fuse_linears
+from trietune.model.fast.linear import fuse_linears
 from trietune.training.loop import Schedules, Step, train
 from trietune.training.optimizer import build_optimizer
 from trietune.training.sampler import Sampler

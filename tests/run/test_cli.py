@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trietune.cli import main
+from trietune.cli.app import main
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "blacksmith/experiments/torch/gemma11/test_gemma11_finetuning.py"
@@ -192,7 +192,7 @@ def test_doctor_speaks_and_keeps_secrets(capfd: pytest.CaptureFixture[str], monk
 
 def test_import_and_help_load_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, trietune\nfrom trietune.cli import main\n"
+        "import sys, trietune\nfrom trietune.cli.app import main\n"
         "assert main(['--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules)\nassert not heavy, heavy\n"
     )

@@ -20,9 +20,9 @@ from model.flex_on_cpu import flex_on_cpu
 from run.test_out_of_memory_run import narrow as narrow  # a fixture
 from run.test_run import Recorder, adapter_of, run
 from trietune import UserError
-from trietune.device.attention import Card, card_refuses
 from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
+from trietune.device.kernels import Card, card_refuses
 from trietune.tracking.events import RunStarted, Said, StepFinished
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

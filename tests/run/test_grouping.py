@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from strategies import question_batch
-from trietune import grouping
-from trietune.grouping import find_groups
+from trietune.run import grouping
+from trietune.run.grouping import find_groups
 from trietune.trie import groups as groups_module
 
 

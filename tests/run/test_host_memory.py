@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from trietune.host_memory import STEPS_BETWEEN, KeptMemory
+from trietune.run.malloc import STEPS_BETWEEN, KeptMemory
 
 PROGRAM = """
 import resource, sys
 if sys.argv[1] == "kept":
-    from trietune.host_memory import keep_freed_memory
+    from trietune.run.malloc import keep_freed_memory
     assert keep_freed_memory()
 import torch
 x = torch.ones(12_000_000)
@@ -45,7 +45,7 @@ def test_what_is_freed_is_used_again_without_page_faults() -> None:
 
 
 def test_a_users_own_allocator_settings_are_left_alone() -> None:
-    from trietune.host_memory import keep_freed_memory
+    from trietune.run.malloc import keep_freed_memory
 
     environ = {"MALLOC_TRIM_THRESHOLD_": "1000", "THP_MEM_ALLOC_ENABLE": "0"}
     assert not keep_freed_memory(environ)
@@ -54,7 +54,7 @@ def test_a_users_own_allocator_settings_are_left_alone() -> None:
 
 FRAGMENTS = """
 import sys
-from trietune.host_memory import KeptMemory, keep_freed_memory
+from trietune.run.malloc import KeptMemory, keep_freed_memory
 assert keep_freed_memory()
 import random, torch
 from trietune.device.cpu import resident_bytes

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trietune import UserError, load_config, train
 from trietune.model.causal_lm import TrieModel
-from trietune.tracking.dispatch import Tracker
 from trietune.tracking.events import Event, Said, StepFinished
+from trietune.tracking.tracker import Tracker
 from trietune.trie import MicroBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from trietune import UserError, load_config, train
-from trietune.inference import evaluate, open_model, predict
-from trietune.model import trie_layout
-from trietune.tracking.dispatch import Tracker
+from trietune.model.attention import layout as trie_layout
+from trietune.run.opened import evaluate, open_model, predict
+from trietune.tracking.tracker import Tracker
 
 
 def sees_its_future(trie: Any, window: int | None = None) -> np.ndarray:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from trietune.checkpoints import manifest
-from trietune.checkpoints.directory import read_manifest
-from trietune.cli import main
+from trietune.cli.app import main
+from trietune.io import manifest
+from trietune.io.directory import read_manifest
 
 NUM_STEPS = 6
 # What every start says, resumed or not: counts of the data, the plan, steps, evaluations, what was saved.

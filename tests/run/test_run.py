@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from trietune import UserError, load_config, train
-from trietune.run import Run
-from trietune.tracking.dispatch import Tracker
+from trietune.run.session import Run
 from trietune.tracking.events import (
     Evaluated,
     Event,
@@ -29,6 +28,7 @@ from trietune.tracking.events import (
     StepFinished,
 )
 from trietune.tracking.jsonl import FilesConsumer
+from trietune.tracking.tracker import Tracker
 
 
 class Recorder:
@@ -295,7 +295,7 @@ def test_attention_and_checkpointing_change_no_number(
 
 
 def test_fused_layers_change_speed_alone(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune.model import fused
+    from trietune.model.fast import norms_and_mlps as fused
 
     calls = []
     backward = fused.GatedMlp.backward
@@ -312,7 +312,7 @@ def test_fused_layers_change_speed_alone(overrides: dict[str, object], monkeypat
 def test_pack_weights_changes_speed_alone(
     pack_weights: bool, overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trietune.model import frozen_weight
+    from trietune.model.fast import frozen_weight
 
     products = []
     product = frozen_weight._product
@@ -324,7 +324,7 @@ def test_pack_weights_changes_speed_alone(
 
 
 def test_gradient_checkpointing_recomputes(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune.model import row_attention
+    from trietune.model.attention import rows as row_attention
 
     calls = []
     forward = row_attention.RowAttention.forward
@@ -340,7 +340,7 @@ def test_gradient_checkpointing_recomputes(overrides: dict[str, object], monkeyp
 
 
 def test_self_check_catches_a_wrong_mask(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trietune.model import trie_layout
+    from trietune.model.attention import layout as trie_layout
 
     def sees_its_future(trie: Any, window: int | None = None) -> np.ndarray:
         return np.ones((trie.num_nodes, trie.num_nodes), bool)
@@ -450,7 +450,7 @@ def test_print_examples_shows_labels_before_and_answers_after(overrides: dict[st
 def test_a_save_that_fails_is_told_and_training_goes_on_or_stops(
     overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trietune import files
+    from trietune.io import files
 
     def full(path: Any) -> None:
         if "step-" in str(path):

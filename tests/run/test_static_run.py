@@ -70,7 +70,7 @@ def test_a_static_run_learns_the_same(
 def test_answers_come_without_a_cache(
     overrides: dict[str, Any], questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trietune.inference import evaluate
+    from trietune.run.opened import evaluate
 
     changed = {
         **overrides, "train_file": str(questions / "train.json"), "validation_file": str(questions / "dev.json"),

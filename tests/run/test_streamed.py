@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from trietune import load_config, train
-from trietune.checkpoints import directory
-from trietune.checkpoints.directory import Streamed, read_directory, write_directory
-from trietune.model import raw_tensors
+from trietune.io import directory
+from trietune.io.directory import Streamed, read_directory, write_directory
+from trietune.model.adapter import tensors as raw_tensors
 
 
 def test_a_streamed_run_is_killed_and_ends_with_the_same_bytes(

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from trietune.tracking.console import ConsoleConsumer, evaluation_line
+from trietune.tracking.console.console import ConsoleConsumer, evaluation_line
+from trietune.tracking.console.progress import Progress, progress_lines
+from trietune.tracking.console.result import predictions_table, subject
 from trietune.tracking.events import Evaluated, Event, Predicted, Prediction, RunFinished, RunStarted, Working
-from trietune.tracking.progress import Progress, progress_lines
-from trietune.tracking.result import predictions_table, subject
 
 Events = Callable[..., Iterator[Event]]
 Golden = Callable[[str, str], None]
@@ -169,7 +169,7 @@ SCRIPT = textwrap.dedent(
     sys.path.insert(0, {tests!r})
     from pathlib import Path
     from conftest import run_events
-    from trietune.tracking.console import ConsoleConsumer
+    from trietune.tracking.console.console import ConsoleConsumer
     console = ConsoleConsumer()
     for event in run_events(Path("runs/sst2")):
         console.handle(event)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from trietune.errors import UserError
-from trietune.tracking.console import ConsoleConsumer
-from trietune.tracking.consumers import open_tracker
+from trietune.tracking.console.console import ConsoleConsumer
 from trietune.tracking.events import Event, Histograms, StepFinished
+from trietune.tracking.open import open_tracker
 
 Events = Callable[..., Iterator[Event]]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trietune.tracking.dispatch import StillTrying, Tracker
 from trietune.tracking.events import Event, Said, Working
+from trietune.tracking.tracker import StillTrying, Tracker
 
 WORK = Working("loading", 1, 2, "files")
 
@@ -89,7 +89,7 @@ def test_tracking_loads_neither_torch_nor_a_tracker(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import sys, trietune.tracking.consumers, trietune.tracking.wandb, trietune.tracking.tensorboard\n"
+        "import sys, trietune.tracking.open, trietune.tracking.wandb.wandb, trietune.tracking.tensorboard\n"
         "loaded = {'torch', 'wandb', 'tensorboard', 'trackio', 'jinja2', 'rich', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {sorted(loaded)}' if loaded else 0)"
     )

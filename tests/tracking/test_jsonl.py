@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trietune.tracking import jsonl
-from trietune.tracking.dispatch import StillTrying, Tracker
 from trietune.tracking.events import Event, RunStarted, Said, StepFinished
+from trietune.tracking.tracker import StillTrying, Tracker
 
 Events = Callable[..., Iterator[Event]]
 

@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 
 from trietune.errors import UserError
-from trietune.tracking.console import ConsoleConsumer
-from trietune.tracking.consumers import open_tracker
-from trietune.tracking.curves import charts_of, thin
+from trietune.tracking.console.console import ConsoleConsumer
 from trietune.tracking.events import (
     Evaluated,
     Event,
@@ -26,8 +24,10 @@ from trietune.tracking.events import (
     RunStarted,
     Saved,
 )
-from trietune.tracking.record import read_run
-from trietune.tracking.report import ReportConsumer, embedded_json, report_text, write_report
+from trietune.tracking.open import open_tracker
+from trietune.tracking.report.curves import charts_of, thin
+from trietune.tracking.report.record import read_run
+from trietune.tracking.report.report import ReportConsumer, embedded_json, report_text, write_report
 
 Events = Callable[..., Iterator[Event]]
 Golden = Callable[[str, str], None]

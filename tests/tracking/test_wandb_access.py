@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from wandb_server import Fault, WandbServer
 
-from trietune.tracking.wandb_access import Access, find_access, is_installed, probe
+from trietune.tracking.wandb.access import Access, find_access, is_installed, probe
 
 KEY = "a" * 40
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from trietune.training.ahead import one_ahead
+from trietune.training.prefetch import one_ahead
 
 
 def threads() -> list[threading.Thread]:

@@ -88,9 +88,9 @@ def train_small(
     import torch
 
     from model.families import FAMILIES
-    from trietune.model.adapter import adapter_tensors, add_adapter
+    from trietune.model.adapter.adapter import adapter_tensors, add_adapter
     from trietune.model.assemble import assemble
-    from trietune.model.locate import ModelFolder
+    from trietune.model.base.locate import ModelFolder
     from trietune.training.loop import Schedules, train
     from trietune.training.optimizer import build_optimizer, learning_rate_schedule
     from trietune.trie import make_micro_batches

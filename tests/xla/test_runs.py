@@ -72,8 +72,8 @@ def test_a_checkpoint_goes_on_on_the_other_device(
 
 
 def test_answers_are_those_of_the_cpu(device: Any, overrides: dict[str, Any], questions: Path) -> None:  # noqa: F811
-    from trietune.inference import evaluate, open_model, predict
-    from trietune.tracking.dispatch import Tracker
+    from trietune.run.opened import evaluate, open_model, predict
+    from trietune.tracking.tracker import Tracker
 
     settings = {
         **overrides, "train_file": str(questions / "train.json"), "validation_file": str(questions / "dev.json"),

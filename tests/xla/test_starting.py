@@ -124,7 +124,7 @@ def set_device_type(name):
     asked.append(name)
     real("CPU" if name == "TT" else name)
 runtime.set_device_type = set_device_type
-from trietune.cli import main
+from trietune.cli.app import main
 code = main([
     "train", "--set", "model_name={model}", "--set", "train_file={tmp_path / "data.jsonl"}",
     "--set", "dataset_id=own", "--set", "dtype=float32", "--set", "use_wandb=False", "--set", "batch_size=4",

@@ -15,9 +15,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from trietune import files
-from trietune.checkpoints import strict_json
 from trietune.errors import UserError
+from trietune.io import files, strict_json
 
 LOCK_NAME = ".lock"
 _MAX_HOLDER_BYTES = 4096

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 
 if TYPE_CHECKING:
-    from trietune.checkpoints.directory import Damaged
+    from trietune.io.directory import Damaged
 
 # The one file that a resume can do without, and the word with which a person allows it to.
 OPTIMIZER_FILE, OPTIMIZER_STATE = "optimizer.safetensors", "optimizer_state"

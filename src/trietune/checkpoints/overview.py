@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trietune.checkpoints import directory, retention
-from trietune.checkpoints.directory import Damaged
-from trietune.checkpoints.manifest import MANIFEST_NAME
-from trietune.checkpoints.remote import RemoteRun
+from trietune.checkpoints import retention
+from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.retention import STEP_NAME, Ranked
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
+from trietune.io import directory
+from trietune.io.directory import Damaged
+from trietune.io.manifest import MANIFEST_NAME
 
 
 @dataclass(frozen=True, slots=True)

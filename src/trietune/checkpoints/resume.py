@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trietune import files
-from trietune.checkpoints import messages, strict_json
+from trietune.checkpoints import messages
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
+from trietune.io import files, strict_json
 
 _NOT_MENTIONED = {
     "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage", "log_level", "max_time",

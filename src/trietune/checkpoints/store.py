@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from trietune import files
-from trietune.checkpoints import directory, messages, retention
-from trietune.checkpoints.directory import Content, Damaged
-from trietune.checkpoints.manifest import Manifest, ManifestInfo
+from trietune.checkpoints import messages, retention
 from trietune.checkpoints.messages import SaveFailed
 from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
+from trietune.io import directory, files
+from trietune.io.directory import Content, Damaged
+from trietune.io.manifest import Manifest, ManifestInfo
 
 ResumeOption = Literal["last", "best", "path"]
 

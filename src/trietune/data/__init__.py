@@ -1,12 +1,12 @@
 """A source becomes token sequences with labels; owns the tokenizer, and knows nothing of models."""
 
 from trietune.data.counts import Count, DataCounts, SplitCounts
+from trietune.data.encoder import Encoder, load_tokenizer, make_encoder
 from trietune.data.examples import IGNORED_LABEL, Example, ExampleSource, Message, Task, TokenSequences
 from trietune.data.load import Data, load_data, load_split
 from trietune.data.preview import ExamplePreview, TokenText, preview_examples
 from trietune.data.prompt_formats import make_plain_format, make_prompt_format
 from trietune.data.templates import PromptFormat
-from trietune.data.tokenizer import Encoder, load_tokenizer, make_encoder
 
 __all__ = [
     "IGNORED_LABEL",

@@ -23,8 +23,8 @@ from typing import Any, overload
 
 import numpy as np
 
+from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import Example, Message, TokenSequences
-from trietune.data.tokenizer import EncodedExamples
 
 LAYOUT_VERSION = 1
 _BUILDING = ".building-"

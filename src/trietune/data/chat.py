@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trietune.data.columns import WrongRow
 from trietune.data.examples import Message
-from trietune.data.recipes import WrongRow
 
 Segment = tuple[str, bool]  # text, and whether it is to be learnt
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from trietune.data.recipes import TaskName
+from trietune.data.columns import TaskName
 from trietune.errors import UserError
 
 

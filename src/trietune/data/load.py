@@ -19,14 +19,14 @@ import numpy as np
 
 from trietune.config.settings import Settings
 from trietune.data.cache import CacheWriter, make_key, open_cached
+from trietune.data.columns import REQUIRED_COLUMNS, Recipe, choose_recipe
 from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
+from trietune.data.encode_rows import COMPLETIONS_TALLIED, Rules, tokenize_rows
+from trietune.data.encoder import hash_tokenizer, make_encoder
 from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
 from trietune.data.prompt_formats import make_prompt_format
-from trietune.data.recipes import REQUIRED_COLUMNS, Recipe, choose_recipe
 from trietune.data.sources import Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat
-from trietune.data.tokenizer import hash_tokenizer, make_encoder
-from trietune.data.tokenizing import COMPLETIONS_TALLIED, Rules, tokenize_rows
 from trietune.errors import UserError
 
 Report = Callable[[str], None]

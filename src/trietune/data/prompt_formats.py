@@ -8,10 +8,10 @@ from typing import Any
 
 from trietune.config.settings import Settings
 from trietune.data.chat import rewrites_turns
+from trietune.data.columns import Recipe
+from trietune.data.encoder import check_tokenizer, find_bos_id, find_stop_ids, hash_tokenizer
 from trietune.data.examples import Task
-from trietune.data.recipes import Recipe
 from trietune.data.templates import PromptFormat, literal_text
-from trietune.data.tokenizer import check_tokenizer, find_bos_id, find_stop_ids, hash_tokenizer
 from trietune.errors import UserError
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from trietune.config.settings import Settings
+from trietune.data.columns import TaskName
 from trietune.data.files import FORMAT_OF_SUFFIX, FORMATS_IN_WORDS, BrokenRow, Row, count_rows, detect_format, read_rows
 from trietune.data.hub import find_task, is_hub_id, load_from_hub, suggest_alias
-from trietune.data.recipes import TaskName
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS, demo_questions, demo_reviews
 from trietune.errors import UserError
 

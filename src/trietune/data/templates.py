@@ -48,7 +48,7 @@ class PromptFormat:
         eos_id: after every completion.
         stop_ids: generation ends at any of them.
         task: what a right answer is.
-        tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.tokenizer.hash_tokenizer`.
+        tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.encoder.hash_tokenizer`.
         is_turn_by_turn: of a `chat`, whether each answer is an example of its own, because the template writes earlier
             answers anew; else all answers of a conversation are learnt in one.
     """

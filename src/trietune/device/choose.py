@@ -9,7 +9,7 @@ from trietune.device.cuda import describe_cuda, has_cuda, missing_cuda
 from trietune.device.device import Device
 from trietune.device.mps import describe_mps, has_mps, missing_mps
 from trietune.device.options import DeviceOptions
-from trietune.device.plugin import has_plugin
+from trietune.device.xla.plugin import has_plugin
 
 
 def choose_device(
@@ -48,7 +48,7 @@ def choose_device(
                 raise missing_mps(where("device"))
             return describe_mps()
         case "tt" | "xla":
-            from trietune.device.xla import start_tenstorrent, start_xla
+            from trietune.device.xla.device import start_tenstorrent, start_xla
 
             start = start_tenstorrent if device == "tt" else start_xla
             return start(options, where("device"))
@@ -61,7 +61,7 @@ def _choose(use_tt: bool, options: DeviceOptions, where: Callable[[str], str]) -
     if not use_tt:
         return describe()
     if has_plugin():
-        from trietune.device.xla import start_tenstorrent
+        from trietune.device.xla.device import start_tenstorrent
 
         return start_tenstorrent(options, where("use_tt"), reason="`use_tt: True`: training on the Tenstorrent device")
     found = describe()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from trietune.device.attention import Card, card_refuses
 from trietune.device.device import Device
+from trietune.device.kernels import Card, card_refuses
 from trietune.errors import UserError
 
 CUDA = torch.device("cuda")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trietune.device.attention import AttentionNeeds
+from trietune.device.kernels import AttentionNeeds
 
 DeviceKind = Literal["cpu", "cuda", "mps", "xla", "tt"]
 

@@ -18,12 +18,12 @@ import psutil
 import torch
 from packaging.version import Version
 
-from trietune.device.attention import ANY_NUMBER_OF_POSITIONS, AttentionNeeds, choose_way
 from trietune.device.choose import choose_device
 from trietune.device.device import Device
-from trietune.device.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
+from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, AttentionNeeds, choose_way
 from trietune.device.precision import product_seconds
-from trietune.device.xla_runtime import INSTALL_TORCH_XLA, torch_xla_version
+from trietune.device.xla.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
+from trietune.device.xla.runtime import INSTALL_TORCH_XLA, torch_xla_version
 
 # Older ones have holes: CVE-2026-24747 (torch), CVE-2026-4372 and -5241 (transformers), CVE-2026-22701 (filelock).
 SECURE_VERSIONS = {

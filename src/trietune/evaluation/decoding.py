@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trietune.model.attention import check_known, trie_attention
-from trietune.model.trie_layout import TrieLayout
+from trietune.model.attention.attend import check_known, trie_attention
+from trietune.model.attention.layout import TrieLayout
 from trietune.trie import Trie
 
 # Scores (a row times a node) whose computation takes as long as the calls that one more group costs. For nine heads of

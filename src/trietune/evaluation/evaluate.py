@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trietune.data.encoder import Encoder
 from trietune.data.examples import Task, TokenSequences
-from trietune.data.tokenizer import Encoder
 from trietune.evaluation.generation import GenerationLimits, generate_and_score
 from trietune.evaluation.metrics import (
     Measured,

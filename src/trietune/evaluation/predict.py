@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from trietune.data.columns import WrongRow
+from trietune.data.encoder import Encoder
 from trietune.data.examples import Example, Message
-from trietune.data.recipes import WrongRow
 from trietune.data.templates import PromptFormat, fill_template, read_messages
-from trietune.data.tokenizer import Encoder
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
 from trietune.evaluation.scoring import (

@@ -7,11 +7,11 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from trietune.device import Device
+from trietune.model.attention.layout import AttentionKind
+from trietune.model.base.load import enable_checkpointing
 from trietune.model.causal_lm import TrieModel
-from trietune.model.frozen_weight import pack_frozen_weights
-from trietune.model.fused import fuse_network
-from trietune.model.load import enable_checkpointing
-from trietune.model.trie_layout import AttentionKind
+from trietune.model.fast.frozen_weight import pack_frozen_weights
+from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.trie.static_shapes import StaticShapes
 
 # Of the free memory, for blocked copies of weights; micro-batches are bounded by `device.memory.USABLE_SHARE`.

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from trietune.device.device import recompute
-from trietune.model.attention import register
+from trietune.model.attention.attend import register
+from trietune.model.attention.layout import AttentionKind, ForcedRows, TrieLayout
+from trietune.model.attention.static_layout import StaticLayout
 from trietune.model.explicit_mask import explicit_masks
 from trietune.model.head import Head
 from trietune.model.loss import label_losses
-from trietune.model.static_layout import StaticLayout
-from trietune.model.trie_layout import AttentionKind, ForcedRows, TrieLayout
 from trietune.trie import MicroBatch, Trie, pad_trie
 from trietune.trie.static_shapes import StaticShapes
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trietune.model.static_layout import StaticLayout
-from trietune.model.trie_layout import TrieLayout
+from trietune.model.attention.layout import TrieLayout
+from trietune.model.attention.static_layout import StaticLayout
 
 
 def explicit_masks(config: Any, layout: TrieLayout | StaticLayout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:

@@ -173,7 +173,7 @@ Event = (
 
 
 class Consumer(Protocol):
-    """Something that shows or keeps events. It may raise: `trietune.tracking.dispatch` says what happens then."""
+    """Something that shows or keeps events. It may raise: `trietune.tracking.tracker` says what happens then."""
 
     name: str
 

@@ -23,8 +23,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from trietune import files
-from trietune.tracking.dispatch import StillTrying
+from trietune.io import files
 from trietune.tracking.events import (
     Evaluated,
     Event,
@@ -36,6 +35,7 @@ from trietune.tracking.events import (
     Saved,
     StepFinished,
 )
+from trietune.tracking.tracker import StillTrying
 
 METRICS = "metrics.jsonl"
 BATCHES = "batches.jsonl"

@@ -26,9 +26,9 @@ from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
 from trietune.device.memory import is_out_of_memory, release_cached_memory
 from trietune.model.causal_lm import TrieModel
-from trietune.training.ahead import one_ahead
 from trietune.training.loss_scale import LossScale
 from trietune.training.optimizer import Schedule, make_state
+from trietune.training.prefetch import one_ahead
 from trietune.training.readings import Readings
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, total_weight

@@ -19,13 +19,13 @@ def main(arguments: list[str]) -> int:
     names_file = any(item.endswith((".yaml", ".yml")) and "=" not in item for item in arguments)
     file = [] if names_file else [str(HERE.with_suffix(".yaml"))]
     try:
-        from trietune.cli import main as trietune
+        from trietune.cli.app import main as trietune
     except ModuleNotFoundError as error:
         if error.name != "trietune":
             return _explain_missing(error)
         sys.path.insert(0, str(CHECKOUT / "src"))
         try:
-            from trietune.cli import main as trietune
+            from trietune.cli.app import main as trietune
         except ModuleNotFoundError as error_in_checkout:
             return _explain_missing(error_in_checkout)
     return trietune(["train", *file, *arguments])

@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from trietune.errors import UserError
-from trietune.model.attention import attend, attend_by_library
+from trietune.model.attention.attend import attend, attend_by_library
+from trietune.model.attention.layout import AttentionNote, ForcedRows
+from trietune.model.attention.row_blocks import AttentionCost
 from trietune.model.causal_lm import TrieModel
 from trietune.model.proof.forests import Forest, PlainRows
 from trietune.model.proof.parts import (
@@ -42,8 +44,6 @@ from trietune.model.proof.passes import (
     skipping,
 )
 from trietune.model.replaced import library_code, restore_forward
-from trietune.model.row_layout import AttentionCost
-from trietune.model.trie_layout import AttentionNote, ForcedRows
 from trietune.trie import Trie, build_trie
 
 # Relative error of a part in fp32, of its values and of its gradients. Over 226 computations of 55 types of model the

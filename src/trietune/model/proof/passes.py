@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from trietune.errors import UserError
-from trietune.model.load import is_out_of_memory
+from trietune.model.base.load import is_out_of_memory
 from trietune.model.proof.forests import Places, PlainRows
 from trietune.model.proof.parts import InFullPrecision, in_full_precision, is_layer, layer_of
 from trietune.model.replaced import library_code

@@ -1,0 +1,145 @@
+"""What attention needs to know of a trie: who sees whom, in the form that each way to attend reads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from trietune.model.attention.flex import FlexLayout, build_flex_layout
+from trietune.model.attention.row_blocks import AttentionCost, RowLayout, build_row_layout
+from trietune.model.attention.varlen import VarlenLayout, build_varlen_layout
+from trietune.trie import Trie
+
+AttentionKind = Literal["rows", "varlen", "flex", "mask"]
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedRows:
+    """How rows are cut whatever the cost model would choose, so that a small trie proves what a large one runs through.
+
+    Attributes:
+        cost: by which the cut is chosen.
+        keeps_none: see `RowLayout`.
+    """
+
+    cost: AttentionCost
+    keeps_none: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionNote:
+    """One call of attention: query [N, H, d], key and value [T, G, d], and what the layer said."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    window: int | None
+    scale: float
+    softcap: float | None
+    of_needed: bool
+
+
+class TrieLayout:
+    """What attention needs to know of one trie; built once a micro-batch and shared by all layers.
+
+    Layers with a sliding window get a layout of their own, made when the first of them asks.
+
+    Args:
+        kind: `rows`, `varlen`, `flex`, or `mask`: all nodes at once under a [T, T] mask, the reference.
+        needed: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
+        place: takes what was built on the host to `device`.
+        forced: how rows are cut; None leaves it to the cost model.
+
+    Attributes:
+        notes: where it is a list, every call of attention is noted there, for proofs of kernels.
+    """
+
+    def __init__(
+        self,
+        trie: Trie,
+        *,
+        kind: AttentionKind,
+        num_heads: int,
+        num_key_heads: int,
+        device: torch.device,
+        needed: Int64[np.ndarray, " N"] | None = None,
+        place: Callable[[Tensor], Tensor] | None = None,
+        forced: ForcedRows | None = None,
+    ) -> None:
+        self.kind = kind
+        self.notes: list[AttentionNote] | None = None
+        self._forced = forced
+        self._place = place or (lambda tensor: tensor.to(device))
+        self.needed = None if needed is None else self._place(torch.from_numpy(needed))
+        self._needed = needed
+        self._trie = trie
+        self._num_heads = num_heads
+        self._num_key_heads = num_key_heads
+        self._device = device
+        self._rows: dict[tuple[int | None, int, torch.dtype, bool], RowLayout] = {}
+        self._varlen: dict[tuple[int | None, bool], VarlenLayout] = {}
+        self._flex: dict[tuple[int | None, bool], FlexLayout] = {}
+        self._masks: dict[int | None, Bool[Tensor, "1 1 T T"]] = {}
+        self._deepest = int(trie.position_ids.max(initial=0))
+
+    def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, of_needed: bool = False) -> RowLayout:
+        """The buckets for a layer.
+
+        Args:
+            window: number of positions that a query sees, itself included.
+            of_needed: only the needed nodes query.
+        """
+        key = (self._effective(window), head_size, dtype, of_needed)
+        if key not in self._rows:
+            self._rows[key] = build_row_layout(
+                self._trie,
+                self._needed if of_needed else None,
+                window=key[0],
+                num_heads=self._num_heads,
+                num_key_heads=self._num_key_heads,
+                head_size=head_size,
+                dtype=dtype,
+                device=self._device,
+                cost=None if self._forced is None else self._forced.cost,
+                keeps_none=self._forced is not None and self._forced.keeps_none,
+            )
+        return self._rows[key]
+
+    def varlen(self, window: int | None, *, of_needed: bool = False) -> VarlenLayout:
+        """The runs for a layer; arguments as in `rows`."""
+        key = (self._effective(window), of_needed)
+        if key not in self._varlen:
+            querying = self._needed if of_needed else None
+            self._varlen[key] = build_varlen_layout(self._trie, querying, window=key[0], place=self._place)
+        return self._varlen[key]
+
+    def flex(self, window: int | None, *, of_needed: bool = False) -> FlexLayout:
+        """The mask of blocks for a layer; arguments as in `rows`."""
+        key = (self._effective(window), of_needed)
+        if key not in self._flex:
+            querying = self._needed if of_needed else None
+            self._flex[key] = build_flex_layout(self._trie, querying, window=key[0], place=self._place)
+        return self._flex[key]
+
+    def mask(self, window: int | None) -> Bool[Tensor, "1 1 T T"]:
+        """True where a query (third axis) sees a key (fourth)."""
+        window = self._effective(window)
+        if window not in self._masks:
+            self._masks[window] = self._place(torch.from_numpy(visibility(self._trie, window)))[None, None]
+        return self._masks[window]
+
+    def _effective(self, window: int | None) -> int | None:
+        return None if window is None or window > self._deepest else window
+
+
+def visibility(trie: Trie, window: int | None = None) -> Bool[np.ndarray, "T T"]:
+    """`[i, j]` is True when node `i` sees node `j`: `j <= i < subtree_end[j]`, and within the window by depth."""
+    node = np.arange(trie.num_nodes)
+    sees: np.ndarray = (node[None] <= node[:, None]) & (node[:, None] < trie.subtree_end[None])
+    if window is not None:
+        sees &= trie.position_ids[:, None] - trie.position_ids[None] < window
+    return sees

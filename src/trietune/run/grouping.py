@@ -1,0 +1,128 @@
+"""Whether examples with a common beginning meet in a batch, and what a few batches then hold.
+
+The groups of a large data set are kept in the cache beside its tokens: finding them sorts everything.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trietune.data.cache import make_key
+from trietune.run.plan import Sharing
+
+if TYPE_CHECKING:
+    from trietune.config.settings import Settings
+    from trietune.data.load import Data
+    from trietune.tracking.tracker import Tracker
+    from trietune.trie.batch_stats import Work
+    from trietune.trie.groups import PrefixGroups
+
+# Grouping pays if it saves this much of the positions that plain shuffling computes.
+GROUPING_SAVES = 0.25
+# Batches that are laid out to measure what is shared and how much memory they take.
+SAMPLED_BATCHES = 8
+# No bound: a batch is one micro-batch.
+UNBOUNDED = 2**31
+# Groups of fewer examples are found in less than a second.
+KEPT_FROM_EXAMPLES = 200_000
+
+
+def choose_groups(settings: Settings, data: Data, cache_folder: Path, hub: Tracker) -> tuple[PrefixGroups | None, Work]:
+    """Prefix groups if `group_by_prefix` asks for them, or, with `auto`, if they save much; and a few batches' work."""
+    sequences = data.train
+    if settings.group_by_prefix is False or settings.batching != "trie":
+        return None, measure_batches(settings, sequences, None, UNBOUNDED)
+    if settings.batch_size * settings.gradient_accumulation_steps == 1:
+        groups = find_groups(data, 32, cache_folder)
+        if groups.num_distinct < (1 - GROUPING_SAVES) * groups.num_tokens:
+            hub.say(
+                "`batch_size: 1` computes every example alone; the examples share "
+                f"{1 - groups.num_distinct / groups.num_tokens:.0%} of their tokens. `--set batch_size=32` computes "
+                "shared beginnings once (compare the learning rate: docs/batches.md)"
+            )
+        return None, measure_batches(settings, sequences, None, UNBOUNDED)
+    groups = find_groups(data, settings.batch_size, cache_folder)
+    grouped = measure_batches(settings, sequences, groups, UNBOUNDED)
+    if settings.group_by_prefix is True:
+        return groups, grouped
+    shuffled = measure_batches(settings, sequences, None, UNBOUNDED)
+    saves_much = grouped.num_positions < (1 - GROUPING_SAVES) * shuffled.num_positions
+    return (groups, grouped) if saves_much else (None, shuffled)
+
+
+def find_groups(data: Data, batch_size: int, cache_folder: Path) -> PrefixGroups:
+    """The prefix groups of the training data, from the cache if it is large and they are there."""
+    from trietune.trie.groups import SHARED_PART, SHORT_RUN, find_prefix_groups
+
+    if len(data.train) < KEPT_FROM_EXAMPLES:
+        return find_prefix_groups(data.train, batch_size=batch_size)
+    key = make_key(train=data.train_fingerprint, batch_size=batch_size, rules=[SHARED_PART, SHORT_RUN])
+    path = cache_folder / "groups" / f"{key}.npz"
+    groups = _read(path, len(data.train))
+    if groups is None:
+        groups = find_prefix_groups(data.train, batch_size=batch_size)
+        _write(path, groups)
+    return groups
+
+
+def measure_batches(settings: Settings, sequences: Any, groups: PrefixGroups | None, max_positions: int) -> Work:
+    """What a few batches of the first epoch hold, laid out as training will."""
+    from trietune.training.sampler import Sampler
+    from trietune.trie import make_micro_batches
+    from trietune.trie.batch_stats import measure_work
+
+    sampler = Sampler(len(sequences), batch_size=settings.batch_size, seed=settings.seed, groups=groups)
+    return measure_work(
+        [
+            micro_batch
+            for number in range(min(SAMPLED_BATCHES, sampler.batches_per_epoch))
+            for micro_batch in make_micro_batches(
+                sequences, sampler.batch(0, number), batching=settings.batching, max_nodes=max_positions
+            )
+        ]
+    )
+
+
+def sharing_of(work: Work, settings: Settings, num_train: int) -> Sharing:
+    """What the `work` of `measure_batches` says about an example."""
+    num_examples = min(SAMPLED_BATCHES * settings.batch_size, num_train)
+    return Sharing(work.num_tokens / num_examples, work.num_positions / num_examples)
+
+
+def _read(path: Path, num_sequences: int) -> PrefixGroups | None:
+    """Groups from the cache; None if there are none or they cannot be read. The archive checks its own sums."""
+    from trietune.trie.groups import PrefixGroups
+
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            groups = PrefixGroups(
+                archive["order"], archive["start"], int(archive["num_tokens"]), int(archive["num_distinct"])
+            )
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    return groups if len(groups.order) == num_sequences else None
+
+
+def _write(path: Path, groups: PrefixGroups) -> None:
+    """Keep the groups, whole or not at all; a cache that cannot be written to costs only time."""
+    staged = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".building-", delete=False) as file:
+            staged = file.name
+            np.savez(
+                file,
+                order=groups.order,
+                start=groups.start,
+                num_tokens=groups.num_tokens,
+                num_distinct=groups.num_distinct,
+            )
+        Path(staged).replace(path)
+    except OSError:
+        if staged is not None:
+            Path(staged).unlink(missing_ok=True)

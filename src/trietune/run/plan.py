@@ -1,0 +1,161 @@
+"""What a run will do, every `auto` resolved: `--dry-run` prints this object, `train` executes the same one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from trietune.device import Device
+    from trietune.model.attention.layout import AttentionKind
+    from trietune.trie import Batching
+    from trietune.trie.static_shapes import StaticShapes
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What tries save on this data, measured on a few batches drawn as training will draw them.
+
+    Attributes:
+        tokens_per_example: positions that plain rows without padding would compute.
+        positions_per_example: positions that this run computes.
+    """
+
+    tokens_per_example: float
+    positions_per_example: float
+
+    @property
+    def factor(self) -> float:
+        return self.tokens_per_example / max(self.positions_per_example, 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPlan:
+    """Shapes, and what they add to positions and to labels, as parts of them."""
+
+    shapes: StaticShapes
+    added_positions: float
+    added_labels: float
+
+    @property
+    def description(self) -> str:
+        """For the plan."""
+        listed = ", ".join(f"{shape.num_positions:,} x {shape.num_labels:,}" for shape in self.shapes.shapes)
+        rows = f", {self.shapes.num_rows} side by side" if self.shapes.num_rows > 1 else ""
+        return (
+            f"{listed} (tokens x labels){rows}; padding adds {self.added_positions:.1%} to the tokens and "
+            f"{self.added_labels:.0%} to the labels"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run with nothing left open.
+
+    Attributes:
+        directory: the run's folder; its name is the run's.
+        dtype: of the base model; adapter and optimizer are fp32.
+        load_in_4bit: whether its linear layers are held in 4 bits and only compute in `dtype`.
+        attention: how tries attend; None for padded rows, which keep the library's attention.
+        attention_reason: why not in the device's best way; None if they do.
+        is_grouped: whether examples with a long common prefix meet in a batch.
+        max_positions: most positions of a micro-batch.
+        static: the shapes that micro-batches are padded to, on a device that needs such; None elsewhere.
+        num_steps: optimizer steps of the whole run.
+        eval_max_examples: examples of a periodic validation; None takes all.
+        eval_batch_size: answers generated together.
+        model_bytes: of the base model, the adapter, its gradients and its optimizer.
+        position_bytes: estimate for one position of a micro-batch.
+        largest_micro_batch: positions of the largest micro-batch of those that were looked at.
+    """
+
+    directory: Path
+    model_name: str
+    model_revision: str | None
+    num_parameters: int
+    num_trainable: int
+    device: Device
+    dtype: torch.dtype
+    load_in_4bit: bool
+    batching: Batching
+    attention: AttentionKind | None
+    attention_reason: str | None
+    is_grouped: bool
+    max_positions: int
+    num_train: int
+    num_validation: int
+    batch_size: int
+    batches_per_step: int
+    steps_per_epoch: int
+    num_steps: int
+    num_warmup_steps: int
+    eval_max_examples: int | None
+    eval_batch_size: int
+    sharing: Sharing
+    model_bytes: int
+    position_bytes: int
+    largest_micro_batch: int
+    static: StaticPlan | None = None
+
+    @property
+    def has_loss_scale(self) -> bool:
+        """Whether losses are multiplied before the backward, as fp16 needs it."""
+        return str(self.dtype) == "torch.float16"
+
+    @property
+    def _dtype(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        if self.load_in_4bit:
+            name = f"4 bits, computing in {name}"
+        return f"{name}, with a scaled loss" if self.has_loss_scale else name
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The plan for people: (name, value), in the order in which things happen."""
+        revision = f" at {self.model_revision[:12]}" if self.model_revision else ""
+        batch = f"{self.batch_size} examples" + (
+            f" x {self.batches_per_step} accumulated" if self.batches_per_step > 1 else ""
+        )
+        epochs = self.num_steps / self.steps_per_epoch
+        attention = self.attention or "the model's own"
+        validation = "all" if self.eval_max_examples is None else f"{self.eval_max_examples:,}"
+        return [
+            ("model", f"{self.model_name}{revision}, {_millions(self.num_parameters)} parameters"),
+            ("adapter", f"{self.num_trainable:,} trained parameters, in float32"),
+            ("device", f"{self.device.name}, base in {self._dtype}"),
+            ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
+            ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
+            ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
+            *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),
+            (
+                "sharing",
+                f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens an example "
+                f"are computed ({self.sharing.factor:.2f}x)",
+            ),
+            (
+                "memory",
+                f"{_gigabytes(self.model_bytes)} for model and optimizer; about "
+                f"{_gigabytes(self.largest_micro_batch * self.position_bytes)} for a micro-batch of "
+                f"{self.largest_micro_batch:,} tokens",
+            ),
+            (
+                "micro-batch",
+                f"at most {self.max_positions:,} tokens, about {_gigabytes(self.max_positions * self.position_bytes)}",
+            ),
+            *([("shapes", self.static.description)] if self.static else []),
+            ("validation", f"{validation} examples while training, all before and after"),
+        ]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2g} GB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def _grouping(is_grouped: bool) -> str:
+    return "examples with a common beginning meet" if is_grouped else "shuffled plainly"

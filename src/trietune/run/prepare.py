@@ -1,0 +1,251 @@
+"""From settings to a plan: the model is found, the data read, every `auto` resolved. Nothing is written but caches."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from trietune.errors import UserError
+from trietune.run.device_plan import check_device, device_options, plan_shapes
+from trietune.run.grouping import choose_groups, measure_batches, sharing_of
+from trietune.run.plan import Plan
+from trietune.tracking.events import Working
+
+if TYPE_CHECKING:
+    import torch
+
+    from trietune.config.settings import Settings
+    from trietune.data.load import Data
+    from trietune.device import Device
+    from trietune.model.attention.layout import AttentionKind
+    from trietune.model.base.locate import ModelFolder
+    from trietune.tracking.tracker import Tracker
+    from trietune.trie.groups import PrefixGroups
+
+# With `eval_max_examples: auto`, a periodic validation takes about a tenth of the training between two of them; a
+# training example costs three forward passes.
+VALIDATION_SHARE = 0.1
+FEWEST_VALIDATED = 32
+DEFAULT_EVAL_BATCH = 32
+# Of a parameter of the adapter, in fp32: itself, its gradient, and two moments of the optimizer.
+BYTES_A_TRAINED_PARAMETER = 16
+# Ways to attend whose kernels compute probabilities again in the backward.
+KEEP_NO_SCORES = ("varlen", "flex")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan and all that was read to make it."""
+
+    settings: Settings
+    plan: Plan
+    base: ModelFolder
+    tokenizer: Any
+    data: Data
+    groups: PrefixGroups | None
+
+
+def prepare(
+    settings: Settings, hub: Tracker, check_stop: Callable[[], None], *, directory: Path | None = None
+) -> Prepared:
+    """Find the model, read the data, choose device and layout; writes nothing but caches.
+
+    Args:
+        directory: of the run; by default the one that the settings name.
+    """
+    from trietune.data.encoder import load_tokenizer
+    from trietune.data.load import load_data
+    from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
+    from trietune.model.base.four_bits import check_four_bits
+    from trietune.model.base.gguf import cache_folder
+
+    for note in settings.notes:
+        hub.say(note, is_warning=True)
+    if settings.deterministic:
+        make_deterministic()
+    options = device_options(settings)
+    device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
+    if device.reason:
+        hub.say(device.reason)
+    check_device(settings, device, options, hub.say)
+    from trietune.model.base.shape import describe_network  # transformers starts XLA devices when it is imported
+
+    dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
+    if settings.load_in_4bit:
+        check_four_bits(device, where=settings.where("load_in_4bit"))
+
+    base = locate_base(settings.model_name, hub)
+    tokenizer = load_tokenizer(base.path)
+    shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings))
+    if settings.batching != "padded" and shape.refusal is not None:
+        raise UserError(
+            f"batches of `{base.name}` cannot be computed as a trie: {shape.refusal}",
+            where=f"`batching: {settings.batching}` ({settings.where('batching')})",
+            next_step="`--set batching=padded`, which trains it on plain rows",
+        )
+    attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
+
+    kept = cache_folder() / "data"
+    data = load_data(
+        settings,
+        tokenizer,
+        cache_folder=kept,
+        report=hub.say,
+        progress=progress_of(hub, "examples"),
+        check_stop=check_stop,
+    )
+    num_train = len(data.train)
+    groups, work = choose_groups(settings, data, kept, hub)
+    batches_per_epoch = math.ceil(num_train / settings.batch_size)
+    steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
+    num_steps = steps_per_epoch * settings.num_epochs
+    if settings.max_steps is not None:
+        if settings.max_steps > num_steps:
+            hub.say(f"`num_epochs: {settings.num_epochs}` ends after {num_steps:,} steps, before `max_steps`")
+        num_steps = min(settings.max_steps, num_steps)
+    bytes_with_scores = partial(
+        bytes_per_position,
+        shape.config,
+        dtype,
+        labels_per_position=work.labels_per_position,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        is_fused=settings.fused_layers
+        and device.runs_own_backwards
+        and not settings.lora_dropout
+        and not settings.use_dora
+        and not settings.load_in_4bit,
+    )
+    kept_scores = 0.0 if attention in KEEP_NO_SCORES else work.scores_per_position
+    position_bytes = bytes_with_scores(scores_per_position=kept_scores)
+    base_bytes = shape.num_bytes(dtype, load_in_4bit=settings.load_in_4bit)
+    model_bytes = base_bytes + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
+    free_bytes = device.free_memory_bytes() - model_bytes
+    max_positions = settings.max_tokens_per_micro_batch
+    if max_positions == "auto":
+        max_positions = micro_batch_bound(free_bytes, position_bytes)
+    static = None
+    if device.has_static_shapes:
+        static = plan_shapes(settings, device, data, groups, free_bytes, bytes_with_scores)
+        max_positions = static.shapes.max_positions
+        position_bytes = bytes_with_scores(scores_per_position=max_positions)
+    if work.largest > max_positions:
+        work = measure_batches(settings, data.train, groups, max_positions)
+    plan = Plan(
+        directory=directory or run_directory(settings),
+        model_name=base.name,
+        model_revision=base.revision,
+        num_parameters=shape.num_parameters,
+        num_trainable=shape.num_trainable,
+        device=device,
+        dtype=dtype,
+        load_in_4bit=settings.load_in_4bit,
+        batching=settings.batching,
+        attention=attention,
+        attention_reason=attention_reason,
+        is_grouped=groups is not None,
+        max_positions=max_positions,
+        num_train=num_train,
+        num_validation=len(data.validation) if data.validation is not None else 0,
+        batch_size=settings.batch_size,
+        batches_per_step=settings.gradient_accumulation_steps,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        num_warmup_steps=settings.num_warmup_steps(num_steps),
+        eval_max_examples=validation_bound(settings, data),
+        eval_batch_size=DEFAULT_EVAL_BATCH if settings.eval_batch_size == "auto" else settings.eval_batch_size,
+        sharing=sharing_of(work, settings, num_train),
+        model_bytes=model_bytes,
+        position_bytes=position_bytes,
+        largest_micro_batch=work.largest,
+        static=static,
+    )
+    return Prepared(settings, plan, base, tokenizer, data, groups)
+
+
+def adapter_arguments(settings: Settings) -> dict[str, Any]:
+    """Keyword arguments of `add_adapter`."""
+    return {
+        "r": settings.lora_r,
+        "alpha": settings.lora_alpha,
+        "dropout": settings.lora_dropout,
+        "target_modules": settings.lora_target_modules,
+        "use_rslora": settings.use_rslora,
+        "use_dora": settings.use_dora,
+        "bias": settings.lora_bias,
+        "modules_to_save": settings.modules_to_save or None,
+        "seed": settings.seed,
+    }
+
+
+def locate_base(model_name: str, hub: Tracker) -> ModelFolder:
+    """The base model's folder; what is fetched or converted on the way is shown."""
+    from trietune.model.base.locate import locate_model
+
+    return locate_model(model_name, report=hub.say, progress=progress_of(hub, "bytes"))
+
+
+def progress_of(hub: Tracker, unit: str) -> Callable[[str, int, int | None], None]:
+    """A progress callback that emits `Working`."""
+
+    def progress(phase: str, done: int, total: int | None) -> None:
+        hub.emit(Working(phase, done, total, unit))
+
+    return progress
+
+
+def make_deterministic() -> None:
+    """PyTorch's deterministic algorithms; cuBLAS needs its variable before the first product."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def choose_attention(
+    settings: Settings, device: Device, config: Any, dtype: torch.dtype
+) -> tuple[AttentionKind | None, str | None]:
+    """How tries attend, None for padded rows; and why not in the device's best way.
+
+    Args:
+        config: the text config of a causal model of transformers.
+    """
+    from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, AttentionNeeds, choose_way
+
+    if settings.batching == "padded":
+        return None, None
+    bound = settings.max_tokens_per_micro_batch
+    needs = AttentionNeeds(
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        dtype=dtype,
+        has_soft_cap=getattr(config, "attn_logit_softcapping", None) is not None,
+        num_positions=ANY_NUMBER_OF_POSITIONS if bound == "auto" else bound,
+    )
+    kind, reason = choose_way(settings.attention, device, needs, where=settings.where("attention"))
+    return cast("AttentionKind", kind), reason
+
+
+def validation_bound(settings: Settings, data: Data) -> int | None:
+    """Examples of a periodic validation; None takes all."""
+    if settings.eval_max_examples != "auto":
+        return settings.eval_max_examples
+    between = settings.val_steps_freq * settings.batch_size * settings.gradient_accumulation_steps
+    bound = max(FEWEST_VALIDATED, int(3 * VALIDATION_SHARE * between))
+    return None if data.validation is None or bound >= len(data.validation) else bound
+
+
+def run_directory(settings: Settings) -> Path:
+    """`<project_dir>/<run name>`; a name that exists gets `-2`, `-3`, unless the run is resumed."""
+    first = Path(settings.project_dir).expanduser() / settings.wandb_run_name
+    if settings.resume_from_checkpoint:
+        return first
+    directory, number = first, 1
+    while directory.exists():
+        number += 1
+        directory = first.with_name(f"{first.name}-{number}")
+    return directory

@@ -1,0 +1,338 @@
+"""What a run keeps: checkpoints, their copies, the final adapter; and how it goes on from them.
+
+Everything on disk goes through `checkpoints`, which writes directories whole or not at all. Here it is decided what is
+in them and when a difference, a damage or a full disk matters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE, SaveFailed
+from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
+from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
+from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE
+from trietune.io.directory import Content, Damaged, check_sizes, read_directory, write_directory
+from trietune.io.manifest import ManifestInfo
+from trietune.run import environment
+from trietune.run.storage import open_remote
+from trietune.tracking import events
+from trietune.tracking.jsonl import LINE_FILES
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+    from trietune.checkpoints.remote.uploads import Uploader
+    from trietune.evaluation.evaluate import Evaluation
+    from trietune.run.prepare import Prepared
+    from trietune.tracking.tracker import Tracker
+
+STATE_FILE, PROMPT_FILE = "trainer_state.json", "prompt_format.json"
+# One formula in three kernels, whose state is the same.
+SAME_STATE = {"adamw", "adamw_torch", "adamw_torch_fused"}
+# Shown in the model card.
+CARD_SETTINGS = (
+    "max_length", "learning_rate", "batch_size", "num_epochs", "lora_r", "lora_alpha", "lora_target_modules", "dtype",
+    "seed",
+)  # fmt: skip
+
+
+class Keeper:
+    """The files of one run; hold the run's lock while it is in use."""
+
+    def __init__(self, prepared: Prepared, hub: Tracker) -> None:
+        self.settings = prepared.settings
+        self.prepared = prepared
+        self.directory = prepared.plan.directory
+        self.hub = hub
+        self.environment = environment.describe(prepared)
+        self.remote = open_remote(self.settings, self.directory.name)
+        adopted = None
+        if self.remote is not None and self.settings.load_from_storage and self.settings.resume_from_checkpoint:
+            adopted = self.remote.find_run_id()
+        self.run_id = load_or_create_run_id(self.directory, adopt=adopted)
+        self.store = CheckpointStore(
+            run_directory=self.directory,
+            run_id=self.run_id,
+            keep_last_n=self.settings.keep_last_n,
+            keep_best_n=self.settings.keep_best_n,
+            metric=self.settings.checkpoint_metric,
+            mode=self.settings.checkpoint_metric_mode,
+        )
+        self.saved_step: int | None = None
+        self._uploader: Uploader | None = None
+
+    # Going on
+
+    def find_checkpoint(self, allowed_changes: frozenset[str]) -> LoadedCheckpoint | None:
+        """The checkpoint that the settings mean, read and verified; None for a fresh start.
+
+        Raises:
+            UserError: none that can be believed, or one of another training.
+        """
+        choice = self.settings.resume_from_checkpoint
+        if not choice:
+            return None
+        path = Path(self.settings.checkpoint_path) if self.settings.resume_option == "path" else None
+        if self.settings.load_from_storage and self.remote is not None:
+            from trietune.checkpoints.remote.uploads import fetch
+
+            for note in fetch(self.store, self.remote, self.settings.resume_option, path):
+                self.hub.say(note)
+        expendable = {OPTIMIZER_FILE} if OPTIMIZER_STATE in allowed_changes else set()
+        loaded = self.store.load(
+            self.settings.resume_option, path, fresh_if_none=choice == "auto", expendable=expendable
+        )
+        if loaded is None:
+            self.hub.say("no checkpoint yet: starting from the beginning")
+            return None
+        for note in loaded.notes:
+            self.hub.say(note, is_warning=True)
+        differences = compare(loaded.details, self.details(), allowed_changes)
+        check_differences(differences, loaded.path)
+        if differences:
+            self.hub.say("this is not as it was at the checkpoint:", is_warning=True)
+            for line in table_lines(differences):
+                self.hub.say(f"  {line}")
+        return loaded
+
+    def start(self, resumed: LoadedCheckpoint | None) -> None:
+        """Clean up after a killed process, set aside what lies beyond the checkpoint, begin to copy."""
+        self.store.clean_leftovers()
+        step = -1 if resumed is None else resumed.step
+        for name in LINE_FILES:
+            abandoned = abandon_lines(self.directory / name, step)
+            if abandoned.num_beyond and abandoned.path is not None:
+                beyond = f"beyond step {step:,}" if resumed is not None else "of a start that saved nothing"
+                self.hub.say(f"{abandoned.num_beyond} lines of {name} {beyond} are now in {abandoned.path.name}")
+        if resumed is not None:
+            for path in self.store.set_aside_newer(resumed.step):
+                self.hub.say(f"what lies beyond step {resumed.step:,} is set aside as {path.name}")
+            self.saved_step = resumed.step
+        if self.remote is not None and self.settings.sync_to_storage:
+            from trietune.checkpoints.remote.uploads import Uploader
+
+            self._uploader = Uploader(self.store, self.remote, resumed_step=resumed.step if resumed else None)
+            self._uploader.start()
+
+    def trained_steps(self) -> int | None:
+        """The steps after which this run wrote its final adapter; None if it did not, or the adapter is damaged."""
+        try:
+            info = check_sizes(self.directory / "adapter").info
+        except Damaged:
+            return None
+        trained = info.details.get("trained_steps")
+        return trained if info.run_id == self.run_id and isinstance(trained, int) else None
+
+    def restore(
+        self, resumed: LoadedCheckpoint, peft_model: PeftModel, optimizer: torch.optim.Optimizer
+    ) -> Mapping[str, Any]:
+        """Put the checkpoint's weights (and optimizer) back and forget its bytes; returns `trainer_state.json`."""
+        from trietune.model.adapter.adapter import set_adapter_tensors
+        from trietune.model.adapter.folder import WEIGHTS_FILE
+        from trietune.model.adapter.tensors import bytes_to_tensors
+        from trietune.training.state import restore_optimizer
+
+        set_adapter_tensors(peft_model, resumed.take(WEIGHTS_FILE), where=str(resumed.path))
+        if (reason := self._why_moments_start_anew(resumed)) is None:
+            restore_optimizer(optimizer, bytes_to_tensors(resumed.take(OPTIMIZER_FILE)))
+            self.hub.say(f"going on from step {resumed.step:,} with the optimizer's state, as if never stopped")
+        else:
+            self.hub.say(
+                f"going on from step {resumed.step:,}: weights, data order, schedule and step count go on; the "
+                f"optimizer's moments start anew ({reason})"
+            )
+        state: Mapping[str, Any] = json.loads(resumed.take(STATE_FILE))
+        resumed.contents.clear()
+        return state
+
+    def _why_moments_start_anew(self, resumed: LoadedCheckpoint) -> str | None:
+        if OPTIMIZER_FILE in resumed.left_out:
+            return "their file is damaged"
+        if OPTIMIZER_FILE not in resumed.contents:
+            return "`save_optim: True` keeps them"
+        kinds = {resumed.details.get("optim"), self.settings.optim}
+        return None if len(kinds) == 1 or kinds <= SAME_STATE else "another `optim` keeps others"
+
+    # Saving
+
+    def save(
+        self,
+        step: int,
+        epoch: float,
+        metrics: Mapping[str, float],
+        peft_model: PeftModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        further_state: Mapping[str, Any],
+        must_succeed: bool = False,
+    ) -> float:
+        """Write the checkpoint of `step` unless it is there; returns the seconds that it took.
+
+        A save that the disk refuses is told, and training goes on, unless `on_save_error: stop` or `must_succeed`.
+
+        Args:
+            metrics: measured on exactly these weights; empty if they were not measured.
+            further_state: of this session, into `trainer_state.json`.
+        """
+        if self.saved_step == step:
+            return 0.0
+        begin = time.monotonic()
+        try:
+            saved = self.store.save(
+                step,
+                self._checkpoint_files(step, epoch, peft_model, optimizer, further_state),
+                metrics=metrics,
+                details=self.details(),
+                flush_first=[self.directory / name for name in LINE_FILES],
+            )
+        except SaveFailed as failure:
+            if must_succeed or self.settings.on_save_error == "stop":
+                raise
+            self.hub.say(str(failure).removeprefix("error: "), is_warning=True)
+            return 0.0
+        self.saved_step = step
+        for warning in saved.warnings:
+            self.hub.say(warning, is_warning=True)
+        seconds = time.monotonic() - begin
+        self.hub.emit(events.Saved("checkpoint", step, saved.path, dict(metrics), seconds))
+        for path in saved.removed:
+            self.hub.emit(events.Removed(int(path.name.removeprefix("step-")), path))
+        self.tell_uploads()
+        if self._uploader is not None:
+            self._uploader.saved()
+        return seconds
+
+    def better_than_last(self, step: int, metrics: Mapping[str, float]) -> tuple[int, bytes] | None:
+        """Step and weights of the best checkpoint, if it was measured better than the weights of `step`."""
+        from trietune.model.adapter.folder import WEIGHTS_FILE
+
+        name = self.settings.checkpoint_metric
+        best, last = self.store.best(), metrics.get(name)
+        value = best.metrics.get(name) if best is not None else None
+        if best is None or value is None or last is None or best.step == step or not math.isfinite(last):
+            return None
+        if not (value < last if self.settings.checkpoint_metric_mode == "min" else value > last):
+            return None
+        try:
+            weights = read_directory(best.path, without={OPTIMIZER_FILE})[1][WEIGHTS_FILE]
+        except Damaged as damage:
+            self.hub.say(f"{damage}: the final adapter is that of the last step, not the best", is_warning=True)
+            return None
+        self.hub.say(
+            f"the final adapter is that of step {best.step:,}: `{name}` was {value:.4g} there and {last:.4g} at the "
+            "last step, on the same examples"
+        )
+        return best.step, weights
+
+    def write_adapter(
+        self,
+        step: int,
+        peft_model: PeftModel,
+        before: Evaluation | None,
+        after: Evaluation | None,
+        encoder: Any,
+        *,
+        trained_steps: int,
+    ) -> Path:
+        """Write `adapter/` whole, with its model card and prompt format; its weights are those of `step`."""
+        from trietune.model.adapter.adapter import adapter_files
+
+        begin = time.monotonic()
+        target = self.directory / "adapter"
+        metrics = dict(after.metrics) if after is not None else {}
+        contents: dict[str, Content] = {
+            **adapter_files(peft_model, self.prepared.base),
+            PROMPT_FILE: self._prompt_format(),
+            "README.md": self._card(before, after, encoder).encode(),
+        }
+        details = {**self.details(), "trained_steps": trained_steps}
+        info = ManifestInfo(self.run_id, step, metrics, kind="adapter", details=details)
+        write_directory(target, contents, info=info)
+        self.hub.emit(events.Saved("adapter", step, target, metrics, time.monotonic() - begin))
+        return target
+
+    # Copies
+
+    def tell_uploads(self) -> None:
+        """Pass on what the uploads have to say."""
+        for sentence in self._uploader.news() if self._uploader is not None else ():
+            self.hub.say(sentence, is_warning=True)
+
+    def finish_uploads(self, *, is_final: bool, must_leave: Callable[[], bool]) -> int:
+        """Wait for what is left to copy, a bounded time; returns the exit code that it means."""
+        if self._uploader is None:
+            return EXIT_DONE
+        result = self._uploader.close(final=is_final, must_leave=must_leave)
+        self.tell_uploads()
+        if result.is_complete:
+            return EXIT_DONE
+        missing = f": {', '.join(result.missing)}" if result.missing else ""
+        self.hub.say(
+            f"not everything was copied to {self.settings.remote_path} ({result.error}){missing}; it is whole on this "
+            f"disk, and `trietune sync {self.directory}` copies it",
+            is_warning=True,
+        )
+        return EXIT_UPLOAD_INCOMPLETE
+
+    def details(self) -> dict[str, Any]:
+        """What a resume compares: the settings, and what surrounds them."""
+        return {**self.settings.dump_public(), **environment.compared(self.environment)}
+
+    def _checkpoint_files(
+        self,
+        step: int,
+        epoch: float,
+        peft_model: PeftModel,
+        optimizer: torch.optim.Optimizer,
+        further_state: Mapping[str, Any],
+    ) -> dict[str, Content]:
+        from trietune.model.adapter.adapter import adapter_files
+        from trietune.model.adapter.tensors import tensors_to_content
+        from trietune.training.state import optimizer_tensors
+
+        contents: dict[str, Content] = {
+            **adapter_files(peft_model, self.prepared.base),
+            PROMPT_FILE: self._prompt_format(),
+        }
+        state = {"step": step, "epoch": epoch, "has_optimizer": self.settings.save_optim, **further_state}
+        contents[STATE_FILE] = json.dumps(state, indent=2).encode()
+        if self.settings.save_optim:
+            contents[OPTIMIZER_FILE] = tensors_to_content(optimizer_tensors(optimizer))
+        return contents
+
+    def _prompt_format(self) -> bytes:
+        return self.prepared.data.prompt_format.to_json().encode()
+
+    def _card(self, before: Evaluation | None, after: Evaluation | None, encoder: Any) -> str:
+        from trietune.model.adapter.card import CardFacts, Score, model_card
+
+        scores = []
+        if after is not None:
+            earlier = before.metrics if before is not None else {}
+            scores = [Score(n, value, earlier.get(n), after.num_examples) for n, value in after.metrics.items()]
+        data, plan = self.prepared.data, self.prepared.plan
+        prompt_format = data.prompt_format
+        sequences = data.validation if data.validation is not None else data.train
+        prompt_ids = encoder.encode_prompt(sequences.examples[0])
+        without_bos = prompt_ids[1:] if prompt_ids[:1] == [prompt_format.bos_id] else prompt_ids
+        return model_card(
+            CardFacts(
+                title=self.directory.name,
+                base=self.prepared.base,
+                example_prompt=self.prepared.tokenizer.decode(without_bos),
+                bos_id=prompt_format.bos_id,
+                stop_ids=prompt_format.stop_ids,
+                parses_special_tokens=prompt_format.parses_special_tokens,
+                dataset=self.settings.dataset_id,
+                num_train_examples=plan.num_train,
+                scores=scores,
+                settings={key: getattr(self.settings, key) for key in CARD_SETTINGS},
+            )
+        )

@@ -1,0 +1,261 @@
+"""Show a run to the person who started it: progress while it works, the result when it ends.
+
+Progress, counts and warnings go to stderr; the result goes to stdout, so `trietune train > result.txt` keeps it. On a
+terminal one bar moves at the bottom while lines pass above it:
+
+    training  ━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━  120/400  30 %  epoch 0.48  2:10 left
+              loss 0.4123   eval 0.3911   8.5 examples/s   360 distinct tokens/s   sharing 4.1x   1.3 GB
+
+Anywhere else (a file, a pipe, `TERM=dumb`) the same numbers come as plain lines, no more than one every few seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+from trietune.tracking import wording
+from trietune.tracking.console import result
+from trietune.tracking.console.progress import Progress, progress_lines
+from trietune.tracking.events import (
+    Evaluated,
+    Event,
+    ExamplesShown,
+    MarkedExample,
+    Predicted,
+    Removed,
+    RunFinished,
+    RunStarted,
+    Said,
+    Saved,
+    StepFinished,
+    Working,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+    from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 5.0
+REFRESHES_PER_SECOND = 4
+
+
+class ConsoleConsumer:
+    """Writes a run to two text streams; stderr shows a moving bar if it is a terminal that can.
+
+    Args:
+        out: where the result goes; stdout if None.
+        err: where everything else goes; stderr if None.
+        clock: seconds that only grow.
+    """
+
+    name = "console"
+
+    def __init__(
+        self, out: TextIO | None = None, err: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._clock = clock
+        self._progress = Progress()
+        self._result = result.Result()
+        self._last_line_s: float | None = None
+        self._screen = _Screen(self._err, self._frame) if can_show_bars(self._err) else None
+
+    def handle(self, event: Event) -> None:
+        """Show `event`; what the result needs is remembered until the run ends."""
+        self._result.remember(event)
+        match event:
+            case RunStarted():
+                self._write_plan(event)
+                self._progress.start(event.first_step, event.num_steps)
+            case Said():
+                self._write(f"warning: {event.text}" if event.level == "warning" else event.text, event.level)
+            case Working():
+                self._show_work(event)
+            case ExamplesShown():
+                for example in event.examples:
+                    self._write_example(example)
+            case StepFinished():
+                self._show_step(event)
+            case Evaluated():
+                self._progress.remember_evaluation(event)
+                self._write(evaluation_line(event))
+            case Saved():
+                self._write(f"{event.kind} of step {event.step:,}: {event.directory}")
+            case Removed():
+                self._write(f"removed {event.directory.name}", "quiet")
+            case RunFinished():
+                self._stop_screen()
+                self._write_result(event)
+            case Predicted():
+                pass  # part of the result
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._stop_screen()
+
+    def _show_work(self, event: Working) -> None:
+        now = self._clock()
+        phase = self._progress.work(event.phase, event.done, event.total, event.unit, now)
+        if self._screen:
+            self._screen.start()
+        elif phase is not None and self._is_time_for_a_line(max(phase.began_s, self._last_line_s or 0.0)):
+            self._write_line(phase.line())
+
+    def _show_step(self, event: StepFinished) -> None:
+        self._progress.step(event, self._clock())
+        if self._screen:
+            self._screen.start()
+            return
+        is_first_or_last = self._last_line_s is None or event.step == self._progress.num_steps
+        if event.is_logged and (is_first_or_last or self._is_time_for_a_line(self._last_line_s)):
+            self._write_line("  ".join([f"step {event.step:,}/{self._progress.num_steps:,}", *self._progress.fields()]))
+
+    def _is_time_for_a_line(self, since_s: float | None) -> bool:
+        return since_s is None or self._clock() - since_s >= SECONDS_BETWEEN_LINES
+
+    def _write_line(self, text: str) -> None:
+        self._last_line_s = self._clock()
+        self._write(text)
+
+    def _write_plan(self, event: RunStarted) -> None:
+        self._write(f"{event.name}: {event.directory}", "strong")
+        for line in result.columns([(f"  {name}", value) for name, value in event.plan]):
+            self._write(line)
+
+    def _write_example(self, example: MarkedExample) -> None:
+        self._write(f"example {example.id}: what the model reads, with [label tokens] in brackets", "strong")
+        if self._screen:
+            self._screen.print_marked(example)
+        else:
+            self._write(marked_text(example).plain)
+
+    def _write_result(self, event: RunFinished) -> None:
+        width = self._screen.width if self._screen else result.DEFAULT_WIDTH
+        self._err.flush()
+        write_safely(self._out, "\n".join(self._result.lines(event, width)) + "\n")
+
+    def _write(self, text: str, style: str = "info") -> None:
+        if self._screen:
+            self._screen.print_styled(wording.visible(text), style)
+        else:
+            write_safely(self._err, wording.visible(text) + "\n")
+
+    def _frame(self, width: int) -> list[Text]:
+        return progress_lines(self._progress, width, self._clock(), is_ascii=not can_encode(self._err, "━╸"))
+
+    def _stop_screen(self) -> None:
+        if self._screen:
+            self._screen.stop()
+
+
+def evaluation_line(event: Evaluated) -> str:
+    """One evaluation in one line, with its interval and the number of examples."""
+    parts = []
+    for key, value in event.metrics.items():
+        text = f"{wording.metric_name(key)} {wording.metric_value(key, value)}"
+        if key in event.intervals:
+            text += f" ({wording.interval(key, *event.intervals[key])})"
+        parts.append(text)
+    moment = {"before": "before training", "after": "after training", "during": f"at step {event.step:,}"}[event.when]
+    return f"evaluation {moment}, {event.num_examples:,} examples: " + ", ".join(parts)
+
+
+def marked_text(example: MarkedExample) -> Text:
+    """The example as it reads, each label token in brackets (and in colour where there is any)."""
+    from rich.text import Text
+
+    text = Text()
+    for piece, is_label in example.pieces:
+        shown = wording.visible(piece)
+        text.append(f"[{shown}]" if is_label else shown, style="bold green" if is_label else "")
+    return text
+
+
+def can_show_bars(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal on which a line can be drawn again."""
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def can_encode(stream: TextIO, text: str) -> bool:
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def write_safely(stream: TextIO, text: str) -> None:
+    """Write and flush, whatever the stream's encoding."""
+    stream.write(encodable(stream, text))
+    stream.flush()
+
+
+def encodable(stream: TextIO, text: str) -> str:
+    """`text` with escapes for the characters that the stream's encoding lacks; writing them would fail."""
+    if can_encode(stream, text):
+        return text
+    return text.encode(stream.encoding, "backslashreplace").decode(stream.encoding)
+
+
+class _Screen:
+    """A terminal: lines that pass, and a frame below them that is drawn again and again while something works."""
+
+    _STYLES = {"info": "", "warning": "yellow", "strong": "bold", "quiet": "dim"}  # noqa: RUF012  (never changed)
+
+    def __init__(self, stream: TextIO, frame: Callable[[int], list[Text]]) -> None:
+        from rich.console import Console
+
+        self._stream = stream
+        self._console: Console = Console(file=stream, highlight=False, markup=False, emoji=False)
+        self._frame = frame
+        self._live: Live | None = None
+
+    @property
+    def width(self) -> int:
+        return self._console.width
+
+    def start(self) -> None:
+        """Begin to draw the frame; nothing happens if it is drawn already."""
+        if self._live is not None:
+            return
+        from rich.live import Live
+
+        # stdout is left alone: it carries data, and may go to a file.
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._render,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            transient=True,
+            redirect_stdout=False,
+        )
+        self._live.start()
+
+    def stop(self) -> None:
+        """Wipe the frame and give the cursor back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def print_marked(self, example: MarkedExample) -> None:
+        pieces = [(encodable(self._stream, piece), is_label) for piece, is_label in example.pieces]
+        self._console.print(marked_text(MarkedExample(example.id, pieces)), soft_wrap=True)
+        self._refresh()
+
+    def print_styled(self, text: str, style: str) -> None:
+        self._console.print(encodable(self._stream, text), style=self._STYLES[style], soft_wrap=True)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.refresh()  # else the frame of before the line stays for a moment
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+
+        return Group(*self._frame(self._console.width))

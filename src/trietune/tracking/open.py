@@ -1,0 +1,91 @@
+"""Choose what sees a run: its files always, a tracker if one is asked for, the report, and the console last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from trietune.errors import UserError
+from trietune.tracking.console.console import ConsoleConsumer
+from trietune.tracking.events import Consumer
+from trietune.tracking.jsonl import FilesConsumer
+from trietune.tracking.report.report import ReportConsumer
+from trietune.tracking.tracker import Tracker
+from trietune.tracking.wandb.access import is_installed
+
+TrackerName = Literal["auto", "wandb", "tensorboard", "trackio", "none"]
+
+
+def open_tracker(
+    *,
+    tracker: TrackerName = "auto",
+    use_wandb: bool = False,
+    project: str | None = None,
+    run_name: str | None = None,
+    tags: Sequence[str] = (),
+    model_to_wandb: bool = False,
+    writes_files: bool = True,
+    console: Consumer | None = None,
+) -> Tracker:
+    """The consumers of one run, in the order in which they hear of an event.
+
+    Args:
+        tracker: `auto` is W&B if `use_wandb`, else none.
+        project, run_name, tags, model_to_wandb: for the tracker; without a `run_name` it takes the run's.
+        writes_files: False shows events without keeping them.
+        console: instead of the one that writes to stdout and stderr.
+
+    Raises:
+        UserError: `tracker` names one that is not installed.
+    """
+    hub = Tracker()
+    if writes_files:
+        hub.add(FilesConsumer(lambda text: hub.say(text, is_warning=True)))
+    chosen = ("wandb" if use_wandb else "none") if tracker == "auto" else tracker
+    if tracker not in ("auto", "none"):
+        _check_installed(tracker)
+    if chosen != "none":
+        hub.add(
+            _open_named(
+                chosen,
+                say=lambda text, is_warning: hub.say(text, is_warning=is_warning),
+                project=project,
+                run_name=run_name,
+                tags=tags,
+                model_to_wandb=model_to_wandb,
+            )
+        )
+    if writes_files:
+        hub.add(ReportConsumer())
+    hub.add(console or ConsoleConsumer())
+    return hub
+
+
+def _open_named(
+    name: str,
+    *,
+    say: Callable[[str, bool], None],
+    project: str | None,
+    run_name: str | None,
+    tags: Sequence[str],
+    model_to_wandb: bool,
+) -> Consumer:
+    if name == "wandb":
+        from trietune.tracking.wandb.wandb import WandbConsumer
+
+        return WandbConsumer(say, project=project, name=run_name, tags=tags, uploads_model=model_to_wandb)
+    if name == "tensorboard":
+        from trietune.tracking.tensorboard import TensorboardConsumer
+
+        return TensorboardConsumer()
+    from trietune.tracking.trackio import TrackioConsumer
+
+    return TrackioConsumer(project=project, name=run_name)
+
+
+def _check_installed(name: str) -> None:
+    if not is_installed(name):
+        raise UserError(
+            f"`tracker: {name}` needs the package `{name}`, which is not installed",
+            next_step=f"pip install 'trietune[{name}]'     (or `--set tracker=none`: the run's files have everything)",
+        )

@@ -1,0 +1,200 @@
+"""One self-contained HTML page about one run, or several compared; and the same as text.
+
+The page needs no network and no other file. Its script and style are named by hash in a content policy that allows
+nothing else, and all data sits in one JSON element, escaped so that no text of an example can leave it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trietune.io import files
+from trietune.tracking import wording
+from trietune.tracking.console import result
+from trietune.tracking.events import Evaluated, Event, Predicted, RunFinished, RunStarted
+from trietune.tracking.jsonl import plain
+from trietune.tracking.report.curves import charts_of
+from trietune.tracking.report.record import RunRecord, read_run
+
+PAGE = Path(__file__).with_name("page")
+REPORT = "report.html"
+LARGEST_SHARE_OF_TIME = 0.01
+
+
+def write_report(run_directories: Sequence[Path], out: Path) -> None:
+    """Write the page for these runs to `out`, whole or not at all. Raises `UserError` for a folder without a run."""
+    files.replace_file(out, render_page(_read_runs(run_directories)).encode())
+
+
+def render_page(runs: Sequence[RunRecord]) -> str:
+    """The page as text; the same runs give the same text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=FileSystemLoader(PAGE),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(value=_shown_value, duration=wording.duration)
+    style = (PAGE / "report.css").read_text()
+    script = (PAGE / "report.js").read_text()
+    return environment.get_template("report.html.jinja").render(
+        runs=runs,
+        title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
+        rows=[_rows_of(run) for run in runs],
+        metrics=_metrics_of(runs),
+        differences=differences([run.config for run in runs]),
+        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
+        "form-action 'none'",
+        style=style,
+        script=script,
+        data=embedded_json({"runs": [run.name for run in runs], "charts": charts_of(runs)}),
+    )
+
+
+def report_text(run_directories: Sequence[Path], width: int = result.DEFAULT_WIDTH) -> str:
+    """The report for a terminal."""
+    runs = _read_runs(run_directories)
+    lines: list[str] = []
+    for run in runs:
+        lines += [f"{run.name}: {status_line(run)}", ""]
+        lines += [*result.comparison(run.evaluation("before"), run.newest_evaluation()), ""]
+        lines += [*sparklines(run), ""]
+        if run.predictions:
+            predicted = Predicted(run.last_step, run.predicted_when, run.predictions)
+            lines += [*result.predictions_table(predicted, width), ""]
+    differing = differences([run.config for run in runs])
+    if differing:
+        lines += ["settings that differ", *result.columns([["", *(run.name for run in runs)], *differing]), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+class ReportConsumer:
+    """Keeps `report.html` in the run's folder up to date: at each evaluation, and at the end.
+
+    Writing takes at most one hundredth of a run's time: an evaluation that comes too soon leaves the page as it is.
+    """
+
+    name = "report"
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._directory: Path | None = None
+        self._not_before_s = 0.0
+
+    def handle(self, event: Event) -> None:
+        """Write the page if it is due. Raises OSError."""
+        match event:
+            case RunStarted():
+                self._directory = event.directory
+            case RunFinished():
+                self._write()
+            case Evaluated() if self._clock() >= self._not_before_s:
+                self._write()
+            case _:
+                pass
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _write(self) -> None:
+        if self._directory is None:
+            return
+        began_s = self._clock()
+        write_report([self._directory], self._directory / REPORT)
+        now_s = self._clock()
+        self._not_before_s = now_s + (now_s - began_s) / LARGEST_SHARE_OF_TIME
+
+
+def embedded_json(content: Any) -> str:
+    """Strict JSON that can stand in a script element: whatever could end or comment it is escaped."""
+    text = json.dumps(plain(content), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text.encode("utf-8", "replace").decode()
+
+
+def differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Settings that are not the same in all of these, as rows of key and one value each."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows = [[key, *(_shown_value(config.get(key)) for config in configs)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def sparklines(run: RunRecord, width: int = 60) -> list[str]:
+    """Each curve of losses and shares in one line, from its first value to its last."""
+    rows = []
+    for chart in charts_of([run]):
+        for series in chart["series"]:
+            if not chart["is_result"] or not series["points"]:
+                continue
+            values = [y for _, y in series["points"]]
+            values = values[:: max(1, -(-len(values) // width))]
+            low, high = min(values), max(values)
+            levels = [round(7 * (y - low) / (high - low)) if high > low else 0 for y in values]
+            first, last = (wording.metric_value(series["key"], y) for y in (values[0], series["points"][-1][1]))
+            rows.append((series["key"], first, "".join("▁▂▃▄▅▆▇█"[level] for level in levels), last))
+    return result.columns(rows)
+
+
+def _read_runs(directories: Sequence[Path]) -> list[RunRecord]:
+    """Runs of different projects can have one name; their paths then tell them apart."""
+    runs = [read_run(directory) for directory in directories]
+    names = [run.name for run in runs]
+    return [replace(run, name=str(run.directory)) if names.count(run.name) > 1 else run for run in runs]
+
+
+def status_line(run: RunRecord) -> str:
+    """`finished, 400 of 400 steps in 2:10`."""
+    text = f"{run.status}, {run.last_step:,} of {run.num_steps:,} steps"
+    return f"{text} in {wording.duration(run.seconds)}" if run.seconds is not None else text
+
+
+def _rows_of(run: RunRecord) -> dict[str, Any]:
+    """What the page says of one run, in words."""
+    before, after = run.evaluation("before"), run.newest_evaluation()
+    keys = dict.fromkeys(key for evaluation in (before, after) if evaluation for key in evaluation.metrics)
+    return {
+        "status": status_line(run),
+        "num_examples": [f"{evaluation.num_examples:,}" if evaluation else "-" for evaluation in (before, after)],
+        "metrics": {key: [_cell(before, key), _cell(after, key)] for key in keys},
+        "after_title": "after training" if run.evaluation("after") else "so far",
+    }
+
+
+def _cell(evaluation: Evaluated | None, key: str) -> dict[str, Any]:
+    if evaluation is None or key not in evaluation.metrics:
+        return {"value": "-", "interval": None}
+    pair = evaluation.intervals.get(key)
+    interval = wording.interval(key, *pair) if pair else None
+    return {"value": wording.metric_value(key, evaluation.metrics[key]), "interval": interval}
+
+
+def _metrics_of(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """(key, name) of every evaluated metric, in the order in which runs report them."""
+    keys = dict.fromkeys(key for run in runs for evaluation in run.evaluations for key in evaluation.metrics)
+    return [(key, wording.metric_name(key)) for key in keys]
+
+
+def _shown_value(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "-"
+    if isinstance(value, Mapping):
+        return json.dumps(plain(value), ensure_ascii=False)
+    return str(value)
+
+
+def _hash(content: str) -> str:
+    """As a content policy names it; of exactly what stands between the tags."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
