@@ -14,6 +14,8 @@ from trietune.model.fast.norms_and_mlps import fuse_layers
 
 # fp32 sums of a few hundred terms in another order.
 TOLERANCE = 1e-5
+# fp32, a few roundings.
+NORM_TOLERANCE = 1e-6
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -104,3 +106,23 @@ def test_only_adapters_get_gradients_in_bf16() -> None:
     _, gradients = loss_and_gradients(adapted)
     assert gradients
     assert all("lora_" in name and g.dtype == torch.float32 for name, g in gradients.items())
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3", "llama"])
+def test_norms_over_bf16_weights_add_their_one_in_fp32(family: str) -> None:
+    """1 + weight rounded to bf16 is 2e-3 off, each channel always to the same side."""
+    network = FAMILIES[family]().to(torch.bfloat16).requires_grad_(False)  # type: ignore[arg-type]
+    plain = copy.deepcopy(network)
+    assert fuse_layers(network).norms > 0
+    x = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
+    rounded = 0
+    for (name, ours), theirs in zip(network.named_modules(), plain.modules(), strict=True):
+        if "forward" not in vars(ours) or not type(ours).__name__.endswith("RMSNorm"):
+            continue
+        inputs = x[:, : len(ours.weight)]  # type: ignore[arg-type]
+        # The library returns fp32 for fp32: Llama's norms multiply fp32 by bf16, which is a product in fp32 too.
+        error = (ours(inputs) - theirs(inputs)).norm() / theirs(inputs).norm()
+        assert error < NORM_TOLERANCE, f"{name}: {error:.1e}"
+        weight: torch.Tensor = theirs.weight  # type: ignore[assignment]
+        rounded += int(not torch.equal((1 + weight).float(), 1 + weight.float()))
+    assert rounded > 0  # so a sum in bf16 would have been another number

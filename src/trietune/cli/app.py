@@ -534,7 +534,7 @@ def _answer_line(record: dict[str, Any]) -> str:
 def _chat(opened: Opened, max_new_tokens: int) -> None:
     """Ask and answer until the end of input; adapters that were not trained on chats answer one text at a time."""
     from trietune.data.examples import Message
-    from trietune.evaluation.predict import answer_turn
+    from trietune.evaluation.predict import answer_turn, prompt_length
     from trietune.run.opened import predict as ask
 
     encoder = opened.encoder()
@@ -561,7 +561,7 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
                 opened.model,
                 encoder,
                 messages,
-                max_nodes=opened.max_positions,
+                max_nodes=opened.prove_for(prompt_length(encoder, messages) + max_new_tokens),
                 max_new_tokens=max_new_tokens,
                 on_text=lambda piece: _say(piece, nl=False),
             )

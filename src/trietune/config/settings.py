@@ -286,7 +286,9 @@ class Settings(BaseModel):
     up to rounding, two more copies in memory. `auto` packs as many as fit into a part of the free memory."""
 
     self_check: bool = True
-    """Whether the first batch is compared with plain padded rows. A difference stops the run."""
+    """Whether every layer, and the head, is first compared with plain rows through transformers: before training,
+    before `evaluate` and before `predict`. A layer that gives other values runs in a slower way that is exact, and
+    where there is none the run stops. `False` also leaves out the slower ways that some families need."""
 
     # Evaluation
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trietune.model.attention.attend import trie_attention
+from trietune.model.attention.attend import check_known, trie_attention
 from trietune.model.attention.layout import TrieLayout
 from trietune.trie import Trie
 
@@ -193,9 +193,10 @@ class Decoding:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        **_: Any,
+        **other: Any,
     ) -> Tensor:
         """query [1, H, B, d], key and value [1, G, B, d] -> [1, B, H, d]."""
+        check_known(module, other)
         layer = _layer_of(module)
         num_key_heads, num_rows, head_size = key.shape[1:]
         self._keys[layer][self._row, :, self._num_new] = key[0].transpose(0, 1)

@@ -7,7 +7,8 @@ finished, and what is left of the older ones decodes along with it. The tokens a
 at a time. Where the gold completions are known, they are branches of the same tries, so that an evaluation gets its
 loss and its answers from one computation of each context.
 
-Models whose attention cannot be replaced go through the library's `generate` on padded rows instead. On devices of
+Models whose attention cannot be replaced, in all layers or in some, go through transformers' `generate` on padded rows
+instead. On devices of
 static shapes each token comes from another pass over all tries: nothing is kept from token to token, because what is
 kept grows, and every size would be a program of its own.
 """
@@ -93,7 +94,7 @@ def generate(
     if not prompts:
         return []
     sequences = _end_in_a_label(prompts)
-    run = _run_padded if model.attention is None else _run_static if model.shapes is not None else _run_tries
+    run = _way_to_generate(model)
     with inference(model.network):
         finished = run(model, sequences, np.arange(len(prompts)), limits, check_stop=check_stop, on_token=on_token)
         return _collect(finished, len(prompts), limits, progress)
@@ -115,7 +116,7 @@ def generate_and_score(
     Returns:
         New tokens of each, the summed loss of its label tokens (float64 [B]), and their number (float64 [B]).
     """
-    if model.attention is None or model.shapes is not None:
+    if (run := _way_to_generate(model)) is not _run_tries:
         losses, weights = sequence_losses(
             model,
             sequences,
@@ -125,7 +126,6 @@ def generate_and_score(
             check_stop=check_stop,
             progress=progress,
         )
-        run = _run_padded if model.attention is None else _run_static
         with inference(model.network):
             finished = run(model, sequences, indices, limits, check_stop=check_stop)
             return _collect(finished, len(indices), limits, progress), losses, weights
@@ -135,6 +135,12 @@ def generate_and_score(
             model, sequences, indices, limits, check_stop=check_stop, on_losses=partial(add_up, losses, weights)
         )
         return _collect(finished, len(indices), limits, progress), losses, weights
+
+
+def _way_to_generate(model: TrieModel) -> Callable[..., Iterator[tuple[np.ndarray, list[int]]]]:
+    if model.shapes is not None:
+        return _run_static
+    return _run_tries if model.attention is not None and model.can_decode else _run_padded
 
 
 def _end_in_a_label(prompts: Sequence[Sequence[int] | np.ndarray]) -> FlatSequences:
@@ -376,11 +382,12 @@ def _run_padded(
             return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)
 
         check_stop()
-        output = model.network.generate(  # type: ignore[operator]  # of transformers, which is untyped
-            input_ids=torch.from_numpy(input_ids).to(model.device),
-            attention_mask=torch.from_numpy(is_real.astype(np.int64)).to(model.device),
-            generation_config=greedy,
-            stopping_criteria=[between_tokens],
-        )
+        with _attention(model.network, model.library_attention):
+            output = model.network.generate(  # type: ignore[operator]  # of transformers, which is untyped
+                input_ids=torch.from_numpy(input_ids).to(model.device),
+                attention_mask=torch.from_numpy(is_real.astype(np.int64)).to(model.device),
+                generation_config=greedy,
+                stopping_criteria=[between_tokens],
+            )
         for at, tokens in zip(batch, output[:, width:].tolist(), strict=True):
             yield np.array([at]), tokens

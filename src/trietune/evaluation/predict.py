@@ -141,6 +141,17 @@ def answer_turn(
     return Message("assistant", text)
 
 
+def longest_prompt(encoder: Encoder, inputs: Sequence[Input]) -> int:
+    """Tokens of the longest prompt of `inputs`; raises as `predict_text` does."""
+    examples = make_examples(encoder.prompt_format, inputs)
+    return max((len(encode_prompt(encoder, example)) for example in examples), default=0)
+
+
+def prompt_length(encoder: Encoder, messages: Sequence[Message]) -> int:
+    """Tokens of a conversation, up to where the assistant's next turn begins."""
+    return len(encode_prompt(encoder, _conversation(messages)))
+
+
 def make_examples(prompt_format: PromptFormat, inputs: Sequence[Input]) -> list[Example]:
     """The prompts of inputs that have no completion yet.
 

@@ -22,15 +22,16 @@ _ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 _CALL_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 _PROBE = "trietune-probe"
-# Arguments of attention that change its result and that tries do not know: sinks, biases by distance.
-_UNKNOWN_TO_TRIES = ("s_aux", "position_bias", "attention_bias", "alibi")
+# Arguments that change the result and that the plain attention of a layer's own file does not take either, so that no
+# rung of the self-check's ladder computes them: biases by distance.
+_NOT_COMPUTED = ("position_bias", "attention_bias", "alibi")
 
 
 def check_architecture(network: PreTrainedModel) -> str | None:
     """Why tries cannot be computed with this network, as the end of a sentence; None if they can.
 
     A family outside `TESTED_FAMILIES` passes if nothing in its configuration speaks against it and every one of its
-    layers attends through the library's interface; the self-check of the first micro-batch has the last word.
+    layers attends through the library's interface; the self-check, which proves each layer, has the last word.
 
     Args:
         network: with weights or without (on the device `meta`), its adapter not yet in place.
@@ -55,9 +56,6 @@ def check_architecture(network: PreTrainedModel) -> str | None:
         return f"`{family}` is configured with dropout on attention weights"
     if getattr(config, "output_router_logits", False):
         return f"`{family}` adds a loss for its experts, which counts tokens and not labels"
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"`{family}` scales its logits by `{name}`"
     if family not in TESTED_FAMILIES and not _attends_through_the_interface(config):
         return f"`{family}` computes attention in its own way, which cannot be replaced"
     return None
@@ -100,7 +98,7 @@ def _attends_through_the_interface(config: Any) -> bool:
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError):
             # Experts are chosen by values, which a copy without weights has none of: the first layer tells enough.
             num_expected = max(1, len(notes))
-    has_more = any(note.get(name) is not None for note in notes for name in _UNKNOWN_TO_TRIES)
+    has_more = any(note.get(name) is not None for note in notes for name in _NOT_COMPUTED)
     return sum(note.get("trie_layout") is mark for note in notes) == num_expected and not has_more
 
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from trietune.device.device import recompute
 from trietune.model.attention.attend import register
-from trietune.model.attention.layout import AttentionKind, TrieLayout
+from trietune.model.attention.explicit_mask import explicit_masks
+from trietune.model.attention.layout import AttentionKind, ForcedRows, TrieLayout
 from trietune.model.attention.static_layout import StaticLayout
+from trietune.model.head import Head
 from trietune.model.loss import label_losses
 from trietune.trie import MicroBatch, Trie, pad_trie
 from trietune.trie.static_shapes import StaticShapes
@@ -45,6 +47,12 @@ class TrieModel:
         multiple_of: tries are padded to such a number of positions. Matrix products of odd sizes are slower, by a third
             at worst, and new sizes cost the library time and memory.
         packed_bytes: what blocked copies of frozen weights may take (`pack_frozen_weights`).
+
+    Attributes:
+        prunes_last: see above; a proof that fails takes it back.
+        needs_masks: some layers attend in transformers' own way under a mask, so the decoder is given one.
+        can_decode: generation may keep keys and values from token to token (`evaluation.decoding`).
+        library_attention: of transformers, that the network came with.
     """
 
     def __init__(
@@ -61,7 +69,9 @@ class TrieModel:
         packed_bytes: int = 0,
     ) -> None:
         self._multiple_of = multiple_of
-        self._prunes_last = prunes_last and attention not in (None, "mask")
+        self.prunes_last = prunes_last and attention not in (None, "mask")
+        self.needs_masks = False
+        self.can_decode = True
         self.shapes = shapes
         self.place = place or (lambda tensor: tensor.to(device, non_blocking=True))
         self._recompute = recompute
@@ -73,6 +83,8 @@ class TrieModel:
         # Rows through the library ask for none, and some models have no heads at all.
         num_heads = getattr(self.config, "num_attention_heads", 1)
         self.heads = HeadShape(num_heads, getattr(self.config, "num_key_value_heads", num_heads))
+        self.library_attention = str(network.config._attn_implementation)  # type: ignore[union-attr]
+        self._head = Head(network)
         if attention is not None:
             network.set_attn_implementation(register())  # type: ignore[operator]
 
@@ -97,7 +109,7 @@ class TrieModel:
         """Hidden states [N, D] where labels are predicted."""
         places = micro_batch.label_index
         needed = None
-        if self._prunes_last and micro_batch.trie is not None:
+        if self.prunes_last and micro_batch.trie is not None:
             needed, places = np.unique(micro_batch.label_index, return_inverse=True)
         hidden_SWD = self.hidden_states(micro_batch, needed)
         num_rows, width, _ = hidden_SWD.shape
@@ -110,59 +122,77 @@ class TrieModel:
 
     def hidden_states(self, micro_batch: MicroBatch, needed: np.ndarray | None = None) -> Tensor:
         """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, N, D] of the `needed` nodes."""
-        decoder = self.network.get_decoder()  # type: ignore[operator]
         trie, input_ids, position_ids = micro_batch.trie, micro_batch.input_ids, micro_batch.position_ids
         if trie is not None and self.shapes is None:
             trie = pad_trie(trie, -(-trie.num_nodes // self._multiple_of) * self._multiple_of)
             input_ids, position_ids = trie.input_ids[None], trie.position_ids[None]
-        inputs = {
-            "input_ids": self.tensor(input_ids),
-            "position_ids": self.tensor(position_ids),
-            "use_cache": False,
-        }
         if trie is None:
-            mask = self.tensor(np.ascontiguousarray(micro_batch.attention_mask))
-            output = decoder(**inputs, attention_mask=mask.long())
-        else:
-            # A mask with four axes is passed through by the library as it is, so that it builds none of its own and
-            # does not guess packed sequences from positions that fall back; the layout says what is seen.
-            passed_through = torch.zeros(1, 1, 1, 1, device=self.device)
-            output = decoder(**inputs, attention_mask=passed_through, trie_layout=self._layout_of(trie, needed))
+            mask = self.tensor(np.ascontiguousarray(micro_batch.attention_mask)).long()
+            return self.decode(input_ids, position_ids, mask, None)
+        layout = self._layout_of(trie, needed)
+        return self.decode(input_ids, position_ids, self.mask_of(layout), layout)
+
+    def decode(
+        self,
+        input_ids: np.ndarray,
+        position_ids: np.ndarray,
+        mask: Tensor | dict[str, Tensor],
+        layout: TrieLayout | StaticLayout | None,
+    ) -> Tensor:
+        """Hidden states [S, W, D] of tokens and positions [S, W]; `layout` says what is seen, or else `mask`."""
+        inputs: dict[str, Any] = {} if layout is None else {"trie_layout": layout}
+        output = self.network.get_decoder()(  # type: ignore[operator]  # of transformers, which is untyped
+            input_ids=self.tensor(input_ids),
+            position_ids=self.tensor(position_ids),
+            attention_mask=mask,
+            use_cache=False,
+            **inputs,
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def mask_of(self, layout: TrieLayout | StaticLayout) -> Tensor | dict[str, Tensor]:
+        """What the decoder is given as its mask next to `layout`."""
+        if self.needs_masks:
+            return explicit_masks(self.config, layout, self.network.dtype)  # type: ignore[arg-type]
+        # A mask with four axes is passed through by transformers as it is, so that it builds none of its own and does
+        # not guess packed sequences from positions that fall back; the layout says what is seen.
+        return torch.zeros(1, 1, 1, 1, device=self.device)
 
     def _layout_of(self, trie: Trie, needed: np.ndarray | None) -> TrieLayout | StaticLayout:
         if self.shapes is None:
             return self.layout(trie, needed)
         return StaticLayout(trie, num_rows=self.shapes.num_rows, deepest=self.shapes.deepest, place=self.place)
 
-    def layout(self, trie: Trie, needed: np.ndarray | None = None) -> TrieLayout:
-        """How this model's layers attend on `trie`; of the last layer, only `needed` nodes are wanted."""
+    def layout(
+        self,
+        trie: Trie,
+        needed: np.ndarray | None = None,
+        *,
+        kind: AttentionKind | None = None,
+        forced: ForcedRows | None = None,
+    ) -> TrieLayout:
+        """How this model's layers attend on `trie`; of the last layer, only `needed` nodes are wanted.
+
+        Args:
+            kind: another way to attend than the model's; `forced`: how its rows are cut. For proofs.
+        """
         if self.attention is None:
             raise ValueError("this model was prepared for padded rows only")
         return TrieLayout(
             trie,
-            kind=self.attention,
+            kind=kind or self.attention,
             num_heads=self.heads.num_heads,
             num_key_heads=self.heads.num_key_heads,
             device=self.device,
             needed=None if needed is None else needed.astype(np.int64),
             place=self.place,
+            forced=forced,
         )
 
     def project(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] of hidden states [N, D], scaled and soft-capped where the model does so."""
-        logits: Tensor = self.network.get_output_embeddings()(hidden_ND)  # type: ignore[operator]
-        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
-            if (scale := getattr(self.config, name, None)) not in (None, 1):
-                logits = logits * scale
-        if (divisor := getattr(self.config, "logits_scaling", None)) not in (None, 1):  # Granite
-            logits = logits / divisor
-        for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma 2, RecurrentGemma
-            softcap = getattr(self.config, name, None)
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-        return logits
+        """Logits [N, V] of hidden states [N, D], as the model's own forward makes them of its decoder's."""
+        return self._head(hidden_ND)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """An array of a micro-batch on the device; indices as int64."""

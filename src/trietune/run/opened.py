@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from trietune.config import load_config
 from trietune.config.settings import Settings
@@ -21,6 +23,7 @@ from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
 from trietune.run.fitting import check_ids, check_vocabulary
 from trietune.run.prepare import choose_attention, locate_base, make_deterministic, progress_of
+from trietune.run.proving import length_to_prove, positions_under_masks, prove_for_length, prove_on_data, prove_on_host
 
 if TYPE_CHECKING:
     from trietune.data.encoder import Encoder
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from trietune.model.base.folder import ModelFolder
     from trietune.model.causal_lm import TrieModel
     from trietune.tracking.tracker import Tracker
+    from trietune.trie import Sequences
 
 ANSWERS_AT_ONCE = 32
 
@@ -43,6 +47,8 @@ class Opened:
         settings: of the run; for other things the defaults with what was overridden.
         prompt_format: that the adapter was trained with; None for a base model.
         max_positions: most positions computed at once.
+        say: takes what a user should read.
+        proven: under `length`, tokens of the longest row that layers have been proven on.
     """
 
     name: str
@@ -53,6 +59,8 @@ class Opened:
     prompt_format: PromptFormat | None
     device: Device
     max_positions: int
+    say: Callable[[str], None] = lambda text: None
+    proven: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_embeddings(self) -> int:
@@ -65,6 +73,48 @@ class Opened:
         from trietune.data import make_encoder, make_plain_format
 
         return make_encoder(self.tokenizer, prompt_format or self.prompt_format or make_plain_format(self.tokenizer))
+
+    def prove_on(self, sequences: Sequences) -> int:
+        """Prove the model on a data set, once, unless `self_check` is off.
+
+        Returns:
+            Most positions computed at once: fewer than `max_positions` if some layers attend under a mask.
+
+        Raises:
+            UserError: the model cannot be computed as it would be here.
+        """
+        longest = int(np.diff(np.asarray(sequences.offsets)).max(initial=1))
+        return self._prove(
+            longest,
+            lambda: prove_on_data(
+                self.model,
+                sequences,
+                None,
+                batching=self.settings.batching,
+                with_gradients=False,
+                free_bytes=self.device.free_memory_bytes(),
+                say=self.say,
+            ),
+        )
+
+    def prove_for(self, longest: int) -> int:
+        """As `prove_on`, for questions that become rows of up to `longest` tokens with their answers."""
+        return self._prove(
+            longest,
+            lambda: prove_for_length(self.model, longest, free_bytes=self.device.free_memory_bytes(), say=self.say),
+        )
+
+    def _prove(self, longest: int, prove: Callable[[], object]) -> int:
+        length = length_to_prove(self.model.config, longest)
+        # On static shapes the layers were proven on the host, when the model was opened.
+        if self.settings.self_check and self.model.shapes is None and length > self.proven.get("length", 0):
+            prove()
+            self.proven["length"] = length
+        if not self.model.needs_masks:
+            return self.max_positions
+        free_bytes, dtype = self.device.free_memory_bytes(), self.model.network.dtype
+        bound = positions_under_masks(self.settings, self.model.config, dtype, free_bytes, trains=False)
+        return min(bound, self.max_positions)
 
 
 def evaluate(
@@ -120,13 +170,14 @@ def evaluate(
             check_stop=signals.check,
         )
         check_vocabulary(sequences, opened.num_embeddings)
+        max_positions = opened.prove_on(sequences)
         size = opened.settings.eval_batch_size
         return measure(
             opened.model,
             sequences,
             opened.encoder(prompt_format),
             batching=opened.settings.batching,
-            max_nodes=opened.max_positions,
+            max_nodes=max_positions,
             batch_size=ANSWERS_AT_ONCE if size == "auto" else size,
             max_examples=max_examples,
             seed=opened.settings.seed,
@@ -146,6 +197,7 @@ def predict(
     from trietune.evaluation.predict import (
         DEFAULT_MAX_NEW_TOKENS,
         encode_prompt,
+        longest_prompt,
         make_examples,
         predict_labels,
         predict_text,
@@ -155,13 +207,15 @@ def predict(
     check_ids(
         [encode_prompt(encoder, one) for one in make_examples(encoder.prompt_format, inputs)], opened.num_embeddings
     )
+    new_tokens = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    max_positions = opened.prove_for(longest_prompt(encoder, inputs) + new_tokens)
     if encoder.prompt_format.task.kind == "labels":
         labels = predict_labels(
             opened.model,
             encoder,
             inputs,
             batching=opened.settings.batching,
-            max_nodes=opened.max_positions,
+            max_nodes=max_positions,
             check_stop=check_stop,
         )
         return [{"label": found.label, "probabilities": dict(found.probabilities)} for found in labels]
@@ -169,9 +223,9 @@ def predict(
         opened.model,
         encoder,
         inputs,
-        max_nodes=opened.max_positions,
+        max_nodes=max_positions,
         batch_size=ANSWERS_AT_ONCE,
-        max_new_tokens=max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+        max_new_tokens=new_tokens,
         check_stop=check_stop,
     )
     return [{"text": text} for text in texts]
@@ -245,22 +299,33 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
         max_positions = bound
     elif max_positions == "auto":
         max_positions = micro_batch_bound(device.free_memory_bytes(), bytes_with_scores())
+    on_host = None
+    if shapes is not None and settings.self_check:
+        on_host = prove_on_host(
+            network,
+            partial(prove_for_length, longest=shapes.deepest, free_bytes=device.free_memory_bytes(), say=hub.say),
+            say=hub.say,
+        )
+    model = assemble(
+        network,
+        device,
+        attention=attention,
+        fused_layers=settings.fused_layers,
+        pack_weights=settings.pack_weights,
+        shapes=shapes,
+    )
+    if on_host is not None:
+        model.needs_masks = on_host.needs_masks
     return Opened(
         name=str(target),
-        model=assemble(
-            network,
-            device,
-            attention=attention,
-            fused_layers=settings.fused_layers,
-            pack_weights=settings.pack_weights,
-            shapes=shapes,
-        ),
+        model=model,
         tokenizer=load_tokenizer(base.path),
         base=base,
         settings=settings,
         prompt_format=prompt_format,
         device=device,
         max_positions=max_positions,
+        say=hub.say,
     )
 
 

@@ -26,6 +26,7 @@ from trietune.io.files import make_folders, remove_tree
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, keep_freed_memory
 from trietune.run.prepare import Prepared, adapter_arguments, prepare, progress_of
+from trietune.run.proving import positions_under_masks, prove_on_data, prove_on_host
 from trietune.run.saving import Keeper
 from trietune.run.signals import StopSignals
 from trietune.run.throughput import Meter
@@ -37,6 +38,8 @@ from trietune.tracking.wandb.wandb import are_histograms_due, watched_kinds
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.evaluation.evaluate import Evaluation
+    from trietune.model.causal_lm import TrieModel
+    from trietune.model.proof import Proof
     from trietune.tracking.tracker import Tracker
     from trietune.training.loop import MicroBatchTooLargeError, Step
     from trietune.training.loss_scale import LossScale
@@ -325,6 +328,7 @@ class Session:
         if twin is not None:
             check_reread(self.peft_model, twin, lambda model: adapter_files(model, self.base))
             del twin
+        on_host = self._prove_on_host(network)
         self.model = assemble(
             network,
             device,
@@ -334,6 +338,8 @@ class Session:
             shapes=self.plan.static.shapes if self.plan.static else None,
             gradient_checkpointing=self.settings.gradient_checkpointing,
         )
+        if on_host is not None:
+            self.model.needs_masks = on_host.needs_masks
         self.encoder = make_encoder(self.tokenizer, self.data.prompt_format)
         self.optimizer = build_optimizer(
             self.settings.optim,
@@ -545,6 +551,9 @@ class Session:
     def _self_check(self) -> None:
         if not self.settings.self_check or self.plan.num_steps == 0:
             return
+        if not self.plan.device.has_static_shapes:
+            self._prove()
+            return
         from trietune.model.self_check import check_against_rows
 
         checked = check_against_rows(
@@ -557,8 +566,40 @@ class Session:
         if checked is not None:
             self.hub.say(
                 f"self-check: {checked.num_examples} examples have a loss of {checked.loss:.5f}, "
-                f"{checked.loss_of_rows:.5f} on plain rows through the library alone"
+                f"{checked.loss_of_rows:.5f} on plain rows through transformers, both on the device"
             )
+
+    def _prove(self) -> None:
+        proof = self._prove_on_data(self.model)
+        if proof is None or not proof.needs_masks:
+            return
+        bound = positions_under_masks(
+            self.settings,
+            self.model.config,
+            self.plan.dtype,
+            self.plan.device.free_memory_bytes(),
+            trains=True,
+        )
+        if bound < self.max_positions:
+            self.hub.say(f"a mask grows squared: micro-batches of at most {bound:,} tokens")
+            self.max_positions = bound
+
+    def _prove_on_host(self, network: Any) -> Proof | None:
+        """Layers are proven before a device of static shapes takes them: there each pass would be compiled."""
+        if not (self.plan.device.has_static_shapes and self.settings.self_check and self.plan.num_steps):
+            return None
+        return prove_on_host(network, self._prove_on_data, say=self.hub.say)
+
+    def _prove_on_data(self, model: TrieModel) -> Proof | None:
+        return prove_on_data(
+            model,
+            self.data.train,
+            self.data.validation,
+            batching=self.plan.batching,
+            with_gradients=True,
+            free_bytes=self.plan.device.free_memory_bytes(),
+            say=self.hub.say,
+        )
 
     def _save(self, *, must_succeed: bool = False) -> None:
         metrics = self.measured if self.measured_step == self.step else {}

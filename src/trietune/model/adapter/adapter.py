@@ -292,10 +292,12 @@ def _keep_saved_modules_in_fp32(peft_model: PeftModel, base_dtype: torch.dtype) 
         return tuple(value.float() if _is_float(value) else value for value in inputs)
 
     def narrow(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        return output.to(base_dtype) if _is_float(output) else output
+        # A proof computes parts in fp32 for the time of a call, and says so here.
+        return output.to(vars(module)["narrows_to"]) if _is_float(output) else output
 
     for name, module in peft_model.named_modules():
         if name.endswith("modules_to_save.default"):
+            vars(module)["narrows_to"] = base_dtype
             module.register_forward_pre_hook(widen)
             module.register_forward_hook(narrow)
 

@@ -5,11 +5,13 @@
     flex     one kernel under a mask of blocks (`flex.py`)
     mask     all nodes at once under a `T x T` mask: the reference
 
-Without a trie (generation, padded rows) the library's own attention runs.
+Without a trie (padded rows) the function runs that transformers' own file of the layer brings. So it does on a trie in
+layers that `attend_by_library` names: under an explicit mask, for what no other way to attend knows.
 
 Letters: T nodes, N nodes that query, H query heads, G key and value heads, d head size.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +19,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trietune.errors import UserError
 from trietune.model.attention.flex import flex_attend
-from trietune.model.attention.layout import TrieLayout
+from trietune.model.attention.layout import AttentionNote, TrieLayout
 from trietune.model.attention.rows import RowAttention
 from trietune.model.attention.varlen import VarlenAttention
+
+# Arguments of attention that change its result and that no way to attend on a trie knows.
+UNKNOWN_TO_TRIES = ("s_aux", "position_bias", "attention_bias", "alibi")
+
+_BY_LIBRARY = "trietune_attends_by_library"
+
+
+def attend_by_library(module: torch.nn.Module, *, is_on: bool) -> None:
+    """Whether `module` attends by the function of its own file on a trie too, under the mask that it is given."""
+    vars(module)[_BY_LIBRARY] = is_on
+
+
+def attends_by_library(module: torch.nn.Module) -> bool:
+    return bool(vars(module).get(_BY_LIBRARY, False))
+
+
+def check_known(module: torch.nn.Module, told: dict[str, Any]) -> None:
+    """Raise `UserError` if a layer tells its attention function something that would be left out."""
+    for name in UNKNOWN_TO_TRIES:
+        if told.get(name) is not None:
+            raise UserError(
+                f"`{type(module).__name__}` passes `{name}` to its attention, which changes the result and which tries "
+                "do not know",
+                next_step="leave `self_check: True`, which lets such layers attend in transformers' own way",
+            )
 
 
 def trie_attention(
@@ -41,20 +69,12 @@ def trie_attention(
 
     Raises:
         ValueError: if `dropout` is set; attention dropout would need one draw for each pair that a branch sees.
+        UserError: the layer passes something that tries do not know.
     """
-    if trie_layout is None:
-        return _library_attention(softcap)(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            **other,
-        )
+    if trie_layout is None or attends_by_library(module):
+        told = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap, **other}
+        return _library_attention(module)(module, query, key, value, attention_mask, **told)
+    check_known(module, other)
     if dropout:
         raise ValueError("attention dropout is not defined on a trie")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -84,6 +104,8 @@ def attend(
     Raises:
         ValueError: a layout of another kind; soft-capping by variable-length attention, whose kernel has none.
     """
+    if layout.notes is not None:
+        layout.notes.append(AttentionNote(query, key, value, window, scale, softcap, of_needed))
     match layout.kind:
         case "varlen":
             if softcap is not None:
@@ -118,15 +140,14 @@ def _masked(
     return out.transpose(1, 2)
 
 
-def _library_attention(softcap: float | None) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
-
-    # The library's SDPA knows no soft-capping; its Gemma 2 form of plain attention does.
-    attention: Callable[..., tuple[Tensor, Tensor | None]] = (
-        sdpa_attention_forward if softcap is None else eager_attention_forward
-    )
-    return attention
+def _library_attention(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The plain attention of the layer's own file, which knows its sinks, soft-capping and whatever else it has."""
+    for kind in type(module).__mro__:
+        found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if found is not None:
+            attention: Callable[..., tuple[Tensor, Tensor | None]] = found
+            return attention
+    raise NotImplementedError(f"the file of `{type(module).__name__}` has no plain attention")
 
 
 def register() -> str:
@@ -136,6 +157,6 @@ def register() -> str:
 
     name = "trietune"
     AttentionInterface.register(name, trie_attention)
-    # Only used without a layout: additive masks suit both of the library's attentions behind `trie_attention`.
+    # Only used without a layout: additive masks are what transformers' plain attentions take.
     AttentionMaskInterface.register(name, eager_mask)
     return name

@@ -1,6 +1,7 @@
 """What attention needs to know of a trie: who sees whom, in the form that each way to attend reads."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -9,11 +10,37 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from trietune.model.attention.flex import FlexLayout, build_flex_layout
-from trietune.model.attention.row_blocks import RowLayout, build_row_layout
+from trietune.model.attention.row_blocks import AttentionCost, RowLayout, build_row_layout
 from trietune.model.attention.varlen import VarlenLayout, build_varlen_layout
 from trietune.trie import Trie
 
 AttentionKind = Literal["rows", "varlen", "flex", "mask"]
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedRows:
+    """How rows are cut whatever the cost model would choose, so that a small trie proves what a large one runs through.
+
+    Attributes:
+        cost: by which the cut is chosen.
+        keeps_none: see `RowLayout`.
+    """
+
+    cost: AttentionCost
+    keeps_none: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionNote:
+    """One call of attention: query [N, H, d], key and value [T, G, d], and what the layer said."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    window: int | None
+    scale: float
+    softcap: float | None
+    of_needed: bool
 
 
 class TrieLayout:
@@ -25,6 +52,10 @@ class TrieLayout:
         kind: `rows`, `varlen`, `flex`, or `mask`: all nodes at once under a [T, T] mask, the reference.
         needed: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
         place: takes what was built on the host to `device`.
+        forced: how rows are cut; None leaves it to the cost model.
+
+    Attributes:
+        notes: where it is a list, every call of attention is noted there, for proofs of kernels.
     """
 
     def __init__(
@@ -37,8 +68,11 @@ class TrieLayout:
         device: torch.device,
         needed: Int64[np.ndarray, " N"] | None = None,
         place: Callable[[Tensor], Tensor] | None = None,
+        forced: ForcedRows | None = None,
     ) -> None:
         self.kind = kind
+        self.notes: list[AttentionNote] | None = None
+        self._forced = forced
         self._place = place or (lambda tensor: tensor.to(device))
         self.needed = None if needed is None else self._place(torch.from_numpy(needed))
         self._needed = needed
@@ -70,6 +104,8 @@ class TrieLayout:
                 head_size=head_size,
                 dtype=dtype,
                 device=self._device,
+                cost=None if self._forced is None else self._forced.cost,
+                keeps_none=self._forced is not None and self._forced.keeps_none,
             )
         return self._rows[key]
 

@@ -100,12 +100,14 @@ class RowLayout:
         key_order: the rows of all buckets' keys, laid end to end, sorted by the [T * G] row they were gathered from;
             padding left out.
         key_start: where the copies of each of the T * G rows begin in `key_order`.
+        keeps_none: no bucket keeps its probabilities, however small; for proofs of what large ones run through.
     """
 
     buckets: tuple[Bucket, ...]
     output_rows: Int64[Tensor, " TH"]
     key_order: Int64[Tensor, " P"]
     key_start: Int64[Tensor, " TG"]
+    keeps_none: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,7 @@ def build_row_layout(
     dtype: torch.dtype,
     device: torch.device,
     cost: AttentionCost | None = None,
+    keeps_none: bool = False,
 ) -> RowLayout:
     """Cut `trie` into blocks, sort them into buckets, and index their queries, keys and outputs.
 
@@ -146,6 +149,7 @@ def build_row_layout(
         querying: nodes that query, ascending; None: all. Queries and outputs are then numbered by their place here.
         window: number of positions that a query sees, itself included.
         cost: by which the cut is chosen; None takes what was measured for such heads.
+        keeps_none: see `RowLayout`.
     """
     if querying is None:
         querying = np.arange(trie.num_nodes)
@@ -185,6 +189,7 @@ def build_row_layout(
         output_rows=torch.from_numpy(output_rows).to(device),
         key_order=torch.from_numpy(np.concatenate(key_at)[by_key]).to(device),
         key_start=torch.from_numpy(key_start).to(device),
+        keeps_none=keeps_none,
     )
 
 

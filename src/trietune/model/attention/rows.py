@@ -45,7 +45,7 @@ class RowAttention(torch.autograd.Function):
         kept: list[Tensor | None] = []
         for bucket in layout.buckets:
             q, k, v = _gather(bucket, query, key, value)
-            if _keeps_probabilities(q, k, softcap):
+            if _keeps_probabilities(layout, q, k, softcap):
                 scores = torch.bmm(q.mul_(scale), k.transpose(1, 2))
                 tanh = None
                 if softcap is not None:
@@ -78,7 +78,7 @@ class RowAttention(torch.autograd.Function):
             grad_out = laid_out[first : first + bucket.query_rows.numel()].view(q.shape)
             first += bucket.query_rows.numel()
             saved = kept[2 * number : 2 * number + 2]
-            if _keeps_probabilities(q, k, softcap):
+            if _keeps_probabilities(layout, q, k, softcap):
                 probabilities, tanh = saved
                 grad_v = torch.bmm(probabilities.transpose(1, 2), grad_out)
                 grad_scores = torch._softmax_backward_data(
@@ -119,6 +119,8 @@ def _is_whole(layout: RowLayout, query: Tensor, softcap: float | None) -> bool:
     bucket = layout.buckets[0]
     num_queries, num_keys = bucket.shape[1:]
     num_heads = query.shape[0] // num_queries
+    if layout.keeps_none:
+        return False
     return bucket.is_whole and softcap is None and num_heads * num_queries * num_keys <= MAX_KEPT_PROBABILITIES
 
 
@@ -178,10 +180,10 @@ def _gather(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor) -> tuple[
     )
 
 
-def _keeps_probabilities(q: Tensor, k: Tensor, softcap: float | None) -> bool:
-    return (
-        softcap is not None or q.device.type != "cpu" or q.shape[0] * q.shape[1] * k.shape[1] <= MAX_KEPT_PROBABILITIES
-    )
+def _keeps_probabilities(layout: RowLayout, q: Tensor, k: Tensor, softcap: float | None) -> bool:
+    if softcap is not None or q.device.type != "cpu":
+        return True
+    return not layout.keeps_none and q.shape[0] * q.shape[1] * k.shape[1] <= MAX_KEPT_PROBABILITIES
 
 
 def _softmax(scores: Tensor, bucket: Bucket) -> Tensor:

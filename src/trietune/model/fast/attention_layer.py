@@ -26,6 +26,7 @@ from trietune.model.attention.attend import attend
 from trietune.model.attention.layout import TrieLayout, visibility
 from trietune.model.fast.frozen_weight import keep_joined
 from trietune.model.fast.linear import FrozenLayer, JoinedLinear
+from trietune.model.replaced import replace_forward
 from trietune.trie import Trie, build_trie
 
 OBSERVER = "trietune-observer"
@@ -48,17 +49,13 @@ def fuse_trie_layers(network: Any) -> TrieLayers:
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return TrieLayers(0, False)
     attentions: list[_Attention | None] = []
-    proven: dict[type, bool] = {}
     for layer in layers:
+        # Each layer for itself: some layers of a class rotate and others do not (SmolLM3, EXAONE 4).
         attention = _Attention.of(getattr(layer, "self_attn", None))
+        if attention is not None and not _agrees(attention.module.forward, attention, network.device):
+            attention = None
         if attention is not None:
-            kind = type(attention.module)
-            if kind not in proven:
-                proven[kind] = _agrees(attention.module.forward, attention, network.device)
-            if not proven[kind]:
-                attention = None
-        if attention is not None:
-            attention.module.forward = _attention_forward(attention, attention.module.forward)
+            replace_forward(attention.module, _attention_forward(attention, attention.module.forward))
             keep_joined(attention.module, attention.joined.weight)
         attentions.append(attention)
     last = attentions[-1]
@@ -272,7 +269,7 @@ def _prune(layer: Any, attention: _Attention, device: torch.device) -> bool:
             return layer._gradient_checkpointing_func(partial(pruned, rotary=rotary, layout=layout), hidden_states)
         return pruned(hidden_states, rotary, layout)
 
-    layer.forward = forward
+    replace_forward(layer, forward)
     return True
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trietune.model.fast.frozen_weight import FrozenWeight, frozen_weight
+from trietune.model.replaced import replace_forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ def fuse_linears(network: nn.Module) -> int:
     for module in network.modules():
         layer = None if id(module) in inner else FrozenLayer.of(module)
         if layer is not None:
-            module.forward = _fused_forward(JoinedLinear([layer]), module.forward)
+            replace_forward(module, _fused_forward(JoinedLinear([layer]), module.forward))
             fused += 1
     return fused
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trietune.model.fast.attention_layer import TrieLayers, fuse_trie_layers
 from trietune.model.fast.frozen_weight import keep_joined
 from trietune.model.fast.linear import FrozenLayer, JoinedLinear, adapter_dtype, fuse_linears
+from trietune.model.replaced import replace_forward
 
 # In fp32 both forms round a few times; a norm with another formula differs in the first digit.
 AGREEMENT = 1e-4
@@ -88,13 +89,14 @@ def _fuse_norm(module: nn.Module, proven: dict[type, bool]) -> bool:
         proven[type(module)] = _agrees_as_norm(module, offset, epsilon)
     if not proven[type(module)]:
         return False
-    scale = (weight.detach() + offset).to(adapter_dtype(weight.dtype))
+    # Cast, then add, as the library does: in bf16 a sum near one keeps two or three digits of Gemma's weights.
+    scale = weight.detach().to(adapter_dtype(weight.dtype)) + offset
 
     def forward(x: Tensor) -> Tensor:
         fused: Tensor = RmsNorm.apply(x, scale, epsilon)  # type: ignore[no-untyped-call]
         return fused
 
-    module.forward = forward
+    replace_forward(module, forward)
     return True
 
 
@@ -163,7 +165,7 @@ def _fuse_mlp(module: Any) -> bool:
     forward = _mlp_forward(module, linear, activation, library)
     if not _agrees_as_mlp(forward, library, gate.weight.weights[0]):
         return False
-    module.forward = forward
+    replace_forward(module, forward)
     keep_joined(module, linear.weight, instead_of=(gate.weight, up.weight))
     return True
 

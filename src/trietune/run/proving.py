@@ -1,0 +1,125 @@
+"""Where a model meets its proof: on what data, up to what length, and what a run says of it.
+
+training      tokens of the data; the longest example of training and validation
+evaluation    the examples that are measured
+questions     random tokens, as long as the longest window that a question exceeds
+static shapes on the host, before the network goes to its device, under the masks that the device will use
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from trietune.config.settings import Settings
+    from trietune.model.causal_lm import TrieModel
+    from trietune.model.proof import Proof
+    from trietune.trie import Batching, Sequences
+
+Say = Callable[[str], None]
+
+
+def prove_on_data(
+    model: TrieModel,
+    sequences: Sequences,
+    others: Sequences | None,
+    *,
+    batching: Batching,
+    with_gradients: bool,
+    free_bytes: int,
+    say: Say,
+) -> Proof | None:
+    """Prove `model` on tokens of `sequences` and on the longest example of both; None if there is no token.
+
+    Raises:
+        UserError: it cannot be computed as the run would.
+    """
+    from trietune.model.proof import prove, training_forests
+
+    if not len(sequences.input_ids):
+        return None
+    short, longest = training_forests(
+        sequences, others, batching=batching, most_tokens=most_proven(model.config, free_bytes), device=model.device
+    )
+    return _tell(prove(model, short, longest, family=str(model.config.model_type), with_gradients=with_gradients), say)
+
+
+def prove_for_length(model: TrieModel, longest: int, *, free_bytes: int, say: Say) -> Proof:
+    """Prove values of `model` on random tokens, up to the longest window that rows of `longest` tokens exceed."""
+    from trietune.model.proof import prove, random_forests
+
+    length = min(length_to_prove(model.config, longest), most_proven(model.config, free_bytes))
+    short, long = random_forests(model.vocabulary_size, length, device=model.device)
+    return _tell(prove(model, short, long, family=str(model.config.model_type), with_gradients=False), say)
+
+
+def prove_on_host(network: Any, prove_it: Callable[[TrieModel], Proof | None], *, say: Say) -> Proof | None:
+    """Prove `network` where it is, under masks, before it goes to a device of static shapes.
+
+    Args:
+        prove_it: one of the two above, of a model.
+    """
+    from trietune.model.causal_lm import TrieModel
+
+    before = network.config._attn_implementation
+    model = TrieModel(network, device=network.device, attention="mask")
+    try:
+        proof = prove_it(model)
+    finally:
+        network.set_attn_implementation(before)
+    say("the layers were proven on the host, before they were compiled for this device")
+    return proof
+
+
+def windows_of(config: Any) -> list[int]:
+    """Every whole number of a configuration that may bound how far a position sees, ascending."""
+    names = ("window", "chunk", "original_max_position")
+    found: set[int] = set()
+
+    def look(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                look(value)
+            elif isinstance(value, int) and not isinstance(value, bool) and any(part in name for part in names):
+                found.add(value)
+
+    look(config.to_dict())
+    return sorted(value for value in found if value > 1)
+
+
+def length_to_prove(config: Any, longest: int) -> int:
+    """A row that exceeds every window that rows of `longest` tokens exceed, and no longer than need be."""
+    from trietune.model.proof.forests import BEYOND_A_WINDOW, SHORT_WIDTH
+
+    exceeded = [window for window in windows_of(config) if window < longest]
+    return max([2 * SHORT_WIDTH, *(window + BEYOND_A_WINDOW for window in exceeded)])
+
+
+def most_proven(config: Any, free_bytes: int) -> int:
+    """Tokens of the longest row whose plain attention fits into a part of the memory: three rows, in fp32."""
+    from trietune.model.proof.ladder import LONG
+
+    share, rows, copies = 0.25, 3, 3
+    a_score = 4 * rows * copies * int(config.num_attention_heads)
+    return max(LONG, int(np.sqrt(share * free_bytes / a_score)))
+
+
+def positions_under_masks(settings: Settings, config: Any, dtype: Any, free_bytes: int, *, trains: bool) -> int:
+    """Positions of the largest micro-batch where some layers attend under a mask of all pairs."""
+    from functools import partial
+
+    from trietune.device.memory import bytes_per_position
+    from trietune.run.device_plan import largest_under_mask
+
+    checkpointing = settings.gradient_checkpointing or not trains
+    position_bytes = partial(bytes_per_position, config, dtype, gradient_checkpointing=checkpointing, is_fused=False)
+    return largest_under_mask(settings, free_bytes, position_bytes)
+
+
+def _tell(proof: Proof, say: Say) -> Proof:
+    for line in proof.lines:
+        say(line)
+    return proof
