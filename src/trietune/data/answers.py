@@ -157,11 +157,13 @@ def with_every_label(sequences: TokenArrays, completions: Sequence[np.ndarray]) 
 def first_labels(labels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Where each sequence's first label is; its end if it has none. int64 [B]."""
     labelled = np.append(np.flatnonzero(labels != IGNORED_LABEL), offsets[-1])
-    return np.minimum(labelled[np.searchsorted(labelled, offsets[:-1])], offsets[1:])
+    first: np.ndarray = np.minimum(labelled[np.searchsorted(labelled, offsets[:-1])], offsets[1:])
+    return first
 
 
 def flat_ranges(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
     """`begin[0] .. end[0] - 1, begin[1] .. end[1] - 1, ...`; int64."""
     lengths = np.asarray(end, np.int64) - begin
     before = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(begin - before, lengths)
+    flat: np.ndarray = np.arange(lengths.sum()) + np.repeat(begin - before, lengths)
+    return flat

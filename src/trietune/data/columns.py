@@ -35,7 +35,9 @@ from trietune.data.templates import (
 from trietune.errors import UserError
 
 TaskName = Literal["sst2", "squad"]
-RecipeKind = Literal["templates", "sst2", "squad", "tokens", "messages", "columns", "text"]
+RecipeKind = Literal[
+    "templates", "sst2", "squad", "tokens", "messages", "columns", "text", "answers", "answer_messages"
+]  # fmt: skip
 
 REQUIRED_COLUMNS: dict[RecipeKind, tuple[str, ...]] = {
     "sst2": ("sentence", "label"),
@@ -102,6 +104,12 @@ def choose_recipe(
     for kind, required in REQUIRED_COLUMNS.items():
         if all(name in columns for name in required):
             return _built_in(kind)
+    if {"chosen", "rejected"} <= set(columns) or {"prompt", "completions"} <= set(columns):
+        raise UserError(
+            f"`{source}` holds preferences, and `objective: sft` would learn one answer of each row",
+            where=f"its columns are {_names(columns)}",
+            next_step="objective: dpo     (or write templates over its columns, to learn one answer all the same)",
+        )
     raise UserError(
         f"it is not clear what to learn from `{source}`",
         where=f"its columns are {_names(columns)}",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import compress, islice
@@ -21,9 +21,12 @@ from trietune.config.settings import Settings
 from trietune.data.cache import CacheWriter, make_key, open_cached
 from trietune.data.columns import REQUIRED_COLUMNS, Recipe, choose_recipe
 from trietune.data.counts import DataCounts, SplitCounts, describe, name_places
+from trietune.data.encode_answers import tokenize_answers
 from trietune.data.encode_rows import COMPLETIONS_TALLIED, Rules, tokenize_rows
 from trietune.data.encoder import hash_tokenizer, make_encoder
 from trietune.data.examples import IGNORED_LABEL, Task, TokenSequences
+from trietune.data.files import BrokenRow
+from trietune.data.preferences import AnswerForm, choose_form
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.sources import Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat
@@ -84,10 +87,10 @@ def load_data(
         UserError: the data cannot be found or read, has broken rows or wrong labels, or nothing of it is left.
     """
     sources = find_sources(settings, report=report)
-    recipe = _find_recipe(settings, sources)
+    recipe, form = _find_recipe(settings, sources)
     prompt_format = make_prompt_format(settings, tokenizer, recipe)
     loading = _Loading(
-        settings, tokenizer, recipe, prompt_format, _writable(cache_folder, report), report, progress, check_stop
+        settings, tokenizer, recipe, form, prompt_format, _writable(cache_folder, report), report, progress, check_stop
     )
     held_out = None if sources.validation is not None else draw_held_out(sources.train.count())
     if held_out is not None:
@@ -137,14 +140,14 @@ def load_split(
         UserError: as `load_data`; or the data has no such split.
     """
     sources = find_sources(settings, report=report)
-    recipe = _find_recipe(settings, sources)
+    recipe, form = _find_recipe(settings, sources)
     used_format = prompt_format or make_prompt_format(settings, tokenizer, recipe)
     if prompt_format is not None:
         recipe = _in_words_of(prompt_format, recipe, sources.train.name)
         if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
             report("the tokenizer is not the one that the adapter was trained with: figures may be worse for it")
     loading = _Loading(
-        settings, tokenizer, recipe, used_format, _writable(cache_folder, report), report, progress, check_stop
+        settings, tokenizer, recipe, form, used_format, _writable(cache_folder, report), report, progress, check_stop
     )
     rows = {"train": sources.train, "validation": sources.validation, "test": sources.test}[split]
     held_out = None
@@ -196,6 +199,7 @@ class _Loading:
     settings: Settings
     tokenizer: Any
     recipe: Recipe
+    form: AnswerForm | None
     prompt_format: PromptFormat
     cache_folder: Path
     report: Report
@@ -221,6 +225,7 @@ class _Loading:
             tokenizers=metadata.version("tokenizers"),
             held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training],
             limit=limit,
+            **({} if self.form is None else {"answers": asdict(self.form)}),
         )
         found = open_cached(self.cache_folder, key)
         if found is None:
@@ -242,24 +247,27 @@ class _Loading:
         placed = rows.read()
         if held_out is not None and not is_training:
             placed = compress(placed, held_out)
+        common: dict[str, Any] = {
+            "source": rows.name,
+            "encoder": make_encoder(self.tokenizer, self.prompt_format),
+            "rules": rules,
+            "check_stop": self.check_stop,
+            "progress": lambda done: self.progress(phase, done, total),
+            "left_out": held_out if is_training else None,
+        }
+        placed = islice(placed, _last_row(held_out, limit))
         with CacheWriter(self.cache_folder, key) as writer:
-            counts = tokenize_rows(
-                islice(placed, _last_row(held_out, limit)),
-                writer,
-                source=rows.name,
-                recipe=self.recipe,
-                encoder=make_encoder(self.tokenizer, self.prompt_format),
-                rules=rules,
-                check_stop=self.check_stop,
-                progress=lambda done: self.progress(phase, done, total),
-                left_out=held_out if is_training else None,
-            )
+            if self.form is None:
+                counts = tokenize_rows(placed, writer, recipe=self.recipe, **common)
+            else:
+                counts = tokenize_answers(placed, writer, form=self.form, **common)
             return writer.finish(asdict(counts)), counts
 
 
 def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Recipe:
     """The recipe for the same rows in the words of an adapter's prompt format."""
-    kind = {"messages": "chat", "tokens": "tokens"}.get(recipe.kind, "template")
+    kinds = {"messages": "chat", "answer_messages": "chat", "tokens": "tokens"}
+    kind = kinds.get(recipe.kind, "template")
     if kind != prompt_format.kind:
         in_words = {"chat": "conversations", "tokens": "tokens that the data brought", "template": "prompts"}
         raise UserError(
@@ -273,7 +281,8 @@ def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Re
     )
 
 
-def _find_recipe(settings: Settings, sources: Sources) -> Recipe:
+def _find_recipe(settings: Settings, sources: Sources) -> tuple[Recipe, AnswerForm | None]:
+    """How rows become examples, and, where preferences are learnt, how they become answers that are compared."""
     rows = sources.train
     columns = rows.columns()
     task_name = sources.task_name
@@ -286,13 +295,33 @@ def _find_recipe(settings: Settings, sources: Sources) -> Recipe:
             where=None if row is None else f"{place}: {getattr(row, 'reason', 'no columns')}",
             next_step="check that the file is the one that you mean",
         )
-    return choose_recipe(
+    if settings.learns_preferences:
+        form = choose_form(
+            columns,
+            _first_row(rows),
+            objective=settings.objective,
+            prompt_template=settings.prompt_template,
+            source=rows.name,
+        )
+        return Recipe("answer_messages" if form.is_chat else "answers", settings.prompt_template or ""), form
+    recipe = choose_recipe(
         columns,
         task_name=task_name,
         prompt_template=settings.prompt_template,
         completion_template=settings.completion_template,
         source=rows.name,
     )
+    if recipe.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
+        raise UserError(
+            f"`label` of `{rows.name}` says which completions are wanted, and `objective: sft` would learn all of them",
+            where=f"its columns are {', '.join(f'`{name}`' for name in columns)}",
+            next_step="objective: kto     (or remove the column `label`)",
+        )
+    return recipe, None
+
+
+def _first_row(rows: Rows) -> Mapping[str, Any]:
+    return next((row for _, row in rows.read() if not isinstance(row, BrokenRow)), {})
 
 
 def _last_row(held_out: np.ndarray | None, limit: int | None) -> int | None:
@@ -319,6 +348,13 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
             f"all {counts.read:,} examples of `{counts.source}` are longer than `max_length: {max_length}`",
             where=name_places(counts.overlong.samples, counts.overlong.number),
             next_step="raise `max_length`, or write `overlong: truncate_prompt`",
+        )
+    if counts.without_pair.number:
+        return UserError(
+            f"none of the {counts.read:,} rows of `{counts.source}` prefers one answer to another: `chosen` and "
+            "`rejected` are equal",
+            where=name_places(counts.without_pair.samples, counts.without_pair.number),
+            next_step="check the column `rejected` (or `scores`, `ranking`) of the file",
         )
     return UserError(
         f"none of the {counts.read:,} rows of `{counts.source}` can be learnt from: their completions are empty",

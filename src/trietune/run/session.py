@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.evaluation.evaluate import Evaluation
     from trietune.tracking.tracker import Tracker
-    from trietune.training.loop import MicroBatchTooLargeError, Step
+    from trietune.training.gradients import MicroBatchTooLargeError
+    from trietune.training.loop import Step
     from trietune.training.loss_scale import LossScale
     from trietune.training.readings import LossNotFiniteError
 

@@ -49,7 +49,8 @@ class LearnByScores:
     def __call__(self, model: TrieModel, work: Work) -> Learnt:
         """Add the gradients of the objective's loss over all rows of the step."""
         tally = _Tally.of(self.sets, work.rows)
-        learnt_from, only_scored = [], []
+        learnt_from: list[MicroBatch] = []
+        only_scored: list[MicroBatch] = []
         for micro_batch in work.micro_batches:
             is_trained = self.sets.is_trained[micro_batch.sequence_indices].any()
             (learnt_from if is_trained else only_scored).append(micro_batch)
@@ -74,7 +75,7 @@ class LearnByScores:
                     work.device.end_step()
                 _forward_and_backward(model, micro_batch, weight, work.loss_scale)
         scores = torch.from_numpy(tally.scores)
-        return Learnt(torch.tensor(loss), describe(self.objective, scores, answers))
+        return Learnt(torch.tensor(loss, dtype=torch.float64), describe(self.objective, scores, answers))
 
     def _weighted(
         self, micro_batches: Sequence[MicroBatch], tally: _Tally, by_score: np.ndarray, work: Work
