@@ -61,6 +61,13 @@ class AnswerSets:
         """The sequences of these rows, in their order; int64."""
         return flat_ranges(self.row_start[rows], self.row_start[rows + 1])
 
+    def parts_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The sequences of these rows, apart: those that are learnt from, and those that are only scored, if any."""
+        sequences = self.sequences_of(rows)
+        is_trained = self.is_trained[sequences]
+        parts = [sequences[is_trained], sequences[~is_trained]]
+        return [part for part in parts if len(part)]
+
     @property
     def first_answers(self) -> AnswerSets:
         """Each row by its first answer alone: enough to tell which rows share a prompt."""

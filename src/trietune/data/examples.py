@@ -108,6 +108,10 @@ class TokenSequences:
         flat: np.ndarray = np.arange(lengths.sum()) + np.repeat(self.row_start[rows] - before, lengths)
         return flat
 
+    def parts_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The sequences of these rows, in parts that are laid out apart: here one."""
+        return [self.sequences_of(rows)]
+
     def row_id(self, row: int) -> str:
         """The id of a row's example, or of the row that its answers share."""
         return self.ids[row if self.row_start is None else int(self.row_start[row])]

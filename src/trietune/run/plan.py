@@ -70,6 +70,7 @@ class Plan:
         model_bytes: of the base model, the adapter, its gradients and its optimizer.
         position_bytes: estimate for one position of a micro-batch.
         largest_micro_batch: positions of the largest micro-batch of those that were looked at.
+        objective: what is learnt, in words; None for `sft`.
     """
 
     directory: Path
@@ -99,6 +100,7 @@ class Plan:
     position_bytes: int
     largest_micro_batch: int
     static: StaticPlan | None = None
+    objective: str | None = None
 
     @property
     def has_loss_scale(self) -> bool:
@@ -126,6 +128,7 @@ class Plan:
             ("adapter", f"{self.num_trainable:,} trained parameters, in float32"),
             ("device", f"{self.device.name}, base in {self._dtype}"),
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
+            *([("objective", self.objective)] if self.objective else []),
             ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
             *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from trietune.data.answers import AnswerSets
 from trietune.errors import UserError
 from trietune.run.device_plan import check_device, device_options, plan_shapes
 from trietune.run.grouping import choose_groups, measure_batches, sharing_of
+from trietune.run.objective import Learning, make_objective, rows_of, rows_to_rank
 from trietune.run.plan import Plan
 from trietune.tracking.events import Working
 
@@ -40,7 +42,12 @@ KEEP_NO_SCORES = ("varlen", "flex")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A plan and all that was read to make it."""
+    """A plan and all that was read to make it.
+
+    Attributes:
+        learning: what is learnt, before its reference has been scored.
+        start: folder of the adapter to begin with; None begins with a new one.
+    """
 
     settings: Settings
     plan: Plan
@@ -48,6 +55,8 @@ class Prepared:
     tokenizer: Any
     data: Data
     groups: PrefixGroups | None
+    learning: Learning
+    start: Path | None = None
 
 
 def prepare(
@@ -80,6 +89,11 @@ def prepare(
         check_four_bits(device, where=settings.where("load_in_4bit"))
 
     base = locate_base(settings.model_name, hub)
+    start = None
+    if settings.start_adapter is not None:
+        from trietune.model.adapter.export import find_adapter
+
+        start = find_adapter(Path(settings.start_adapter).expanduser())
     tokenizer = load_tokenizer(base.path)
     shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings))
     if settings.batching != "padded" and shape.refusal is not None:
@@ -99,8 +113,10 @@ def prepare(
         progress=progress_of(hub, "examples"),
         check_stop=check_stop,
     )
-    num_train = len(data.train)
-    groups, work = choose_groups(settings, data, kept, hub)
+    learning, data = _plan_learning(settings, device, data, tokenizer)
+    rows = learning.rows
+    num_train = rows.num_rows
+    groups, work = choose_groups(settings, data, rows, kept, hub)
     batches_per_epoch = math.ceil(num_train / settings.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
     num_steps = steps_per_epoch * settings.num_epochs
@@ -130,11 +146,13 @@ def prepare(
         max_positions = micro_batch_bound(free_bytes, position_bytes)
     static = None
     if device.has_static_shapes:
-        static = plan_shapes(settings, device, data, groups, free_bytes, bytes_with_scores)
+        static = plan_shapes(
+            settings, device, rows, learning.validation or data.validation, groups, free_bytes, bytes_with_scores
+        )
         max_positions = static.shapes.max_positions
         position_bytes = bytes_with_scores(scores_per_position=max_positions)
     if work.largest > max_positions:
-        work = measure_batches(settings, data.train, groups, max_positions)
+        work = measure_batches(settings, rows, groups, max_positions)
     plan = Plan(
         directory=directory or run_directory(settings),
         model_name=base.name,
@@ -150,7 +168,7 @@ def prepare(
         is_grouped=groups is not None,
         max_positions=max_positions,
         num_train=num_train,
-        num_validation=len(data.validation) if data.validation is not None else 0,
+        num_validation=data.validation.num_rows if data.validation is not None else 0,
         batch_size=settings.batch_size,
         batches_per_step=settings.gradient_accumulation_steps,
         steps_per_epoch=steps_per_epoch,
@@ -163,8 +181,39 @@ def prepare(
         position_bytes=position_bytes,
         largest_micro_batch=work.largest,
         static=static,
+        objective=_describe_objective(settings, learning),
     )
-    return Prepared(settings, plan, base, tokenizer, data, groups)
+    return Prepared(settings, plan, base, tokenizer, data, groups, learning, start)
+
+
+def _plan_learning(settings: Settings, device: Device, data: Data, tokenizer: Any) -> tuple[Learning, Data]:
+    """What is learnt from the data; ranking may find that it is a task with labels."""
+    objective = make_objective(settings)
+    if objective is not None and device.has_static_shapes and settings.lora_dropout:
+        raise UserError(
+            f"`objective: {settings.objective}` computes a batch twice, with two draws of dropout on {device.name}",
+            where=f"`lora_dropout: {settings.lora_dropout}` ({settings.where('lora_dropout')})",
+            next_step="`--set lora_dropout=0`",
+        )
+    if settings.objective == "rank":
+        rows, data = rows_to_rank(data, tokenizer)
+        return Learning(settings, objective, rows, None), data
+    validation = None if objective is None or data.validation is None else rows_of(settings, data.validation)
+    assert validation is None or isinstance(validation, AnswerSets)
+    return Learning(settings, objective, rows_of(settings, data.train), validation), data
+
+
+def _describe_objective(settings: Settings, learning: Learning) -> str | None:
+    """For the plan; None for `sft`."""
+    if learning.objective is None:
+        return None
+    rows = learning.rows
+    assert isinstance(rows, AnswerSets)
+    answers = f"{int(rows.is_trained.sum()):,} answers in {rows.num_rows:,} rows"
+    reference = ""
+    if learning.objective.needs_reference:
+        reference = f", against {'`' + settings.start_adapter + '`' if settings.start_adapter else 'the base model'}"
+    return f"{settings.objective}, {answers}{reference}"
 
 
 def adapter_arguments(settings: Settings) -> dict[str, Any]:
@@ -237,7 +286,7 @@ def validation_bound(settings: Settings, data: Data) -> int | None:
         return settings.eval_max_examples
     between = settings.val_steps_freq * settings.batch_size * settings.gradient_accumulation_steps
     bound = max(FEWEST_VALIDATED, int(3 * VALIDATION_SHARE * between))
-    return None if data.validation is None or bound >= len(data.validation) else bound
+    return None if data.validation is None or bound >= data.validation.num_rows else bound
 
 
 def run_directory(settings: Settings) -> Path:
