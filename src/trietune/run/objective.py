@@ -236,6 +236,44 @@ class Learning:
         return evaluate_answers(model, sets, judge, **arguments)
 
 
+def evaluate_preferences(
+    model: TrieModel,
+    settings: Settings,
+    sequences: TokenSequences,
+    *,
+    max_nodes: int,
+    max_examples: int | None,
+    report: Callable[[str], None],
+    check_stop: Callable[[], None],
+    progress: Callable[[str, int, int | None], None],
+) -> Evaluation:
+    """Measure a model on preferences without its reference: which answers it prefers, not by how much more than before.
+
+    Args:
+        report: takes a line for the user.
+    """
+    objective = make_objective(settings)
+    assert objective is not None
+    rows = rows_of(settings, sequences)
+    assert isinstance(rows, AnswerSets)
+    if objective.needs_reference:
+        report(
+            f"the loss and the rewards of `objective: {settings.objective}` compare with the model before training: "
+            "the run's own evaluations hold them"
+        )
+    learning = Learning(settings, objective, rows, rows)
+    return learning.evaluate(
+        model,
+        is_reference=False,
+        batching=settings.batching,
+        max_nodes=max_nodes,
+        max_examples=max_examples,
+        seed=settings.seed,
+        check_stop=check_stop,
+        progress=progress,
+    )
+
+
 def measure(
     settings: Settings,
     sets: AnswerSets,

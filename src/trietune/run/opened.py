@@ -18,6 +18,7 @@ from trietune.config.settings import Settings
 from trietune.errors import UserError
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
+from trietune.run.objective import evaluate_preferences
 from trietune.run.prepare import choose_attention, locate_base, make_deterministic, progress_of
 
 if TYPE_CHECKING:
@@ -104,6 +105,17 @@ def evaluate(
             progress=progress_of(hub, "examples"),
             check_stop=signals.check,
         )
+        if opened.settings.learns_preferences:
+            return evaluate_preferences(
+                opened.model,
+                opened.settings,
+                sequences,
+                max_nodes=opened.max_positions,
+                max_examples=max_examples,
+                report=hub.say,
+                check_stop=signals.check,
+                progress=progress_of(hub, "examples"),
+            )
         size = opened.settings.eval_batch_size
         return measure(
             opened.model,
