@@ -1,4 +1,4 @@
-"""Preferences in the forms that TRL takes, and others: what becomes of a row, and what is refused, left out, counted."""
+"""Preferences in the forms that TRL takes, and others: what becomes of a row, what is refused, left out, counted."""
 
 from __future__ import annotations
 
