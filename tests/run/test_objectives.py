@@ -13,7 +13,7 @@ from run.conftest import PRAISE, WORDS
 from run.test_run import Recorder, adapter_of, largest_difference, run
 from trietune import UserError, load_config
 from trietune.run.opened import evaluate
-from trietune.tracking.events import Evaluated, Said, StepFinished
+from trietune.tracking.events import Evaluated, RunStarted, Said, StepFinished
 
 OBJECTIVES = ("dpo", "ipo", "simpo", "orpo", "kto")
 
@@ -275,3 +275,21 @@ def test_what_does_not_fit_is_refused_by_name(settings: dict[str, Any], says: st
 
 def test_a_default_value_beside_another_objective_is_no_mistake() -> None:
     assert load_config(None, {"objective": "simpo", "dpo_beta": 0.1}).objective == "simpo"
+
+
+def test_weights_change_what_is_learned_and_the_plan_says_so(overrides: dict[str, object], tmp_path: Path) -> None:
+    rows = [{"prompt": f"{word}:", "completion": f" {'good' if n % 2 else 'bad'}"} for n, word in enumerate(WORDS)]
+    settings = {**overrides, "max_steps": 3, "validation_file": write(tmp_path / "v.jsonl", rows)}
+    adapters = []
+    for name, weight in (("ones", 1), ("twos", 2), ("signed", None)):
+        weighted = [{**row, "weight": weight or (1 - n % 3)} for n, row in enumerate(rows)]
+        found, recorder = run(
+            {**settings, "train_file": write(tmp_path / f"{name}.jsonl", weighted), "wandb_run_name": name}
+        )
+        plan = dict(recorder.of(RunStarted)[0].plan)
+        assert plan["objective"] == "sft, the loss of each label times its `weight`"
+        adapters.append((adapter_of(found), recorder.losses))
+    plain, recorder = run({**settings, "train_file": write(tmp_path / "plain.jsonl", rows), "wandb_run_name": "plain"})
+    assert largest_difference(adapters[0][0], adapter_of(plain)) == 0
+    assert adapters[1][1][0] == pytest.approx(2 * recorder.losses[0], rel=1e-5)
+    assert largest_difference(adapters[2][0], adapter_of(plain)) > 1e-3

@@ -231,8 +231,8 @@ class Settings(BaseModel):
     """Step size of the optimizer. Constant, unless `lr_scheduler_type` says otherwise."""
 
     batch_size: Positive = 4
-    """Examples in a batch, over all devices; a pair or a set of ranked answers is one example. The last, smaller batch
-    of an epoch is kept."""
+    """Examples in a batch, over all devices. The last, smaller batch of an epoch is kept. A pair, or a set of ranked
+    answers, is one example."""
 
     gradient_accumulation_steps: Positive = 1
     """Batches that make one optimizer step. One divisor serves them all, so the step equals that of one large batch."""

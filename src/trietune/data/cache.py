@@ -3,6 +3,7 @@
     <cache folder>/tokens/<key>/
         input_ids.npy  labels.npy  offsets.npy      see `TokenSequences`
         examples.jsonl  example_ends.npy            the text, one example a line, and where each line ends
+        weights.npy                                 of tokens, where there are weights
         row_sizes.npy  grades.npy                   of answers that are compared: how many a row has, how good each is
         meta.json                                   counts, and size and SHA-256 of each file above
 
@@ -30,6 +31,7 @@ from trietune.data.examples import Example, Message, TokenSequences
 LAYOUT_VERSION = 1
 _BUILDING = ".building-"
 _ROW_FILES = ("row_sizes.npy", "grades.npy")
+_WEIGHTS = "weights.npy"
 _FILES = ("input_ids.npy", "labels.npy", "offsets.npy", "examples.jsonl", "example_ends.npy")
 # Whoever was killed while building left a folder; nobody builds for as long as this.
 _ABANDONED_AFTER_S = 7 * 24 * 3600
@@ -79,6 +81,7 @@ class CacheWriter:
         self._offsets = _ArrayFile(self._folder / "offsets.npy", np.dtype("<i8"))
         self._example_ends = _ArrayFile(self._folder / "example_ends.npy", np.dtype("<i8"))
         self._rows: tuple[_ArrayFile, _ArrayFile] | None = None
+        self._weights: _ArrayFile | None = None
         self._examples = (self._folder / "examples.jsonl").open("wb")
         self._num_tokens = 0
         self._num_bytes = 0
@@ -88,6 +91,10 @@ class CacheWriter:
         """Add a block: the sequences, and the example that each was made of."""
         self._input_ids.append(encoded.input_ids)
         self._labels.append(encoded.labels)
+        if encoded.weights is not None:
+            if self._weights is None:
+                self._weights = _ArrayFile(self._folder / _WEIGHTS, np.dtype("<f8"))
+            self._weights.append(encoded.weights)
         self._offsets.append(self._num_tokens + np.cumsum(encoded.lengths))
         self._num_tokens += int(encoded.lengths.sum())
         lines = [_to_line(example) for example in examples]
@@ -114,7 +121,7 @@ class CacheWriter:
         self._close()
         files = {
             name: {"size": (self._folder / name).stat().st_size, "sha256": _sha256(self._folder / name)}
-            for name in (_FILES if self._rows is None else (*_FILES, *_ROW_FILES))
+            for name in (*_FILES, *(_ROW_FILES if self._rows else ()), *((_WEIGHTS,) if self._weights else ()))
         }
         (self._folder / "meta.json").write_text(json.dumps({"files": files, "notes": notes}))
         try:
@@ -137,6 +144,8 @@ class CacheWriter:
         self._examples.close()
         for array in (self._input_ids, self._labels, self._offsets, self._example_ends, *(self._rows or ())):
             array.close()
+        if self._weights is not None:
+            self._weights.close()
 
 
 class _ArrayFile:
@@ -247,6 +256,7 @@ def _open(folder: Path) -> TokenSequences:
         examples=examples,
         row_start=row_start,
         grades=grades,
+        weights=_open_array(folder / _WEIGHTS) if (folder / _WEIGHTS).exists() else None,
     )
 
 

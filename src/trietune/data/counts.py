@@ -36,6 +36,7 @@ class SplitCounts:
         without_completion: nothing to learn but the end; left out in training, kept in validation.
         without_prompt: a column of the prompt is empty; kept.
         duplicates: equal to an earlier example; kept.
+        without_weight: whose weight is 0 everywhere; left out in training, kept in validation.
         equal_answers: answers that equal another one of their row; left out.
         without_pair: rows of preferences that prefer no answer to another; left out.
         completions: how often each completion occurs, if there are few; else empty.
@@ -53,6 +54,7 @@ class SplitCounts:
     without_completion: Count = field(default_factory=Count)
     without_prompt: Count = field(default_factory=Count)
     duplicates: Count = field(default_factory=Count)
+    without_weight: Count = field(default_factory=Count)
     equal_answers: Count = field(default_factory=Count)
     without_pair: Count = field(default_factory=Count)
     completions: Mapping[str, int] = field(default_factory=dict)
@@ -89,6 +91,7 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
         (counts.without_completion, f"without a completion, {left_out}"),
         (counts.without_prompt, "with an empty text in the prompt, kept"),
         (counts.duplicates, "equal to an earlier one, kept"),
+        (counts.without_weight, f"of weight 0, {left_out}"),
         (counts.equal_answers, "answers equal to another one of their row, left out"),
         (counts.without_pair, "without two answers of which one is better, left out"),
     ):

@@ -21,10 +21,11 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; `weight` multiplies the losses of its labels."""
 
     role: str
     content: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class TokenSequences:
         row_start: of answers that are compared, int64 [rows + 1]: the first sequence of each row; else None, and each
             sequence is a row of its own.
         grades: of such answers, float64 [number of sequences]: a greater one is better.
+        weights: of labels, float64 [total tokens], what multiplies the loss of each; None where that is 1 everywhere.
     """
 
     input_ids: np.ndarray
@@ -90,6 +92,7 @@ class TokenSequences:
     examples: ExampleSource
     row_start: np.ndarray | None = None
     grades: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -30,6 +30,7 @@ from trietune.data.preferences import AnswerForm, choose_form
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.sources import Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat
+from trietune.data.weights import COLUMN, Weighting, find_weighting
 from trietune.errors import UserError
 
 Report = Callable[[str], None]
@@ -90,7 +91,16 @@ def load_data(
     recipe, form = _find_recipe(settings, sources)
     prompt_format = make_prompt_format(settings, tokenizer, recipe)
     loading = _Loading(
-        settings, tokenizer, recipe, form, prompt_format, _writable(cache_folder, report), report, progress, check_stop
+        settings,
+        tokenizer,
+        recipe,
+        form,
+        _find_weighting(settings, sources, recipe, report),
+        prompt_format,
+        _writable(cache_folder, report),
+        report,
+        progress,
+        check_stop,
     )
     held_out = None if sources.validation is not None else draw_held_out(sources.train.count())
     if held_out is not None:
@@ -147,7 +157,16 @@ def load_split(
         if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
             report("the tokenizer is not the one that the adapter was trained with: figures may be worse for it")
     loading = _Loading(
-        settings, tokenizer, recipe, form, used_format, _writable(cache_folder, report), report, progress, check_stop
+        settings,
+        tokenizer,
+        recipe,
+        form,
+        None,
+        used_format,
+        _writable(cache_folder, report),
+        report,
+        progress,
+        check_stop,
     )
     rows = {"train": sources.train, "validation": sources.validation, "test": sources.test}[split]
     held_out = None
@@ -200,6 +219,7 @@ class _Loading:
     tokenizer: Any
     recipe: Recipe
     form: AnswerForm | None
+    weighting: Weighting | None
     prompt_format: PromptFormat
     cache_folder: Path
     report: Report
@@ -211,6 +231,8 @@ class _Loading:
     ) -> tuple[TokenSequences, SplitCounts, str]:
         """A split from the cache, or made now; its counts; its key."""
         self.check_stop()
+        # Evaluation measures every label alike.
+        weighting = self.weighting if is_training else None
         rules = Rules(
             max_length=self.settings.max_length,
             overlong=self.settings.overlong if is_training else None,
@@ -226,10 +248,11 @@ class _Loading:
             held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training],
             limit=limit,
             **({} if self.form is None else {"answers": asdict(self.form)}),
+            **({} if weighting is None else {"weights": asdict(weighting)}),
         )
         found = open_cached(self.cache_folder, key)
         if found is None:
-            sequences, counts = self._tokenize(rows, rules, key, is_training, held_out, limit)
+            sequences, counts = self._tokenize(rows, rules, key, is_training, held_out, limit, weighting)
         else:
             sequences, counts = found[0], SplitCounts.from_dict(found[1])
         for line in describe(counts, is_training=is_training, max_length=rules.max_length):
@@ -239,7 +262,14 @@ class _Loading:
         return sequences, counts, key
 
     def _tokenize(
-        self, rows: Rows, rules: Rules, key: str, is_training: bool, held_out: np.ndarray | None, limit: int | None
+        self,
+        rows: Rows,
+        rules: Rules,
+        key: str,
+        is_training: bool,
+        held_out: np.ndarray | None,
+        limit: int | None,
+        weighting: Weighting | None,
     ) -> tuple[TokenSequences, SplitCounts]:
         total = rows.quick_count() if held_out is None else int((held_out != is_training).sum())
         total = limit if total is None else min(total, limit or total)
@@ -258,7 +288,7 @@ class _Loading:
         placed = islice(placed, _last_row(held_out, limit))
         with CacheWriter(self.cache_folder, key) as writer:
             if self.form is None:
-                counts = tokenize_rows(placed, writer, recipe=self.recipe, **common)
+                counts = tokenize_rows(placed, writer, recipe=self.recipe, weighting=weighting, **common)
             else:
                 counts = tokenize_answers(placed, writer, form=self.form, **common)
             return writer.finish(asdict(counts)), counts
@@ -320,6 +350,16 @@ def _find_recipe(settings: Settings, sources: Sources) -> tuple[Recipe, AnswerFo
     return recipe, None
 
 
+def _find_weighting(
+    settings: Settings, sources: Sources, recipe: Recipe, report: Callable[[str], None]
+) -> Weighting | None:
+    if settings.objective == "sft":
+        return find_weighting(sources.train, recipe)
+    if COLUMN in sources.train.columns():
+        report(f"the column `{COLUMN}` is not used: `objective: {settings.objective}` has no weights of examples")
+    return None
+
+
 def _first_row(rows: Rows) -> Mapping[str, Any]:
     return next((row for _, row in rows.read() if not isinstance(row, BrokenRow)), {})
 
@@ -348,6 +388,12 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
             f"all {counts.read:,} examples of `{counts.source}` are longer than `max_length: {max_length}`",
             where=name_places(counts.overlong.samples, counts.overlong.number),
             next_step="raise `max_length`, or write `overlong: truncate_prompt`",
+        )
+    if counts.without_weight.number:
+        return UserError(
+            f"none of the {counts.read:,} rows of `{counts.source}` can be learned from: their weights are 0",
+            where=name_places(counts.without_weight.samples, counts.without_weight.number),
+            next_step="check the column `weight`, or the key `weight` of its messages",
         )
     if counts.without_pair.number:
         return UserError(

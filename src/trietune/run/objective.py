@@ -157,10 +157,11 @@ class Learning:
     def learn(self) -> Learn:
         """What the loop is given."""
         from trietune.training.objectives.by_scores import LearnByScores
-        from trietune.training.objectives.sft import learn_labels
+        from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
 
         if self.objective is None:
-            return learn_labels
+            weights = self.rows.weights if isinstance(self.rows, TokenSequences) else None
+            return learn_labels if weights is None else LearnWeightedLabels.of(self.rows, weights)
         assert isinstance(self.rows, AnswerSets)
         return LearnByScores(
             self.objective, self.rows, self.reference, self.settings.pairs, keeps_draws=self.settings.lora_dropout > 0

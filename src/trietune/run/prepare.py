@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trietune.data.answers import AnswerSets
+from trietune.data.examples import TokenSequences
 from trietune.errors import UserError
 from trietune.run.device_plan import check_device, device_options, plan_shapes
 from trietune.run.grouping import choose_groups, measure_batches, sharing_of
@@ -204,10 +205,11 @@ def _plan_learning(settings: Settings, device: Device, data: Data, tokenizer: An
 
 
 def _describe_objective(settings: Settings, learning: Learning) -> str | None:
-    """For the plan; None for `sft`."""
-    if learning.objective is None:
-        return None
+    """For the plan; None for `sft` without weights."""
     rows = learning.rows
+    if learning.objective is None:
+        has_weights = isinstance(rows, TokenSequences) and rows.weights is not None
+        return "sft, the loss of each label times its `weight`" if has_weights else None
     assert isinstance(rows, AnswerSets)
     answers = f"{int(rows.is_trained.sum()):,} answers in {rows.num_rows:,} rows"
     reference = ""

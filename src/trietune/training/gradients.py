@@ -36,17 +36,20 @@ def accumulate_gradients(
     micro_batches: Sequence[MicroBatch],
     between: Callable[[], None] = lambda: None,
     loss_scale: LossScale | None = None,
+    divisor: float | None = None,
 ) -> Tensor:
     """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss, still on the device.
 
     Args:
+        divisor: of the weighted sum of the labels' losses; by default the sum of the weights.
         between: called after each micro-batch but the last, which goes together with the update.
         loss_scale: that the gradients are multiplied with.
 
     Raises:
         MicroBatchTooLargeError: memory ran out; some gradients may have been added.
     """
-    divisor = total_weight(micro_batches)
+    if divisor is None:
+        divisor = total_weight(micro_batches)
     # A tensor of one element from the host is data; a number would be a part of the program.
     loss = model.place(torch.zeros(1))[0]
     for micro_batch in micro_batches:
