@@ -40,7 +40,7 @@ def test_a_preference_objective_alone_runs_on_the_sample_preferences(
     assert main(["train", "--set", f"objective={objective}", "--show-config"]) == 0
     shown = capsys.readouterr().out
     assert 'dataset_id: "demo/preferences"' in shown
-    assert f"objective: {objective}" in shown
+    assert f'objective: "{objective}"' in shown
 
 
 def test_data_that_is_named_stays_what_is_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
