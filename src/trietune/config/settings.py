@@ -55,7 +55,7 @@ def _check_target_modules(modules: str | tuple[str, ...]) -> str | tuple[str, ..
 
 
 def _check_metric(name: str) -> str:
-    if not re.fullmatch(r"eval/[\w.-]+", name):
+    if not re.fullmatch(r"eval(/[\w.-]+)+", name):
         raise ValueError("metrics of evaluation begin with `eval/`")
     return name
 

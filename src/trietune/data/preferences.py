@@ -86,10 +86,8 @@ def choose_form(
             next_step="rename the column that holds it, or write `prompt_template` with {column} where one belongs",
         )
     # Data sets with whole conversations in both answers often repeat the question in a column of text.
-    if kind == "pairs" and is_chat and prompt == "column" and isinstance(first_row.get("prompt"), str):
-        messages = _messages(first_row["chosen"], "chosen")
-        if not _is_conversation(first_row["prompt"]) and messages[0].role != "assistant":
-            prompt = "implicit"
+    if kind == "pairs" and is_chat and prompt == "column" and _repeats_prompt(first_row):
+        prompt = "implicit"
     return AnswerForm(
         kind=kind,
         is_chat=is_chat,
@@ -97,6 +95,16 @@ def choose_form(
         prompt_template=prompt_template or "",
         is_split=kind == "pairs" and objective == "kto",
     )
+
+
+def _repeats_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether a row's prompt is a text, and its answers are conversations that begin with it."""
+    if not isinstance(row.get("prompt"), str) or _is_conversation(row["prompt"]):
+        return False
+    try:
+        return _messages(row.get("chosen"), "chosen")[0].role != "assistant"
+    except TypeError:
+        return False  # told, with its place, when the rows are read
 
 
 def answer_reader(form: AnswerForm) -> Callable[[Mapping[str, Any], str], list[AnswerRow]]:

@@ -114,7 +114,7 @@ def prepare(
         progress=progress_of(hub, "examples"),
         check_stop=check_stop,
     )
-    learning, data = _plan_learning(settings, device, data, tokenizer)
+    learning, data = _plan_learning(settings, data, tokenizer)
     rows = learning.rows
     num_train = rows.num_rows
     groups, work = choose_groups(settings, data, rows, kept, hub)
@@ -187,15 +187,9 @@ def prepare(
     return Prepared(settings, plan, base, tokenizer, data, groups, learning, start)
 
 
-def _plan_learning(settings: Settings, device: Device, data: Data, tokenizer: Any) -> tuple[Learning, Data]:
+def _plan_learning(settings: Settings, data: Data, tokenizer: Any) -> tuple[Learning, Data]:
     """What is learnt from the data; ranking may find that it is a task with labels."""
     objective = make_objective(settings)
-    if objective is not None and device.has_static_shapes and settings.lora_dropout:
-        raise UserError(
-            f"`objective: {settings.objective}` computes a batch twice, with two draws of dropout on {device.name}",
-            where=f"`lora_dropout: {settings.lora_dropout}` ({settings.where('lora_dropout')})",
-            next_step="`--set lora_dropout=0`",
-        )
     if settings.objective == "rank":
         rows, data = rows_to_rank(data, tokenizer)
         return Learning(settings, objective, rows, None), data

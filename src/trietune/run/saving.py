@@ -336,6 +336,9 @@ class Keeper:
                 dataset=self.settings.dataset_id,
                 num_train_examples=plan.num_train,
                 scores=scores,
-                settings={key: getattr(self.settings, key) for key in CARD_SETTINGS},
+                settings={
+                    **({} if self.settings.objective == "sft" else {"objective": self.settings.objective}),
+                    **{key: getattr(self.settings, key) for key in CARD_SETTINGS},
+                },
             )
         )

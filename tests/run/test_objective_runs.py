@@ -11,6 +11,7 @@ import pytest
 
 from run.conftest import PRAISE, WORDS
 from run.test_run import Recorder, adapter_of, largest_difference, run
+from run.test_static_run import static_cpu
 from trietune import UserError, load_config
 from trietune.run.opened import evaluate
 from trietune.tracking.events import Evaluated, RunStarted, Said, StepFinished
@@ -293,3 +294,16 @@ def test_weights_change_what_is_learned_and_the_plan_says_so(overrides: dict[str
     assert largest_difference(adapters[0][0], adapter_of(plain)) == 0
     assert adapters[1][1][0] == pytest.approx(2 * recorder.losses[0], rel=1e-5)
     assert largest_difference(adapters[2][0], adapter_of(plain)) > 1e-3
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "rank"])
+def test_a_device_of_static_shapes_learns_the_same(
+    objective: str, preferences: dict[str, object], overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**(overrides if objective == "rank" else preferences), "objective": objective, "learning_rate": 1e-3}
+    plain, _ = run({**settings, "wandb_run_name": "plain"})
+    for num_rows in (1, 2):
+        monkeypatch.setattr("trietune.device.choose_device", lambda *_, n=num_rows, **__: static_cpu(num_rows=n))
+        static, recorder = run({**settings, "wandb_run_name": f"static-{num_rows}"})
+        assert largest_difference(adapter_of(plain), adapter_of(static)) < 1e-4
+        assert recorder.of(StepFinished)[-1].metrics["train/loss"] is not None
