@@ -96,7 +96,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     from trietune.model.base.load import enable_checkpointing
     from trietune.model.causal_lm import TrieModel
     from trietune.model.fast.norms_and_mlps import fuse_network
-    from trietune.training.loop import accumulate_gradients
+    from trietune.training.gradients import accumulate_gradients
     from trietune.training.optimizer import build_optimizer
     from trietune.trie.batch_stats import measure_work
 

@@ -138,7 +138,7 @@ def plan_and_train(settings: list[str]) -> dict[str, float]:
     from trietune.model.fast.norms_and_mlps import fuse_network
     from trietune.run.prepare import prepare
     from trietune.tracking.tracker import Tracker
-    from trietune.training.loop import accumulate_gradients
+    from trietune.training.gradients import accumulate_gradients
     from trietune.training.sampler import Sampler
     from trietune.trie import make_micro_batches
 

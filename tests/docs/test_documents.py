@@ -207,7 +207,7 @@ def test_migration_names_every_key_that_is_refused() -> None:
 def test_run_folder_names_every_training_metric() -> None:
     step: Any = SimpleNamespace(
         loss=1.0, learning_rate=1.0, grad_norm=1.0, sequence_indices=np.arange(2), num_positions=3, num_tokens=4,
-        num_labels=5, num_micro_batches=1,
+        num_labels=5, num_micro_batches=1, metrics={},
     )  # fmt: skip
     meter = Meter()
     meter.start()

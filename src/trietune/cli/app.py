@@ -79,6 +79,9 @@ def train(
     if resume:
         overrides = [*overrides, "resume_from_checkpoint=auto"]
     settings = load_config(config or demo_config(), overrides)
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    if config is None and settings.learns_preferences and not keys & {"dataset_id", "train_file"}:
+        settings = load_config(demo_config(learns_preferences=True), overrides)
     if show_config:
         _say(describe(settings))
         return

@@ -18,13 +18,30 @@ _SCHEMES = {
     "hf": ("hf",),
 }
 _LOWER_IS_BETTER = ("loss", "perplexity")
-_HIGHER_IS_BETTER = ("accuracy", "exact_match", "f1")
+_HIGHER_IS_BETTER = ("accuracy", "accuracies", "margins", "exact_match", "f1")
+
+
+# Keys of some objectives, refused beside others: nothing would come of them.
+OBJECTIVES_OF_KEY = {
+    "dpo_beta": ("dpo", "ipo"),
+    "dpo_label_smoothing": ("dpo",),
+    "simpo_beta": ("simpo",),
+    "simpo_gamma": ("simpo",),
+    "orpo_lambda": ("orpo",),
+    "kto_beta": ("kto",),
+    "kto_desirable_weight": ("kto",),
+    "kto_undesirable_weight": ("kto",),
+    "sft_weight": ("dpo", "ipo", "simpo", "orpo"),
+    "pairs": ("dpo", "ipo", "simpo", "orpo"),
+    "rank_by": ("rank",),
+}
 
 
 def contradictions(settings: Settings) -> list[Problem]:
     """Every pair of keys that cannot both be meant."""
     return [
         *_data(settings),
+        *_objective(settings),
         *_adapter(settings),
         *_steps(settings),
         *_batching(settings),
@@ -52,12 +69,32 @@ def without_effect(settings: Settings) -> list[str]:
 def _data(settings: Settings) -> Iterator[Problem]:
     if settings.dataset_id is None and settings.train_file is None:
         yield _clash(settings, "dataset_id", "train_file", "needs", "write `train_file: data.jsonl`")
-    if settings.prompt_template is not None and settings.completion_template is None:
+    if settings.learns_preferences:
+        if settings.completion_template is not None:
+            why = "preferences bring their answers in columns: `chosen` and `rejected`, or others"
+            yield _clash(settings, "completion_template", "objective", "does not fit", "remove it", why)
+    elif settings.prompt_template is not None and settings.completion_template is None:
         yield _clash(settings, "prompt_template", "completion_template", "needs", "write what the model shall answer")
     if settings.completion_template is not None and settings.prompt_template is None:
         yield _clash(settings, "completion_template", "prompt_template", "needs", "write what the model is given")
     if settings.chat_template is not None and settings.prompt_template is not None:
         yield _clash(settings, "chat_template", "prompt_template", "excludes", "remove one of the two")
+
+
+def _objective(settings: Settings) -> Iterator[Problem]:
+    for key, objectives in OBJECTIVES_OF_KEY.items():
+        has_value = getattr(settings, key) != type(settings).model_fields[key].default
+        if has_value and settings.objective not in objectives:
+            remedy = f"remove it, or write `objective: {objectives[0]}`"
+            why = f"it belongs to {', '.join(f'`{name}`' for name in objectives)}"
+            yield _clash(settings, key, "objective", "does not fit", remedy, why)
+    if settings.init_adapter and settings.sft_checkpoint_path:
+        remedy = "remove `sft_checkpoint_path`"
+        yield _clash(settings, "sft_checkpoint_path", "init_adapter", "means the same as", remedy)
+    if settings.kto_desirable_weight == 0 and settings.kto_undesirable_weight == 0:
+        why = "nothing would be learnt"
+        remedy = "write `kto_desirable_weight: 1`"
+        yield _clash(settings, "kto_desirable_weight", "kto_undesirable_weight", "does not fit", remedy, why)
 
 
 def _adapter(settings: Settings) -> Iterator[Problem]:

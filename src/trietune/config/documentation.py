@@ -17,6 +17,11 @@ _GROUPS: tuple[tuple[str, str, str], ...] = (
     ("Data", "dataset_id", "What is learnt, and how an example becomes a prompt and a completion."),
     ("Base model", "model_name", "What learns. Its own weights never change."),
     ("Adapter", "training_type", "What is trained: a LoRA adapter, loadable by plain PEFT."),
+    (
+        "Objective",
+        "objective",
+        "What is learnt from an example. docs/objectives.md has the formulas and the forms of data.",
+    ),
     ("Optimization", "learning_rate", "How the adapter is trained, and for how long."),
     ("Shared prefixes", "batching", "How a batch is laid out. No key here changes a gradient beyond rounding."),
     ("Evaluation", "val_steps_freq", "When and on how much it is measured."),

@@ -40,6 +40,8 @@ _ALWAYS_COMPLETIONS = "labels are on completions alone, always"
 _NO_PACKING = "nothing is padded here: a trie computes each shared beginning once"
 _REVISION = '`model_name: "owner/name@{text}"`'
 _AFTER_NAME = "a revision follows the model's name after `@`"
+_OWN_BETA = "each objective has its own"
+_WHOLE_LENGTH = "`max_length` bounds prompt and answer together"
 _NO_SECRETS = "a configuration is kept and shared, and a secret is not"
 _DTYPE_HERE = "the base model's number format is one key here, and the adapter is float32 in any case"
 _FOUR_BITS = "the base model's layers are held in `dtype` or, with `load_in_4bit: True`, in 4 bits"
@@ -139,6 +141,41 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "finetuning_type": ForeignName(FACTORY, ("training_type",), "`training_type: lora`"),
     "fine_tune_type": ForeignName(MLX, ("training_type",), "`training_type: lora`"),
     "use_peft": ForeignName("TRL", ("training_type",), "`training_type: lora`"),
+    # objectives
+    "rl": _same(AXOLOTL, "objective"),
+    "stage": ForeignName(FACTORY, ("objective",), "`objective: {text}`", "one key for all kinds"),
+    "loss_type": ForeignName(
+        "TRL", ("objective",), "`objective: dpo`", "TRL's `sigmoid` is `dpo` here; other names are the same"
+    ),
+    "pref_loss": ForeignName(FACTORY, ("objective",), "`objective: dpo`", "its `sigmoid` is `dpo` here"),
+    "pref_beta": ForeignName(
+        FACTORY, ("dpo_beta", "simpo_beta", "orpo_lambda", "kto_beta"), "`dpo_beta: {value}`", _OWN_BETA
+    ),
+    "beta": ForeignName(
+        "TRL", ("dpo_beta", "simpo_beta", "orpo_lambda", "kto_beta"), "`dpo_beta: {value}`", _OWN_BETA
+    ),
+    "rl_beta": ForeignName(
+        AXOLOTL, ("dpo_beta", "simpo_beta", "kto_beta"), "`dpo_beta: {value}`", _OWN_BETA
+    ),
+    "label_smoothing": _same("TRL", "dpo_label_smoothing", "it smooths the order of pairs, not tokens"),
+    "dpo_label_smoothing_factor": _same("several tools", "dpo_label_smoothing"),
+    "simpo_gamma_beta_ratio": ForeignName("SimPO", ("simpo_gamma",), None, "`simpo_gamma` is it times `simpo_beta`"),
+    "cpo_simpo_gamma": _same("several tools", "simpo_gamma"),
+    "orpo_alpha": _same(AXOLOTL, "orpo_lambda"),
+    "orpo_beta": _same("several tools", "orpo_lambda"),
+    "desirable_weight": _same("TRL", "kto_desirable_weight"),
+    "undesirable_weight": _same("TRL", "kto_undesirable_weight"),
+    "kto_chosen_weight": _same(FACTORY, "kto_desirable_weight"),
+    "kto_rejected_weight": _same(FACTORY, "kto_undesirable_weight"),
+    "rpo_alpha": _same("TRL", "sft_weight", "the mean is over the chosen answers' labels"),
+    "pref_ftx": _same(FACTORY, "sft_weight", "the mean is over the chosen answers' labels"),
+    "reference_free": ForeignName("TRL", ("objective",), "`objective: simpo`", "`simpo` and `orpo` need no reference"),
+    "precompute_ref_log_probs": ForeignName("TRL", (), None, "reference scores are computed once, always"),
+    "ref_model": ForeignName(FACTORY, ("init_adapter",), None, "it is the base, with `init_adapter` if that is set"),
+    "max_prompt_length": ForeignName("TRL", ("max_length",), None, _WHOLE_LENGTH),
+    "max_completion_length": ForeignName("TRL", ("max_length",), None, _WHOLE_LENGTH),
+    "adapter_name_or_path": _same(FACTORY, "init_adapter"),
+    "lora_model_dir": _same(AXOLOTL, "init_adapter"),
     # intervals and checkpoints
     "logging_steps": _same(f"{HF}, {AXOLOTL}, {FACTORY}", "steps_freq"),
     "steps_per_report": _same(MLX, "steps_freq"),

@@ -55,7 +55,7 @@ def _check_target_modules(modules: str | tuple[str, ...]) -> str | tuple[str, ..
 
 
 def _check_metric(name: str) -> str:
-    if not re.fullmatch(r"eval/[\w.-]+", name):
+    if not re.fullmatch(r"eval(/[\w.-]+)+", name):
         raise ValueError("metrics of evaluation begin with `eval/`")
     return name
 
@@ -118,10 +118,12 @@ class Settings(BaseModel):
     error. Validation never drops an example."""
 
     prompt_template: str | None = None
-    """Text of the prompt, with columns in braces: `Review: {sentence}\\nOutput:`. It replaces the data set's own."""
+    """Text of the prompt, with columns in braces: `Review: {sentence}\\nOutput:`. It replaces the data set's
+    own, and the column `prompt` of preferences."""
 
     completion_template: str | None = None
-    """Text that the model learns to write after the prompt, with columns in braces. Needed with `prompt_template`."""
+    """Text that the model learns to write after the prompt, with columns in braces. Needed with `prompt_template`, but
+    not for preferences, which bring their answers."""
 
     chat_template: NonEmpty | None = None
     """Chat template (Jinja text, or a file that holds it) for data with `messages`. Without it, the tokenizer's own is
@@ -207,13 +209,61 @@ class Settings(BaseModel):
     """Modules trained whole and saved with the adapter, such as `lm_head`. The adapter grows by their size, and several
     servers do not load it."""
 
+    init_adapter: NonEmpty | None = None
+    """Adapter to start from, in place of a new one: an adapter's folder or a run's. The keys of the adapter must be
+    those that it was trained with. Under `dpo`, `ipo` and `kto` it is the reference, too."""
+
+    sft_checkpoint_path: NonEmpty | None = None
+    """Name of `init_adapter` in the original's preference experiment."""
+
+    # Objective
+
+    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "rank"] = "sft"
+    """What is learnt from an example. `sft` learns its completion. `dpo`, `ipo`, `simpo` and `orpo` learn to prefer one
+    answer to another, `kto` from answers that are wanted or not, `rank` which label of a task is the right one."""
+
+    dpo_beta: Annotated[float, Field(gt=0)] = 0.1
+    """Strength with which `dpo` and `ipo` hold the model to the reference. Lower values let it go further."""
+
+    dpo_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs whose order `dpo` takes to be wrong (cDPO)."""
+
+    simpo_beta: Annotated[float, Field(gt=0)] = 2.0
+    """Scale of the difference of mean log-probabilities under `simpo`."""
+
+    simpo_gamma: Annotated[float, Field(ge=0)] = 0.5
+    """Lead that `simpo` asks of the better answer."""
+
+    orpo_lambda: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the odds ratio under `orpo`, beside the better answer's own loss."""
+
+    kto_beta: Annotated[float, Field(gt=0)] = 0.1
+    """Strength with which `kto` holds the model to the reference."""
+
+    kto_desirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of wanted answers under `kto`."""
+
+    kto_undesirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of unwanted answers under `kto`."""
+
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen answers' own loss, added to that of `dpo`, `ipo`, `simpo` or `orpo`."""
+
+    pairs: Literal["all", "best"] = "all"
+    """Pairs that a row of ranked answers makes: each better answer with each worse one, or only the best ones."""
+
+    rank_by: Literal["sum", "mean"] = "sum"
+    """Number by which labels compete under `rank`: the sum of an answer's log-probabilities, as `evaluate` compares
+    them, or the mean."""
+
     # Optimization
 
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 6e-5
     """Step size of the optimizer. Constant, unless `lr_scheduler_type` says otherwise."""
 
     batch_size: Positive = 4
-    """Examples in a batch, over all devices. The last, smaller batch of an epoch is kept."""
+    """Examples in a batch, over all devices. The last, smaller batch of an epoch is kept. A pair, or a set of ranked
+    answers, is one example."""
 
     gradient_accumulation_steps: Positive = 1
     """Batches that make one optimizer step. One divisor serves them all, so the step equals that of one large batch."""
@@ -494,6 +544,16 @@ class Settings(BaseModel):
         if self.tracker == "auto":
             return "wandb" if self.use_wandb else "none"
         return self.tracker
+
+    @property
+    def start_adapter(self) -> str | None:
+        """The adapter to start from, under either of its names."""
+        return self.init_adapter or self.sft_checkpoint_path
+
+    @property
+    def learns_preferences(self) -> bool:
+        """Whether the data must say which answers are better or wanted."""
+        return self.objective not in ("sft", "rank")
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Steps of warm-up in a run of `num_steps`, from `warmup_steps` or `warmup_ratio`."""

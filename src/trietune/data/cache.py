@@ -3,6 +3,8 @@
     <cache folder>/tokens/<key>/
         input_ids.npy  labels.npy  offsets.npy      see `TokenSequences`
         examples.jsonl  example_ends.npy            the text, one example a line, and where each line ends
+        weights.npy                                 of tokens, where there are weights
+        row_sizes.npy  grades.npy                   of answers that are compared: how many a row has, how good each is
         meta.json                                   counts, and size and SHA-256 of each file above
 
 The key is made of everything that decides the content, so an entry is never out of date. It is written under another
@@ -28,6 +30,8 @@ from trietune.data.examples import Example, Message, TokenSequences
 
 LAYOUT_VERSION = 1
 _BUILDING = ".building-"
+_ROW_FILES = ("row_sizes.npy", "grades.npy")
+_WEIGHTS = "weights.npy"
 _FILES = ("input_ids.npy", "labels.npy", "offsets.npy", "examples.jsonl", "example_ends.npy")
 # Whoever was killed while building left a folder; nobody builds for as long as this.
 _ABANDONED_AFTER_S = 7 * 24 * 3600
@@ -76,6 +80,8 @@ class CacheWriter:
         self._labels = _ArrayFile(self._folder / "labels.npy", np.dtype("<i4"))
         self._offsets = _ArrayFile(self._folder / "offsets.npy", np.dtype("<i8"))
         self._example_ends = _ArrayFile(self._folder / "example_ends.npy", np.dtype("<i8"))
+        self._rows: tuple[_ArrayFile, _ArrayFile] | None = None
+        self._weights: _ArrayFile | None = None
         self._examples = (self._folder / "examples.jsonl").open("wb")
         self._num_tokens = 0
         self._num_bytes = 0
@@ -85,6 +91,10 @@ class CacheWriter:
         """Add a block: the sequences, and the example that each was made of."""
         self._input_ids.append(encoded.input_ids)
         self._labels.append(encoded.labels)
+        if encoded.weights is not None:
+            if self._weights is None:
+                self._weights = _ArrayFile(self._folder / _WEIGHTS, np.dtype("<f8"))
+            self._weights.append(encoded.weights)
         self._offsets.append(self._num_tokens + np.cumsum(encoded.lengths))
         self._num_tokens += int(encoded.lengths.sum())
         lines = [_to_line(example) for example in examples]
@@ -92,6 +102,14 @@ class CacheWriter:
         ends = self._num_bytes + np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)))
         self._example_ends.append(ends)
         self._num_bytes = int(ends[-1]) if len(ends) else self._num_bytes
+
+    def append_rows(self, sizes: np.ndarray, grades: np.ndarray) -> None:
+        """Say which of the sequences of a block are answers of one row: int64 [rows], float64 [sequences]."""
+        if self._rows is None:
+            sizes_file = _ArrayFile(self._folder / _ROW_FILES[0], np.dtype("<i8"))
+            self._rows = (sizes_file, _ArrayFile(self._folder / _ROW_FILES[1], np.dtype("<f8")))
+        for file, values in zip(self._rows, (sizes, grades), strict=True):
+            file.append(values)
 
     def view(self) -> TokenSequences:
         """What has been written so far; the last thing to ask for before `finish`."""
@@ -103,7 +121,7 @@ class CacheWriter:
         self._close()
         files = {
             name: {"size": (self._folder / name).stat().st_size, "sha256": _sha256(self._folder / name)}
-            for name in _FILES
+            for name in (*_FILES, *(_ROW_FILES if self._rows else ()), *((_WEIGHTS,) if self._weights else ()))
         }
         (self._folder / "meta.json").write_text(json.dumps({"files": files, "notes": notes}))
         try:
@@ -124,8 +142,10 @@ class CacheWriter:
 
     def _close(self) -> None:
         self._examples.close()
-        for array in (self._input_ids, self._labels, self._offsets, self._example_ends):
+        for array in (self._input_ids, self._labels, self._offsets, self._example_ends, *(self._rows or ())):
             array.close()
+        if self._weights is not None:
+            self._weights.close()
 
 
 class _ArrayFile:
@@ -224,12 +244,19 @@ def _open(folder: Path) -> TokenSequences:
         lines=np.memmap(lines, np.uint8, mode="r") if lines.stat().st_size else np.zeros(0, np.uint8),
         ends=_open_array(folder / "example_ends.npy"),
     )
+    row_start = grades = None
+    if (folder / _ROW_FILES[0]).exists():
+        sizes, grades = (_open_array(folder / name) for name in _ROW_FILES)
+        row_start = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
     return TokenSequences(
         input_ids=_open_array(folder / "input_ids.npy"),
         labels=_open_array(folder / "labels.npy"),
         offsets=_open_array(folder / "offsets.npy"),
         ids=StoredIds(examples),
         examples=examples,
+        row_start=row_start,
+        grades=grades,
+        weights=_open_array(folder / _WEIGHTS) if (folder / _WEIGHTS).exists() else None,
     )
 
 

@@ -37,7 +37,9 @@ from trietune.data.templates import (
 from trietune.errors import UserError
 
 TaskName = Literal["sst2", "squad"]
-RecipeKind = Literal["templates", "sst2", "squad", "tokens", "messages", "columns", "text"]
+RecipeKind = Literal[
+    "templates", "sst2", "squad", "tokens", "messages", "columns", "text", "answers", "answer_messages"
+]  # fmt: skip
 
 REQUIRED_COLUMNS: dict[RecipeKind, tuple[str, ...]] = {
     "sst2": ("sentence", "label"),
@@ -52,6 +54,8 @@ FORMS: tuple[RecipeKind, ...] = ("tokens", "messages", "columns", "text")
 _SST2_LABEL_OF: dict[object, int] = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "positive": 1}
 
 
+# Columns of preferences, ranked answers and verdicts; `data/preferences.py` reads them.
+_OF_PREFERENCES = ("prompt", "chosen", "rejected", "completions", "completion", "scores", "ranking", "label", "tools")
 _ALSO_USED: dict[RecipeKind, tuple[str, ...]] = {"tokens": ("attention_mask",), "squad": ("id",)}
 
 
@@ -117,6 +121,12 @@ def choose_recipe(
                 where=f"its columns are {_names(columns)}",
                 next_step=_SAY_WHICH[name],
             )
+    if {"chosen", "rejected"} <= set(columns) or {"prompt", "completions"} <= set(columns):
+        raise UserError(
+            f"`{source}` holds preferences, and `objective: sft` would learn one answer of each row",
+            where=f"its columns are {_names(columns)}",
+            next_step="objective: dpo     (or write templates over its columns, to learn one answer all the same)",
+        )
     raise UserError(
         f"it is not clear what to learn from `{source}`",
         where=f"its columns are {_names(columns)}",
@@ -143,6 +153,8 @@ def find_unused(columns: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
     if recipe.kind == "templates":
         both = (recipe.prompt_template, recipe.completion_template)
         used = {name for one in both for name in find_columns(one, recipe.template_columns)}
+    elif recipe.kind in ("answers", "answer_messages"):
+        used = {*_OF_PREFERENCES, *find_columns(recipe.prompt_template, recipe.template_columns)}
     else:
         used = {*REQUIRED_COLUMNS[recipe.kind], *_ALSO_USED.get(recipe.kind, ())}
     return tuple(name for name in columns if name not in used)

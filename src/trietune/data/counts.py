@@ -38,6 +38,9 @@ class SplitCounts:
         padded: tokens whose `attention_mask` hides padding, which was taken away.
         without_prompt: a column of the prompt is empty; kept.
         duplicates: equal to an earlier example; kept.
+        without_weight: whose weight is 0 everywhere; left out in training, kept in validation.
+        equal_answers: answers that equal another one of their row; left out.
+        without_pair: rows of preferences that prefer no answer to another; left out.
         completions: how often each completion occurs, if there are few; else empty.
     """
 
@@ -55,6 +58,9 @@ class SplitCounts:
     duplicates: Count = field(default_factory=Count)
     without_labels: Count = field(default_factory=Count)
     padded: Count = field(default_factory=Count)
+    without_weight: Count = field(default_factory=Count)
+    equal_answers: Count = field(default_factory=Count)
+    without_pair: Count = field(default_factory=Count)
     completions: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -91,6 +97,9 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
         (counts.padded, "whose `attention_mask` hides padding, which was taken away"),
         (counts.without_prompt, "with an empty text in the prompt, kept"),
         (counts.duplicates, "equal to an earlier one, kept"),
+        (counts.without_weight, f"of weight 0, {left_out}"),
+        (counts.equal_answers, "answers equal to another one of their row, left out"),
+        (counts.without_pair, "without two answers of which one is better, left out"),
     ):
         if count.number:
             lines.append(f"{split}: {count.number:,} {what} ({name_places(count.samples, count.number)})")

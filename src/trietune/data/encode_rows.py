@@ -33,6 +33,7 @@ from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.files import BrokenRow, Row
 from trietune.data.sources import PlacedRow
 from trietune.data.templates import find_columns, find_half_character, to_text
+from trietune.data.weights import Weighting, row_weight, weigh
 from trietune.errors import UserError
 
 _T = TypeVar("_T")
@@ -70,10 +71,12 @@ def tokenize_rows(
     check_stop: Callable[[], None],
     progress: Callable[[int], None],
     left_out: np.ndarray | None = None,
+    weighting: Weighting | None = None,
 ) -> SplitCounts:
     """Write the examples of these rows and count them.
 
     Args:
+        weighting: where the rows have weights; None if nowhere.
         left_out: rows that belong to another split, bool [rows or more]; they are checked, and not written.
 
     Raises:
@@ -81,12 +84,14 @@ def tokenize_rows(
     """
     tally = _Tally(source=source)
     to_example = _example_reader(recipe, encoder, rules)
+    if weighting is not None and weighting.has_column:
+        to_example = _with_row_weights(to_example)
     while block := list(islice(placed, ROWS_A_BLOCK)):
         check_stop()
         read = _read_block(block, to_example, left_out, tally)
         # After a first broken row nothing will be written: the rest is only read to be counted.
         if not tally.problems.number:
-            _write_block(read, writer, recipe, encoder, rules, tally)
+            _write_block(read, writer, recipe, encoder, rules, tally, is_weighted=weighting is not None)
         progress(tally.read)
     tally.problems.raise_any(source, tally.seen)
     tally.too_long.raise_any(source, tally.seen)
@@ -135,6 +140,7 @@ class _Read:
     tokens: tuple[list[int], list[int]] | None
     has_empty_text: bool
     is_padded: bool = False
+    weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -244,6 +250,14 @@ def _segments(example: Example, encoder: Encoder) -> list[Segment]:
     return segments
 
 
+def _with_row_weights(to_example: Callable[[Row, str], list[_Read]]) -> Callable[[Row, str], list[_Read]]:
+    def read(row: Row, place: str) -> list[_Read]:
+        weight = row_weight(row)
+        return [replace(one, weight=weight) for one in to_example(row, place)]
+
+    return read
+
+
 def _turns(example: Example) -> list[Example]:
     """Each answer of a conversation as an example that ends with it."""
     messages = example.messages
@@ -343,7 +357,14 @@ def _with_unique_id(one: _Read, own_ids: set[str]) -> _Read:
 
 
 def _write_block(
-    read: Sequence[_Read], writer: CacheWriter, recipe: Recipe, encoder: Encoder, rules: Rules, tally: _Tally
+    read: Sequence[_Read],
+    writer: CacheWriter,
+    recipe: Recipe,
+    encoder: Encoder,
+    rules: Rules,
+    tally: _Tally,
+    *,
+    is_weighted: bool,
 ) -> None:
     tally.count("without_prompt", [one.place for one in read if one.has_empty_text])
     if recipe.kind != "tokens":
@@ -359,10 +380,38 @@ def _write_block(
     if not has_labels.all():
         tally.count("without_labels", _chosen([one.place for one in read], ~has_labels))
         encoded, read = _take(encoded, has_labels), _chosen(read, has_labels)
+    if is_weighted:
+        try:
+            encoded, read = _weighted(encoded, read, rules, encoder, tally)
+        except WrongRow as error:
+            tally.problems.add(read[0].place, str(error))
+            return
     encoded, read = _fit(encoded, read, rules, encoder, tally)
     examples = [one.example for one in read]
     tally.add(examples, encoded)
     writer.append(encoded, examples)
+
+
+def _weighted(
+    encoded: EncodedExamples, read: Sequence[_Read], rules: Rules, encoder: Encoder, tally: _Tally
+) -> tuple[EncodedExamples, Sequence[_Read]]:
+    """With the weights of rows and messages; what has only labels of weight 0 is left out of training data."""
+    examples = [one.example for one in read]
+    only_last = encoder.prompt_format.is_turn_by_turn
+    had_labels = _have_labels(encoded)
+    encoded = weigh(encoded, examples, [one.weight for one in read], only_last=only_last)
+    is_empty = had_labels & ~_have_labels(encoded)
+    tally.count("without_weight", [one.place for one, empty in zip(read, is_empty.tolist(), strict=True) if empty])
+    if rules.keeps_empty or not is_empty.any():
+        return encoded, read
+    return _take(encoded, ~is_empty), _chosen(read, ~is_empty)
+
+
+def _have_labels(encoded: EncodedExamples) -> np.ndarray:
+    counts = np.concatenate(([0], np.cumsum(encoded.labels != IGNORED_LABEL)))
+    ends = np.cumsum(encoded.lengths)
+    found: np.ndarray = counts[ends] > counts[ends - encoded.lengths]
+    return found
 
 
 def _encode_tokens(tokens: Sequence[tuple[list[int], list[int]]]) -> EncodedExamples:
@@ -423,12 +472,14 @@ def _cut_prompts(encoded: EncodedExamples, max_length: int, *, has_bos: bool) ->
             keep[first : first + surplus] = False
             is_cut[index] = True
     lengths = encoded.lengths - np.where(is_cut, encoded.lengths - max_length, 0)
-    return EncodedExamples(encoded.input_ids[keep], encoded.labels[keep], lengths), is_cut
+    weights = None if encoded.weights is None else encoded.weights[keep]
+    return EncodedExamples(encoded.input_ids[keep], encoded.labels[keep], lengths, weights), is_cut
 
 
 def _take(encoded: EncodedExamples, mask: np.ndarray) -> EncodedExamples:
     of_token = np.repeat(mask, encoded.lengths)
-    return EncodedExamples(encoded.input_ids[of_token], encoded.labels[of_token], encoded.lengths[mask])
+    weights = None if encoded.weights is None else encoded.weights[of_token]
+    return EncodedExamples(encoded.input_ids[of_token], encoded.labels[of_token], encoded.lengths[mask], weights)
 
 
 def _chosen(values: Sequence[_T], mask: np.ndarray) -> list[_T]:

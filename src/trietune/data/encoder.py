@@ -133,11 +133,13 @@ class EncodedExamples:
         input_ids: int32 [tokens].
         labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learnt.
         lengths: int64 [examples], tokens of each.
+        weights: float64 [tokens], what multiplies the loss of each label; None where that is 1 everywhere.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     lengths: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

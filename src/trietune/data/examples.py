@@ -21,10 +21,11 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; `weight` multiplies the losses of its labels."""
 
     role: str
     content: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class Example:
 
     `messages` is set instead of `prompt` and `completion` for conversations; then labels are on every assistant turn.
     `answers` are all gold answers of a question (empty for an unanswerable one), for exact match and F1.
-    `id` is unique within a split and names the place in the source: `train.tsv:17`, or the data set's own id.
+    `id` is unique within a split and names the place in the source: `train.tsv:17`, or the data set's own id. Answers
+    that are compared share the id of their row.
     """
 
     id: str
@@ -77,6 +79,10 @@ class TokenSequences:
         offsets: int64 [number of sequences + 1].
         ids: the example id of each sequence.
         examples: the text that sequence `i` was made of, at the same index.
+        row_start: of answers that are compared, int64 [rows + 1]: the first sequence of each row; else None, and each
+            sequence is a row of its own.
+        grades: of such answers, float64 [number of sequences]: a greater one is better.
+        weights: of labels, float64 [total tokens], what multiplies the loss of each; None where that is 1 everywhere.
     """
 
     input_ids: np.ndarray
@@ -84,6 +90,31 @@ class TokenSequences:
     offsets: np.ndarray
     ids: Sequence[str]
     examples: ExampleSource
+    row_start: np.ndarray | None = None
+    grades: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """What a batch counts: examples, or sets of answers that are compared."""
+        return len(self) if self.row_start is None else len(self.row_start) - 1
+
+    def sequences_of(self, rows: np.ndarray) -> np.ndarray:
+        """The sequences of these rows, in their order; int64."""
+        if self.row_start is None:
+            return rows
+        lengths = self.row_start[rows + 1] - self.row_start[rows]
+        before = np.cumsum(lengths) - lengths
+        flat: np.ndarray = np.arange(lengths.sum()) + np.repeat(self.row_start[rows] - before, lengths)
+        return flat
+
+    def parts_of(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The sequences of these rows, in parts that are laid out apart: here one."""
+        return [self.sequences_of(rows)]
+
+    def row_id(self, row: int) -> str:
+        """The id of a row's example, or of the row that its answers share."""
+        return self.ids[row if self.row_start is None else int(self.row_start[row])]

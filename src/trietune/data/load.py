@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import compress, islice
@@ -31,13 +31,16 @@ from trietune.data.columns import (
     recipe_of_adapter,
 )
 from trietune.data.counts import SAMPLES_KEPT, DataCounts, SplitCounts, describe, name_places
+from trietune.data.encode_answers import tokenize_answers
 from trietune.data.encode_rows import COMPLETIONS_TALLIED, Rules, tokenize_rows
 from trietune.data.encoder import hash_tokenizer, make_encoder
 from trietune.data.examples import IGNORED_LABEL, Message, Task, TokenSequences
-from trietune.data.files import detect_format
+from trietune.data.files import BrokenRow, detect_format
+from trietune.data.preferences import AnswerForm, choose_form
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.sources import FileRows, Rows, Sources, SplitRole, find_sources
 from trietune.data.templates import PromptFormat, find_columns, read_messages, split_template
+from trietune.data.weights import COLUMN, Weighting, find_weighting
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
 from trietune.errors import StopRequested, UserError
 
@@ -106,15 +109,28 @@ def load_data(
     """
     sources = find_sources(settings, report=report)
     watch = _Watch.of(sources)
-    recipe = _find_recipe(settings, sources)
+    recipe, form = _find_recipe(settings, sources)
     prompt_format = make_prompt_format(settings, tokenizer, recipe, _first_conversation(sources.train, recipe))
+    weighting = _find_weighting(settings, sources, recipe, report)
     unused = find_unused(sources.train.columns(), recipe)
+    if weighting is not None and weighting.has_column:
+        unused = tuple(name for name in unused if name != COLUMN)
     if unused and (sources.task_name is None or settings.train_file):
         report(f"columns of `{sources.train.name}` that nothing uses: {', '.join(f'`{name}`' for name in unused)}")
     if recipe.kind == "templates" and not find_columns(recipe.prompt_template, recipe.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
     loading = _Loading(
-        settings, tokenizer, recipe, prompt_format, _writable(cache_folder, report), report, progress, check_stop, watch
+        settings,
+        tokenizer,
+        recipe,
+        form,
+        weighting,
+        prompt_format,
+        _writable(cache_folder, report),
+        report,
+        progress,
+        check_stop,
+        watch,
     )
     held_out = None if sources.validation is not None else draw_held_out(sources.train.count())
     if held_out is not None:
@@ -174,7 +190,7 @@ def load_split(
     """
     sources = find_sources(settings, report=report)
     watch = _Watch.of(sources)
-    recipe = _find_recipe(settings, sources, prompt_format)
+    recipe, form = _find_recipe(settings, sources, prompt_format)
     used_format = prompt_format or make_prompt_format(
         settings, tokenizer, recipe, _first_conversation(sources.train, recipe)
     )
@@ -183,7 +199,17 @@ def load_split(
         if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
             report("the tokenizer is not the one that the adapter was trained with: figures may be worse for it")
     loading = _Loading(
-        settings, tokenizer, recipe, used_format, _writable(cache_folder, report), report, progress, check_stop, watch
+        settings,
+        tokenizer,
+        recipe,
+        form,
+        None,
+        used_format,
+        _writable(cache_folder, report),
+        report,
+        progress,
+        check_stop,
+        watch,
     )
     rows, held_out = _rows_of_split(sources, split, report)
     is_rest = split == "train" and held_out is not None
@@ -268,6 +294,8 @@ class _Loading:
     settings: Settings
     tokenizer: Any
     recipe: Recipe
+    form: AnswerForm | None
+    weighting: Weighting | None
     prompt_format: PromptFormat
     cache_folder: Path
     report: Report
@@ -291,6 +319,8 @@ class _Loading:
             is_rest: whether `held_out` holds the rows that training takes, to be measured.
         """
         self.check_stop()
+        # Evaluation measures every label alike.
+        weighting = self.weighting if is_training else None
         rules = Rules(
             max_length=self.settings.max_length,
             overlong=self.settings.overlong if is_training else None,
@@ -307,11 +337,13 @@ class _Loading:
             held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training or is_rest],
             **({"is_rest": True} if is_rest else {}),
             limit=limit,
+            **({} if self.form is None else {"answers": asdict(self.form)}),
+            **({} if weighting is None else {"weights": asdict(weighting)}),
         )
         entry = make_key(fingerprint=key, reading_version=READING_VERSION)
         found = open_cached(self.cache_folder, entry)
         if found is None:
-            sequences, counts = self._tokenize(rows, fingerprint, rules, entry, is_training, held_out, limit)
+            sequences, counts = self._tokenize(rows, fingerprint, rules, entry, is_training, held_out, limit, weighting)
         else:
             self.watch.check()
             sequences, counts = found[0], SplitCounts.from_dict(found[1])
@@ -333,6 +365,7 @@ class _Loading:
         is_training: bool,
         held_out: np.ndarray | None,
         limit: int | None,
+        weighting: Weighting | None,
     ) -> tuple[TokenSequences, SplitCounts]:
         total = rows.quick_count() if held_out is None else int((held_out != is_training).sum())
         total = limit if total is None else min(total, limit or total)
@@ -340,19 +373,21 @@ class _Loading:
         placed = rows.read()
         if held_out is not None and not is_training:
             placed = compress(placed, held_out)
+        common: dict[str, Any] = {
+            "source": rows.name,
+            "encoder": make_encoder(self.tokenizer, self.prompt_format),
+            "rules": rules,
+            "check_stop": self.check_stop,
+            "progress": lambda done: self.progress(phase, done, total),
+            "left_out": held_out if is_training else None,
+        }
+        placed = islice(placed, _last_row(held_out, limit))
         with CacheWriter(self.cache_folder, key) as writer:
             try:
-                counts = tokenize_rows(
-                    islice(placed, _last_row(held_out, limit)),
-                    writer,
-                    source=rows.name,
-                    recipe=self.recipe,
-                    encoder=make_encoder(self.tokenizer, self.prompt_format),
-                    rules=rules,
-                    check_stop=self.check_stop,
-                    progress=lambda done: self.progress(phase, done, total),
-                    left_out=held_out if is_training else None,
-                )
+                if self.form is None:
+                    counts = tokenize_rows(placed, writer, recipe=self.recipe, weighting=weighting, **common)
+                else:
+                    counts = tokenize_answers(placed, writer, form=self.form, **common)
             except StopRequested:
                 raise
             except Exception:
@@ -423,7 +458,8 @@ def _deciding_fields(words: Recipe | PromptFormat) -> dict[str, Any]:
 
 def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Recipe:
     """The recipe for the same rows in the words of an adapter's prompt format."""
-    kind = {"messages": "chat", "tokens": "tokens"}.get(recipe.kind, "template")
+    kinds = {"messages": "chat", "answer_messages": "chat", "tokens": "tokens"}
+    kind = kinds.get(recipe.kind, "template")
     if kind != prompt_format.kind:
         in_words = {"chat": "conversations", "tokens": "tokens that the data brought", "template": "prompts"}
         raise UserError(
@@ -438,17 +474,22 @@ def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Re
     )
 
 
-def _find_recipe(settings: Settings, sources: Sources, trained_with: PromptFormat | None = None) -> Recipe:
-    """The recipe for these rows; what an adapter was trained with says more about them than their columns."""
+def _find_recipe(
+    settings: Settings, sources: Sources, trained_with: PromptFormat | None = None
+) -> tuple[Recipe, AnswerForm | None]:
+    """How rows become examples, and, where preferences are learnt, how they become answers that are compared.
+
+    What an adapter was trained with says more about the rows than their columns.
+    """
     rows = sources.train
     columns = rows.columns()
     task_name = sources.task_name
     if trained_with is not None and trained_with.kind == "template":
         own_task = find_built_in(trained_with)
         if own_task and set(REQUIRED_COLUMNS[own_task]) <= set(columns):
-            return built_in_recipe(own_task)
+            return built_in_recipe(own_task), None
         if trained_with.completion_template:
-            return recipe_of_adapter(trained_with, columns, rows.name)
+            return recipe_of_adapter(trained_with, columns, rows.name), None
     if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
         task_name = None
     place, row = next(rows.read(), ("", None))
@@ -458,15 +499,45 @@ def _find_recipe(settings: Settings, sources: Sources, trained_with: PromptForma
             where=None if row is None else f"{place}: {getattr(row, 'reason', 'no columns')}",
             next_step="check that the file is the one that you mean",
         )
+    if settings.learns_preferences:
+        form = choose_form(
+            columns,
+            _first_row(rows),
+            objective=settings.objective,
+            prompt_template=settings.prompt_template,
+            source=rows.name,
+        )
+        return Recipe("answer_messages" if form.is_chat else "answers", settings.prompt_template or ""), form
     if task_name is None and settings.prompt_template is None and _is_in_squads_form(rows, row):
         task_name = "squad"
-    return choose_recipe(
+    recipe = choose_recipe(
         columns,
         task_name=task_name,
         prompt_template=settings.prompt_template,
         completion_template=settings.completion_template,
         source=rows.name,
     )
+    if recipe.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
+        raise UserError(
+            f"`label` of `{rows.name}` says which completions are wanted, and `objective: sft` would learn all of them",
+            where=f"its columns are {', '.join(f'`{name}`' for name in columns)}",
+            next_step="objective: kto     (or remove the column `label`)",
+        )
+    return recipe, None
+
+
+def _find_weighting(
+    settings: Settings, sources: Sources, recipe: Recipe, report: Callable[[str], None]
+) -> Weighting | None:
+    if settings.objective == "sft":
+        return find_weighting(sources.train, recipe)
+    if COLUMN in sources.train.columns():
+        report(f"the column `{COLUMN}` is not used: `objective: {settings.objective}` has no weights of examples")
+    return None
+
+
+def _first_row(rows: Rows) -> Mapping[str, Any]:
+    return next((row for _, row in rows.read() if not isinstance(row, BrokenRow)), {})
 
 
 def _name_of_source(settings: Settings, sources: Sources) -> str:

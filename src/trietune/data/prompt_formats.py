@@ -31,15 +31,18 @@ def make_prompt_format(
     templates = (recipe.prompt_template, recipe.completion_template)
     template_text = "".join(literal_text(template, recipe.template_columns) for template in templates)
     # Whole prompts that were made elsewhere, and templates that spell special tokens, mean those tokens.
-    may_mean_them = recipe.kind in ("messages", "columns", "text", "tokens")
+    is_chat = recipe.kind in ("messages", "answer_messages")
+    may_mean_them = is_chat or recipe.kind in ("columns", "text", "tokens") or _is_bare(recipe)
     spells_them = any(token in template_text for token in tokenizer.all_special_tokens)
     chat_template = _find_chat_template(settings, tokenizer, recipe)
     prompt_format = PromptFormat(
-        kind="chat" if recipe.kind == "messages" else "tokens" if recipe.kind == "tokens" else "template",
+        kind="chat" if is_chat else "tokens" if recipe.kind == "tokens" else "template",
         prompt_template=recipe.prompt_template,
         completion_template=recipe.completion_template,
         chat_template=chat_template,
-        is_turn_by_turn=recipe.kind == "messages" and rewrites_turns(tokenizer, chat_template),
+        # Of answers that are compared, the last one alone is learnt.
+        is_turn_by_turn=recipe.kind == "answer_messages"
+        or (recipe.kind == "messages" and rewrites_turns(tokenizer, chat_template)),
         parses_special_tokens=may_mean_them or spells_them,
         bos_id=find_bos_id(tokenizer),
         eos_id=int(tokenizer.eos_token_id),
@@ -79,7 +82,7 @@ def make_plain_format(tokenizer: Any) -> PromptFormat:
 def _find_chat_template(settings: Settings, tokenizer: Any, recipe: Recipe) -> str:
     """The Jinja source for conversations: the user's own text or file, or the tokenizer's."""
     own = settings.chat_template
-    if recipe.kind != "messages":
+    if recipe.kind not in ("messages", "answer_messages"):
         if own:
             raise UserError(
                 "`chat_template` is set, and the data has no conversations to use it on",
@@ -108,6 +111,11 @@ def _find_chat_template(settings: Settings, tokenizer: Any, recipe: Recipe) -> s
             next_step="chat_template: FILE.jinja, or take the instruction-tuned model of the family",
         )
     return template
+
+
+def _is_bare(recipe: Recipe) -> bool:
+    """Whether answers that are compared come with whole prompts, made elsewhere."""
+    return recipe.kind == "answers" and not recipe.prompt_template
 
 
 def _own_template(tokenizer: Any) -> str:

@@ -21,7 +21,14 @@ from trietune.config.settings import Settings
 from trietune.data.columns import TaskName
 from trietune.data.files import FORMAT_OF_SUFFIX, FORMATS_IN_WORDS, BrokenRow, Row, count_rows, detect_format, read_rows
 from trietune.data.hub import find_task, is_hub_id, load_from_hub, suggest_alias
-from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS, demo_questions, demo_reviews
+from trietune.demo.locations import (
+    DEMO_PREFERENCES,
+    DEMO_QUESTIONS,
+    DEMO_REVIEWS,
+    demo_preferences,
+    demo_questions,
+    demo_reviews,
+)
 from trietune.errors import UserError
 
 SplitRole = Literal["train", "validation", "test"]
@@ -257,7 +264,9 @@ def _stamp_of(path: Path) -> tuple[int, ...]:
 
 
 def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str, report: Callable[[str], None]) -> Sources:
-    demo = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions}.get(dataset_id)
+    demo = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions, DEMO_PREFERENCES: demo_preferences}.get(
+        dataset_id
+    )
     path = demo() if demo else Path(dataset_id).expanduser()
     if path.exists() or glob.has_magic(dataset_id):
         return _from_splits(_local_splits(str(path), "dataset_id", report), task_name, split, f"`{dataset_id}`")

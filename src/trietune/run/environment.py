@@ -41,6 +41,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "validation_fingerprint": data.validation_fingerprint,
         "tokenizer": data.prompt_format.tokenizer_hash,
         "git_revision": _git_revision(),
+        **_start_adapter(prepared),
     }
 
 
@@ -51,9 +52,20 @@ def compared(environment: Mapping[str, Any]) -> dict[str, Any]:
         "validation_fingerprint", "tokenizer",
     )  # fmt: skip
     flat = {name: environment[name] for name in names}
+    if "start_adapter" in environment:
+        flat["start_adapter"] = environment["start_adapter"]
     for group in ("versions", "machine"):
         flat.update({f"{group}.{key}": value for key, value in environment[group].items()})
     return flat
+
+
+def _start_adapter(prepared: Prepared) -> dict[str, str]:
+    """What the adapter that training begins with is, by its content."""
+    if prepared.start is None:
+        return {}
+    from trietune.model.adapter.start import adapter_digest
+
+    return {"start_adapter": adapter_digest(prepared.start)}
 
 
 def _sampled_digest(folder: Path) -> str:

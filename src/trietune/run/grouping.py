@@ -8,16 +8,18 @@ from __future__ import annotations
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trietune.data.answers import AnswerSets
 from trietune.data.cache import make_key
 from trietune.run.plan import Sharing
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.data.load import Data
+    from trietune.run.objective import Rows
     from trietune.tracking.tracker import Tracker
     from trietune.trie.batch_stats import Work
     from trietune.trie.groups import PrefixGroups
@@ -32,13 +34,14 @@ UNBOUNDED = 2**31
 KEPT_FROM_EXAMPLES = 200_000
 
 
-def choose_groups(settings: Settings, data: Data, cache_folder: Path, hub: Tracker) -> tuple[PrefixGroups | None, Work]:
+def choose_groups(
+    settings: Settings, data: Data, sequences: Rows, cache_folder: Path, hub: Tracker
+) -> tuple[PrefixGroups | None, Work]:
     """Prefix groups if `group_by_prefix` asks for them, or, with `auto`, if they save much; and a few batches' work."""
-    sequences = data.train
     if settings.group_by_prefix is False or settings.batching != "trie":
         return None, measure_batches(settings, sequences, None, UNBOUNDED)
     if settings.batch_size * settings.gradient_accumulation_steps == 1:
-        groups = find_groups(data, 32, cache_folder)
+        groups = find_groups(data, sequences, 32, cache_folder)
         if groups.num_distinct < (1 - GROUPING_SAVES) * groups.num_tokens:
             hub.say(
                 "`batch_size: 1` computes every example alone; the examples share "
@@ -46,7 +49,7 @@ def choose_groups(settings: Settings, data: Data, cache_folder: Path, hub: Track
                 "shared beginnings once (compare the learning rate: docs/batches.md)"
             )
         return None, measure_batches(settings, sequences, None, UNBOUNDED)
-    groups = find_groups(data, settings.batch_size, cache_folder)
+    groups = find_groups(data, sequences, settings.batch_size, cache_folder)
     grouped = measure_batches(settings, sequences, groups, UNBOUNDED)
     if settings.group_by_prefix is True:
         return groups, grouped
@@ -55,10 +58,12 @@ def choose_groups(settings: Settings, data: Data, cache_folder: Path, hub: Track
     return (groups, grouped) if saves_much else (None, shuffled)
 
 
-def find_groups(data: Data, batch_size: int, cache_folder: Path) -> PrefixGroups:
+def find_groups(data: Data, sequences: Rows, batch_size: int, cache_folder: Path) -> PrefixGroups:
     """The prefix groups of the training data, from the cache if it is large and they are there."""
     from trietune.trie.groups import SHARED_PART, SHORT_RUN, find_prefix_groups
 
+    if isinstance(sequences, AnswerSets):
+        return find_prefix_groups(sequences.first_answers, batch_size=batch_size)
     if len(data.train) < KEPT_FROM_EXAMPLES:
         return find_prefix_groups(data.train, batch_size=batch_size)
     key = make_key(train=data.train_fingerprint, batch_size=batch_size, rules=[SHARED_PART, SHORT_RUN])
@@ -70,20 +75,19 @@ def find_groups(data: Data, batch_size: int, cache_folder: Path) -> PrefixGroups
     return groups
 
 
-def measure_batches(settings: Settings, sequences: Any, groups: PrefixGroups | None, max_positions: int) -> Work:
+def measure_batches(settings: Settings, sequences: Rows, groups: PrefixGroups | None, max_positions: int) -> Work:
     """What a few batches of the first epoch hold, laid out as training will."""
     from trietune.training.sampler import Sampler
     from trietune.trie import make_micro_batches
     from trietune.trie.batch_stats import measure_work
 
-    sampler = Sampler(len(sequences), batch_size=settings.batch_size, seed=settings.seed, groups=groups)
+    sampler = Sampler(sequences.num_rows, batch_size=settings.batch_size, seed=settings.seed, groups=groups)
     return measure_work(
         [
             micro_batch
             for number in range(min(SAMPLED_BATCHES, sampler.batches_per_epoch))
-            for micro_batch in make_micro_batches(
-                sequences, sampler.batch(0, number), batching=settings.batching, max_nodes=max_positions
-            )
+            for part in sequences.parts_of(sampler.batch(0, number))
+            for micro_batch in make_micro_batches(sequences, part, batching=settings.batching, max_nodes=max_positions)
         ]
     )
 

@@ -22,6 +22,7 @@ from trietune.errors import UserError
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
 from trietune.run.fitting import check_ids, check_vocabulary
+from trietune.run.objective import evaluate_preferences
 from trietune.run.prepare import choose_attention, locate_base, make_deterministic, progress_of
 from trietune.run.proving import length_to_prove, positions_under_masks, prove_for_length, prove_on_data, prove_on_host
 
@@ -171,6 +172,17 @@ def evaluate(
         )
         check_vocabulary(sequences, opened.num_embeddings)
         max_positions = opened.prove_on(sequences)
+        if opened.settings.learns_preferences:
+            return evaluate_preferences(
+                opened.model,
+                opened.settings,
+                sequences,
+                max_nodes=max_positions,
+                max_examples=max_examples,
+                report=hub.say,
+                check_stop=signals.check,
+                progress=progress_of(hub, "examples"),
+            )
         size = opened.settings.eval_batch_size
         return measure(
             opened.model,

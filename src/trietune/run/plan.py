@@ -88,6 +88,7 @@ class Plan:
         model_bytes: of the base model, the adapter, its gradients and its optimizer.
         position_bytes: estimate for one position of a micro-batch.
         largest_micro_batch: positions of the largest micro-batch of those that were looked at.
+        objective: what is learnt, in words; None for `sft`.
     """
 
     directory: Path
@@ -120,6 +121,7 @@ class Plan:
     adapted_share: float = 1.0
     base_rates: Mapping[str, float] = field(default_factory=dict)
     keeps_dropout: bool = False
+    objective: str | None = None
 
     @property
     def has_loss_scale(self) -> bool:
@@ -162,6 +164,7 @@ class Plan:
             *([("dropout", self._dropout)] if self.base_rates or self.keeps_dropout else []),
             ("device", f"{self.device.name}, base in {self._dtype}"),
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
+            *([("objective", self.objective)] if self.objective else []),
             ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
             *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),

@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from trietune.data.answers import AnswerSets
+from trietune.data.examples import TokenSequences
 from trietune.errors import UserError
 from trietune.run.device_plan import check_device, device_options, plan_shapes
 from trietune.run.fitting import check_positions, check_vocabulary
 from trietune.run.grouping import choose_groups, measure_batches, sharing_of
+from trietune.run.objective import Learning, make_objective, rows_of, rows_to_rank
 from trietune.run.plan import Plan, num_steps_of
 from trietune.tracking.events import Working
 
@@ -41,7 +44,12 @@ KEEP_NO_SCORES = ("varlen", "flex")
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A plan and all that was read to make it."""
+    """A plan and all that was read to make it.
+
+    Attributes:
+        learning: what is learnt, before its reference has been scored.
+        start: folder of the adapter to begin with; None begins with a new one.
+    """
 
     settings: Settings
     plan: Plan
@@ -49,6 +57,8 @@ class Prepared:
     tokenizer: Any
     data: Data
     groups: PrefixGroups | None
+    learning: Learning
+    start: Path | None = None
 
 
 def prepare(
@@ -81,6 +91,11 @@ def prepare(
         check_four_bits(device, where=settings.where("load_in_4bit"))
 
     base = locate_base(settings.model_name, hub)
+    start = None
+    if settings.start_adapter is not None:
+        from trietune.model.adapter.export import find_adapter
+
+        start = find_adapter(Path(settings.start_adapter).expanduser())
     tokenizer = load_tokenizer(base.path)
     shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout)
     for sentence in uncovered(settings, shape.coverage):
@@ -105,6 +120,7 @@ def prepare(
         progress=progress_of(hub, "examples"),
         check_stop=check_stop,
     )
+    learning, data = _plan_learning(settings, data, tokenizer)
     check_vocabulary(data.train, shape.num_embeddings)
     longest = data.counts.train.longest
     if data.validation is not None and data.counts.validation is not None:
@@ -112,8 +128,9 @@ def prepare(
         longest = max(longest, data.counts.validation.longest)
     most = getattr(shape.config, "max_position_embeddings", None)
     check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=hub.say)
-    num_train = len(data.train)
-    groups, work = choose_groups(settings, data, kept, hub)
+    rows = learning.rows
+    num_train = rows.num_rows
+    groups, work = choose_groups(settings, data, rows, kept, hub)
     steps_per_epoch, num_steps = num_steps_of(settings, num_train)
     in_all_epochs = steps_per_epoch * settings.num_epochs
     if settings.max_steps is not None and settings.max_steps > in_all_epochs:
@@ -142,11 +159,13 @@ def prepare(
         max_positions = micro_batch_bound(free_bytes, position_bytes)
     static = None
     if device.has_static_shapes:
-        static = plan_shapes(settings, device, data, groups, free_bytes, bytes_with_scores)
+        static = plan_shapes(
+            settings, device, rows, learning.validation or data.validation, groups, free_bytes, bytes_with_scores
+        )
         max_positions = static.shapes.max_positions
         position_bytes = bytes_with_scores(scores_per_position=max_positions)
     if work.largest > max_positions:
-        work = measure_batches(settings, data.train, groups, max_positions)
+        work = measure_batches(settings, rows, groups, max_positions)
     plan = Plan(
         directory=directory or run_directory(settings),
         model_name=base.name,
@@ -165,7 +184,7 @@ def prepare(
         is_grouped=groups is not None,
         max_positions=max_positions,
         num_train=num_train,
-        num_validation=len(data.validation) if data.validation is not None else 0,
+        num_validation=data.validation.num_rows if data.validation is not None else 0,
         batch_size=settings.batch_size,
         batches_per_step=settings.gradient_accumulation_steps,
         steps_per_epoch=steps_per_epoch,
@@ -178,8 +197,34 @@ def prepare(
         position_bytes=position_bytes,
         largest_micro_batch=work.largest,
         static=static,
+        objective=_describe_objective(settings, learning),
     )
-    return Prepared(settings, plan, base, tokenizer, data, groups)
+    return Prepared(settings, plan, base, tokenizer, data, groups, learning, start)
+
+
+def _plan_learning(settings: Settings, data: Data, tokenizer: Any) -> tuple[Learning, Data]:
+    """What is learnt from the data; ranking may find that it is a task with labels."""
+    objective = make_objective(settings)
+    if settings.objective == "rank":
+        rows, data = rows_to_rank(data, tokenizer)
+        return Learning(settings, objective, rows, None), data
+    validation = None if objective is None or data.validation is None else rows_of(settings, data.validation)
+    assert validation is None or isinstance(validation, AnswerSets)
+    return Learning(settings, objective, rows_of(settings, data.train), validation), data
+
+
+def _describe_objective(settings: Settings, learning: Learning) -> str | None:
+    """For the plan; None for `sft` without weights."""
+    rows = learning.rows
+    if learning.objective is None:
+        has_weights = isinstance(rows, TokenSequences) and rows.weights is not None
+        return "sft, the loss of each label times its `weight`" if has_weights else None
+    assert isinstance(rows, AnswerSets)
+    answers = f"{int(rows.is_trained.sum()):,} answers in {rows.num_rows:,} rows"
+    reference = ""
+    if learning.objective.needs_reference:
+        reference = f", against {'`' + settings.start_adapter + '`' if settings.start_adapter else 'the base model'}"
+    return f"{settings.objective}, {answers}{reference}"
 
 
 def adapter_arguments(settings: Settings) -> dict[str, Any]:
@@ -277,7 +322,7 @@ def validation_bound(settings: Settings, data: Data) -> int | None:
         return settings.eval_max_examples
     between = settings.val_steps_freq * settings.batch_size * settings.gradient_accumulation_steps
     bound = max(FEWEST_VALIDATED, int(3 * VALIDATION_SHARE * between))
-    return None if data.validation is None or bound >= len(data.validation) else bound
+    return None if data.validation is None or bound >= data.validation.num_rows else bound
 
 
 def run_directory(settings: Settings) -> Path:

@@ -167,8 +167,10 @@ class Keeper:
             return None
         for note in loaded.notes:
             self.hub.say(note, is_warning=True)
+        # A key that is newer than the checkpoint was, in effect, at its default.
+        saved = {**type(self.settings)().dump_public(), **loaded.details}
         differences = [
-            *compare(loaded.details, self.details(), allowed_changes),
+            *compare(saved, self.details(), allowed_changes),
             *self._schedule_differences(loaded, allowed_changes),
         ]
         check_differences(differences, loaded.path)
@@ -460,7 +462,10 @@ class Keeper:
                 measured_on=data.measured_on,
                 num_train_examples=plan.num_train,
                 scores=scores,
-                settings={key: getattr(self.settings, key) for key in CARD_SETTINGS},
+                settings={
+                    **({} if self.settings.objective == "sft" else {"objective": self.settings.objective}),
+                    **{key: getattr(self.settings, key) for key in CARD_SETTINGS},
+                },
             )
         )
 

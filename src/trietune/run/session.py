@@ -25,6 +25,7 @@ from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, User
 from trietune.io.files import make_folders, remove_tree
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, keep_freed_memory
+from trietune.run.objective import reference_keys
 from trietune.run.prepare import Prepared, adapter_arguments, prepare, progress_of
 from trietune.run.proving import positions_under_masks, prove_on_data, prove_on_host
 from trietune.run.saving import Keeper
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from trietune.model.causal_lm import TrieModel
     from trietune.model.proof import Proof
     from trietune.tracking.tracker import Tracker
-    from trietune.training.loop import MicroBatchTooLargeError, Step
+    from trietune.training.gradients import MicroBatchTooLargeError
+    from trietune.training.loop import Step
     from trietune.training.loss_scale import LossScale
     from trietune.training.readings import LossNotFiniteError
 
@@ -177,6 +179,8 @@ class Session:
         self.data = prepared.data
         self.base = prepared.base
         self.groups = prepared.groups
+        self.learning = prepared.learning
+        self.start = prepared.start
         self.tokenizer = prepared.tokenizer
         self.hub = hub
         self.signals = signals
@@ -215,6 +219,7 @@ class Session:
 
         self._start(resumed)
         self._build_model()
+        self._score_reference()
         if resumed is not None:
             self._restore(resumed)
             self._measure_again(resumed)
@@ -246,6 +251,11 @@ class Session:
         self.epoch = float(state["epoch"])
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale = LossScale(self.plan.device.torch_device, state["loss_scale"])
+        if state.get("reference", (digest := self.learning.reference_digest())) != digest:
+            self.hub.say(
+                "the scores of the reference were computed anew: the same numbers up to rounding, not the same bits",
+                is_warning=True,
+            )
         self._take_over_memory(state)
 
     def _take_over_memory(self, state: Mapping[str, Any]) -> None:
@@ -328,6 +338,10 @@ class Session:
         if twin is not None:
             check_reread(self.peft_model, twin, lambda model: adapter_files(model, self.base))
             del twin
+        if self.start is not None:
+            from trietune.model.adapter.start import start_from
+
+            start_from(self.peft_model, self.start)
         on_host = self._prove_on_host(network)
         self.model = assemble(
             network,
@@ -359,6 +373,20 @@ class Session:
             num_warmup_steps=self.plan.num_warmup_steps,
         )
 
+    def _score_reference(self) -> None:
+        """Score all answers while the adapter is as it was at the start, where the objective compares with that."""
+        from trietune.model.base.gguf import cache_folder
+
+        self.learning = self.learning.with_reference(
+            self.model,
+            reference_keys(self.settings, self.plan, self.keeper.environment),
+            cache_folder() / "data",
+            plan=self.plan,
+            max_positions=self.max_positions,
+            check_stop=self.signals.check,
+            progress=progress_of(self.hub, "answers"),
+        )
+
     def _steps(self) -> Any:
         from trietune.training.loop import Schedules, train
 
@@ -376,14 +404,20 @@ class Session:
             device=self.plan.device,
             loss_scale=self.loss_scale,
             is_read=self._is_read,
+            learn=self.learning.learn,
         )
 
     def _micro_batches(self, indices: Any) -> Any:
         from trietune.trie import make_micro_batches
 
-        return self.model.arrange(
-            make_micro_batches(self.data.train, indices, batching=self.plan.batching, max_nodes=self.max_positions)
-        )
+        rows = self.learning.rows
+        return [
+            micro_batch
+            for part in rows.parts_of(indices)
+            for micro_batch in self.model.arrange(
+                make_micro_batches(rows, part, batching=self.plan.batching, max_nodes=self.max_positions)
+            )
+        ]
 
     def _is_read(self, number: int) -> bool:
         """Whether anybody asks for the loss of step `number`, or acts on it."""
@@ -435,7 +469,7 @@ class Session:
                 step=step.number,
                 epoch=step.epoch,
                 metrics=self.meter.metrics(step, device.used_memory_bytes(), device.compilations()),
-                example_ids=[self.data.train.ids[index] for index in step.sequence_indices],
+                example_ids=[self.data.train.row_id(row) for row in step.sequence_indices],
                 is_logged=self._is_logged(step.number),
             )
         )
@@ -492,19 +526,25 @@ class Session:
         if self.data.validation is None:
             return None
         begin = time.monotonic()
-        evaluation = evaluate(
-            self.model,
-            self.data.validation,
-            self.encoder,
-            batching=self.plan.batching,
-            max_nodes=self.max_positions,
-            batch_size=self.plan.eval_batch_size,
-            max_examples=max_examples,
-            seed=self.settings.seed,
-            generate=when != "during" or self._ranks_by_answers(),
-            check_stop=self.stop.check,
-            progress=progress_of(self.hub, "examples"),
-        )
+        common: dict[str, Any] = {
+            "batching": self.plan.batching,
+            "max_nodes": self.max_positions,
+            "max_examples": max_examples,
+            "seed": self.settings.seed,
+            "check_stop": self.stop.check,
+            "progress": progress_of(self.hub, "examples"),
+        }
+        if self.learning.validation is not None:
+            evaluation = self.learning.evaluate(self.model, is_reference=when == "before", **common)
+        else:
+            evaluation = evaluate(
+                self.model,
+                self.data.validation,
+                self.encoder,
+                batch_size=self.plan.eval_batch_size,
+                generate=when != "during" or self._ranks_by_answers(),
+                **common,
+            )
         self.kept_memory.give_back()
         self.meter.leave_out(time.monotonic() - begin)
         self.hub.emit(
@@ -558,8 +598,8 @@ class Session:
 
         checked = check_against_rows(
             self.model,
-            self.data.train,
-            self.sampler.batch(0, 0),
+            self.learning.rows,
+            self.learning.rows.sequences_of(self.sampler.batch(0, 0)),
             batching=self.plan.batching,
             family=str(self.model.config.model_type),
         )
@@ -617,6 +657,8 @@ class Session:
     def _further_state(self) -> dict[str, Any]:
         """What free memory and fp16 made of this session, for one that goes on from here."""
         state: dict[str, Any] = {"max_positions": self.max_positions, "packed_bytes": self.model.packed_bytes}
+        if (digest := self.learning.reference_digest()) is not None:
+            state["reference"] = digest
         return state if self.loss_scale is None else {**state, "loss_scale": dict(self.loss_scale.state())}
 
     @contextmanager
@@ -728,7 +770,7 @@ class Session:
         self.hub.emit(events.RunFinished(status, self.step, time.monotonic() - self.began, summary, tuple(commands)))
 
     def _raise_not_finite(self, error: LossNotFiniteError) -> None:
-        ids = [self.data.train.ids[index] for index in error.sequence_indices]
+        ids = [self.data.train.row_id(row) for row in error.sequence_indices]
         shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         what = "loss" if not math.isfinite(error.loss) else "gradient"
         raise UserError(

@@ -43,5 +43,6 @@ class Meter:
             "num_labels": step.num_labels,
             "num_micro_batches": step.num_micro_batches,
             "memory_bytes": memory_bytes,
+            **{f"train/{name}": value for name, value in step.metrics.items()},
         }
         return metrics if num_compilations is None else {**metrics, "num_compilations": num_compilations}

@@ -6,12 +6,12 @@ import math
 import unicodedata
 
 # Metrics that are shares of one; shown in percent.
-_SHARES = ("accuracy", "exact_match", "f1", "precision", "recall", "share")
+_SHARES = ("accuracy", "accuracies", "exact_match", "f1", "precision", "recall", "share")
 
 
 def metric_name(key: str) -> str:
-    """`eval/exact_match` as a person says it: `exact match`."""
-    return key.rsplit("/", 1)[-1].replace("_", " ")
+    """`eval/exact_match` as a person says it: `exact match`; `eval/rewards/margins` as `rewards/margins`."""
+    return (key.partition("/")[2] or key).replace("_", " ")
 
 
 def is_share(key: str) -> bool:

@@ -13,8 +13,7 @@ Whoever iterates decides what a finished step means: log it, evaluate, save, sto
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -24,9 +23,11 @@ from torch import Tensor, nn
 
 from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
-from trietune.device.memory import is_out_of_memory, release_cached_memory
 from trietune.model.causal_lm import TrieModel
+from trietune.training.gradients import MicroBatchTooLargeError
 from trietune.training.loss_scale import LossScale
+from trietune.training.objectives.learning import Learn, Work
+from trietune.training.objectives.sft import learn_labels
 from trietune.training.optimizer import Schedule, make_state
 from trietune.training.prefetch import ahead_thread, one_ahead
 from trietune.training.readings import Readings
@@ -44,11 +45,12 @@ class Step:
         loss: mean `-log p` over the labels of the step, before the update; None where it was not read.
         learning_rate: of this update.
         grad_norm: length of the gradient before clipping; None where it was not read.
-        sequence_indices: the step's examples, in the order drawn.
+        sequence_indices: the step's examples (rows of the data), in the order drawn.
         num_labels: label tokens, repeated ones counted each time.
         num_tokens: positions of plain rows without padding.
         num_positions: positions computed: distinct tokens on a trie.
         num_micro_batches: forward and backward passes.
+        metrics: what else the objective tells of the step, by the names that TRL gives them: `rewards/margins`.
     """
 
     number: int
@@ -61,20 +63,7 @@ class Step:
     num_tokens: int
     num_positions: int
     num_micro_batches: int
-
-
-class MicroBatchTooLargeError(Exception):
-    """Memory ran out in a micro-batch; the weights are those of the step before.
-
-    Attributes:
-        num_positions: of that micro-batch.
-        longest: positions of its longest sequence, below which no cut can go.
-    """
-
-    def __init__(self, num_positions: int, longest: int) -> None:
-        super().__init__(f"no memory for {num_positions} positions, {longest} of them of one sequence")
-        self.num_positions = num_positions
-        self.longest = longest
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +97,7 @@ def train(
     device: Device | None = None,
     loss_scale: LossScale | None = None,
     is_read: Callable[[int], bool] = lambda number: True,
+    learn: Learn = learn_labels,
 ) -> Generator[Step, None, None]:
     """Take the steps `schedules.first_step + 1 .. num_steps`, yielding each.
 
@@ -122,6 +112,7 @@ def train(
         device: that the model is on; None for one that runs each operation when it is called.
         loss_scale: for a base model in fp16. A step whose gradients it made infinite is taken again, with half of it.
         is_read: on a device that does not read every step, whether step `number` (from 1) is read.
+        learn: what is learnt from a step's micro-batches (`trietune.training.objectives`).
 
     Raises:
         LossNotFiniteError: before the optimizer would have used such a gradient; at the next step that is read where
@@ -129,7 +120,9 @@ def train(
         MicroBatchTooLargeError: without `cut_smaller`; with it, whatever it raises.
     """
     device = device or describe_cpu()
-    taker = _StepTaker(model, optimizer, schedules, device, seed, max_grad_norm, before_update, loss_scale, is_read)
+    taker = _StepTaker(
+        model, optimizer, schedules, device, seed, max_grad_norm, before_update, loss_scale, is_read, learn
+    )
     if device.has_static_shapes:
         make_state(optimizer)
         device.end_step()
@@ -196,6 +189,7 @@ class _StepTaker:
     before_update: Callable[[int], None] | None
     loss_scale: LossScale | None
     is_read: Callable[[int], bool]
+    learn: Learn
     readings: Readings = field(default_factory=Readings)
 
     def take(self, layout: _StepLayout) -> Step:
@@ -205,11 +199,11 @@ class _StepTaker:
         for group in optimizer.param_groups:
             group["lr"] = device.learning_rate(learning_rate)
         self.model.network.train()
-        loss_there, norm_there = self._gradients(layout)
+        loss_there, norm_there, metrics = self._gradients(layout)
         while self.loss_scale is not None and self.loss_scale.has_overflowed(loss_there, norm_there):
             self.loss_scale.update(optimizer)
             optimizer.zero_grad(set_to_none=True)
-            loss_there, norm_there = self._gradients(layout)
+            loss_there, norm_there, metrics = self._gradients(layout)
         self.readings.note(number + 1, loss_there, norm_there, layout.sequence_indices)
         loss = grad_norm = None
         if device.reads_every_step:
@@ -236,62 +230,22 @@ class _StepTaker:
             num_tokens=sum(micro_batch.num_tokens for micro_batch in layout.micro_batches),
             num_positions=sum(micro_batch.num_positions for micro_batch in layout.micro_batches),
             num_micro_batches=len(layout.micro_batches),
+            metrics=metrics,
         )
 
-    def _gradients(self, layout: _StepLayout) -> tuple[Tensor, Tensor]:
-        """Loss and gradient norm, still on the device; the clipped gradients are with the parameters."""
-        self.device.seed(step_seed(self.seed, layout.number))
-        loss = accumulate_gradients(self.model, layout.micro_batches, self.device.end_step, self.loss_scale)
+    def _gradients(self, layout: _StepLayout) -> tuple[Tensor, Tensor, Mapping[str, float]]:
+        """Loss and gradient norm, still on the device, and metrics; the clipped gradients are with the parameters."""
+
+        def seed() -> None:
+            self.device.seed(step_seed(self.seed, layout.number))
+
+        seed()
+        work = Work(layout.sequence_indices, layout.micro_batches, self.device, seed, self.loss_scale)
+        learnt = self.learn(self.model, work)
         if self.loss_scale is not None:
             self.loss_scale.divide_gradients(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return loss, _clip(parameters, self.max_grad_norm)
-
-
-def accumulate_gradients(
-    model: TrieModel,
-    micro_batches: Sequence[MicroBatch],
-    between: Callable[[], None] = lambda: None,
-    loss_scale: LossScale | None = None,
-) -> Tensor:
-    """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss, still on the device.
-
-    Args:
-        between: called after each micro-batch but the last, which goes together with the update.
-        loss_scale: that the gradients are multiplied with.
-
-    Raises:
-        MicroBatchTooLargeError: memory ran out; some gradients may have been added.
-    """
-    divisor = total_weight(micro_batches)
-    # A tensor of one element from the host is data; a number would be a part of the program.
-    loss = model.place(torch.zeros(1))[0]
-    for micro_batch in micro_batches:
-        if micro_batch is not micro_batches[0]:
-            between()
-        loss = loss + _backward(model, micro_batch, divisor, loss_scale)
-    return loss
-
-
-def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float, loss_scale: LossScale | None) -> Tensor:
-    try:
-        return _add_gradients(model, micro_batch, divisor, loss_scale)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    # Only here has the error gone, and with it the frames that held the activations.
-    gc.collect()
-    release_cached_memory()
-    raise MicroBatchTooLargeError(micro_batch.num_positions, int(micro_batch.position_ids.max()) + 1)
-
-
-def _add_gradients(model: TrieModel, micro_batch: MicroBatch, divisor: float, loss_scale: LossScale | None) -> Tensor:
-    losses = model.label_losses(micro_batch)
-    weight = model.place(torch.from_numpy(micro_batch.label_weight / divisor).to(losses.dtype))
-    part = torch.dot(losses, weight)
-    to_differentiate = part if loss_scale is None else loss_scale.multiply(part)
-    to_differentiate.backward()  # type: ignore[no-untyped-call]
-    return part.detach()
+        return learnt.loss, _clip(parameters, self.max_grad_norm), learnt.metrics
 
 
 def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float | None) -> Tensor:

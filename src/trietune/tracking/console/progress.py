@@ -101,6 +101,9 @@ class Progress:
         if self._eval_loss is not None:
             found.append(f"eval {wording.number(self._eval_loss)}")
         for key, show in (
+            ("train/rewards/accuracies", lambda value: f"preferred {100 * value:.0f} %"),
+            ("train/rewards/margins", lambda value: f"margin {wording.number(value)}"),
+            ("train/accuracy", lambda value: f"right {100 * value:.0f} %"),
             ("examples_per_second", lambda value: f"{wording.rate(value)} examples/s"),
             ("tokens_per_second", lambda value: f"{wording.rate(value)} distinct tokens/s"),
             ("sharing_factor", lambda value: f"sharing {value:.2f}x"),

@@ -1,0 +1,99 @@
+"""Weights of examples and of messages: numbers that multiply the losses of their labels.
+
+    {"prompt": "...", "completion": "...", "weight": 0.5}
+    {"messages": [..., {"role": "assistant", "content": "...", "weight": 0}]}
+
+A label of weight 0 is not learned and not counted, as if the data had none there. Weights may be negative.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from trietune.data.columns import Recipe, WrongRow
+from trietune.data.encoder import EncodedExamples
+from trietune.data.examples import IGNORED_LABEL, Example
+from trietune.data.files import BrokenRow
+from trietune.data.sources import Rows
+from trietune.data.templates import find_columns, is_weight
+
+COLUMN = "weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Weighting:
+    """Where a data set has weights; plain values, so that a cache can be named after them.
+
+    Attributes:
+        has_column: whether each row has one.
+        has_messages: whether some messages have one.
+    """
+
+    has_column: bool
+    has_messages: bool
+
+
+def find_weighting(rows: Rows, recipe: Recipe) -> Weighting | None:
+    """Where these rows have weights; None if nowhere. A column that a template uses is text."""
+    templates = (recipe.prompt_template, recipe.completion_template)
+    used = {name for one in templates for name in find_columns(one, recipe.template_columns)}
+    has_column = COLUMN in rows.columns() and COLUMN not in used
+    has_messages = recipe.kind == "messages" and _any_message_has_one(rows)
+    return Weighting(has_column, has_messages) if has_column or has_messages else None
+
+
+def row_weight(row: Mapping[str, Any]) -> float:
+    """The weight of a row. Raises `WrongRow` if it is no number."""
+    value = row.get(COLUMN)
+    # Tables hold text.
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if not is_weight(value):
+        raise WrongRow(f"`{COLUMN}` is `{value}`, not a number")
+    assert value is not None
+    return float(value)
+
+
+def weigh(
+    encoded: EncodedExamples, examples: Sequence[Example], of_rows: Sequence[float], *, only_last: bool
+) -> EncodedExamples:
+    """The examples with a weight at each token, and no label where that is 0.
+
+    Args:
+        of_rows: of each example's row.
+        only_last: whether only the last message of a conversation has labels.
+
+    Raises:
+        WrongRow: messages cannot be told apart in the tokens.
+    """
+    weights = np.repeat(np.asarray(of_rows, np.float64), encoded.lengths)
+    ends = np.cumsum(encoded.lengths)
+    for example, begin, end in zip(examples, (ends - encoded.lengths).tolist(), ends.tolist(), strict=True):
+        if not example.messages:
+            continue
+        said = [message.weight for message in example.messages if message.role == "assistant"]
+        said = said[-1:] if only_last else said
+        if all(weight == 1 for weight in said):
+            continue
+        is_label = encoded.labels[begin:end] != IGNORED_LABEL
+        run = np.cumsum(np.diff(is_label.astype(np.int8), prepend=0) == 1)
+        if run[-1] != len(said):
+            raise WrongRow("its messages have weights, and the chat template writes nothing between two answers")
+        weights[begin:end] *= np.where(is_label, np.array([1.0, *said])[run], 1.0)
+    labels = np.where(weights == 0, np.int32(IGNORED_LABEL), encoded.labels)
+    return replace(encoded, labels=labels, weights=weights)
+
+
+def _any_message_has_one(rows: Rows) -> bool:
+    return any(
+        isinstance(message, Mapping) and message.get(COLUMN) is not None
+        for _, row in rows.read()
+        if not isinstance(row, BrokenRow) and isinstance(row.get("messages"), list)
+        for message in row["messages"]
+    )

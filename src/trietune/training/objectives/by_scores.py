@@ -1,0 +1,189 @@
+"""Learn by any loss of the answers' scores, whatever micro-batches they lie in.
+
+    pass 1     every micro-batch, no graph       s_e = sum of the log-probabilities of the labels of answer e
+    between    L(s_1, ..., s_E)                  g_e = dL / ds_e, in fp64
+    pass 2     every micro-batch, with a graph   sum over pairs i of w_i (-log p_i),  w_i = -sum of g_e over the labels
+                                                                                            of answers e merged into i
+
+The chain rule makes the gradients of pass 2 those of L: a parameter acts on L through the scores alone, and a score is
+a sum of log-probabilities. Weights have either sign. Where one micro-batch holds all that is learnt from, its only
+forward keeps its graph until the weights are known, and pass 1 is not needed. Labels whose weight is exactly zero,
+such as the common beginning of the two answers of a pair, get no logits in pass 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trietune.data.answers import AnswerSets
+from trietune.model.causal_lm import TrieModel
+from trietune.training.gradients import if_memory_suffices
+from trietune.training.loss_scale import LossScale
+from trietune.training.objectives.answers import Answers, Objective, Pairs, answers_of
+from trietune.training.objectives.learning import Learnt, Work
+from trietune.trie import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class LearnByScores:
+    """Learns from steps whose rows are those of `sets`.
+
+    Attributes:
+        reference: float64 [S], scores under the reference of every sequence; None if the objective needs none.
+        pairs: see `answers_of`.
+        keeps_draws: whether anything is drawn in a forward (dropout). Pass 2 must then draw as pass 1 did, and so
+            compute the same positions.
+    """
+
+    objective: Objective
+    sets: AnswerSets
+    reference: np.ndarray | None = None
+    pairs: Pairs = "all"
+    keeps_draws: bool = False
+
+    def __call__(self, model: TrieModel, work: Work) -> Learnt:
+        """Add the gradients of the objective's loss over all rows of the step."""
+        tally = _Tally.of(self.sets, work.rows)
+        learnt_from: list[MicroBatch] = []
+        only_scored: list[MicroBatch] = []
+        for micro_batch in work.micro_batches:
+            is_trained = self.sets.is_trained[micro_batch.sequence_indices].any()
+            (learnt_from if is_trained else only_scored).append(micro_batch)
+        # A device that runs whole steps as programs would have to end one between a forward and its backward.
+        is_one_pass = len(learnt_from) == 1 and not work.device.has_static_shapes
+        losses = None
+        if is_one_pass:
+            losses = if_memory_suffices(lambda: model.label_losses(learnt_from[0]), learnt_from[0])
+            tally.add(learnt_from[0], losses)
+        for micro_batch in only_scored if is_one_pass else [*learnt_from, *only_scored]:
+            tally.add(micro_batch, _forward_only(model, micro_batch))
+            work.device.end_step()
+        answers = answers_of(self.sets, work.rows, tally.counts, self.reference, self.pairs)
+        loss, by_score = _differentiate(self.objective, tally.scores, answers)
+        if losses is not None:
+            weight = tally.pair_weights(learnt_from[0], by_score)
+            _run_backward(model, learnt_from[0], losses, weight, work.loss_scale)
+        else:
+            work.reseed()
+            for number, (micro_batch, weight) in enumerate(self._weighted(learnt_from, tally, by_score, work)):
+                if number:
+                    work.device.end_step()
+                _forward_and_backward(model, micro_batch, weight, work.loss_scale)
+        scores = torch.from_numpy(tally.scores)
+        return Learnt(torch.tensor(loss, dtype=torch.float64), describe(self.objective, scores, answers))
+
+    def _weighted(
+        self, micro_batches: Sequence[MicroBatch], tally: _Tally, by_score: np.ndarray, work: Work
+    ) -> list[tuple[MicroBatch, np.ndarray]]:
+        weighted = [(one, tally.pair_weights(one, by_score)) for one in micro_batches]
+        if self.keeps_draws or work.device.has_static_shapes:
+            return weighted
+        some = [(one, weight) for one, weight in weighted if weight.any()]
+        # With nothing to learn at all, gradients of zero must still be there for the optimizer.
+        return [_without_zeros(*pair) for pair in some] or weighted[:1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tally:
+    """Scores and labels of the step's answers as they come in; float64 [E] each.
+
+    Attributes:
+        place: int64 [S], where each sequence of the data stands among the answers.
+    """
+
+    place: np.ndarray
+    scores: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, sets: AnswerSets, rows: np.ndarray) -> _Tally:
+        sequences = sets.sequences_of(rows)
+        place = np.zeros(len(sets), np.int64)
+        place[sequences] = np.arange(len(sequences))
+        return cls(place, np.zeros(len(sequences)), np.zeros(len(sequences)))
+
+    def add(self, micro_batch: MicroBatch, losses: Tensor) -> None:
+        """Take in the loss of each (node, label) pair of a micro-batch: [N]."""
+        of_pair = losses.detach().cpu().double().numpy()
+        place, num = self._place_of_label(micro_batch), len(self.scores)
+        self.scores[:] -= np.bincount(place, weights=of_pair[micro_batch.pair_of_label], minlength=num)
+        self.counts[:] += np.bincount(place, minlength=num)
+
+    def pair_weights(self, micro_batch: MicroBatch, by_score: np.ndarray) -> np.ndarray:
+        """The weight of each pair's loss: minus the sum of dL/ds over its answers; float64 [N]."""
+        of_label = -by_score[self._place_of_label(micro_batch)]
+        return np.bincount(micro_batch.pair_of_label, weights=of_label, minlength=len(micro_batch.labels))
+
+    def _place_of_label(self, micro_batch: MicroBatch) -> np.ndarray:
+        place: np.ndarray = self.place[micro_batch.sequence_indices[micro_batch.sequence_of_label]]
+        return place
+
+
+def describe(objective: Objective, scores: Tensor, answers: Answers) -> dict[str, float]:
+    """What TRL tells of a batch: rewards, their margins, how often the better answer has the greater one, and more."""
+    metrics: dict[str, float] = {}
+    rewards = objective.rewards(scores, answers)
+    better, worse = answers.better, answers.worse
+    if len(better):
+        if rewards is not None:
+            margins = rewards[better] - rewards[worse]
+            metrics["rewards/chosen"] = float(rewards[better].mean())
+            metrics["rewards/rejected"] = float(rewards[worse].mean())
+            metrics["rewards/accuracies"] = float((margins > 0).double().mean())
+            metrics["rewards/margins"] = float(margins.mean())
+        metrics["logps/chosen"] = float(scores[better].mean())
+        metrics["logps/rejected"] = float(scores[worse].mean())
+    return {**metrics, **objective.measure(scores, answers)}
+
+
+def _differentiate(objective: Objective, scores: np.ndarray, answers: Answers) -> tuple[float, np.ndarray]:
+    """The loss and dL/ds, fp64 [E]."""
+    with torch.enable_grad():
+        variable = torch.from_numpy(scores.copy()).requires_grad_()
+        loss = objective.loss(variable, answers)
+        (by_score,) = torch.autograd.grad(loss, variable)
+    return loss.item(), by_score.numpy()
+
+
+def _forward_only(model: TrieModel, micro_batch: MicroBatch) -> Tensor:
+    with torch.no_grad():
+        return if_memory_suffices(lambda: model.label_losses(micro_batch), micro_batch)
+
+
+def _forward_and_backward(
+    model: TrieModel, micro_batch: MicroBatch, weight: np.ndarray, loss_scale: LossScale | None
+) -> None:
+    losses = if_memory_suffices(lambda: model.label_losses(micro_batch), micro_batch)
+    _run_backward(model, micro_batch, losses, weight, loss_scale)
+
+
+def _run_backward(
+    model: TrieModel, micro_batch: MicroBatch, losses: Tensor, weight: np.ndarray, loss_scale: LossScale | None
+) -> None:
+    def backward() -> None:
+        part = torch.dot(losses, model.place(torch.from_numpy(weight).to(losses.dtype)))
+        scaled = part if loss_scale is None else loss_scale.multiply(part)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    if_memory_suffices(backward, micro_batch)
+
+
+def _without_zeros(micro_batch: MicroBatch, weight: np.ndarray) -> tuple[MicroBatch, np.ndarray]:
+    """The micro-batch without the labels that nothing is learnt from; its positions stay."""
+    is_kept = weight != 0
+    if is_kept.all():
+        return micro_batch, weight
+    kept = replace(
+        micro_batch,
+        label_index=micro_batch.label_index[is_kept],
+        labels=micro_batch.labels[is_kept],
+        label_weight=micro_batch.label_weight[is_kept],
+        pair_of_label=np.zeros(0, np.int32),
+        sequence_of_label=np.zeros(0, np.int32),
+    )
+    return kept, weight[is_kept]

@@ -1,0 +1,44 @@
+"""What the loop gives to whatever learns from a step, and what it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from trietune.device.device import Device
+from trietune.model.causal_lm import TrieModel
+from trietune.training.loss_scale import LossScale
+from trietune.trie import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A step before its gradients are there.
+
+    Attributes:
+        rows: of the data, in the order drawn; int64 [rows of the step].
+        micro_batches: that hold their sequences.
+        reseed: begins the step's random draws (dropout) anew.
+        loss_scale: that the gradients are multiplied with; None leaves them as they are.
+    """
+
+    rows: np.ndarray
+    micro_batches: Sequence[MicroBatch]
+    device: Device
+    reseed: Callable[[], None]
+    loss_scale: LossScale | None
+
+
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """The loss of a step, on any device, and other numbers about it; the gradients are with the parameters."""
+
+    loss: Tensor
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+# Adds the gradients of a step. Raises `MicroBatchTooLargeError` when memory runs out.
+Learn = Callable[[TrieModel, Work], Learnt]
