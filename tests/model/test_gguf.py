@@ -17,9 +17,10 @@ from trietune.checkpoints.resume import compare
 from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
 from trietune.model.base import gguf as gguf_module
+from trietune.model.base.folder import ModelFolder
 from trietune.model.base.gguf import cache_folder, convert_gguf
 from trietune.model.base.load import load_network
-from trietune.model.base.locate import ModelFolder, locate_model
+from trietune.model.base.locate import locate_model
 
 HIDDEN, HEADS, KEY_HEADS, LAYERS, MIDDLE = 64, 4, 2, 2, 96
 # GPT-2's way to write bytes as letters: the tokenizer of the tiny model knows every byte and four merges.

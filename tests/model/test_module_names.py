@@ -21,7 +21,7 @@ from trietune.errors import UserError
 from trietune.io.name_patterns import PatternError, matching
 from trietune.model.adapter.adapter import adapter_files, add_adapter, load_adapter_files
 from trietune.model.adapter.config import CONFIG_FILE, parse_config
-from trietune.model.base.locate import ModelFolder
+from trietune.model.base.folder import ModelFolder
 from trietune.model.module_names import resolve_patterns
 
 pytestmark = [

@@ -19,7 +19,7 @@ from trietune.model.adapter.adapter import add_adapter
 from trietune.model.attention import attend as attention
 from trietune.model.attention import layout as trie_layout
 from trietune.model.attention import rows as row_attention
-from trietune.model.base.locate import ModelFolder
+from trietune.model.base.folder import ModelFolder
 from trietune.model.causal_lm import TrieModel
 from trietune.model.fast import attention_layer as trie_layers
 from trietune.model.fast import norms_and_mlps as fused
