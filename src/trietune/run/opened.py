@@ -2,6 +2,7 @@
 
 runs/NAME            a run: its final adapter, its data, its prompt format
 runs/NAME/adapter    an adapter: its base model and prompt format; data must be named
+sst2-merged          a merged model: its prompt format; data must be named
 google/gemma-...     a base model: data, or plain text
 """
 
@@ -39,7 +40,7 @@ class Opened:
     Attributes:
         name: for people: the run, the adapter or the base model.
         settings: of the run; for other things the defaults with what was overridden.
-        prompt_format: that the adapter was trained with; None for a base model.
+        prompt_format: that the adapter or the merged model was trained with; None for a base model.
         max_positions: most positions computed at once.
     """
 
@@ -91,7 +92,7 @@ def evaluate(
         opened = open_model(target, overrides, hub)
         if opened.prompt_format is not None and not _names_data(opened, target, overrides):
             raise UserError(
-                f"`{target}` is an adapter alone, so the data to evaluate it on must be named",
+                f"`{target}` is a model without a run, so the data to evaluate it on must be named",
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
             )
         sequences, prompt_format = load_split(
@@ -196,9 +197,10 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     prompt_format = None
     if adapter is not None:
         load_adapter(network, adapter)
-        file = adapter / "prompt_format.json"
-        if file.is_file():
-            prompt_format = PromptFormat.from_json(file.read_text("utf-8"), where=str(file))
+    # A merged model has it beside its weights.
+    file = (adapter or base.path) / "prompt_format.json"
+    if file.is_file():
+        prompt_format = PromptFormat.from_json(file.read_text("utf-8"), where=str(file))
     attention, _ = choose_attention(settings, device, network.config.get_text_config(), dtype)
     if attention is not None and check_architecture(network) is not None:
         settings, attention = settings.model_copy(update={"batching": "padded"}), None

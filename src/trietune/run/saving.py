@@ -244,6 +244,7 @@ class Keeper:
     ) -> Path:
         """Write `adapter/` whole, with its model card and prompt format; its weights are those of `step`."""
         from trietune.model.adapter.adapter import adapter_files
+        from trietune.model.adapter.portable import CHAT_TEMPLATE
 
         begin = time.monotonic()
         target = self.directory / "adapter"
@@ -253,6 +254,8 @@ class Keeper:
             PROMPT_FILE: self._prompt_format(),
             "README.md": self._card(before, after, encoder).encode(),
         }
+        if template := self.prepared.data.prompt_format.chat_template:
+            contents[CHAT_TEMPLATE] = template.encode()
         details = {**self.details(), "trained_steps": trained_steps}
         info = ManifestInfo(self.run_id, step, metrics, kind="adapter", details=details)
         write_directory(target, contents, info=info)

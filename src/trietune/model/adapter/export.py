@@ -6,6 +6,7 @@ those of base and adapter, in fp32 and in the dtype that is saved.
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from trietune.model.adapter.adapter import load_adapter_files
 from trietune.model.adapter.card import merged_card
 from trietune.model.adapter.config import CONFIG_FILE, config_for_file, parse_config
 from trietune.model.adapter.folder import WEIGHTS_FILE, read_adapter
+from trietune.model.adapter.portable import CHAT_TEMPLATE, write_portable
 from trietune.model.base.folder import TOKENIZER_FILES, ModelFolder
 from trietune.model.base.load import load_network, quiet_library
 from trietune.model.base.locate import locate_model
@@ -102,6 +104,8 @@ def export_adapter(
         raise UserError(f"`{out}` exists already", next_step="choose another name, or remove it first")
     parse_config(files[CONFIG_FILE], where=str(folder / CONFIG_FILE))
     companions = {name: (folder / name).read_bytes() for name in _COMPANIONS if (folder / name).is_file()}
+    if template := trained_chat_template(companions.get("prompt_format.json")):
+        companions[CHAT_TEMPLATE] = template.encode()
     if readme is not None:
         companions["README.md"] = readme.encode()
     if merge:
@@ -113,6 +117,18 @@ def export_adapter(
     if plain:
         files = fold_scale(files, where=str(folder))
     return _write_files({**companions, **files}, out)
+
+
+def trained_chat_template(prompt_format: bytes | None) -> str:
+    """The chat template in a `prompt_format.json`; empty if the adapter was not trained on conversations."""
+    if prompt_format is None:
+        return ""
+    try:
+        found = json.loads(prompt_format)
+    except ValueError:
+        return ""
+    template = found.get("chat_template") if isinstance(found, dict) else None
+    return template if isinstance(template, str) else ""
 
 
 def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
@@ -197,6 +213,12 @@ def _write_merged(
                 shutil.copyfile(base.path / name, staging / name)
         for name, data in companions.items():
             (staging / name).write_bytes(data)
+        write_portable(
+            staging,
+            base.path,
+            dtype=str(dtype).removeprefix("torch."),
+            chat_template=companions.get(CHAT_TEMPLATE, b"").decode(),
+        )
         num_bytes = sum(path.stat().st_size for path in staging.iterdir())
     for name, difference in differences.items():
         report(f"merged logits differ from base and adapter by at most {difference:.2g} in {name}")
