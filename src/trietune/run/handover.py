@@ -85,7 +85,8 @@ def _of_the_run(
         hub.say(f"the run's validation data cannot be read ({error.what})", is_warning=True)
         return ()
     encoder = make_encoder(tokenizer, prompt_format)
-    return [encoder.encode_prompt(example) for example in sequences.examples[:NUM_PROMPTS]]
+    count = min(NUM_PROMPTS, len(sequences))
+    return [encoder.encode_prompt(sequences.examples[index]) for index in range(count)]
 
 
 def shipped_prompts(tokenizer: Any, prompt_format: PromptFormat | None) -> list[list[int]]:
