@@ -23,6 +23,7 @@ from trietune.run.prepare import choose_attention, locate_base, make_determinist
 
 if TYPE_CHECKING:
     from trietune.data.encoder import Encoder
+    from trietune.data.examples import TokenSequences
     from trietune.data.templates import PromptFormat
     from trietune.device import Device
     from trietune.evaluation.evaluate import Evaluation
@@ -67,6 +68,7 @@ def evaluate(
     split: str = "validation",
     max_examples: int | None = None,
     tracker: Tracker | None = None,
+    keep: Path | None = None,
 ) -> Evaluation:
     """Measure a run, an adapter or a base model.
 
@@ -75,6 +77,7 @@ def evaluate(
         overrides: of the run's settings, such as `dataset_id=...` or `validation_file=...`.
         split: `train`, `validation` or `test`.
         max_examples: a random subset of this size; None takes all.
+        keep: file for what was said to each example: SQuAD's JSON for questions, JSONL otherwise.
 
     Raises:
         UserError: there is no such model or data.
@@ -106,10 +109,11 @@ def evaluate(
             check_stop=signals.check,
         )
         size = opened.settings.eval_batch_size
-        return measure(
+        encoder = opened.encoder(prompt_format)
+        found = measure(
             opened.model,
             sequences,
-            opened.encoder(prompt_format),
+            encoder,
             batching=opened.settings.batching,
             max_nodes=opened.max_positions,
             batch_size=ANSWERS_AT_ONCE if size == "auto" else size,
@@ -118,6 +122,24 @@ def evaluate(
             check_stop=signals.check,
             progress=progress_of(hub, "examples"),
         )
+    if keep is not None:
+        _keep_predictions(found, sequences, encoder, keep)
+    return found
+
+
+def _keep_predictions(found: Evaluation, sequences: TokenSequences, encoder: Encoder, file: Path) -> None:
+    from trietune.io import files
+    from trietune.run.predictions import described, predictions_file
+
+    task = encoder.prompt_format.task
+    if not found.predictions:
+        raise UserError(
+            f"there is nothing to write to `{file}`: this data has no labels and no questions, so the model was only "
+            "measured by its loss",
+            next_step="leave `--predictions` out, or ask with `trietune predict --input FILE`",
+        )
+    told = described(found.predictions, sequences.examples, task)
+    files.replace_file(file, predictions_file(told, is_squad=task.kind == "answers"))
 
 
 def predict(

@@ -17,7 +17,7 @@ from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE
 from trietune.checkpoints.remote.open import open_remote
 from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
 from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
-from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE
+from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
 from trietune.io.directory import Content, Damaged, check_sizes, read_directory, write_directory
 from trietune.io.disk_errors import SaveFailed
 from trietune.io.manifest import ManifestInfo
@@ -284,6 +284,21 @@ class Keeper:
             is_warning=True,
         )
         return EXIT_UPLOAD_INCOMPLETE
+
+    def push_to_hub(self, adapter: Path) -> int:
+        """Upload the final adapter to the repository that the settings name; returns the exit code that it means."""
+        repository = self.settings.push_to_hub
+        if repository is None:
+            return EXIT_DONE
+        from trietune.model.adapter.push import push_folder
+
+        try:
+            self.hub.say(f"the adapter is at {push_folder(adapter, repository)}")
+        except UserError as error:
+            again = f"`trietune export {self.directory} --push {repository}` tries again"
+            self.hub.say(f"{error.what}; the adapter is whole on this disk, and {again}", is_warning=True)
+            return EXIT_UPLOAD_INCOMPLETE
+        return EXIT_DONE
 
     def details(self) -> dict[str, Any]:
         """What a resume compares: the settings, and what surrounds them."""
