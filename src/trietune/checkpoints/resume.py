@@ -20,10 +20,10 @@ from trietune.io import disk_errors, files, strict_json
 
 _NOT_MENTIONED = {
     "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage", "log_level", "max_time",
-    "model_to_wandb", "on_save_error", "print_examples", "project_dir", "remote_path", "resume_from_checkpoint",
-    "resume_option", "run_decode_example", "save_optim", "save_strategy", "self_check", "steps_freq",
-    "storage_backend", "sync_to_storage", "test_config", "tracker", "use_wandb", "val_steps_freq", "wandb_log_freq",
-    "wandb_project", "wandb_run_name", "wandb_tags", "wandb_watch_mode",
+    "model_to_wandb", "on_save_error", "print_examples", "project_dir", "push_to_hub", "remote_path",
+    "resume_from_checkpoint", "resume_option", "run_decode_example", "save_optim", "save_strategy", "self_check",
+    "steps_freq", "storage_backend", "sync_to_storage", "test_config", "tracker", "use_wandb", "val_steps_freq",
+    "wandb_log_freq", "wandb_project", "wandb_run_name", "wandb_tags", "wandb_watch_mode",
 }  # fmt: skip
 
 _ROUNDING = "the same numbers up to rounding, not the same bits"

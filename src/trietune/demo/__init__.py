@@ -7,6 +7,7 @@ from trietune.demo.locations import (
     demo_config,
     demo_questions,
     demo_reviews,
+    installed_smollm2,
     smollm2_gguf,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "demo_config",
     "demo_questions",
     "demo_reviews",
+    "installed_smollm2",
     "smollm2_gguf",
 ]
