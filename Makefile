@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HANDOVER_VENV ?= .venv-handover
+HANDOVER_BIN := $(HANDOVER_VENV)/bin
+HANDOVER_READY := $(HANDOVER_VENV)/.ready
 XLA_VENV ?= .venv-xla
 XLA_BIN := $(XLA_VENV)/bin
 XLA_READY := $(XLA_VENV)/.ready
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-families test-all test-xla lint test-gpu bench bench-gpu lock clean
+.PHONY: help train test test-slow test-families test-all test-xla test-handover package lint test-gpu bench bench-gpu lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +35,9 @@ test-all: test test-slow test-xla  ## every test that this machine can run
 test-xla: $(XLA_READY)  ## the Tenstorrent and XLA path, on XLA's own CPU client (an environment of its own, 7 GB)
 	PJRT_DEVICE=CPU $(XLA_BIN)/python -m pytest tests/xla --timeout 1200
 
+test-handover: $(READY) $(HANDOVER_READY)  ## exports as transformers 4 and llama.cpp read them (an environment of its own, 1 GB)
+	TRIETUNE_HANDOVER_PYTHON=$(CURDIR)/$(HANDOVER_BIN)/python $(BIN)/python -m pytest tests/handover
+
 test-gpu: $(READY)  ## tests of a CUDA card (TRIETUNE_STAND_INS=1: on the CPU, to check the tests themselves)
 	$(BIN)/python -m pytest tests/gpu --timeout 3000
 
@@ -49,12 +55,19 @@ bench-gpu: $(READY)  ## on a CUDA card: ways to attend, and training next to oth
 	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt
 	$(BIN)/python benchmarks/gpu.py
 
+package:  ## build wheel and sdist into dist/, check them, list what a tested installation consists of
+	rm -rf dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
+	$(PYTHON) -m check_wheel_contents dist/*.whl
+	mkdir -p build && $(PYTHON) tools/sbom.py requirements.lock > build/trietune.cdx.json
+
 lock: $(READY)  ## resolve requirements.lock anew
 	$(BIN)/python -m pip install --quiet uv
 	./requirements.sh $(BIN)
 
 clean:  ## remove the environments and what tools left behind
-	rm -rf $(VENV) $(XLA_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) $(XLA_VENV) $(HANDOVER_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 
 # A torch that is new enough is kept; with pip, this version is a CPU build where one is offered.
 $(READY): requirements.lock pyproject.toml
@@ -70,4 +83,10 @@ $(XLA_READY): requirements.lock requirements-xla.txt pyproject.toml
 	$(XLA_BIN)/python -m pip install --quiet --no-deps -r requirements-xla.txt
 	$(XLA_BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
 	$(XLA_BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(HANDOVER_READY): requirements-handover.txt
+	test -x $(HANDOVER_BIN)/python || $(PYTHON) -m venv $(HANDOVER_VENV)
+	$(HANDOVER_BIN)/python -m pip install --quiet '$(TORCH)'
+	$(HANDOVER_BIN)/python -m pip install --quiet -r requirements-handover.txt
 	touch $@

@@ -76,7 +76,7 @@ def test_a_page_fits_its_window(browser: Chromium, pages: dict[str, Path], name:
     assert background == {"light": "rgb(251, 251, 249)", "dark": "rgb(20, 22, 26)"}[scheme]
     num_charts = browser.run("document.querySelectorAll('figure').length")
     assert num_charts == {"one": 3, "two": 3, "empty": 0}[name]
-    assert browser.run("document.querySelectorAll('svg').length") == num_charts
+    assert browser.run("document.querySelectorAll('figure > svg').length") == num_charts
 
 
 def test_a_curve_has_its_points_where_they_belong(browser: Chromium, pages: dict[str, Path]) -> None:
@@ -87,14 +87,14 @@ def test_a_curve_has_its_points_where_they_belong(browser: Chromium, pages: dict
     assert len(heights) == 20
     assert heights == sorted(heights)  # a falling loss falls on the screen
     assert browser.run("document.querySelectorAll('figure')[1].querySelectorAll('.band').length") == 1
-    labels = browser.run("[...document.querySelectorAll('svg')].map(s => s.getAttribute('aria-label'))")
+    labels = browser.run("[...document.querySelectorAll('figure > svg')].map(s => s.getAttribute('aria-label'))")
     assert "loss: from 0.3 at step 5 to 0.15 at step 20" in labels
 
 
 def test_the_pointer_reads_a_value(browser: Chromium, pages: dict[str, Path]) -> None:
     browser.open(pages["one"])
     box = browser.run(
-        "(r => [r.left, r.top, r.width, r.height])(document.querySelector('svg').getBoundingClientRect())"
+        "(r => [r.left, r.top, r.width, r.height])(document.querySelector('figure > svg').getBoundingClientRect())"
     )
     browser.move(box[0] + box[2] - 13, box[1] + box[3] / 2)
     tip = "document.querySelector('.tip').innerText"

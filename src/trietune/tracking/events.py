@@ -109,22 +109,36 @@ class ExamplesShown:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says about one evaluation example; `is_right` is None where there is no right answer."""
+    """What the model says about one evaluation example.
+
+    Attributes:
+        is_right: None where there is no right answer.
+        probabilities: of each label by its short name.
+        f1: of an answer; None for labels.
+        kind: of a question: `answerable` or `unanswerable`.
+    """
 
     id: str
     prompt: str
     expected: str
     predicted: str
     is_right: bool | None = None
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+    f1: float | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What the model says about some evaluation examples, `before` or `after` training."""
+    """What the model says about every evaluated example, `before` or `after` training.
+
+    `num_shown` is how many of them belong on a terminal: the first ones, none without `print_examples`.
+    """
 
     step: int
     when: Literal["before", "after"]
     predictions: Sequence[Prediction]
+    num_shown: int = 10
 
 
 @dataclass(frozen=True, slots=True)

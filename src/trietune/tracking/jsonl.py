@@ -30,6 +30,7 @@ from trietune.tracking.events import (
     Evaluated,
     Event,
     Predicted,
+    Prediction,
     Removed,
     RunFinished,
     RunStarted,
@@ -44,6 +45,7 @@ BATCHES = "batches.jsonl"
 PREDICTIONS = "predictions.jsonl"
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
+_ONLY_IF_THERE = ("probabilities", "f1", "kind")
 LINE_FILES = (METRICS, BATCHES, PREDICTIONS)
 
 
@@ -133,7 +135,7 @@ class FilesConsumer:
                 return [(METRICS, {**body, "intervals": {name: list(pair) for name, pair in event.intervals.items()}})]
             case Predicted():
                 head = {"step": event.step, "when": event.when}
-                return [(PREDICTIONS, {**head, **asdict(prediction)}) for prediction in event.predictions]
+                return [(PREDICTIONS, {**head, **prediction_record(prediction)}) for prediction in event.predictions]
             case Saved():
                 head = {"event": "saved", "step": event.step, **stamp, "kind": event.kind, **event.metrics}
                 return [(METRICS, {**head, "directory": self._relative(event.directory), "seconds": event.seconds})]
@@ -215,6 +217,12 @@ def to_json_line(record: Mapping[str, Any]) -> bytes:
     for char in "\x85\u2028\u2029":  # line breaks to some readers, though not to JSON
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def prediction_record(prediction: Prediction) -> dict[str, Any]:
+    """What every prediction has, and of the rest what this one has."""
+    record = asdict(prediction)
+    return {name: value for name, value in record.items() if name not in _ONLY_IF_THERE or value not in ("", None, {})}
 
 
 def plain(value: Any) -> Any:

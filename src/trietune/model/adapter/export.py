@@ -6,7 +6,6 @@ those of base and adapter, in fp32 and in the dtype that is saved.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -39,6 +38,7 @@ from trietune.model.adapter.folder import (
     read_listed,
     read_plain_file,
 )
+from trietune.model.adapter.portable import write_portable
 from trietune.model.base.folder import TOKENIZER_FILES, ModelFolder
 from trietune.model.base.load import load_network, quiet_library
 from trietune.model.base.locate import locate_model
@@ -230,21 +230,16 @@ def _write_merged(
                 shutil.copyfile(copied_file(base.path, name), staging / name)
         for name, data in companions.items():
             (staging / name).write_bytes(data)
-        if CHAT_FILE in companions:
-            _leave_out_other_templates(staging)
+        write_portable(
+            staging,
+            base.path,
+            dtype=str(dtype).removeprefix("torch."),
+            chat_template=companions.get(CHAT_FILE, b"").decode(),
+        )
         num_bytes = sum(path.stat().st_size for path in staging.iterdir())
     for name, difference in differences.items():
         report(f"merged logits differ from base and adapter by at most {difference:.2g} in {name}")
     return Exported(out, num_bytes, differences)
-
-
-def _leave_out_other_templates(folder: Path) -> None:
-    """Take the base's own chat template out of a merged model that was trained with another."""
-    config = folder / "tokenizer_config.json"
-    document = json.loads(config.read_bytes()) if config.is_file() else {}
-    if isinstance(document, dict) and document.pop("chat_template", None) is not None:
-        config.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.json").unlink(missing_ok=True)
 
 
 def _was_trained_in_4bit(folder: Path) -> bool:

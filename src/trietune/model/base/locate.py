@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trietune.demo import DEMO_MODEL, smollm2_gguf
+from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
 from trietune.model.base.folder import ModelFolder, Progress, Report, check_folder
 from trietune.model.base.gguf import convert_gguf
 from trietune.model.base.hub import fetch
+from trietune.model.base.sample_model import sample_gguf
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -39,7 +40,7 @@ def locate_model(
         UserError: whatever keeps the model from being found, fetched or loaded safely.
     """
     if model_name.lower() == DEMO_MODEL:
-        return _take_gguf(smollm2_gguf(), DEMO_MODEL, report)
+        return _take_gguf(sample_gguf(report), DEMO_MODEL, report)
     place = Path(model_name).expanduser()
     if place.is_dir():
         return _take_folder(place, model_name)

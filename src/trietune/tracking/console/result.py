@@ -32,7 +32,7 @@ class Result:
                     self._before = event
                 elif event.when == "after":
                     self._after = event
-            case Predicted():
+            case Predicted() if event.num_shown:
                 self._predicted = event
             case Saved() if event.kind == "adapter":
                 self._adapter = event.directory
@@ -91,7 +91,8 @@ def predictions_table(predicted: Predicted, width: int = DEFAULT_WIDTH) -> list[
     """What the model says, whether that is right, and about which text: its end, where a prompt is long."""
     title = {"before": "what the model says before training", "after": "what the model says now"}[predicted.when]
     rows = []
-    for prediction in predicted.predictions:
+    shown = predicted.predictions[: predicted.num_shown]
+    for prediction in shown:
         verdict = {True: "right", False: "wrong", None: ""}[prediction.is_right]
         if prediction.is_right is False:
             verdict += f", not {wording.one_line(prediction.expected, 24)}"
@@ -100,7 +101,7 @@ def predictions_table(predicted: Predicted, width: int = DEFAULT_WIDTH) -> list[
     room = max(NARROWEST_TEXT, width - used - 2)
     return [
         title,
-        *columns([(*row, subject(p.prompt, room)) for row, p in zip(rows, predicted.predictions, strict=True)]),
+        *columns([(*row, subject(p.prompt, room)) for row, p in zip(rows, shown, strict=True)]),
     ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from trietune.errors import UserError
 from trietune.tracking.events import Evaluated, Prediction
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS
 
+BATCH_PICTURE = "batch.json"
 _PLACE_KEYS = ("event", "step", "epoch", "time", "when", "num_examples", "intervals", "weights_step")
 
 
@@ -29,6 +30,9 @@ class RunRecord:
         notes: (level, text) of what the run said.
         predictions: the latest ones, and whether they are from before or after training.
         predicted_before: what the model said before training, by the id of the example.
+        before: the same as whole predictions.
+        batch: the picture of the first batch, as `trietune.run.batch_picture` describes it; None if there is none.
+        times: (step, seconds of work since the start).
         num_unreadable: lines that are no records.
     """
 
@@ -48,6 +52,9 @@ class RunRecord:
     predicted_when: Literal["before", "after"]
     predicted_before: Mapping[str, str]
     num_unreadable: int
+    before: Mapping[str, Prediction] = field(default_factory=dict)
+    batch: Mapping[str, Any] | None = None
+    times: Sequence[tuple[int, float]] = ()
 
     def evaluation(self, when: str) -> Evaluated | None:
         """The last evaluation `before`, `during` or `after` training."""
@@ -73,7 +80,7 @@ def read_run(directory: Path) -> RunRecord:
     # An end that is followed by another start belongs to an earlier sitting of the same run.
     end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") in ("start", "end")), {})
     is_over = end.get("event") == "end"
-    predictions, when, before = _read_predictions(directory / PREDICTIONS)
+    predictions, when, earlier = _read_predictions(directory / PREDICTIONS)
     return RunRecord(
         name=directory.resolve().name,
         directory=directory,
@@ -91,9 +98,29 @@ def read_run(directory: Path) -> RunRecord:
         ],
         predictions=predictions,
         predicted_when=when,
-        predicted_before=before,
+        predicted_before={name: prediction.predicted for name, prediction in earlier.items()},
         num_unreadable=num_unreadable,
+        before=earlier,
+        batch=_read_json(directory / BATCH_PICTURE) or None,
+        times=_times(lines),
     )
+
+
+def _times(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, seconds of work since the start), without the time between two sittings of one run."""
+    found: list[tuple[int, float]] = []
+    spent = 0.0
+    last: float | None = None
+    for line in lines:
+        time, step = line.get("time"), line.get("step")
+        if not isinstance(time, (int, float)) or not isinstance(step, int):
+            continue
+        if line.get("event") != "start" and last is not None:
+            spent += max(0.0, time - last)
+        last = float(time)
+        if line.get("event") in ("step", "evaluation", "end"):
+            found.append((step, round(spent, 2)))
+    return found
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -139,20 +166,26 @@ def _evaluation(line: Mapping[str, Any]) -> Evaluated:
     )
 
 
-def _read_predictions(path: Path) -> tuple[list[Prediction], Literal["before", "after"], dict[str, str]]:
+def _read_predictions(path: Path) -> tuple[list[Prediction], Literal["before", "after"], dict[str, Prediction]]:
     records = _read_lines(path)[0] if path.is_file() else []
     if not records:
         return [], "after", {}
     last = (records[-1].get("step"), records[-1].get("when"))
     newest = [record for record in records if (record.get("step"), record.get("when")) == last]
     earlier = [_prediction(record) for record in records if record.get("when") == "before"]
-    before = {prediction.id: prediction.predicted for prediction in earlier}
+    before = {prediction.id: prediction for prediction in earlier}
     return [_prediction(record) for record in _without_repeats(newest)], last[1] or "after", before
 
 
 def _prediction(record: Mapping[str, Any]) -> Prediction:
-    texts = {name: str(record.get(name, "")) for name in ("id", "prompt", "expected", "predicted")}
-    return Prediction(**texts, is_right=record.get("is_right"))
+    texts = {name: str(record.get(name, "")) for name in ("id", "prompt", "expected", "predicted", "kind")}
+    shares = record.get("probabilities")
+    return Prediction(
+        **texts,
+        is_right=record.get("is_right"),
+        probabilities=shares if isinstance(shares, dict) else {},
+        f1=record.get("f1"),
+    )
 
 
 def _without_repeats(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,12 +22,16 @@ from trietune.tracking import wording
 from trietune.tracking.console import result
 from trietune.tracking.events import Evaluated, Event, Predicted, RunFinished, RunStarted
 from trietune.tracking.jsonl import plain
-from trietune.tracking.report.curves import charts_of
+from trietune.tracking.report.batch import batch_numbers
+from trietune.tracking.report.changes import changes_of, left_out_of, paired_tests
+from trietune.tracking.report.curves import charts_of, thin
+from trietune.tracking.report.paired import PairedTest
 from trietune.tracking.report.record import RunRecord, read_run
 
 PAGE = Path(__file__).with_name("page")
 REPORT = "report.html"
 LARGEST_SHARE_OF_TIME = 0.01
+_LEFT_OUT = re.compile(r"\bkept\b|\bdropped\b|\bleft out\b|\bheld out\b|\bshortened\b")
 
 
 def write_report(run_directories: Sequence[Path], out: Path) -> None:
@@ -55,7 +60,9 @@ def render_page(runs: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(value=_shown_value, duration=wording.duration)
+    environment.globals.update(
+        value=_shown_value, duration=wording.duration, left_out_of=left_out_of, left_out_notes=left_out_notes
+    )
     style = (PAGE / "report.css").read_text()
     script = (PAGE / "report.js").read_text()
     return environment.get_template("report.html.jinja").render(
@@ -63,12 +70,17 @@ def render_page(runs: Sequence[RunRecord]) -> str:
         title=" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
         rows=[_rows_of(run) for run in runs],
         metrics=_metrics_of(runs),
+        batches=[batch_numbers(run) for run in runs],
+        changes=[changes_of(run) for run in runs],
+        comparisons=comparisons(runs),
+        warnings=data_warnings(runs),
+        commands=[_commands(run) for run in runs],
         differences=differences([run.config for run in runs]),
         policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
         "form-action 'none'",
         style=style,
         script=script,
-        data=embedded_json({"runs": [run.name for run in runs], "charts": charts_of(runs)}),
+        data=embedded_json(_data_of(runs)),
     )
 
 
@@ -83,10 +95,101 @@ def report_text(run_directories: Sequence[Path], width: int = result.DEFAULT_WID
         if run.predictions:
             predicted = Predicted(run.last_step, run.predicted_when, run.predictions)
             lines += [*result.predictions_table(predicted, width), ""]
+        lines += _change_lines(run)
+    lines += [*data_warnings(runs), *comparison_lines(runs)]
     differing = differences([run.config for run in runs])
     if differing:
         lines += ["settings that differ", *result.columns([["", *(run.name for run in runs)], *differing]), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def compare_text(run_directories: Sequence[Path]) -> str:
+    """Two runs against each other, for a terminal: paired tests of what they say, and the settings that differ."""
+    runs = _read_runs(run_directories)
+    lines = [f"{run.name}: {status_line(run)}" for run in runs]
+    lines += ["", *data_warnings(runs), *comparison_lines(runs)]
+    differing = differences([run.config for run in runs])
+    if differing:
+        lines += ["", "settings that differ", *result.columns([["", *(run.name for run in runs)], *differing])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def comparison_lines(runs: Sequence[RunRecord]) -> list[str]:
+    """Every later run against the first, in words."""
+    lines = []
+    for name, tests in comparisons(runs):
+        lines.append(f"{name} against {runs[0].name}")
+        lines += [f"  {test}" for test in tests] or ["  no example was answered by both with a right or wrong"]
+    return lines
+
+
+def comparisons(runs: Sequence[RunRecord]) -> list[tuple[str, list[PairedTest]]]:
+    """Paired tests of each later run against the first, over the examples that both answered."""
+    if len(runs) < 2:
+        return []
+    first = {prediction.id: prediction for prediction in runs[0].predictions}
+    found = []
+    for run in runs[1:]:
+        both = [prediction for prediction in run.predictions if prediction.id in first]
+        found.append((run.name, paired_tests([first[prediction.id] for prediction in both], both)))
+    return found
+
+
+def data_warnings(runs: Sequence[RunRecord]) -> list[str]:
+    """What keeps runs from being compared: other data to train on, or other examples to be measured on."""
+    names = {
+        "validation_fingerprint": "the runs were measured on different validation data: their figures do not compare",
+        "data_fingerprint": "the runs were trained on different data",
+        "base_digest": "the runs have different base models",
+    }
+    return [
+        text
+        for key, text in names.items()
+        if len({run.environment.get(key) for run in runs if run.environment.get(key) is not None}) > 1
+    ]
+
+
+def _change_lines(run: RunRecord) -> list[str]:
+    changes = changes_of(run)
+    if changes is None or not changes.tests:
+        return []
+    return ["before against after", *(f"  {test}" for test in changes.tests), ""]
+
+
+def left_out_notes(run: RunRecord) -> list[str]:
+    """What the run said of examples that it did not take, each sentence once."""
+    texts = dict.fromkeys(text for _, text in run.notes if _LEFT_OUT.search(text))
+    return list(texts)
+
+
+def _commands(run: RunRecord) -> list[tuple[str, str]]:
+    """What to type next, with what it is for; only what this run can do."""
+    if not (run.directory / "adapter" / "adapter_config.json").is_file():
+        return []
+    place = run.directory
+    return [
+        ("ask it", f"trietune predict {place}"),
+        ("measure it", f"trietune evaluate {place}"),
+        ("for llama.cpp, LM Studio", f"trietune export {place} OUT --to gguf --merge"),
+        ("for Ollama", f"trietune export {place} OUT --to ollama --merge"),
+        ("for vLLM", f"trietune export {place} OUT --to vllm"),
+        ("for MLX", f"trietune export {place} OUT --to mlx"),
+        ("in Python", f'PeftModel.from_pretrained(base, "{place / "adapter"}")'),
+    ]
+
+
+def _data_of(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """What the page's script draws."""
+    return {
+        "runs": [run.name for run in runs],
+        "charts": charts_of(runs),
+        "times": [thin(_without_repeated_steps(run.times)) for run in runs],
+        "batches": [run.batch for run in runs],
+    }
+
+
+def _without_repeated_steps(times: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    return sorted(dict(times).items())
 
 
 class ReportConsumer:

@@ -1,0 +1,120 @@
+"""`trietune export`: options checked, the right kind of export called, its result in lines."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from trietune.errors import UserError
+
+if TYPE_CHECKING:
+    from trietune.model.handover.gguf_files import Quantization
+    from trietune.model.handover.rules import Target
+    from trietune.tracking.tracker import Tracker
+
+TARGETS = ("transformers", "vllm", "mlx", "gguf", "ollama")
+QUANTIZATIONS = ("f32", "bf16", "f16", "q8_0", "q4_k_m")
+
+
+def export_command(
+    target: Path,
+    out: Path | None,
+    hub: Tracker,
+    *,
+    merge: bool,
+    plain: bool,
+    to: str | None,
+    quantize: str | None,
+    push: str | None,
+    is_public: bool,
+) -> list[str]:
+    """What the command prints. Raises `UserError` for options that do not go together, and as the exports do."""
+    _check(out, merge=merge, plain=plain, to=to, quantize=quantize, push=push, is_public=is_public)
+    if out is not None:
+        lines = _export(target, out, hub, merge=merge, plain=plain, to=to, quantize=quantize)
+        return lines if push is None else [*lines, _push(out, push, is_public=is_public)]
+    assert push is not None
+    with tempfile.TemporaryDirectory(prefix="trietune-export-") as folder:
+        kept = Path(folder) / push.rpartition("/")[2]
+        lines = _export(target, kept, hub, merge=merge, plain=plain, to=to, quantize=quantize)
+        return [*lines[1:], _push(kept, push, is_public=is_public)]
+
+
+def _check(
+    out: Path | None,
+    *,
+    merge: bool,
+    plain: bool,
+    to: str | None,
+    quantize: str | None,
+    push: str | None,
+    is_public: bool,
+) -> None:
+    if out is None and push is None:
+        raise UserError(
+            "`trietune export` needs a folder to write to",
+            next_step="trietune export RUN OUT   (or --push OWNER/NAME, which needs none)",
+        )
+    if to is not None and to not in TARGETS:
+        raise UserError(f"`--to {to}` is not known", next_step=f"--to {'|'.join(TARGETS)}")
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise UserError(f"`--quantize {quantize}` is not known", next_step=f"--quantize {'|'.join(QUANTIZATIONS)}")
+    if quantize is not None and to not in ("gguf", "ollama"):
+        raise UserError("`--quantize` is of GGUF files", next_step=f"--to gguf --quantize {quantize}")
+    if plain and to is not None:
+        raise UserError(
+            "`--plain` and `--to` do not go together: each program gets the form that it reads",
+            next_step=f"leave out --plain; --to {to} folds the scale where it must",
+        )
+    if plain and merge:
+        raise UserError(
+            "`--plain` and `--merge` do not go together: a merged model has no scale", next_step="leave out --plain"
+        )
+    if is_public and push is None:
+        raise UserError("`--public` is of `--push`", next_step="--push OWNER/NAME --public")
+    if push is not None:
+        from trietune.model.adapter.push import check_repository
+
+        check_repository(push, where="--push")
+
+
+def _export(
+    target: Path, out: Path, hub: Tracker, *, merge: bool, plain: bool, to: str | None, quantize: str | None
+) -> list[str]:
+    if to is not None:
+        from trietune.run.handover import export_to
+
+        done = export_to(
+            target,
+            out,
+            hub,
+            target=cast("Target", to),
+            merge=merge,
+            quantization=cast("Quantization | None", quantize),
+        )
+        return [
+            f"{done.folder}: {done.num_bytes:,} bytes",
+            f"read back, it agrees with base and adapter at {done.agreement}",
+            f"(bf16 alone keeps {done.floor})",
+            *done.notes,
+            *(f"use it:  {command}" for command in done.commands),
+        ]
+    from trietune.model.adapter.export import base_name_of, export_adapter, find_adapter
+    from trietune.run.prepare import locate_base
+
+    base = locate_base(base_name_of(find_adapter(target)), hub) if merge else None
+    written = export_adapter(target, out, merge=merge, plain=plain, base=base, report=hub.say)
+    return [
+        f"{written.folder}: {written.num_bytes:,} bytes",
+        *(
+            f"largest difference of a logit, merged against adapter, in {dtype}: {difference:.2e}"
+            for dtype, difference in written.logit_differences.items()
+        ),
+    ]
+
+
+def _push(folder: Path, repository: str, *, is_public: bool) -> str:
+    from trietune.model.adapter.push import push_folder
+
+    return f"pushed to {push_folder(folder, repository, is_public=is_public)}"
