@@ -349,6 +349,13 @@ def test_a_ranked_row_makes_every_pair_but_ties() -> None:
     assert every.best.tolist() == [0, 2]
 
 
+def test_an_answer_without_labels_has_a_mean_of_zero() -> None:
+    from trietune.training.objectives.answers import answers_of
+
+    answers = answers_of(answer_sets("pairs", num_rows=1), np.array([0]), np.array([3.0, 0.0]), None, "all")
+    assert answers.mean(torch.tensor([-6.0, 0.0], dtype=torch.float64)).tolist() == [-2.0, 0.0]
+
+
 def test_a_certain_answer_has_finite_odds() -> None:
     from trietune.training.objectives.answers import answers_of
 

@@ -15,8 +15,10 @@ from run.test_static_run import static_cpu
 from trietune import UserError, load_config
 from trietune.run.opened import evaluate
 from trietune.tracking.events import Evaluated, RunStarted, Said, StepFinished
+from trietune.tracking.tracker import Tracker
 
-OBJECTIVES = ("dpo", "ipo", "simpo", "orpo", "kto")
+SLOW = pytest.mark.slow
+OBJECTIVES = ("dpo", *(pytest.param(name, marks=SLOW) for name in ("ipo", "simpo", "orpo")), "kto")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -102,7 +104,7 @@ def test_a_cut_batch_and_accumulated_ones_train_the_same(preferences: dict[str, 
     assert halves.step == whole.step
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(preferences: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(preferences: dict[str, object]) -> None:
     settings = {
         **preferences, "objective": "dpo", "save_optim": True, "save_strategy": "step", "steps_freq": 3,
         "deterministic": True, "max_tokens_per_micro_batch": 512, "pack_weights": False,
@@ -115,6 +117,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(preferences: dict[str, object], monke
     assert not any("reference" in event.text for event in recorder.of(Said))
 
 
+@pytest.mark.slow
 def test_a_resume_without_the_cache_scores_the_start_again(
     preferences: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +240,33 @@ def test_a_run_is_evaluated_on_its_preferences(preferences: dict[str, object]) -
     assert "eval/preference_accuracy" in found.intervals
 
 
+def test_evaluation_without_a_reference_says_what_it_cannot_tell(preferences: dict[str, object]) -> None:
+    finished, recorder = run({**preferences, "objective": "dpo", "max_steps": 2})
+    watcher = Recorder()
+    found = evaluate(finished.directory, tracker=Tracker([watcher]))
+    after = evaluations(recorder)["after"].metrics
+    assert found.metrics.keys() == {"eval/preference_accuracy", "eval/logps/chosen", "eval/logps/rejected"}
+    assert found.metrics["eval/logps/chosen"] == pytest.approx(after["eval/logps/chosen"], rel=1e-5)
+    assert any("compare with the model before training" in event.text for event in watcher.of(Said))
+
+
+def test_a_base_model_is_measured_on_preferences(preferences: dict[str, object], tiny_model: Path) -> None:
+    names = ("train_file", "validation_file", "max_length", "dtype", "device")
+    overrides = {**{name: preferences[name] for name in names}, "objective": "orpo"}
+    found = evaluate(tiny_model, overrides=overrides)
+    assert 0 <= found.metrics["eval/preference_accuracy"] <= 1
+    assert found.metrics["eval/loss"] > found.metrics["eval/nll_loss"]
+
+
+def test_a_checkpoint_is_ranked_by_a_metric_of_preferences(preferences: dict[str, object]) -> None:
+    settings = {**preferences, "objective": "dpo", "checkpoint_metric": "eval/rewards/margins"}
+    finished, _ = run({**settings, "checkpoint_metric_mode": "max", "save_strategy": "step", "steps_freq": 3})
+    manifests = sorted((finished.directory / "checkpoints").glob("*/manifest.json"))
+    assert all("eval/rewards/margins" in json.loads(path.read_text())["metrics"] for path in manifests)
+    with pytest.raises(UserError, match="checkpoint_metric_mode"):
+        load_config(None, {"checkpoint_metric": "eval/rewards/margins", "checkpoint_metric_mode": "min"})
+
+
 def test_the_chosen_answers_own_loss_is_added(preferences: dict[str, object]) -> None:
     _, plain = run({**preferences, "objective": "dpo", "max_steps": 1, "wandb_run_name": "plain"})
     _, added = run({**preferences, "objective": "dpo", "sft_weight": 0.5, "max_steps": 1, "wandb_run_name": "added"})
@@ -296,7 +326,7 @@ def test_weights_change_what_is_learned_and_the_plan_says_so(overrides: dict[str
     assert largest_difference(adapters[2][0], adapter_of(plain)) > 1e-3
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto", "rank"])
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=SLOW), "kto", pytest.param("rank", marks=SLOW)])
 def test_a_device_of_static_shapes_learns_the_same(
     objective: str, preferences: dict[str, object], overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,8 @@ LATER_ORIGINAL_KEYS = frozenset({
     "ignored_index", "training_type", "training_model_type", "print_examples", "parallelism_strategy", "mesh_shape",
     "mesh_axis_names", "tp_sharding_specs", "model_sharding_patterns", "input_sharding_dim", "enable_trace",
     "trace_region_size_mb", "custom_dataset", "prompt_format", "chat_system_prompt", "unfreeze_embeddings",
-    "adapter_layers", "adapter_bottleneck_dim", "run_decode_example", "test_config",
+    "adapter_layers", "adapter_bottleneck_dim", "run_decode_example", "test_config", "dpo_beta", "dpo_label_smoothing",
+    "sft_checkpoint_path",
 })  # fmt: skip
 
 _INTRODUCTION = """# Configuration

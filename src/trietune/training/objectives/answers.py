@@ -43,8 +43,8 @@ class Answers:
     best: Tensor
 
     def mean(self, scores: Tensor) -> Tensor:
-        """Mean log-probability of a label of each answer: [E]."""
-        return scores / self.counts
+        """Mean log-probability of a label of each answer: [E]; 0 for an answer without any."""
+        return scores / self.counts.clamp(min=1)
 
 
 class Objective(Protocol):
