@@ -188,3 +188,9 @@ def test_a_card_becomes_that_of_the_merged_model() -> None:
 
 def test_what_somebody_wrote_into_a_card_stays() -> None:
     assert merged_card("# Mine\n\nJust text.\n") == "# Mine\n\nJust text.\n"
+
+
+def test_the_card_says_how_texts_began_in_training() -> None:
+    assert "In training every text began with token 1" in model_card(_facts())
+    assert "In training every text began" not in model_card(_facts(bos_id=None))
+    assert "In training every text began with token 1" in merged_card(model_card(_facts()))

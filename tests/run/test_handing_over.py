@@ -43,6 +43,9 @@ def test_a_run_is_exported_for_other_programs(
     assert "(bf16 alone keeps" in out
     assert f"use it:  llama-cli -m {tmp_path}/gguf/model.gguf" in out
     assert [path.name for path in (tmp_path / "gguf").iterdir()] == ["model.gguf"]
+    assert main(["export", str(finished), str(tmp_path / "merged"), "--merge"]) == 0
+    assert "100.00% of" in capfd.readouterr().out
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["rope_theta"] == 10_000.0
     # An adapter alone has no validation examples: shipped ones prove it.
     assert main(["export", str(finished / "adapter"), str(tmp_path / "vllm"), "--to", "vllm"]) == 0
     out, err = capfd.readouterr()

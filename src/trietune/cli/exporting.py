@@ -82,6 +82,8 @@ def _check(
 def _export(
     target: Path, out: Path, hub: Tracker, *, merge: bool, plain: bool, to: str | None, quantize: str | None
 ) -> list[str]:
+    if merge and to is None:
+        to = "transformers"
     if to is not None:
         from trietune.run.handover import export_to
 
@@ -100,18 +102,10 @@ def _export(
             *done.notes,
             *(f"use it:  {command}" for command in done.commands),
         ]
-    from trietune.model.adapter.export import base_name_of, export_adapter, find_adapter
-    from trietune.run.prepare import locate_base
+    from trietune.model.adapter.export import export_adapter
 
-    base = locate_base(base_name_of(find_adapter(target)), hub) if merge else None
-    written = export_adapter(target, out, merge=merge, plain=plain, base=base, report=hub.say)
-    return [
-        f"{written.folder}: {written.num_bytes:,} bytes",
-        *(
-            f"largest difference of a logit, merged against adapter, in {dtype}: {difference:.2e}"
-            for dtype, difference in written.logit_differences.items()
-        ),
-    ]
+    written = export_adapter(target, out, plain=plain, report=hub.say)
+    return [f"{written.folder}: {written.num_bytes:,} bytes"]
 
 
 def _push(folder: Path, repository: str, *, is_public: bool) -> str:

@@ -82,7 +82,7 @@ def model_card(facts: CardFacts) -> str:
         f"# {facts.title}",
         _summary(facts),
         _scores(facts.scores),
-        f"## Use\n\n```python\n{usage_code(facts)}```",
+        f"## Use\n\n{_beginning(facts)}```python\n{usage_code(facts)}```",
         _settings(facts.settings),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -179,6 +179,16 @@ def _scores(scores: Sequence[Score]) -> str:
         f"| {score.name} | {_number(score.before)} | {_number(score.after)} | {_count(score)} |" for score in scores
     ]
     return "\n".join(["## Scores", "", "| metric | base model | this model | examples |", "|---|---|---|---|", *rows])
+
+
+def _beginning(facts: CardFacts) -> str:
+    """In plain words, since servers of plain text may leave the token out: their answers then differ."""
+    if facts.bos_id is None:
+        return ""
+    return (
+        f"In training every text began with token {facts.bos_id}, the tokenizer's beginning-of-sequence token, once. "
+        "Where a tokenizer does not add it\nby itself, plain prompts need it in front; the code below adds it.\n\n"
+    )
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
