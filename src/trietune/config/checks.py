@@ -8,6 +8,7 @@ from trietune.config.problems import Problem
 from trietune.config.secrets import without_secrets
 from trietune.config.settings import Settings
 from trietune.config.yaml12 import write_value
+from trietune.io.metric_names import kind_of
 
 # Where an address of each storage begins; another backend is an fsspec protocol and has its own name in front.
 _SCHEMES = {
@@ -17,8 +18,6 @@ _SCHEMES = {
     "azure": ("az", "abfs", "abfss", "adl"),
     "hf": ("hf",),
 }
-_LOWER_IS_BETTER = ("loss", "perplexity")
-_HIGHER_IS_BETTER = ("accuracy", "accuracies", "margins", "exact_match", "f1")
 
 
 # Keys of some objectives, refused beside others: nothing would come of them.
@@ -146,8 +145,7 @@ def _checkpoints(settings: Settings) -> Iterator[Problem]:
         yield _clash(settings, "resume_option", "checkpoint_path", "needs", f"{remedy}, with the step that you want")
     if settings.checkpoint_path and settings.resume_option != "path" and settings.resume_from_checkpoint:
         yield _clash(settings, "checkpoint_path", "resume_option", "does not fit", "write `resume_option: path`")
-    name = settings.checkpoint_metric.removeprefix("eval/")
-    right = "min" if name.endswith(_LOWER_IS_BETTER) else "max" if name.endswith(_HIGHER_IS_BETTER) else None
+    right = kind_of(settings.checkpoint_metric).better
     if right and settings.checkpoint_metric_mode != right:
         why = "the worst checkpoints would be kept as the best"
         remedy = f"write `checkpoint_metric_mode: {right}`"

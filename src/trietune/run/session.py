@@ -23,6 +23,7 @@ from trietune.checkpoints.probe import check_folder, check_plain_files
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
 from trietune.io.files import make_folders, remove_tree
+from trietune.io.metric_names import kind_of
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, keep_freed_memory
 from trietune.run.objective import reference_keys
@@ -565,7 +566,7 @@ class Session:
 
     def _ranks_by_answers(self) -> bool:
         """Whether periodic validations must generate: only when checkpoints are ranked by what is generated."""
-        return self.settings.checkpoint_metric not in ("eval/loss", "eval/perplexity")
+        return kind_of(self.settings.checkpoint_metric).needs_answers
 
     def _tell_predictions(self, evaluation: Evaluation, when: Literal["before", "after"]) -> None:
         from trietune.run.predictions import described

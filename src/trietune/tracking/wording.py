@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 
-# Metrics that are shares of one; shown in percent.
-_SHARES = ("accuracy", "accuracies", "exact_match", "f1", "precision", "recall", "share")
+from trietune.io.metric_names import kind_of
 
 
 def metric_name(key: str) -> str:
@@ -16,8 +15,7 @@ def metric_name(key: str) -> str:
 
 def is_share(key: str) -> bool:
     """Whether a metric is a fraction of one, such as accuracy, `f1_answerable` included."""
-    last = key.rsplit("/", 1)[-1]
-    return any(last == share or last.startswith(f"{share}_") or last.endswith(f"_{share}") for share in _SHARES)
+    return kind_of(key).is_share
 
 
 def metric_value(key: str, value: float | int | None) -> str:

@@ -15,15 +15,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from trietune.demo.locations import DEMO_MODEL, INSTALL_MODEL, MODEL_PACKAGE
+from trietune.io.metric_names import hub_name
 from trietune.model.base.folder import ModelFolder
 
-# The hub's names for what we measure; scores without one are in the table alone.
-_HUB_METRICS = {
-    "eval/accuracy": "accuracy",
-    "eval/exact_match": "exact_match",
-    "eval/f1": "f1",
-    "eval/perplexity": "perplexity",
-}
 _PROMPT_LINE = "prompt = "
 _LOAD_MERGED = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -143,11 +137,11 @@ def _metadata(facts: CardFacts) -> ModelCardData:
             task_type="text-generation",
             dataset_type=measured_on,
             dataset_name=measured_on,
-            metric_type=_HUB_METRICS[score.name],
+            metric_type=hub_name(score.name),
             metric_value=round(score.after, 6),
         )
         for score in facts.scores
-        if measured_on and score.name in _HUB_METRICS
+        if measured_on and hub_name(score.name)
     ]
     return ModelCardData(
         base_model=facts.base.name if facts.base.source == "hub" else None,
