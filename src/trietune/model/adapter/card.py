@@ -137,11 +137,11 @@ def _metadata(facts: CardFacts) -> ModelCardData:
             task_type="text-generation",
             dataset_type=measured_on,
             dataset_name=measured_on,
-            metric_type=hub_name(score.name),
+            metric_type=known_as,
             metric_value=round(score.after, 6),
         )
         for score in facts.scores
-        if measured_on and hub_name(score.name)
+        if measured_on and (known_as := hub_name(score.name))
     ]
     return ModelCardData(
         base_model=facts.base.name if facts.base.source == "hub" else None,
