@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trietune.checkpoints.remote.open import open_storage
+from trietune.checkpoints.remote.storage import refuse_credentials
 from trietune.cli.app import main
 from trietune.config import load_config
 from trietune.config.secrets import without_secrets
@@ -85,6 +86,4 @@ def test_what_is_no_secret_stays(text: str) -> None:
     ],
 )  # fmt: skip
 def test_addresses_without_secrets_are_taken(backend: str, address: str) -> None:
-    from trietune.checkpoints.remote.open import _refuse_credentials
-
-    _refuse_credentials(address)
+    refuse_credentials(address)

@@ -146,7 +146,7 @@ def test_the_reader_of_squad_files_makes_an_example_of_each_question(split: str)
     assert detect_format(path) == "squad"
     rows = [row for _, row in read_rows(path) if not isinstance(row, BrokenRow)]
     recipe = choose_recipe(
-        list(rows[0]), task_name=None, prompt_template=None, completion_template=None, source=path.name
+        list(rows[0]), task_name="squad", prompt_template=None, completion_template=None, source=path.name
     )
     make_example = example_maker(recipe)
     for (context, qa), row in zip(questions_of(split), rows, strict=True):

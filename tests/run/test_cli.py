@@ -271,7 +271,8 @@ def test_a_second_list_in_a_file_is_an_error_and_not_dropped(
     whole = f"[{','.join(rows)}]\n"
     (tmp_path / "train.json").write_text(whole * 2)
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps({**overrides, "train_file": str(tmp_path / "train.json"), "validation_file": None}))
+    own = {"dataset_id": None, "train_file": str(tmp_path / "train.json"), "validation_file": None}
+    config.write_text(json.dumps({**overrides, **own}))
     assert main(["train", str(config), "--dry-run"]) == 2
     assert "train.json:2" in (error := capfd.readouterr().err)
     assert "the list has ended" in error

@@ -113,8 +113,10 @@ def test_predict_export_merge_and_verify_of_a_run_with_experts(
     merged = export_adapter(run.directory, tmp_path / "merged", merge=True).folder
     whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     assert (logits_of(whole) - expected).abs().max() < 1e-4
-    with pytest.raises(UserError, match="rank_pattern"):
-        export_adapter(run.directory, tmp_path / "plain", plain=True)
+    plain = export_adapter(run.directory, tmp_path / "plain", plain=True).folder
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    folded = logits_of(PeftModel.from_pretrained(base, str(plain)).eval())
+    assert (folded - expected).abs().max() < 1e-4
 
 
 def test_a_resumed_run_with_experts_equals_one_that_never_stopped(moe: Any, overrides: dict[str, object]) -> None:

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from trietune.data.columns import TaskName
+from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
 from trietune.errors import UserError
 
 
@@ -33,7 +34,12 @@ _ALIASES: dict[str, TaskName] = {
     "rajpurkar/squad_v2": "squad",
 }
 # Data in the form of a built-in task that lies elsewhere and is loaded from there.
-_SAME_FORM: dict[str, TaskName] = {"squad": "squad", "rajpurkar/squad": "squad"}
+_SAME_FORM: dict[str, TaskName] = {
+    "squad": "squad",
+    "rajpurkar/squad": "squad",
+    DEMO_REVIEWS: "sst2",
+    DEMO_QUESTIONS: "squad",
+}
 # A hub that answers at all does so in a second or two.
 HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?")

@@ -36,7 +36,8 @@ class JsonDecoder:
 
         Raises:
             RepeatedKeyError: an object in it, at any depth, has a key twice.
-            ValueError: no JSON, nested too deeply, or something follows the value.
+            ValueError: no JSON, or something follows the value.
+            RecursionError: nested too deeply.
         """
         value = self.decode_marked(text)
         if self._repeated is not None:
@@ -46,18 +47,12 @@ class JsonDecoder:
     def decode_marked(self, text: str) -> Any:
         """`decode`, with `RepeatedKeys` for the objects in which a key stands twice."""
         self._repeated = None
-        try:
-            return self._decoder.decode(text)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        return self._decoder.decode(text)
 
     def decode_at(self, text: str, position: int) -> tuple[Any, str | None, int]:
         """The value that begins at `position`, a key that stands twice in an object of it, and where it ends."""
         self._repeated = None
-        try:
-            value, end = self._decoder.raw_decode(text, position)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        value, end = self._decoder.raw_decode(text, position)
         return value, self._repeated, end
 
     def _make_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -578,6 +578,19 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
             where=name_places(counts.overlong.samples, counts.overlong.number),
             next_step="raise `max_length`, or write `overlong: truncate_prompt`",
         )
+    if counts.without_weight.number:
+        return UserError(
+            f"none of the {counts.read:,} rows of `{counts.source}` can be learned from: their weights are 0",
+            where=name_places(counts.without_weight.samples, counts.without_weight.number),
+            next_step="check the column `weight`, or the key `weight` of its messages",
+        )
+    if counts.without_pair.number:
+        return UserError(
+            f"none of the {counts.read:,} rows of `{counts.source}` prefers one answer to another: `chosen` and "
+            "`rejected` are equal",
+            where=name_places(counts.without_pair.samples, counts.without_pair.number),
+            next_step="check the column `rejected` (or `scores`, `ranking`) of the file",
+        )
     if counts.without_labels.number:
         return UserError(
             f"none of the {counts.read:,} rows of `{counts.source}` has a label, so there is nothing to learn",

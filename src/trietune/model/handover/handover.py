@@ -213,7 +213,7 @@ def _merged(job: _Job, staging: Path, quantization: Quantization) -> tuple[Calla
         def load_folder() -> Any:
             with quiet_library():
                 network = AutoModelForCausalLM.from_pretrained(
-                    staging, dtype=torch.float32, local_files_only=True, use_safetensors=True
+                    staging, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
                 )
             network.train(False)
             return network
