@@ -109,7 +109,7 @@ def test_a_csv_cell_may_span_lines(tmp_path: Path) -> None:
         ("a.ndjson", '{"a": {"b": [{"c": 1, "c": 2}]}}\n{"a": 1}\n', 1, "duplicate key `c`"),
         ("a.json", '{"a": 1, "\\u0061": 2}\n{"a": 1}\n', 1, "duplicate key `a`"),
         ("a.json", '[{"messages": [{"role": "user", "role": "x"}]}]', 1, "duplicate key `role`"),
-        ("a.json", '[{"a": 1},\n{"a": ' + 100_000 * "[" + "]}]", 2, "not JSON"),
+        ("a.json", '[{"a": 1},\n{"a": ' + 100_000 * "[" + "]}]", 2, "nested too deeply"),
     ],
 )
 def test_a_broken_row_says_where_and_why(tmp_path: Path, name: str, text: str | bytes, line: int, reason: str) -> None:

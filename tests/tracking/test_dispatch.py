@@ -89,7 +89,7 @@ def test_tracking_loads_neither_torch_nor_a_tracker(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import sys, trietune.tracking.open, trietune.tracking.wandb.wandb, trietune.tracking.tensorboard\n"
+        "import sys, trietune.tracking.open, trietune.tracking.wandb.consumer, trietune.tracking.tensorboard\n"
         "loaded = {'torch', 'wandb', 'tensorboard', 'trackio', 'jinja2', 'rich', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {sorted(loaded)}' if loaded else 0)"
     )

@@ -19,8 +19,8 @@ from wandb_files import history_of, only_run_file, read_records
 from wandb_server import Fault, WandbServer
 
 from trietune.tracking.events import Event, Histograms, RunFinished, Saved, StepFinished
+from trietune.tracking.wandb.consumer import WandbConsumer, are_histograms_due, watched_kinds
 from trietune.tracking.wandb.outbox import Outbox, histograms_message
-from trietune.tracking.wandb.wandb import WandbConsumer, are_histograms_due, watched_kinds
 
 Events = Callable[..., Iterator[Event]]
 pytest.importorskip("wandb")
@@ -149,7 +149,7 @@ def test_an_online_run_reaches_the_server_and_carries_no_secret(
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from conftest import run_events
-        from trietune.tracking.wandb.wandb import WandbConsumer
+        from trietune.tracking.wandb.consumer import WandbConsumer
         consumer = WandbConsumer(lambda text, is_warning: print(text), project="films", uploads_model=False)
         for event in run_events(Path({str(tmp_path / "sst2")!r})):
             consumer.handle(event)
@@ -260,7 +260,7 @@ def test_a_run_that_dies_is_a_failed_run(tmp_path: Path) -> None:
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from conftest import run_events
-        from trietune.tracking.wandb.wandb import WandbConsumer
+        from trietune.tracking.wandb.consumer import WandbConsumer
         consumer = WandbConsumer(lambda text, is_warning: print(text), project="films")
         for event in [*run_events(Path({str(tmp_path / "sst2")!r}))][:-1]:
             consumer.handle(event)

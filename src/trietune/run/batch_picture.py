@@ -15,26 +15,31 @@ from trietune.tracking.report.record import BATCH_PICTURE
 from trietune.trie.picture import label_runs, picture_batch
 
 if TYPE_CHECKING:
-    from trietune.data.examples import TokenSequences
+    from collections.abc import Sequence
+
+    from trietune.data.answers import TokenArrays
 
 # More than a screen can show; what is left out is counted.
 MOST_EXAMPLES = 64
 LONGEST_TEXT = 1200
 
 
-def write_batch_picture(directory: Path, sequences: TokenSequences, indices: np.ndarray, tokenizer: Any) -> None:
+def write_batch_picture(
+    directory: Path, sequences: TokenArrays, indices: np.ndarray, ids: Sequence[str], tokenizer: Any
+) -> None:
     """Write `batch.json` into a run's folder, whole or not at all.
 
     Args:
         sequences: the training data.
-        indices: the examples of the batch.
+        indices: the sequences of the batch.
+        ids: of the example that each of them belongs to.
         tokenizer: a fast tokenizer of transformers.
     """
-    document = describe_batch(sequences, indices, tokenizer)
+    document = describe_batch(sequences, indices, ids, tokenizer)
     files.replace_file(directory / BATCH_PICTURE, strict_json.serialise(document))
 
 
-def describe_batch(sequences: TokenSequences, indices: np.ndarray, tokenizer: Any) -> dict[str, Any]:
+def describe_batch(sequences: TokenArrays, indices: np.ndarray, ids: Sequence[str], tokenizer: Any) -> dict[str, Any]:
     """The document: three counts of positions over the whole batch, and the picture of at most `MOST_EXAMPLES`."""
     whole = _picture(sequences, indices)
     shown = indices[:MOST_EXAMPLES]
@@ -57,13 +62,13 @@ def describe_batch(sequences: TokenSequences, indices: np.ndarray, tokenizer: An
         "num_padded": whole.num_padded,
         "num_real": whole.num_real,
         "num_distinct": whole.num_distinct,
-        "ids": [sequences.ids[shown[number]] for number in picture.order],
+        "ids": [ids[number] for number in picture.order],
         "lengths": list(picture.lengths),
         "segments": segments,
     }
 
 
-def _picture(sequences: TokenSequences, indices: np.ndarray) -> Any:
+def _picture(sequences: TokenArrays, indices: np.ndarray) -> Any:
     bounds = [(int(sequences.offsets[index]), int(sequences.offsets[index + 1])) for index in indices]
     ids = [np.asarray(sequences.input_ids[begin:end]) for begin, end in bounds]
     labels = [np.asarray(sequences.labels[begin:end]) for begin, end in bounds]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+# Distinct tokens at the beginning of the data below which random ones are taken instead.
+FEWEST_DISTINCT, SAMPLED_TOKENS = 16, 4096
+
 
 def prove_on_data(
     model: TrieModel,
@@ -37,13 +40,17 @@ def prove_on_data(
     Raises:
         UserError: it cannot be computed as the run would.
     """
-    from trietune.model.proof import prove, training_forests
+    from trietune.model.proof import prove, random_forests, training_forests
 
     if not len(sequences.input_ids):
         return None
+    most_tokens = most_proven(model.config, free_bytes)
     short, longest = training_forests(
-        sequences, others, batching=batching, most_tokens=most_proven(model.config, free_bytes), device=model.device
+        sequences, others, batching=batching, most_tokens=most_tokens, device=model.device
     )
+    if len(np.unique(np.asarray(sequences.input_ids[:SAMPLED_TOKENS]))) < FEWEST_DISTINCT:
+        # Where all tokens are alike, unknown ones say, a wrong mask or position changes nothing, and proves nothing.
+        short, longest = random_forests(model.vocabulary_size, longest.longest, device=model.device)
     return _tell(prove(model, short, longest, family=str(model.config.model_type), with_gradients=with_gradients), say)
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from trietune.checkpoints.lock import LOCK_NAME, RunLock
 from trietune.checkpoints.messages import folder_lost
 from trietune.checkpoints.probe import check_folder, check_plain_files
@@ -35,7 +37,7 @@ from trietune.run.throughput import Meter
 from trietune.tracking import events
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, LINE_FILES
 from trietune.tracking.open import open_tracker
-from trietune.tracking.wandb.wandb import are_histograms_due, watched_kinds
+from trietune.tracking.wandb.consumer import are_histograms_due, watched_kinds
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -645,13 +647,12 @@ class Session:
 
         if self.plan.num_steps == 0 or self.plan.batching != "trie":
             return
+        rows = self.learning.rows
+        batch = [(row, sequence) for row in self.sampler.batch(0, 0) for sequence in rows.sequences_of(np.array([row]))]
+        indices = np.array([sequence for _, sequence in batch], np.int64)
+        ids = [self.data.train.row_id(row) for row, _ in batch]
         try:
-            write_batch_picture(
-                self.plan.directory,
-                self.data.train,
-                self.learning.rows.sequences_of(self.sampler.batch(0, 0)),
-                self.tokenizer,
-            )
+            write_batch_picture(self.plan.directory, rows, indices, ids, self.tokenizer)
         except OSError as error:
             self.hub.say(f"no picture of a batch for the report: {error}", is_warning=True)
 

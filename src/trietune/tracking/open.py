@@ -71,7 +71,7 @@ def _open_named(
     model_to_wandb: bool,
 ) -> Consumer:
     if name == "wandb":
-        from trietune.tracking.wandb.wandb import WandbConsumer
+        from trietune.tracking.wandb.consumer import WandbConsumer
 
         return WandbConsumer(say, project=project, name=run_name, tags=tags, uploads_model=model_to_wandb)
     if name == "tensorboard":

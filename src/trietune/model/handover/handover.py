@@ -291,7 +291,9 @@ def _model_config(base: ModelFolder) -> dict[str, Any]:
     """The base's configuration with `rope_parameters`, as the installed transformers reads it."""
     with quiet_library():
         content: dict[str, Any] = (
-            AutoConfig.from_pretrained(base.path, local_files_only=True).get_text_config().to_dict()
+            AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+            .get_text_config()
+            .to_dict()
         )
     return content
 
