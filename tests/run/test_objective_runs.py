@@ -211,7 +211,12 @@ def test_ranking_trains_what_evaluation_measures(overrides: dict[str, object]) -
 
 def test_ranking_takes_more_labels_than_a_task_is_guessed_from(overrides: dict[str, object], tmp_path: Path) -> None:
     rows = [{"prompt": f"{WORDS[n % 20]} {WORDS[(n * 7) % 20]}:", "completion": f" {n % 30}"} for n in range(60)]
-    settings = {**overrides, "dataset_id": None, "train_file": write(tmp_path / "many.jsonl", rows), "validation_file": None}
+    settings = {
+        **overrides,
+        "dataset_id": None,
+        "train_file": write(tmp_path / "many.jsonl", rows),
+        "validation_file": None,
+    }
     with pytest.raises(UserError, match="no training example has"):
         run(
             {
@@ -315,12 +320,19 @@ def test_weights_change_what_is_learned_and_the_plan_says_so(overrides: dict[str
     for name, weight in (("ones", 1), ("twos", 2), ("signed", None)):
         weighted = [{**row, "weight": weight or (1 - n % 3)} for n, row in enumerate(rows)]
         found, recorder = run(
-            {**settings, "dataset_id": None, "train_file": write(tmp_path / f"{name}.jsonl", weighted), "wandb_run_name": name}
+            {
+                **settings,
+                "dataset_id": None,
+                "train_file": write(tmp_path / f"{name}.jsonl", weighted),
+                "wandb_run_name": name,
+            }
         )
         plan = dict(recorder.of(RunStarted)[0].plan)
         assert plan["objective"] == "sft, the loss of each label times its `weight`"
         adapters.append((adapter_of(found), recorder.losses))
-    plain, recorder = run({**settings, "dataset_id": None, "train_file": write(tmp_path / "plain.jsonl", rows), "wandb_run_name": "plain"})
+    plain, recorder = run(
+        {**settings, "dataset_id": None, "train_file": write(tmp_path / "plain.jsonl", rows), "wandb_run_name": "plain"}
+    )
     assert largest_difference(adapters[0][0], adapter_of(plain)) == 0
     assert adapters[1][1][0] == pytest.approx(2 * recorder.losses[0], rel=1e-5)
     assert largest_difference(adapters[2][0], adapter_of(plain)) > 1e-3

@@ -153,7 +153,9 @@ def _meaning(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     with quiet_library():
-        content: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        content: dict[str, Any] = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).to_dict()
     return {name: value for name, value in content.items() if name not in _NO_MEANING}
 
 
