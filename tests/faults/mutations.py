@@ -247,7 +247,7 @@ MUTATIONS = [
     ),
     Mutation(
         "randomness of a step not tied to the step", "training/loop.py",
-        "        self.device.seed(step_seed(self.seed, layout.number))\n", "", (BIT_EQUAL,),
+        "        self.device.seed(step_seed(self.seed, layout.number, self.ranks))\n", "", (BIT_EQUAL,),
     ),
     Mutation(
         "schedule begins anew", "training/loop.py",

@@ -15,6 +15,7 @@ import typer
 
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
 from trietune.ranks.launched import refuse_several_processes
+from trietune.ranks.messages import FailedElsewhere
 from trietune.run.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -320,6 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="trietune")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else EXIT_DONE if end.code is None else EXIT_BUG
+    except FailedElsewhere as error:
+        return error.exit_code
     except UserError as error:
         from trietune.config.secrets import without_secrets
 

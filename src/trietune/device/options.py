@@ -90,7 +90,8 @@ def read_mesh(
         UserError: axes that do not exist, patterns that are none, a strategy without what it needs.
     """
     if shape is None:
-        if strategy != "single":
+        # Without a grid, data parallelism means processes.
+        if strategy not in ("single", "data_parallel"):
             raise UserError(
                 f"`parallelism_strategy: {strategy}` needs the devices' grid",
                 where=where,

@@ -90,6 +90,35 @@ def check_device(settings: Settings, device: Device, options: DeviceOptions, say
             )
 
 
+def check_processes(settings: Settings, device: Device, num_processes: int, say: Callable[[str], None]) -> None:
+    """Refuse what several processes cannot do, by name; say how they share where the settings name another way.
+
+    Raises:
+        UserError: several processes on a device that compiles whole steps, or with a mesh.
+    """
+    strategy = settings.parallelism_strategy
+    if num_processes == 1:
+        if strategy == "data_parallel" and settings.mesh_shape is None:
+            say("`parallelism_strategy: data_parallel`, and one process: trained as `single`; `--nproc N` starts more")
+        return
+    if settings.mesh_shape is not None or strategy == "tensor_parallel":
+        key = "mesh_shape" if settings.mesh_shape is not None else "parallelism_strategy"
+        raise UserError(
+            f"`{key}` describes devices within one process, and {num_processes} processes were started",
+            where=settings.where(key),
+            next_step="start one process, or leave the mesh out: `--set mesh_shape=null --set "
+            "parallelism_strategy=data_parallel`",
+        )
+    if device.has_static_shapes:
+        raise UserError(
+            f"{num_processes} processes cannot share {device.name}: its programs hold whole steps",
+            where=settings.where("device"),
+            next_step="start one process, with `mesh_shape` for several devices, or `--set device=cpu`",
+        )
+    if strategy == "single":
+        say(f"`parallelism_strategy: single`, and {num_processes} processes: they share each step (data parallel)")
+
+
 def plan_shapes(
     settings: Settings,
     device: Device,

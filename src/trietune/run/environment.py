@@ -24,7 +24,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
 
     plan, data = prepared.plan, prepared.data
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "machine": {
             "system": platform.platform(),
             "cpu": platform.processor() or platform.machine(),
@@ -32,10 +32,10 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         },
         "device": plan.device.kind,
         "num_threads": torch.get_num_threads(),
-        "world_size": 1,
+        "world_size": 1 if plan.processes is None else plan.processes.count,
         "base_model": prepared.base.name,
         "base_revision": prepared.base.revision,
-        "base_digest": prepared.base.digest or _sampled_digest(prepared.base.path),
+        "base_digest": prepared.base.digest or sampled_digest(prepared.base.path),
         "data_fingerprint": data.train_fingerprint,
         "validation_fingerprint": data.validation_fingerprint,
         "tokenizer": data.prompt_format.tokenizer_hash,
@@ -55,7 +55,7 @@ def compared(environment: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _sampled_digest(folder: Path) -> str:
+def sampled_digest(folder: Path) -> str:
     """SHA-256 of a folder's configuration and weights: names, sizes, and pieces of each file at even distances."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
@@ -68,7 +68,8 @@ def _sampled_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Of a distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

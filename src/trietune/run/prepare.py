@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trietune.errors import UserError
-from trietune.run.device_plan import check_device, device_options, plan_shapes
-from trietune.run.grouping import choose_groups, measure_batches, sharing_of
+from trietune.run.device_plan import check_device, check_processes, device_options, plan_shapes
+from trietune.run.environment import PACKAGES, installed_version, sampled_digest
+from trietune.run.grouping import choose_groups, measure_batches, plan_processes, sharing_of
 from trietune.run.plan import Plan
 from trietune.tracking.events import Working
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from trietune.device import Device
     from trietune.model.attention.layout import AttentionKind
     from trietune.model.base.folder import ModelFolder
+    from trietune.ranks.ranks import Ranks
     from trietune.tracking.tracker import Tracker
     from trietune.trie.groups import PrefixGroups
 
@@ -50,13 +52,72 @@ class Prepared:
     groups: PrefixGroups | None
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What one process has chosen for all that share a training: where choices follow from a measurement or the disk.
+
+    Attributes:
+        directory: of the run.
+        dtype: of the base model: `float32`, `bfloat16`, `float16`.
+    """
+
+    directory: Path
+    dtype: str
+
+
+def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], None], ranks: Ranks) -> Prepared:
+    """`prepare` on every rank: rank 0 first, which makes caches and chooses; then one on each other machine; then all.
+
+    Raises:
+        UserError: on every rank, if one fails; and where ranks would not train the same thing.
+    """
+    first: list[Prepared] = []
+
+    def choose() -> list[str]:
+        first.append(prepare(settings, hub, check_stop, num_processes=ranks.count))
+        plan = first[0].plan
+        return [str(plan.directory), str(plan.dtype).removeprefix("torch.")]
+
+    directory, dtype = ranks.once(choose)
+    chosen = Chosen(Path(directory), dtype)
+
+    def follow() -> Prepared:
+        if first:
+            return first[0]
+        return prepare(settings, hub, check_stop, num_processes=ranks.count, chosen=chosen)
+
+    prepared = ranks.in_turn(follow)
+    plan = prepared.plan
+    ranks.agree(
+        {
+            **{f"`{key}`": value for key, value in settings.dump_public().items()},
+            "the training data": prepared.data.train_fingerprint,
+            "the validation data": prepared.data.validation_fingerprint,
+            "the base model": prepared.base.digest or sampled_digest(prepared.base.path),
+            "the kind of device": plan.device.kind,
+            "the number of steps": plan.num_steps,
+            "the grouping of examples": plan.is_grouped,
+            **{f"the version of {name}": installed_version(name) for name in PACKAGES},
+        }
+    )
+    return replace(prepared, plan=replace(plan, max_positions=min(ranks.gather(plan.max_positions))))
+
+
 def prepare(
-    settings: Settings, hub: Tracker, check_stop: Callable[[], None], *, directory: Path | None = None
+    settings: Settings,
+    hub: Tracker,
+    check_stop: Callable[[], None],
+    *,
+    directory: Path | None = None,
+    num_processes: int = 1,
+    chosen: Chosen | None = None,
 ) -> Prepared:
     """Find the model, read the data, choose device and layout; writes nothing but caches.
 
     Args:
         directory: of the run; by default the one that the settings name.
+        num_processes: that will share the training.
+        chosen: by another process, for this one too.
     """
     from trietune.data.encoder import load_tokenizer
     from trietune.data.load import load_data
@@ -73,9 +134,11 @@ def prepare(
     if device.reason:
         hub.say(device.reason)
     check_device(settings, device, options, hub.say)
+    check_processes(settings, device, num_processes, hub.say)
     from trietune.model.base.shape import describe_network  # transformers starts XLA devices when it is imported
 
-    dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
+    asked_dtype = settings.dtype if chosen is None else chosen.dtype
+    dtype = choose_dtype(asked_dtype, device, where=settings.where("dtype"))
     if settings.load_in_4bit:
         check_four_bits(device, where=settings.where("load_in_4bit"))
 
@@ -135,8 +198,13 @@ def prepare(
         position_bytes = bytes_with_scores(scores_per_position=max_positions)
     if work.largest > max_positions:
         work = measure_batches(settings, data.train, groups, max_positions)
+    # Multiplications of one label at the head, over those of one token in the layers.
+    label_cost = shape.config.vocab_size * shape.config.hidden_size / max(shape.num_in_layers, 1)
+    processes = None
+    if num_processes > 1:
+        processes = plan_processes(settings, data.train, groups, num_processes, label_cost)
     plan = Plan(
-        directory=directory or run_directory(settings),
+        directory=directory or (run_directory(settings) if chosen is None else chosen.directory),
         model_name=base.name,
         model_revision=base.revision,
         num_parameters=shape.num_parameters,
@@ -163,6 +231,8 @@ def prepare(
         position_bytes=position_bytes,
         largest_micro_batch=work.largest,
         static=static,
+        label_cost=label_cost,
+        processes=processes,
     )
     return Prepared(settings, plan, base, tokenizer, data, groups)
 

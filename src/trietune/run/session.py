@@ -19,20 +19,21 @@ from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
 from trietune.io.files import make_folders
-from trietune.ranks.launched import refuse_several_processes
+from trietune.ranks.opening import open_ranks
+from trietune.ranks.ranks import ALONE, Ranks
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, keep_freed_memory
-from trietune.run.prepare import Prepared, adapter_arguments, prepare, progress_of
-from trietune.run.saving import Keeper
+from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of
+from trietune.run.shared_keeper import open_keeper
 from trietune.run.signals import StopSignals
 from trietune.run.throughput import Meter
 from trietune.tracking import events
 from trietune.tracking.open import open_tracker
+from trietune.tracking.tracker import Tracker
 from trietune.tracking.wandb.wandb import are_histograms_due, watched_kinds
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.evaluation.evaluate import Evaluation
-    from trietune.tracking.tracker import Tracker
     from trietune.training.loop import MicroBatchTooLargeError, Step
     from trietune.training.loss_scale import LossScale
     from trietune.training.readings import LossNotFiniteError
@@ -67,7 +68,7 @@ class Run:
 
 
 def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes: frozenset[str] = frozenset()) -> Run:
-    """Train the adapter that `settings` describe.
+    """Train the adapter that `settings` describe; of several processes that a launcher started, each its part.
 
     Args:
         tracker: who hears of the run's events; by default its files, the console, and the tracker that the settings
@@ -75,35 +76,50 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         allowed_changes: keys that may differ from those of the checkpoint that is resumed.
 
     Raises:
-        UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or several
-            processes that a launcher started.
+        UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or a process
+            that was lost.
         StopRequested: a signal came before there was anything to save.
     """
-    refuse_several_processes()
     with ExitStack() as stack:
         if keep_freed_memory():
             stack.callback(give_back_freed_memory)
         signals = stack.enter_context(StopSignals())
-        hub = tracker or open_tracker(
-            tracker=settings.tracker,
-            use_wandb=settings.use_wandb,
-            project=settings.wandb_project,
-            run_name=settings.wandb_run_name,
-            tags=settings.wandb_tags,
-            model_to_wandb=settings.model_to_wandb,
-        )
+        ranks = open_ranks()
+        stack.callback(ranks.close)
+        hub = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
         stack.callback(hub.close)
-        prepared = prepare(settings, hub, signals.check)
-        make_folders(prepared.plan.directory)
-        stack.enter_context(RunLock(prepared.plan.directory))
-        return Session(prepared, hub, signals, allowed_changes).run()
+        prepared = prepare_together(settings, hub, signals.check, ranks)
+        ranks.once(lambda: _take_folder(prepared.plan.directory, stack))
+        return Session(prepared, hub, signals, allowed_changes, ranks).run()
+
+
+def _open_tracker(settings: Settings) -> Tracker:
+    return open_tracker(
+        tracker=settings.tracker,
+        use_wandb=settings.use_wandb,
+        project=settings.wandb_project,
+        run_name=settings.wandb_run_name,
+        tags=settings.wandb_tags,
+        model_to_wandb=settings.model_to_wandb,
+    )
+
+
+def _take_folder(directory: Path, stack: ExitStack) -> None:
+    """Make the run's folder, and hold its lock until `stack` is closed."""
+    make_folders(directory)
+    stack.enter_context(RunLock(directory))
 
 
 class Session:
     """One run under way: the model, where its events go, and what has been measured so far."""
 
     def __init__(
-        self, prepared: Prepared, hub: Tracker, signals: StopSignals, allowed_changes: frozenset[str] = frozenset()
+        self,
+        prepared: Prepared,
+        hub: Tracker,
+        signals: StopSignals,
+        allowed_changes: frozenset[str] = frozenset(),
+        ranks: Ranks = ALONE,
     ) -> None:
         from trietune.device.cpu import resident_bytes
 
@@ -115,6 +131,7 @@ class Session:
         self.tokenizer = prepared.tokenizer
         self.hub = hub
         self.signals = signals
+        self.ranks = ranks
         self.allowed_changes = allowed_changes
         self.began = time.monotonic()
         self.step = 0
@@ -122,7 +139,7 @@ class Session:
         self.measured: dict[str, float] = {}
         self.measured_step: int | None = None
         self.max_positions = self.plan.max_positions
-        self.keeper = Keeper(prepared, hub)
+        self.keeper = open_keeper(prepared, hub, ranks)
         self.meter = Meter()
         self.kept_memory = KeptMemory(resident_bytes)
         self.loss_scale: LossScale | None = None
@@ -146,13 +163,13 @@ class Session:
         from trietune.training.readings import LossNotFiniteError
 
         self._start(resumed)
-        self._build_model()
+        self.ranks.together(self._build_model)
         if resumed is not None:
             self._restore(resumed)
             self._measure_again(resumed)
         if self.settings.print_examples:
             self._show_examples()
-        self._self_check()
+        self.ranks.together(self._self_check)
         before = self._evaluate("before", max_examples=None) if resumed is None else None
         if self.plan.num_steps == 0:
             return self._finished(before, None, adapter=None)
@@ -161,7 +178,9 @@ class Session:
                 for step in steps:
                     self._after_step(step)
         except LossNotFiniteError as error:
-            self._raise_not_finite(error)
+            # Every rank knows; one says it.
+            not_finite = error
+            self.ranks.once(lambda: self._raise_not_finite(not_finite))
         step_of_adapter = self._take_best()
         after = self._evaluate("after", max_examples=None)
         adapter = self.keeper.write_adapter(
@@ -289,6 +308,20 @@ class Session:
             device=self.plan.device,
             loss_scale=self.loss_scale,
             is_read=self._is_read,
+            ranks=self.ranks,
+            deal=None if self.ranks is ALONE else self._deal,
+            wants_stop=self._wants_stop,
+        )
+
+    def _deal(self, indices: Any) -> Any:
+        from trietune.trie.dealing import deal_step
+
+        return deal_step(
+            self.data.train,
+            indices,
+            self.ranks.count,
+            batching=self.plan.batching,
+            label_cost=self.plan.label_cost,
         )
 
     def _micro_batches(self, indices: Any) -> Any:
@@ -313,14 +346,7 @@ class Session:
         """Memory ran out: half as much at once from here on, in validations too."""
         self._write_memory_snapshot()
         if error.num_positions <= error.longest:
-            raise UserError(
-                f"not enough memory for one example of {error.longest:,} tokens",
-                where=f"step {self.step + 1}, on {self.plan.device.name}; checkpoints of earlier steps are whole",
-                next_step="`--set gradient_checkpointing=True`"
-                if not self.settings.gradient_checkpointing
-                else f"leave longer examples out: `--set max_length={max(error.longest // 2, 1)}`, or take a smaller "
-                "base model",
-            ) from error
+            self.ranks.once(lambda: self._raise_too_long(error))
         self.max_positions = max(error.num_positions // 2, error.longest)
         redrawn = "; dropout draws other masks" if self.settings.lora_dropout else ""
         self.hub.say(
@@ -329,14 +355,28 @@ class Session:
             is_warning=True,
         )
 
+    def _raise_too_long(self, error: MicroBatchTooLargeError) -> None:
+        raise UserError(
+            f"not enough memory for one example of {error.longest:,} tokens",
+            where=f"step {self.step + 1}, on {self.plan.device.name}; checkpoints of earlier steps are whole",
+            next_step="`--set gradient_checkpointing=True`"
+            if not self.settings.gradient_checkpointing
+            else f"leave longer examples out: `--set max_length={max(error.longest // 2, 1)}`, or take a smaller "
+            "base model",
+        ) from error
+
     def _write_memory_snapshot(self) -> None:
         """What took memory until it ran out, the first time."""
         path = self.plan.directory / "memory_snapshot.pickle"
-        try:
-            if not path.exists() and self.plan.device.write_memory_snapshot(path):
-                self.hub.say(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
-        except OSError as error:
-            self.hub.say(f"no memory snapshot: {error}", is_warning=True)
+
+        def write() -> None:
+            try:
+                if not path.exists() and self.plan.device.write_memory_snapshot(path):
+                    self.hub.say(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
+            except OSError as error:
+                self.hub.say(f"no memory snapshot: {error}", is_warning=True)
+
+        self.ranks.on_first(write)
 
     def _after_step(self, step: Step) -> None:
         """Log, validate, save, and stop if it is time to."""
@@ -347,7 +387,9 @@ class Session:
             events.StepFinished(
                 step=step.number,
                 epoch=step.epoch,
-                metrics=self.meter.metrics(step, device.used_memory_bytes(), device.compilations()),
+                metrics=self.meter.metrics(
+                    step, device.used_memory_bytes(), device.compilations(), waiting_share=self.ranks.waiting_share
+                ),
                 example_ids=[self.data.train.ids[index] for index in step.sequence_indices],
                 is_logged=self._is_logged(step.number),
             )
@@ -359,8 +401,22 @@ class Session:
             self._save()
         self.keeper.tell_uploads()
         if not is_last:
-            self.signals.check()
-            self._check_time()
+            self.ranks.stop_together(self._check_stop, step.num_stopping)
+
+    def _check_stop(self) -> None:
+        """Raise `StopRequested` after a signal, or when time is up."""
+        self.signals.check()
+        self._check_time()
+
+    def _wants_stop(self) -> bool:
+        """Whether this process wants to stop after the step under way; of one process, it is asked afterwards."""
+        if self.ranks is ALONE:
+            return False
+        try:
+            self._check_stop()
+        except StopRequested:
+            return True
+        return False
 
     def _is_save_due(self, step: int, is_last: bool) -> bool:
         match self.settings.save_strategy:
@@ -389,21 +445,25 @@ class Session:
     def _evaluate(self, when: Literal["before", "during", "after"], *, max_examples: int | None) -> Evaluation | None:
         from trietune.evaluation.evaluate import evaluate
 
-        if self.data.validation is None:
+        validation = self.data.validation
+        if validation is None:
             return None
         begin = time.monotonic()
-        evaluation = evaluate(
-            self.model,
-            self.data.validation,
-            self.encoder,
-            batching=self.plan.batching,
-            max_nodes=self.max_positions,
-            batch_size=self.plan.eval_batch_size,
-            max_examples=max_examples,
-            seed=self.settings.seed,
-            generate=when != "during" or self._ranks_by_answers(),
-            check_stop=self.signals.check,
-            progress=progress_of(self.hub, "examples"),
+        self.ranks.at("evaluating", self.step)
+        evaluation = self.ranks.together(
+            lambda: evaluate(
+                self.model,
+                validation,
+                self.encoder,
+                batching=self.plan.batching,
+                max_nodes=self.max_positions,
+                batch_size=self.plan.eval_batch_size,
+                max_examples=max_examples,
+                seed=self.settings.seed,
+                generate=when != "during" or self._ranks_by_answers(),
+                check_stop=self.signals.check,
+                progress=progress_of(self.hub, "examples"),
+            )
         )
         self.kept_memory.give_back()
         self.meter.leave_out(time.monotonic() - begin)

@@ -8,6 +8,9 @@ memory has run out and smaller micro-batches are asked for.
 The divisor of a step is the number of its labels over all micro-batches and batches that it accumulates, known before
 the first forward. So the loss is the mean over label tokens of one large padded batch, however the step is cut.
 
+Where several processes share a step (`ranks`), all accumulated batches are dealt together, each process computes its
+part, and gradients and numbers are summed before anything looks at them.
+
 Whoever iterates decides what a finished step means: log it, evaluate, save, stop. No file, bar or signal here.
 """
 
@@ -26,12 +29,17 @@ from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
 from trietune.device.memory import is_out_of_memory, release_cached_memory
 from trietune.model.causal_lm import TrieModel
+from trietune.ranks.ranks import ALONE, Ranks
 from trietune.training.loss_scale import LossScale
 from trietune.training.optimizer import Schedule, make_state
 from trietune.training.prefetch import one_ahead
 from trietune.training.readings import Readings
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, total_weight
+from trietune.trie.dealing import Deal
+
+# Label counts travel with the gradients, in their dtype.
+LABEL_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,9 @@ class Step:
         num_labels: label tokens, repeated ones counted each time.
         num_tokens: positions of plain rows without padding.
         num_positions: positions computed: distinct tokens on a trie.
-        num_micro_batches: forward and backward passes.
+        num_micro_batches: forward and backward passes, of all processes together, as are positions and tokens.
+        deal: of the examples over processes; None in one.
+        num_stopping: processes that wanted to stop when the step's numbers were added up.
     """
 
     number: int
@@ -61,6 +71,8 @@ class Step:
     num_tokens: int
     num_positions: int
     num_micro_batches: int
+    deal: Deal | None = None
+    num_stopping: float = 0.0
 
 
 class MicroBatchTooLargeError(Exception):
@@ -108,6 +120,9 @@ def train(
     device: Device | None = None,
     loss_scale: LossScale | None = None,
     is_read: Callable[[int], bool] = lambda number: True,
+    ranks: Ranks = ALONE,
+    deal: Callable[[np.ndarray], Deal] | None = None,
+    wants_stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Step, None, None]:
     """Take the steps `schedules.first_step + 1 .. num_steps`, yielding each.
 
@@ -122,6 +137,9 @@ def train(
         device: that the model is on; None for one that runs each operation when it is called.
         loss_scale: for a base model in fp16. A step whose gradients it made infinite is taken again, with half of it.
         is_read: on a device that does not read every step, whether step `number` (from 1) is read.
+        ranks: the processes that share each step.
+        deal: over several processes, who computes which of a step's sequences; called in another thread.
+        wants_stop: whether this process wants to stop after the step; told to all as `Step.num_stopping`.
 
     Raises:
         LossNotFiniteError: before the optimizer would have used such a gradient; at the next step that is read where
@@ -129,13 +147,15 @@ def train(
         MicroBatchTooLargeError: without `cut_smaller`; with it, whatever it raises.
     """
     device = device or describe_cpu()
-    taker = _StepTaker(model, optimizer, schedules, device, seed, max_grad_norm, before_update, loss_scale, is_read)
+    taker = _StepTaker(
+        model, optimizer, schedules, device, seed, max_grad_norm, before_update, loss_scale, is_read, ranks, wants_stop
+    )
     if device.has_static_shapes:
         make_state(optimizer)
         device.end_step()
 
     def lay_out(number: int) -> _StepLayout:
-        return _lay_out(number, sampler, schedules, make_micro_batches)
+        return _lay_out(number, sampler, schedules, make_micro_batches, ranks, deal)
 
     number = schedules.first_step
     while number < schedules.num_steps:
@@ -155,12 +175,14 @@ def train(
 
 @dataclass(frozen=True, slots=True)
 class _StepLayout:
-    """What step `number` (from 0) computes; `epoch` as in `Step`."""
+    """What step `number` (from 0) computes here; `epoch` as in `Step`, `divisor` of the whole step's loss."""
 
     number: int
     epoch: float
     sequence_indices: np.ndarray
     micro_batches: list[MicroBatch]
+    divisor: float
+    deal: Deal | None
 
 
 def _lay_out(
@@ -168,18 +190,49 @@ def _lay_out(
     sampler: Sampler,
     schedules: Schedules,
     make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]],
+    ranks: Ranks,
+    deal: Callable[[np.ndarray], Deal] | None,
 ) -> _StepLayout:
     steps_per_epoch = -(-sampler.batches_per_epoch // schedules.batches_per_step)
     epoch, step_in_epoch = divmod(number, steps_per_epoch)
     first_batch = step_in_epoch * schedules.batches_per_step
     last_batch = min(first_batch + schedules.batches_per_step, sampler.batches_per_epoch)
     batches = [sampler.batch(epoch, b) for b in range(first_batch, last_batch)]
+    indices = np.concatenate(batches)
+    dealt = None if deal is None else deal(indices)
+    mine = batches if dealt is None else [ranks.mine(dealt.parts)]
+    micro_batches = [micro_batch for batch in mine for micro_batch in make_micro_batches(batch)]
     return _StepLayout(
         number,
         epoch + (step_in_epoch + 1) / steps_per_epoch,
-        np.concatenate(batches),
-        [micro_batch for batch in batches for micro_batch in make_micro_batches(batch)],
+        indices,
+        micro_batches,
+        total_weight(micro_batches) if dealt is None else dealt.num_labels,
+        dealt,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What a step counted, over all processes that share it."""
+
+    num_labels: float
+    num_tokens: float
+    num_positions: float
+    num_micro_batches: float
+    num_too_large: float
+    num_stopping: float
+
+
+def _agreed(own: MicroBatchTooLargeError | None, ranks: Ranks) -> MicroBatchTooLargeError:
+    """Of the micro-batches that did not fit somewhere, the one that asks for the smallest bound."""
+    sizes = ranks.gather(None if own is None else [own.num_positions, own.longest])
+    too_large = [size for size in sizes if size is not None]
+    # One that cannot be cut comes first: it ends the run.
+    positions, longest = min(too_large, key=lambda size: (size[0] > size[1], max(size[0] // 2, size[1])))
+    if own is not None and (own.num_positions, own.longest) == (positions, longest):
+        return own
+    return MicroBatchTooLargeError(positions, longest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +248,8 @@ class _StepTaker:
     before_update: Callable[[int], None] | None
     loss_scale: LossScale | None
     is_read: Callable[[int], bool]
+    ranks: Ranks
+    wants_stop: Callable[[], bool]
     readings: Readings = field(default_factory=Readings)
 
     def take(self, layout: _StepLayout) -> Step:
@@ -204,11 +259,12 @@ class _StepTaker:
         for group in optimizer.param_groups:
             group["lr"] = device.learning_rate(learning_rate)
         self.model.network.train()
-        loss_there, norm_there = self._gradients(layout)
+        self.ranks.at("computing", number + 1)
+        loss_there, norm_there, sums = self._gradients(layout)
         while self.loss_scale is not None and self.loss_scale.has_overflowed(loss_there, norm_there):
             self.loss_scale.update(optimizer)
             optimizer.zero_grad(set_to_none=True)
-            loss_there, norm_there = self._gradients(layout)
+            loss_there, norm_there, sums = self._gradients(layout)
         self.readings.note(number + 1, loss_there, norm_there, layout.sequence_indices)
         loss = grad_norm = None
         if device.reads_every_step:
@@ -231,20 +287,51 @@ class _StepTaker:
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             sequence_indices=layout.sequence_indices,
-            num_labels=int(total_weight(layout.micro_batches)),
-            num_tokens=sum(micro_batch.num_tokens for micro_batch in layout.micro_batches),
-            num_positions=sum(micro_batch.num_positions for micro_batch in layout.micro_batches),
-            num_micro_batches=len(layout.micro_batches),
+            num_labels=int(layout.divisor),
+            num_tokens=round(sums.num_tokens),
+            num_positions=round(sums.num_positions),
+            num_micro_batches=round(sums.num_micro_batches),
+            deal=layout.deal,
+            num_stopping=sums.num_stopping,
         )
 
-    def _gradients(self, layout: _StepLayout) -> tuple[Tensor, Tensor]:
-        """Loss and gradient norm, still on the device; the clipped gradients are with the parameters."""
-        self.device.seed(step_seed(self.seed, layout.number))
-        loss = accumulate_gradients(self.model, layout.micro_batches, self.device.end_step, self.loss_scale)
+    def _gradients(self, layout: _StepLayout) -> tuple[Tensor, Tensor, _Sums]:
+        """Loss and gradient norm, still on the device, and counts; the clipped gradients are with the parameters."""
+        self.device.seed(step_seed(self.seed, layout.number, self.ranks))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        loss, sums = self._add_up(layout, parameters)
         if self.loss_scale is not None:
             self.loss_scale.divide_gradients(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return loss, _clip(parameters, self.max_grad_norm)
+        return loss, _clip(parameters, self.max_grad_norm), sums
+
+    def _add_up(self, layout: _StepLayout, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, _Sums]:
+        """Gradients of the whole step with the parameters; its loss, and counts over all processes.
+
+        A process that ran out of memory takes part all the same: the others wait for its numbers.
+        """
+        too_large: MicroBatchTooLargeError | None = None
+        try:
+            loss = accumulate_gradients(
+                self.model, layout.micro_batches, self.device.end_step, self.loss_scale, divisor=layout.divisor
+            )
+        except MicroBatchTooLargeError as error:
+            too_large = error
+            loss = self.model.place(torch.zeros(1))[0]
+        counts = (
+            total_weight(layout.micro_batches),
+            sum(micro_batch.num_tokens for micro_batch in layout.micro_batches),
+            sum(micro_batch.num_positions for micro_batch in layout.micro_batches),
+            len(layout.micro_batches),
+            float(too_large is not None),
+            float(self.wants_stop()),
+        )
+        loss, numbers = self.ranks.add_up(parameters, loss, counts)
+        sums = _Sums(*numbers)
+        if sums.num_too_large:
+            raise _agreed(too_large, self.ranks)
+        if abs(sums.num_labels - layout.divisor) > LABEL_ROUNDING * layout.divisor:
+            raise RuntimeError(f"the processes computed {sums.num_labels} labels of {layout.divisor}")
+        return loss, sums
 
 
 def accumulate_gradients(
@@ -252,17 +339,21 @@ def accumulate_gradients(
     micro_batches: Sequence[MicroBatch],
     between: Callable[[], None] = lambda: None,
     loss_scale: LossScale | None = None,
+    *,
+    divisor: float | None = None,
 ) -> Tensor:
     """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss, still on the device.
 
     Args:
         between: called after each micro-batch but the last, which goes together with the update.
         loss_scale: that the gradients are multiplied with.
+        divisor: labels of the whole step, of which `micro_batches` may be a part; by default those of `micro_batches`.
 
     Raises:
         MicroBatchTooLargeError: memory ran out; some gradients may have been added.
     """
-    divisor = total_weight(micro_batches)
+    if divisor is None:
+        divisor = total_weight(micro_batches)
     # A tensor of one element from the host is data; a number would be a part of the program.
     loss = model.place(torch.zeros(1))[0]
     for micro_batch in micro_batches:
@@ -300,6 +391,7 @@ def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float | None) -> Te
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def step_seed(seed: int, number: int) -> int:
-    """A seed for what is random within step `number` (from 0)."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def step_seed(seed: int, number: int, ranks: Ranks = ALONE) -> int:
+    """A seed for what is random within step `number` (from 0), another one in each process."""
+    words = ranks.seed_words([seed, number])
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
