@@ -76,7 +76,9 @@ class Together(Ranks):
         if self._step_seconds:
             self.waiting_share = min(float(sums[-1]) / self.count / self._step_seconds, 1.0)
         self._waited, self._step_seconds, self._last_end = ended - began, ended - self._last_end, ended
-        return sums[0].to(loss.dtype).to(loss.device), sums[1:-1].tolist()
+        assert self._buffer is not None
+        # Not the loss's own dtype: that of an empty part may be another one.
+        return sums[0].to(self._buffer.dtype).to(loss.device), sums[1:-1].tolist()
 
     def once(self, function: Callable[[], T]) -> T:
         value: Any = None

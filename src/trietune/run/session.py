@@ -445,25 +445,23 @@ class Session:
     def _evaluate(self, when: Literal["before", "during", "after"], *, max_examples: int | None) -> Evaluation | None:
         from trietune.evaluation.evaluate import evaluate
 
-        validation = self.data.validation
-        if validation is None:
+        if self.data.validation is None:
             return None
         begin = time.monotonic()
         self.ranks.at("evaluating", self.step)
-        evaluation = self.ranks.together(
-            lambda: evaluate(
-                self.model,
-                validation,
-                self.encoder,
-                batching=self.plan.batching,
-                max_nodes=self.max_positions,
-                batch_size=self.plan.eval_batch_size,
-                max_examples=max_examples,
-                seed=self.settings.seed,
-                generate=when != "during" or self._ranks_by_answers(),
-                check_stop=self.signals.check,
-                progress=progress_of(self.hub, "examples"),
-            )
+        evaluation = evaluate(
+            self.model,
+            self.data.validation,
+            self.encoder,
+            batching=self.plan.batching,
+            max_nodes=self.max_positions,
+            batch_size=self.plan.eval_batch_size,
+            max_examples=max_examples,
+            seed=self.settings.seed,
+            generate=when != "during" or self._ranks_by_answers(),
+            check_stop=self.signals.check,
+            progress=progress_of(self.hub, "examples"),
+            ranks=self.ranks,
         )
         self.kept_memory.give_back()
         self.meter.leave_out(time.monotonic() - begin)
