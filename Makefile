@@ -10,7 +10,7 @@ XLA_READY := $(XLA_VENV)/.ready
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-all test-xla lint test-gpu bench bench-gpu lock clean
+.PHONY: help train test test-slow test-all test-ranks test-xla lint test-gpu bench bench-gpu lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test-slow: $(READY)  ## the suites that `make test` leaves out: the fault matrix
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3000
 
 test-all: test test-slow test-xla  ## every test that this machine can run
+
+test-ranks: $(READY)  ## trainings over several processes: parity, whole runs, lost processes (some minutes)
+	$(BIN)/python -m pytest tests/ranks
 
 test-xla: $(XLA_READY)  ## the Tenstorrent and XLA path, on XLA's own CPU client (an environment of its own, 7 GB)
 	PJRT_DEVICE=CPU $(XLA_BIN)/python -m pytest tests/xla --timeout 1200

@@ -30,8 +30,8 @@ def _is_set(value: Any) -> bool:
 NOT_YET: Mapping[str, Refusal] = {
     "parallelism_strategy": Refusal(
         lambda value: value == "fsdp",
-        "weights are split by patterns here, over a mesh of XLA devices",
-        "write `parallelism_strategy: tensor_parallel` with `model_sharding_patterns`, or `single`",
+        "the base model is whole in each process",
+        "write `parallelism_strategy: data_parallel`, and start processes with `--nproc N`",
     ),
 }
 

@@ -125,7 +125,7 @@ class Processes:
 
     def _first_failed(self) -> Ended | None:
         for number, child in enumerate(self._children):
-            if child.returncode not in (None, 0):
+            if child.poll() not in (None, 0):
                 return Ended(number, child.pid, child.returncode)
         return None
 
