@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,20 @@ def test_dry_run_with_nproc_plans_for_several_and_starts_none(
     assert "by all processes" in out
     assert not Path(str(overrides["project_dir"])).exists()
     assert "LOCAL_WORLD_SIZE" not in os.environ
+
+
+def test_more_base_models_than_memory_are_refused(
+    overrides: dict[str, object], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trietune.cli.app import main
+    from trietune.device import cpu
+
+    one = 100_000  # bytes; the tiny model has twice as many in fp32
+    monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * one))
+    assert main(["train", "--nproc", "3", "--dry-run", *command_line(overrides)]) == 2
+    err = capfd.readouterr().err
+    assert "for its weights in each of 3 processes" in err
+    assert main(["train", "--dry-run", *command_line(overrides)]) == 0
 
 
 @pytest.mark.parametrize("value", ["0", "two", "-1"])

@@ -187,6 +187,9 @@ def prepare(
     position_bytes = bytes_with_scores(scores_per_position=kept_scores)
     base_bytes = shape.num_bytes(dtype, load_in_4bit=settings.load_in_4bit)
     model_bytes = base_bytes + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
+    if num_processes > 1 and chosen is None:
+        # Now, while nobody has loaded anything: later each process would see what the others have taken.
+        _check_base_fits(base.name, base_bytes, device, num_processes)
     free_bytes = device.free_memory_bytes() - model_bytes
     max_positions = settings.max_tokens_per_micro_batch
     if max_positions == "auto":
@@ -250,6 +253,18 @@ def adapter_arguments(settings: Settings) -> dict[str, Any]:
         "modules_to_save": settings.modules_to_save or None,
         "seed": settings.seed,
     }
+
+
+def _check_base_fits(name: str, base_bytes: int, device: Device, num_processes: int) -> None:
+    """Refuse several whole base models where their weights alone do not fit."""
+    free_bytes = device.free_memory_bytes()
+    if base_bytes > free_bytes:
+        raise UserError(
+            f"`{name}` needs {base_bytes / 1e9:.1f} GB for its weights in each of {num_processes} processes, and "
+            f"{free_bytes / 1e9:.1f} GB are free for each",
+            where=f"on {device.name}",
+            next_step="fewer processes (`--nproc`), a smaller model, or `--set dtype=bfloat16`",
+        )
 
 
 def locate_base(model_name: str, hub: Tracker) -> ModelFolder:
