@@ -286,3 +286,38 @@ def run_with_odd_rank(settings: dict[str, Any], odd: dict[str, Any]) -> dict[str
     import os
 
     return whole_run({**settings, **odd} if os.environ["RANK"] == "1" else settings)
+
+
+def memory_of_layers(folder: str) -> dict[str, int]:
+    """Bytes of the base model that this rank holds, sharded and whole."""
+    from pathlib import Path
+
+    from torch.distributed.tensor import DTensor
+
+    from trietune.model.base.load import load_network
+    from trietune.model.base.load_sharded import load_sharded
+    from trietune.model.base.locate import locate_model
+
+    ranks = open_ranks()
+    try:
+        base = locate_model(str(Path(folder)), report=lambda text: None, progress=lambda *done: None)
+        sharded = load_sharded(base, dtype=torch.float32, device=torch.device("cpu"))
+        whole = load_network(base, dtype=torch.float32, device=torch.device("cpu"))
+
+        def own(p: Any) -> int:
+            return int((p.to_local() if isinstance(p, DTensor) else p).numel())
+
+        reference = dict(whole.named_parameters())
+        equal = all(
+            torch.equal(p.full_tensor() if isinstance(p, DTensor) else p, reference[name])
+            for name, p in sharded.named_parameters()
+        )
+        buffers = dict(whole.named_buffers())
+        equal = equal and all(torch.equal(b, buffers[name]) for name, b in sharded.named_buffers())
+        return {
+            "own": sum(own(p) for p in sharded.get_decoder().layers.parameters()),
+            "whole": sum(p.numel() for p in whole.get_decoder().layers.parameters()),
+            "equal": int(equal),
+        }
+    finally:
+        ranks.close()

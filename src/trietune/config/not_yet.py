@@ -27,13 +27,7 @@ def _is_set(value: Any) -> bool:
     return value not in (None, False, "", (), [], {})
 
 
-NOT_YET: Mapping[str, Refusal] = {
-    "parallelism_strategy": Refusal(
-        lambda value: value == "fsdp",
-        "the base model is whole in each process",
-        "write `parallelism_strategy: data_parallel`, and start processes with `--nproc N`",
-    ),
-}
+NOT_YET: Mapping[str, Refusal] = {}
 
 # Features that have a key of their own here, under another name.
 ELSEWHERE: Mapping[str, Refusal] = {

@@ -26,10 +26,12 @@ class Ranks:
 
     Attributes:
         count: processes of this training.
+        has_equal_passes: whether all ranks must compute as many passes, because they hold parts of one model.
         waiting_share: of the step before, how much of its time a rank spent waiting for the others, on average.
     """
 
     count = 1
+    has_equal_passes = False
     waiting_share = 0.0
 
     def mine(self, parts: Sequence[T]) -> T:
@@ -52,6 +54,10 @@ class Ranks:
             The summed loss, on the device that it was on, and the summed numbers.
         """
         return loss, list(numbers)
+
+    def level(self, items: Sequence[T], filler: T | None) -> Sequence[T]:
+        """`items`, and `filler` after them until every rank has as many, where ranks must compute equal passes."""
+        return items
 
     def once(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0; every rank gets what it returned, or raises what it raised.

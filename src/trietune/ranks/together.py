@@ -80,6 +80,15 @@ class Together(Ranks):
         # Not the loss's own dtype: that of an empty part may be another one.
         return sums[0].to(self._buffer.dtype).to(loss.device), sums[1:-1].tolist()
 
+    def level(self, items: Sequence[T], filler: T | None) -> Sequence[T]:
+        if not self.has_equal_passes:
+            return items
+        most = max(self.gather(len(items)))
+        if len(items) == most:
+            return items
+        assert filler is not None
+        return [*items, *[filler] * (most - len(items))]
+
     def once(self, function: Callable[[], T]) -> T:
         value: Any = None
         error: BaseException | None = None

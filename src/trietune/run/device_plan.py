@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trietune.trie.static_shapes import StaticShapes
 
 MESH_KEYS = ("mesh_shape", "tp_sharding_specs", "model_sharding_patterns", "input_sharding_dim", "parallelism_strategy")
+SHARDING_DEVICES = ("cpu", "cuda")
 # Batches of the first epoch that are laid out to choose shapes from, spread evenly over it.
 LAID_OUT = 64
 # Lengths that are tried as the largest, from above, until one fits into memory: a mask of all pairs grows squared.
@@ -97,6 +98,19 @@ def check_processes(settings: Settings, device: Device, num_processes: int, say:
         UserError: several processes on a device that compiles whole steps, or with a mesh.
     """
     strategy = settings.parallelism_strategy
+    if strategy == "fsdp":
+        if num_processes == 1:
+            raise UserError(
+                "`parallelism_strategy: fsdp` shards a model over processes, and one process was started",
+                where=settings.where("parallelism_strategy"),
+                next_step="`--nproc N` (or torchrun) starts several; `--set parallelism_strategy=single` trains in one",
+            )
+        if device.kind not in SHARDING_DEVICES:
+            raise UserError(
+                f"`parallelism_strategy: fsdp` runs on CUDA and on the processor, and this run is on {device.name}",
+                where=settings.where("parallelism_strategy"),
+                next_step="`--set device=cpu`, or `--set parallelism_strategy=single` with one process",
+            )
     if num_processes == 1:
         if strategy == "data_parallel" and settings.mesh_shape is None:
             say("`parallelism_strategy: data_parallel`, and one process: trained as `single`; `--nproc N` starts more")

@@ -186,6 +186,8 @@ def prepare(
     kept_scores = 0.0 if attention in KEEP_NO_SCORES else work.scores_per_position
     position_bytes = bytes_with_scores(scores_per_position=kept_scores)
     base_bytes = shape.num_bytes(dtype, load_in_4bit=settings.load_in_4bit)
+    if settings.parallelism_strategy == "fsdp":
+        base_bytes -= shape.num_in_layers * dtype.itemsize * (num_processes - 1) // num_processes
     model_bytes = base_bytes + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
     if num_processes > 1 and chosen is None:
         # Now, while nobody has loaded anything: later each process would see what the others have taken.

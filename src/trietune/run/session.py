@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +21,7 @@ from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, User
 from trietune.io.files import make_folders
 from trietune.ranks.opening import open_ranks
 from trietune.ranks.ranks import ALONE, Ranks
-from trietune.run.malloc import KeptMemory, give_back_freed_memory, keep_freed_memory
+from trietune.run.malloc import KeptMemory, give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
 from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of
 from trietune.run.shared_keeper import open_keeper
 from trietune.run.signals import StopSignals
@@ -81,7 +81,9 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         StopRequested: a signal came before there was anything to save.
     """
     with ExitStack() as stack:
-        if keep_freed_memory():
+        if settings.parallelism_strategy == "fsdp":
+            hand_back_freed_memory()
+        elif keep_freed_memory():
             stack.callback(give_back_freed_memory)
         signals = stack.enter_context(StopSignals())
         ranks = open_ranks()
@@ -132,6 +134,9 @@ class Session:
         self.hub = hub
         self.signals = signals
         self.ranks = ranks
+        self.is_sharded = self.settings.parallelism_strategy == "fsdp"
+        if self.is_sharded:
+            ranks.has_equal_passes = True
         self.allowed_changes = allowed_changes
         self.began = time.monotonic()
         self.step = 0
@@ -255,22 +260,28 @@ class Session:
         device = self.plan.device
         device.watch_memory()
         self.hub.say(f"loading {self.base.name}")
-        network = load_network(
-            self.base,
-            dtype=self.plan.dtype,
-            device=device.loading_device,
-            load_in_4bit=self.plan.load_in_4bit,
-            report=self.hub.say,
-        )
+        if self.is_sharded:
+            from trietune.model.base.load_sharded import gathering, load_sharded
+
+            network = load_sharded(self.base, dtype=self.plan.dtype, device=device.loading_device, report=self.hub.say)
+        else:
+            network = load_network(
+                self.base,
+                dtype=self.plan.dtype,
+                device=device.loading_device,
+                load_in_4bit=self.plan.load_in_4bit,
+                report=self.hub.say,
+            )
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         self.model = assemble(
             network,
             device,
             attention=self.plan.attention,
             fused_layers=self.settings.fused_layers,
-            pack_weights=self.settings.pack_weights,
+            pack_weights=False if self.is_sharded else self.settings.pack_weights,
             shapes=self.plan.static.shapes if self.plan.static else None,
             gradient_checkpointing=self.settings.gradient_checkpointing,
+            whole=gathering(network) if self.is_sharded else nullcontext,
         )
         self.encoder = make_encoder(self.tokenizer, self.data.prompt_format)
         self.optimizer = build_optimizer(
@@ -345,6 +356,12 @@ class Session:
     def _cut_smaller(self, error: MicroBatchTooLargeError) -> None:
         """Memory ran out: half as much at once from here on, in validations too."""
         self._write_memory_snapshot()
+        if self.is_sharded:
+            raise UserError(
+                f"memory ran out at a micro-batch of {error.num_positions:,} tokens",
+                where=f"step {self.step + 1}, on {self.plan.device.name}; checkpoints of earlier steps are whole",
+                next_step=f"`--resume --set max_tokens_per_micro_batch={max(error.num_positions // 2, error.longest)}`",
+            ) from error
         if error.num_positions <= error.longest:
             self.ranks.once(lambda: self._raise_too_long(error))
         self.max_positions = max(error.num_positions // 2, error.longest)
@@ -459,9 +476,10 @@ class Session:
             max_examples=max_examples,
             seed=self.settings.seed,
             generate=when != "during" or self._ranks_by_answers(),
-            check_stop=self.signals.check,
+            # Sharded, every rank computes the same passes of everything, and none may leave them.
+            check_stop=(lambda: None) if self.is_sharded else self.signals.check,
             progress=progress_of(self.hub, "examples"),
-            ranks=self.ranks,
+            ranks=ALONE if self.is_sharded else self.ranks,
         )
         self.kept_memory.give_back()
         self.meter.leave_out(time.monotonic() - begin)

@@ -94,23 +94,22 @@ class SharedKeeper(Keeper):
         must_succeed: bool = False,
     ) -> float:
         self.ranks.at("saving", step)
-        seconds, self.saved_step = self.ranks.once(
-            lambda: (
-                super(SharedKeeper, self).save(
-                    step,
-                    epoch,
-                    metrics,
-                    peft_model,
-                    optimizer,
-                    further_state=further_state,
-                    must_succeed=must_succeed,
-                ),
-                self.saved_step,
+
+        def write() -> tuple[float, int | None]:
+            seconds = super(SharedKeeper, self).save(
+                step, epoch, metrics, peft_model, optimizer, further_state=further_state, must_succeed=must_succeed
             )
-        )
+            self._note_saved()
+            return seconds, self.saved_step
+
+        seconds, self.saved_step = self.ranks.once(write)
+        self._note_saved()
+        return seconds
+
+    def _note_saved(self) -> None:
+        """On rank 0 before the others are told, too: one of them may be lost by then."""
         if self.saved_step is not None:
             self.ranks.saved(f"checkpoints/step-{self.saved_step:08d}")
-        return seconds
 
     def better_than_last(self, step: int, metrics: Mapping[str, float]) -> tuple[int, bytes] | None:
         better = self.ranks.once(lambda: super(SharedKeeper, self).better_than_last(step, metrics))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -183,6 +183,7 @@ class _StepLayout:
     micro_batches: list[MicroBatch]
     divisor: float
     deal: Deal | None
+    filler: MicroBatch | None = None
 
 
 def _lay_out(
@@ -209,7 +210,19 @@ def _lay_out(
         micro_batches,
         total_weight(micro_batches) if dealt is None else dealt.num_labels,
         dealt,
+        _weightless(micro_batches, dealt, make_micro_batches) if dealt is not None and ranks.has_equal_passes else None,
     )
+
+
+def _weightless(
+    own: Sequence[MicroBatch], dealt: Deal, make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]]
+) -> MicroBatch | None:
+    """A micro-batch that counts for nothing, for a process that has fewer of them than others: one of its own, if any.
+
+    None in a step that computes nothing anywhere.
+    """
+    some = [*own] or [mb for part in dealt.parts if len(part) for mb in make_micro_batches(part[:1])]
+    return replace(some[0], label_weight=np.zeros_like(some[0].label_weight)) if some else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,10 +324,13 @@ class _StepTaker:
         """
         too_large: MicroBatchTooLargeError | None = None
         try:
+            micro_batches = self.ranks.level(layout.micro_batches, layout.filler)
             loss = accumulate_gradients(
-                self.model, layout.micro_batches, self.device.end_step, self.loss_scale, divisor=layout.divisor
+                self.model, micro_batches, self.device.end_step, self.loss_scale, divisor=layout.divisor
             )
         except MicroBatchTooLargeError as error:
+            if self.ranks.has_equal_passes:
+                raise  # the others are within a layer that cannot be gathered any more
             too_large = error
             loss = self.model.place(torch.zeros(1))[0]
         counts = (

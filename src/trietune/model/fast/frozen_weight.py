@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+
+# A context for a module, in which all of its weights are in this process.
+Whole = Callable[[nn.Module], AbstractContextManager[object]]
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
 
