@@ -1,0 +1,62 @@
+"""A base model sharded over processes (FSDP2) trains the adapter that a whole one trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ranks import jobs
+from ranks.pool import Pool
+from ranks.test_runs import ADAPTER_TOLERANCE, METRIC_TOLERANCE, adapter, command_line, differ
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_each_process_holds_its_rows_of_the_layers_and_all_of_them_are_the_model(
+    pool: Pool, tiny_model: Path, count: int
+) -> None:
+    found = pool.run(count, jobs.memory_of_layers, str(tiny_model))
+    assert all(one["equal"] for one in found)
+    assert sum(one["own"] for one in found) == found[0]["whole"]
+    assert max(one["own"] for one in found) < 1.2 * found[0]["whole"] / count
+
+
+@pytest.mark.parametrize("is_fused", [True, False], ids=["fused", "as transformers has them"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_sharded_run_is_that_of_one_process(
+    pool: Pool, overrides: dict[str, object], count: int, is_fused: bool
+) -> None:
+    # Batches of 2 on 3 processes, and micro-batches of one example or two: parts are empty, and passes unequal.
+    settings = {
+        **overrides,
+        "batch_size": 2,
+        "max_tokens_per_micro_batch": 128,
+        "max_length": 64,
+        "fused_layers": is_fused,
+    }
+    alone = jobs.whole_run({**settings, "wandb_run_name": "alone"})
+    sharded = pool.run(count, jobs.whole_run, {**settings, "parallelism_strategy": "fsdp"})
+    assert [one["status"] for one in sharded] == ["finished"] * count, sharded
+    assert differ(adapter(sharded[0]), adapter(alone)) < ADAPTER_TOLERANCE
+    assert sharded[0]["after"] == pytest.approx(alone["after"], rel=METRIC_TOLERANCE)
+
+
+def test_one_process_cannot_shard(overrides: dict[str, object]) -> None:
+    refused = jobs.whole_run({**overrides, "parallelism_strategy": "fsdp"})
+    assert refused["error"][2] == 2
+    assert "one process was started" in refused["error"][1]
+
+
+@pytest.mark.parametrize(
+    "other", ["load_in_4bit=True", "use_dora=True", "gradient_checkpointing=True", "lora_bias=all"]
+)
+def test_what_cannot_be_sharded_is_refused_by_name(
+    other: str, overrides: dict[str, object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from trietune.cli.app import main
+
+    options = command_line({**overrides, "parallelism_strategy": "fsdp"})
+    assert main(["train", "--dry-run", "--nproc=2", *options, f"--set={other}"]) == 2
+    err = capfd.readouterr().err
+    assert "`parallelism_strategy" in err
+    assert f"`{other.partition('=')[0]}" in err
