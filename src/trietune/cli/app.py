@@ -84,6 +84,8 @@ def train(
     if show_config:
         typer.echo(describe(settings))
         return
+    if restarts and nproc is None:
+        raise UserError("`--restarts` watches the processes of `--nproc`", next_step="--nproc 2 --restarts 3")
     count = _number_of_processes(nproc)
     if dry_run:
         _print_plan(settings, as_json=as_json, num_processes=count)
