@@ -322,3 +322,72 @@ def memory_of_layers(folder: str) -> dict[str, int]:
         }
     finally:
         ranks.close()
+
+
+def train_folder(folder: str, *, is_sharded: bool, num_steps: int = 8) -> dict[str, Any]:
+    """The adapter after some steps in fp64 on the base model in `folder`, whole in one process or sharded over all."""
+    from contextlib import nullcontext
+
+    from torch.distributed.tensor import DTensor
+
+    from trietune.model.adapter.adapter import add_adapter
+    from trietune.model.assemble import assemble
+    from trietune.model.base.load import load_network
+    from trietune.model.base.load_sharded import gathering, load_sharded
+    from trietune.model.base.locate import locate_model
+
+    ranks = open_ranks()
+    ranks.has_equal_passes = is_sharded
+    try:
+        base = locate_model(folder, report=lambda text: None, progress=lambda *done: None)
+        load = load_sharded if is_sharded else load_network
+        network = load(base, dtype=torch.float64, device=torch.device("cpu"))
+        peft_model = add_adapter(network, r=2, alpha=4, base=base, seed=3)
+        whole = gathering(network) if is_sharded else nullcontext
+        model = assemble(network, describe_cpu(), attention="rows", fused_layers=True, whole=whole)
+        trained = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+        assert not any(isinstance(p, DTensor) for p in trained.values())
+        optimizer = build_optimizer(
+            "adamw", trained.values(), learning_rate=2e-3, weight_decay=0.01, device=describe_cpu()
+        )
+        data = question_batch(np.random.default_rng(0), vocabulary=100, paragraphs=5, questions=4)
+        rate = learning_rate_schedule("constant", peak=2e-3, num_steps=num_steps, num_warmup_steps=0)
+        steps = train(
+            model,
+            optimizer,
+            Sampler(len(data), batch_size=5, seed=3),
+            Schedules(num_steps, 0, 1, rate),
+            lambda indices: make_micro_batches(data, indices, batching="trie", max_nodes=50),
+            seed=5,
+            ranks=ranks,
+            deal=None
+            if ranks is ALONE
+            else lambda indices: deal_step(data, indices, ranks.count, batching="trie", label_cost=0.26),
+        )
+        losses = [float(step.loss or 0) for step in steps]
+        layers = list(network.get_decoder().layers.named_parameters())
+        return {
+            "adapter": {name: p.detach().numpy().copy() for name, p in trained.items()},
+            "losses": losses,
+            "prunes_last": model.prunes_last,
+            "is_let_go": all(isinstance(p, DTensor) for name, p in layers if "lora_" not in name),
+        }  # fmt: skip
+    finally:
+        ranks.close()
+
+
+def loading_error(folder: str) -> str:
+    """What is said of a folder that cannot be loaded in parts."""
+    from trietune.errors import UserError
+    from trietune.model.base.load_sharded import load_sharded
+    from trietune.model.base.locate import locate_model
+
+    ranks = open_ranks()
+    try:
+        base = locate_model(folder, report=lambda text: None, progress=lambda *done: None)
+        load_sharded(base, dtype=torch.float32, device=torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    finally:
+        ranks.close()
+    return ""

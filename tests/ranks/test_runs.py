@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 
 from ranks import jobs
 from ranks.pool import Pool
+from trietune.errors import UserError
+from trietune.ranks.launched import Launched
 
 # fp32: Adam divides rounding by rounding, so adapters are further apart than gradients.
 ADAPTER_TOLERANCE, METRIC_TOLERANCE = 1e-3, 1e-4
@@ -151,6 +153,34 @@ def test_more_base_models_than_memory_are_refused(
     err = capfd.readouterr().err
     assert "for its weights in each of 3 processes" in err
     assert main(["train", "--dry-run", *command_line(overrides)]) == 0
+
+
+def test_restarts_need_processes(capfd: pytest.CaptureFixture[str]) -> None:
+    from trietune.cli.app import main
+
+    assert main(["train", "--restarts", "2"]) == 2
+    assert "`--nproc`" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("device", "is_refused"), [("auto", True), ("cpu", False)])
+def test_each_process_needs_a_card_where_cards_are_used(
+    device: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trietune.ranks import together
+
+    monkeypatch.setattr(together.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(together.torch.cuda, "device_count", lambda: 1)
+    backends: list[str] = []
+
+    def stop(backend: str, **options: object) -> None:
+        backends.append(backend)
+        raise InterruptedError
+
+    monkeypatch.setattr(together.dist, "init_process_group", stop)
+    with pytest.raises(UserError if is_refused else InterruptedError) as ended:
+        together.Together(Launched(0, 2, 0, 2), may_use_cuda=device == "auto")
+    assert ("2 processes were started on a machine with 1 CUDA devices" in str(ended.value)) == is_refused
+    assert backends == ([] if is_refused else ["gloo"])
 
 
 @pytest.mark.parametrize("value", ["0", "two", "-1"])

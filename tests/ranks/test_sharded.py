@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from model.families import FAMILIES
 from ranks import jobs
 from ranks.pool import Pool
+from ranks.test_parity import FP64_TOLERANCE, difference
 from ranks.test_runs import ADAPTER_TOLERANCE, METRIC_TOLERANCE, adapter, command_line, differ
 
 
@@ -39,6 +44,29 @@ def test_a_sharded_run_is_that_of_one_process(
     assert [one["status"] for one in sharded] == ["finished"] * count, sharded
     assert differ(adapter(sharded[0]), adapter(alone)) < ADAPTER_TOLERANCE
     assert sharded[0]["after"] == pytest.approx(alone["after"], rel=METRIC_TOLERANCE)
+
+
+@pytest.mark.parametrize(("family", "count"), [("gemma2", 2), ("qwen3", 3), ("gemma3", 2)])
+def test_in_double_precision_the_adapter_is_that_of_a_whole_model(
+    pool: Pool, tmp_path: Path, family: str, count: int
+) -> None:
+    torch.manual_seed(7)
+    FAMILIES[family]().save_pretrained(tmp_path)
+    whole = jobs.train_folder(str(tmp_path), is_sharded=False)
+    sharded = pool.run(count, jobs.train_folder, str(tmp_path), is_sharded=True)
+    assert sharded[0]["prunes_last"] == whole["prunes_last"]
+    assert whole["prunes_last"] or family == "gemma2"  # whose last layer is not replaced in fp64
+    assert sharded[0]["is_let_go"]
+    assert difference(sharded[0]["adapter"], whole["adapter"]) < FP64_TOLERANCE
+    assert all(one["losses"] == sharded[0]["losses"] for one in sharded)
+
+
+def test_weights_that_are_not_there_are_named(pool: Pool, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    found = pool.run(2, jobs.loading_error, str(tmp_path / "model"))
+    assert all("lack" in one and "model.layers.2" in one for one in found)
 
 
 def test_one_process_cannot_shard(overrides: dict[str, object]) -> None:

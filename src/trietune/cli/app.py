@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ import typer
 
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
 from trietune.io.outputs import check_output, write_output
-from trietune.ranks.launched import refuse_several_processes
+from trietune.ranks.launched import command_began, refuse_several_processes
 from trietune.ranks.messages import FailedElsewhere
 from trietune.run.malloc import keep_freed_memory
 from trietune.run.signals import process_age_s
@@ -93,6 +94,8 @@ def train(
     if show_config:
         _say(describe(settings))
         return
+    if restarts and nproc is None:
+        raise UserError("`--restarts` watches the processes of `--nproc`", next_step="--nproc 2 --restarts 3")
     count = _number_of_processes(nproc)
     if dry_run:
         _print_plan(settings, as_json=as_json, num_processes=count)
@@ -103,11 +106,13 @@ def train(
         options = [f"--set={override}" for override in overrides]
         options += [f"--allow-change={key}" for key in allow_change]
         command = [sys.executable, "-m", "trietune", "train", *([] if config is None else [str(config)]), *options]
-        raise typer.Exit(launch(command, count, restarts=restarts, say=lambda text: typer.echo(text, err=True)))
+        say = functools.partial(_say, err=True)
+        raise typer.Exit(launch(command, count, restarts=restarts, began=_began, say=say))
     _set_log_level(settings.log_level)
     from trietune.run.session import train as run_training
 
-    raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change), began=_began).exit_code)
+    began = command_began() or _began
+    raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change), began=began).exit_code)
 
 
 @app.command()
@@ -497,7 +502,7 @@ def _number_of_processes(nproc: str | None) -> int:
         import torch
 
         found = torch.cuda.device_count()
-        typer.echo(
+        _say(
             f"--nproc auto: {found} processes, one for each CUDA device"
             if found > 1
             else f"--nproc auto: one process ({found or 'no'} CUDA device{'' if found else 's'} here)",

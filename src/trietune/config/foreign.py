@@ -36,8 +36,8 @@ def _same(tools: str, key: str, difference: str = "") -> ForeignName:
 
 
 _PROCESSES = (
-    "the number of processes is not part of a training: `trietune train --nproc N`, or torchrun; the base model is "
-    "whole in each"
+    "the number of processes is not part of a training: `trietune train --nproc N`, or torchrun; "
+    "`parallelism_strategy: fsdp` shards the base model over them"
 )
 _PER_DEVICE = "it counts one device, `batch_size` all of them before accumulation: multiply by the number of devices"
 _ALWAYS_COMPLETIONS = "labels are on completions alone, always"
@@ -226,9 +226,9 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     # devices
     "use_cpu": ForeignName("transformers", ("device",), "`device: cpu`"),
     "no_cuda": ForeignName("older transformers", ("device",), "`device: cpu`"),
-    "deepspeed": ForeignName(HF, ("parallelism_strategy",), None, _PROCESSES),
+    "deepspeed": ForeignName(HF, ("parallelism_strategy",), "`parallelism_strategy: fsdp`", _PROCESSES),
     "deepspeed_config": ForeignName("accelerate", ("parallelism_strategy",), None, _PROCESSES),
-    "fsdp": ForeignName(f"{HF}, {AXOLOTL}", ("parallelism_strategy",), None, _PROCESSES),
+    "fsdp": ForeignName(f"{HF}, {AXOLOTL}", ("parallelism_strategy",), "`parallelism_strategy: fsdp`", _PROCESSES),
     "fsdp_config": ForeignName(f"{HF}, {AXOLOTL}, accelerate", ("parallelism_strategy",), None, _PROCESSES),
     "num_processes": ForeignName("accelerate", (), None, _PROCESSES),
     "nproc_per_node": ForeignName("torchrun", (), None, _PROCESSES),

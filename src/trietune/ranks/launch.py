@@ -18,29 +18,38 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from trietune.errors import EXIT_DONE, EXIT_RANK_LOST
+from trietune.ranks.launched import BEGAN
 
 # After a process has failed: the others get SIGTERM, and this long to end.
 GRACE_S = 3.0
 # After a failure that the others hear of from the one that failed, such as a mistake in the settings.
 GRACE_AFTER_NEWS_S = 20.0
 POLL_S = 0.1
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Those that end a run with its work saved. (macOS has no PWR.)
+FORWARDED = tuple(
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU", "SIGPWR")
+    if name in signal.Signals.__members__
+)
 # From <linux/prctl.h>.
 PR_SET_PDEATHSIG = 1
 
 
-def launch(command: Sequence[str], count: int, *, restarts: int = 0, say: Callable[[str], None]) -> int:
+def launch(
+    command: Sequence[str], count: int, *, restarts: int = 0, began: float | None = None, say: Callable[[str], None]
+) -> int:
     """Run `count` copies of a command as one training; returns the exit code of the whole.
 
     Args:
         command: program and arguments.
         restarts: how often a training that has lost a process begins again, with `--resume`.
+        began: when the user's command began, as `time.monotonic` tells it, for `max_time`.
         say: told what happens, a line or two at a time.
     """
     attempt = 0
     command = list(command)
     while True:
-        processes = Processes(command, count)
+        processes = Processes(command, count, began)
         with processes.forwarding_signals():
             end = processes.wait()
         if end is None:
@@ -81,6 +90,7 @@ class Processes:
 
     command: Sequence[str]
     count: int
+    began: float | None = None
     was_stopped: bool = False
     _children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -90,7 +100,7 @@ class Processes:
             self._children.append(
                 subprocess.Popen(  # noqa: S603  (our own command)
                     self.command,
-                    env=environment_of(number, self.count, port),
+                    env={**environment_of(number, self.count, port), **self._beginning()},
                     # Ctrl-C reaches this process alone, which passes it on.
                     start_new_session=True,
                     preexec_fn=_end_with_parent if sys.platform == "linux" else None,
@@ -123,6 +133,9 @@ class Processes:
         """While open, signals to this process go to all; the processes stop after the step under way."""
         return _Forwarding(self)
 
+    def _beginning(self) -> dict[str, str]:
+        return {} if self.began is None else {BEGAN: repr(self.began)}
+
     def _first_failed(self) -> Ended | None:
         for number, child in enumerate(self._children):
             if child.poll() not in (None, 0):
@@ -137,7 +150,9 @@ class _Forwarding:
 
     def __enter__(self) -> None:
         for number in FORWARDED:
-            self._before[number] = signal.signal(number, self._forward)
+            # One that is ignored stays ignored, as `nohup` wants it of HUP.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._before[number] = signal.signal(number, self._forward)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():

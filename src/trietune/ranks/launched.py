@@ -18,6 +18,8 @@ _COUNTS = {
 }
 # What torchrun sets for each process, and `trietune train --nproc` too.
 _NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What `trietune train --nproc` tells its processes: when the user's command began, on this machine's monotonic clock.
+BEGAN = "TRIETUNE_BEGAN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,16 @@ def read_launched(environ: Mapping[str, str] = os.environ) -> Launched:
             next_step="`torchrun --nproc-per-node N -m trietune train ...`, or `trietune train --nproc N ...`",
         )
     return Launched(int(environ["RANK"]), count, int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"]))
+
+
+def command_began(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When the command began that launched this process, as `time.monotonic` tells it; None if it was not told."""
+    if _started(environ, "WORLD_SIZE") is None:
+        return None
+    try:
+        return float(environ[BEGAN])
+    except (KeyError, ValueError):
+        return None
 
 
 def processes_here(environ: Mapping[str, str] = os.environ) -> int:

@@ -6,8 +6,11 @@ from trietune.ranks.launched import read_launched
 from trietune.ranks.ranks import ALONE, Ranks
 
 
-def open_ranks() -> Ranks:
+def open_ranks(*, may_use_cuda: bool = True) -> Ranks:
     """The ranks of this training, connected; `ALONE` if this is the one process. No torch is loaded for that.
+
+    Args:
+        may_use_cuda: whether CUDA cards are used where there are some; each process then takes its own.
 
     Raises:
         UserError: the launcher's variables are incomplete, or there are fewer cards than processes on this machine.
@@ -17,4 +20,4 @@ def open_ranks() -> Ranks:
         return ALONE
     from trietune.ranks.together import Together
 
-    return Together(launched)
+    return Together(launched, may_use_cuda=may_use_cuda)

@@ -40,8 +40,8 @@ class Together(Ranks):
         UserError: there are fewer cards than processes on this machine.
     """
 
-    def __init__(self, launched: Launched) -> None:
-        uses_cuda = torch.cuda.is_available()
+    def __init__(self, launched: Launched, *, may_use_cuda: bool = True) -> None:
+        uses_cuda = may_use_cuda and torch.cuda.is_available()
         if uses_cuda:
             _take_card(launched)
         dist.init_process_group("cpu:gloo,cuda:nccl" if uses_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -244,6 +244,6 @@ def _take_card(launched: Launched) -> None:
     if count < launched.local_count:
         raise UserError(
             f"{launched.local_count} processes were started on a machine with {count} CUDA devices",
-            next_step=f"`--nproc {count}`, or set CUDA_VISIBLE_DEVICES= (empty) to train on the processor",
+            next_step=f"`--nproc {count}`, or `--set device=cpu` to train on the processor",
         )
     torch.cuda.set_device(launched.local_number)

@@ -99,20 +99,21 @@ def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], 
 
     prepared = ranks.in_turn(follow)
     plan = prepared.plan
-    ranks.agree(
-        {
-            **{f"`{key}`": value for key, value in settings.dump_public().items()},
-            "the training data": prepared.data.train_fingerprint,
-            "the validation data": prepared.data.validation_fingerprint,
-            "the base model": prepared.base.digest or sampled_digest(prepared.base.path),
-            "the converted base model": prepared.base.weights_digest,
-            "the adapter to begin with": start_adapter(prepared),
-            "the kind of device": plan.device.kind,
-            "the number of steps": plan.num_steps,
-            "the grouping of examples": plan.is_grouped,
-            **{f"the version of {name}": installed_version(name) for name in PACKAGES},
-        }
-    )
+    if ranks.count > 1:
+        ranks.agree(
+            {
+                **{f"`{key}`": value for key, value in settings.dump_public().items()},
+                "the training data": prepared.data.train_fingerprint,
+                "the validation data": prepared.data.validation_fingerprint,
+                "the base model": prepared.base.digest or sampled_digest(prepared.base.path),
+                "the converted base model": prepared.base.weights_digest,
+                "the adapter to begin with": start_adapter(prepared),
+                "the kind of device": plan.device.kind,
+                "the number of steps": plan.num_steps,
+                "the grouping of examples": plan.is_grouped,
+                **{f"the version of {name}": installed_version(name) for name in PACKAGES},
+            }
+        )
     return replace(prepared, plan=replace(plan, max_positions=min(ranks.gather(plan.max_positions))))
 
 

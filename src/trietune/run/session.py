@@ -106,7 +106,7 @@ def train(
         elif keep_freed_memory():
             stack.callback(give_back_freed_memory)
         signals = stack.enter_context(StopSignals())
-        ranks = open_ranks()
+        ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"))
         stack.callback(ranks.close)
         hub = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
         stack.callback(hub.close)

@@ -143,14 +143,15 @@ def _read_own_rows(parameter: Tensor, source: Any) -> None:
 
 
 def _fill_buffers(folder: ModelFolder, network: Any, config: Any, dtype: torch.dtype) -> None:
-    """Buffers that no file holds, from a network of one layer that is made anew."""
+    """Buffers that no file holds, from a network of one layer of each kind that is made anew."""
     if not any(True for _ in network.buffers()):
         return
     small = copy.deepcopy(config)
     text = small.get_text_config()
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ()))
+    text.num_hidden_layers = max(len(kinds), 1)
+    if kinds:
+        text.layer_types = kinds
     with quiet_library():
         made = dict(AutoModelForCausalLM.from_config(small, dtype=dtype).named_buffers())  # type: ignore[no-untyped-call]
     for name, buffer in network.named_buffers():
