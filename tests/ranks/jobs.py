@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,15 @@ from peft import LoraConfig, get_peft_model
 
 from model.families import FAMILIES, in_double
 from strategies import question_batch
+from trietune.data.examples import IGNORED_LABEL
 from trietune.device.cpu import describe_cpu
 from trietune.model.causal_lm import TrieModel
 from trietune.ranks.opening import open_ranks
 from trietune.ranks.ranks import ALONE
 from trietune.training.gradients import MicroBatchTooLargeError
 from trietune.training.loop import Schedules, train
+from trietune.training.objectives.learning import Learn
+from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
 from trietune.training.optimizer import build_optimizer, learning_rate_schedule
 from trietune.training.sampler import Sampler
 from trietune.trie import make_micro_batches
@@ -39,12 +44,13 @@ def train_family(
     dtype: torch.dtype = torch.float64,
     runs_out_on: int | None = None,
     wants_stop_on: int | None = None,
+    has_weights: bool = False,
 ) -> dict[str, Any]:
     """Adapter, losses and counts after some steps, as this rank has them."""
     ranks = open_ranks()
     try:
         return _train_family(ranks, family, num_steps, batch_size, batches_per_step, batching, max_grad_norm, dropout,
-                             optim, max_nodes, dtype, runs_out_on, wants_stop_on)  # fmt: skip
+                             optim, max_nodes, dtype, runs_out_on, wants_stop_on, has_weights)  # fmt: skip
     finally:
         ranks.close()
 
@@ -63,6 +69,7 @@ def _train_family(
     dtype: torch.dtype,
     runs_out_on: int | None,
     wants_stop_on: int | None,
+    has_weights: bool,
 ) -> dict[str, Any]:
     number = ranks.mine(range(ranks.count))
     torch.manual_seed(7)
@@ -73,6 +80,9 @@ def _train_family(
     peft_model = get_peft_model(network, config)
     model = TrieModel(network, device=torch.device("cpu"), attention=None if batching == "padded" else "rows")
     data = question_batch(np.random.default_rng(0), vocabulary=120, paragraphs=5, questions=4)
+    learn: Learn = learn_labels
+    if has_weights:
+        data, learn = _weighted(data)
     parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(
         optim, parameters.values(), learning_rate=2e-3, weight_decay=0.01, device=describe_cpu()
@@ -105,6 +115,7 @@ def _train_family(
             seed=5,
             max_grad_norm=max_grad_norm,
             cut_smaller=smaller,
+            learn=learn,
             ranks=ranks,
             deal=None
             if ranks is ALONE
@@ -120,6 +131,13 @@ def _train_family(
     tensors = {name: p.detach().numpy().copy() for name, p in parameters.items()}
     digest = hashlib.sha256(b"".join(tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
     return {"adapter": tensors, "losses": losses, "counts": counts, "digest": digest, "cuts": state["cuts"]}
+
+
+def _weighted(data: Any) -> tuple[Any, Learn]:
+    """The data with weights of labels, some negative; a label of weight 0 is none, as in data that is read."""
+    weights = np.random.default_rng(4).choice([-0.5, 0.0, 1.0, 2.5], len(data.labels))
+    data = replace(data, labels=np.where(weights == 0, IGNORED_LABEL, data.labels))
+    return data, LearnWeightedLabels.of(data, weights)
 
 
 def _failing_at(function: Callable[..., Any], call: int) -> Callable[..., Any]:
@@ -262,6 +280,7 @@ class _Heard:
             self.metrics.append(dict(event.metrics))
         if isinstance(event, RunStarted):
             self.plan = dict(event.plan)
+            FOLDERS.append(event.directory)
         self.react(event)
 
     def close(self) -> None:
@@ -279,7 +298,19 @@ def _signal_at_step_3(event: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-REACTIONS: dict[str, Callable[[Any], None]] = {"signal at step 3": _signal_at_step_3}
+def _move_folder_at_step_3(event: Any) -> None:
+    from trietune.tracking.events import StepFinished
+
+    if isinstance(event, StepFinished) and event.step == 3:
+        FOLDERS[-1].rename(FOLDERS[-1].with_name("moved"))
+
+
+# Of the runs that this process has begun.
+FOLDERS: list[Path] = []
+REACTIONS: dict[str, Callable[[Any], None]] = {
+    "signal at step 3": _signal_at_step_3,
+    "folder moved at step 3": _move_folder_at_step_3,
+}
 
 
 def run_with_odd_rank(settings: dict[str, Any], odd: dict[str, Any]) -> dict[str, Any]:

@@ -88,13 +88,33 @@ def test_restarts_end(tmp_path: Path) -> None:
     assert said.count("starting again") == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    text = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from trietune.ranks.launch import Processes\n"
+        f"processes = Processes({script('')!r}, 2)\n"
+        "with processes.forwarding_signals():\n"
+        "    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\n"
+        "    assert callable(signal.getsignal(signal.SIGTERM))\n"
+        "processes.wait()\n"
+    )
+    subprocess.run([sys.executable, "-c", text], check=True)
+
+
+def test_processes_are_told_when_the_command_began(tmp_path: Path) -> None:
+    told = f"from trietune.ranks.launched import command_began; open({str(tmp_path)!r} + '/' + rank, 'w').write"
+    began = time.monotonic() - 5
+    assert launch(script(f"{told}(repr(command_began()))"), 2, began=began, say=print) == 0
+    assert [float((tmp_path / str(number)).read_text()) for number in range(2)] == [began, began]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_reaches_every_process_once(tmp_path: Path, number: signal.Signals) -> None:
     child = (
         "def note(number, frame):\n"
         f"    open(os.path.join({str(tmp_path)!r}, 'heard'), 'a').write(f'{{rank}} {{number}}\\n')\n"
         "    sys.exit(128 + number)\n"
-        f"for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1): signal.signal(one, note)\n"
+        f"for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP): signal.signal(one, note)\n"
         f"open(os.path.join({str(tmp_path)!r}, 'ready' + rank), 'w')\n{WAITS}"
     )
     parent = (

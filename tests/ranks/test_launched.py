@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,6 +79,27 @@ def test_the_place_among_launched_processes_is_read() -> None:
     assert read_launched({}) == read_launched({**environ, "WORLD_SIZE": "1"}) == Launched()
     assert processes_here(environ) == 4
     assert processes_here({"LOCAL_WORLD_SIZE": "4"}) == 1
+
+
+@pytest.mark.parametrize(("began", "expected"), [("12.5", 12.5), ("soon", None), (None, None)])
+def test_max_time_counts_from_the_command_that_launched(
+    began: str | None, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trietune.run import session
+
+    counted: list[float] = []
+
+    def train(settings: object, *, allowed_changes: frozenset[str], began: float) -> SimpleNamespace:
+        counted.append(began)
+        return SimpleNamespace(exit_code=0)
+
+    monkeypatch.setattr(session, "train", train)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if began is not None:
+        monkeypatch.setenv("TRIETUNE_BEGAN", began)
+    before = time.monotonic()
+    assert main(["train"]) == 0
+    assert counted == [expected] if expected is not None else counted[0] >= before
 
 
 def test_memory_of_the_machine_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

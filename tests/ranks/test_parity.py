@@ -65,6 +65,7 @@ def test_a_batch_of_3_on_4_processes_is_trained_whole(pool: Pool) -> None:
         {"batching": "padded"},
         {"batching": "packed"},
         {"optim": "sgd", "max_nodes": 40},
+        {"has_weights": True, "max_nodes": 40, "batches_per_step": 2},
     ],
     ids=str,
 )

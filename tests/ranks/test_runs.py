@@ -82,6 +82,35 @@ def test_settings_that_differ_are_named(pool: Pool, overrides: dict[str, object]
     assert results[1]["error"][0] == "FailedElsewhere"
 
 
+def test_what_looks_at_a_whole_step_is_refused_before_anything_starts(
+    pool: Pool, overrides: dict[str, object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from trietune.cli.app import main
+
+    settings = {**overrides, "objective": "rank"}
+    first, second = pool.run(2, jobs.whole_run, settings)
+    assert first["error"][2] == 2
+    assert "`objective: rank`" in first["error"][1]
+    assert "start one process" in first["error"][1]
+    assert second["error"][0] == "FailedElsewhere"
+    assert main(["train", "--nproc", "2", "--dry-run", *command_line(settings)]) == 2
+    assert "`objective: rank`" in capfd.readouterr().err
+    assert not Path(str(overrides["project_dir"])).exists()
+
+
+@pytest.mark.parametrize(("how", "step"), [("no", 4), ("step", 3)])
+def test_a_folder_that_is_moved_is_followed_once_and_all_stop(
+    pool: Pool, overrides: dict[str, object], how: str, step: int
+) -> None:
+    settings = {**overrides, "save_strategy": how, "steps_freq": 3}
+    results = pool.run(2, jobs.whole_run, settings, react="folder moved at step 3")
+    assert [one["error"][0] for one in results] == ["UserError", "FailedElsewhere"], results
+    assert "was moved to" in results[0]["error"][1]
+    # Where nothing is saved, rank 0 tells the others with the numbers of the step that follows.
+    assert (Path(str(overrides["project_dir"])) / "moved" / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert not (Path(str(overrides["project_dir"])) / "run").exists()
+
+
 def test_a_mesh_with_several_processes_is_refused(pool: Pool, overrides: dict[str, object]) -> None:
     first, _ = pool.run(2, jobs.whole_run, {**overrides, "mesh_shape": "2,1"})
     assert first["error"][2] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,20 @@ def test_a_sharded_run_is_that_of_one_process(
     assert [one["status"] for one in sharded] == ["finished"] * count, sharded
     assert differ(adapter(sharded[0]), adapter(alone)) < ADAPTER_TOLERANCE
     assert sharded[0]["after"] == pytest.approx(alone["after"], rel=METRIC_TOLERANCE)
+    assert proven(sharded[0]) == proven(alone) == 1
+    assert any("not tried before training: whether plain PEFT" in text for text in sharded[0]["said"])
+
+
+def proven(run: dict[str, Any]) -> int:
+    """How often it was said that all layers were proven."""
+    return sum(text.startswith("self-check: 2 layers and the head give the values and") for text in run["said"])
+
+
+def test_layers_in_half_precision_are_proven_in_fp32(pool: Pool, overrides: dict[str, object]) -> None:
+    settings = {**overrides, "dtype": "bfloat16", "max_steps": 2, "parallelism_strategy": "fsdp"}
+    sharded = pool.run(2, jobs.whole_run, settings)
+    assert [one["status"] for one in sharded] == ["finished"] * 2, sharded
+    assert proven(sharded[0]) == 1
 
 
 @pytest.mark.parametrize(("family", "count"), [("gemma2", 2), ("qwen3", 3), ("gemma3", 2)])

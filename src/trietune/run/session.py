@@ -539,8 +539,8 @@ class Session:
                 is_logged=self._is_logged(step.number),
             )
         )
-        self._check_folder(step)
         is_saved = self._is_save_due(step.number, is_last)
+        self._check_folder(step, must_know=is_saved)
         if step.number % self.settings.val_steps_freq == 0 or is_saved or is_last:
             self._validate()
         if is_saved:
@@ -564,10 +564,15 @@ class Session:
             return True
         return not self._is_in_place()
 
-    def _check_folder(self, step: Step) -> None:
-        """Stop when the folder was moved or removed; what was learnt is saved where it is now."""
-        # Of several ranks, the one that holds the folder told with the step's numbers that it is lost.
-        if self.ranks is not ALONE and not step.num_stopping:
+    def _check_folder(self, step: Step, *, must_know: bool) -> None:
+        """Stop when the folder was moved or removed; what was learnt is saved where it is now.
+
+        Of several ranks, the one that holds the folder told with the step's numbers if it was lost by then.
+
+        Args:
+            must_know: whether that was too early to ask.
+        """
+        if not (self.ranks is ALONE or must_know or step.num_stopping):
             return
         is_in_place, now_at = self.ranks.once(self._find_folder)
         if is_in_place:
