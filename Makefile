@@ -13,7 +13,7 @@ XLA_READY := $(XLA_VENV)/.ready
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-families test-all test-xla test-handover package lint test-gpu bench bench-gpu lock clean
+.PHONY: help train test test-slow test-families test-all test-ranks test-xla test-handover package lint test-gpu bench bench-gpu lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test-families: $(READY)  ## every causal type of transformers, small and random,
 	$(BIN)/python tests/causal_types/try_types.py tests/causal_types/table.jsonl
 
 test-all: test test-slow test-xla  ## every test that this machine can run
+
+test-ranks: $(READY)  ## trainings over several processes: parity, whole runs, lost processes (some minutes)
+	$(BIN)/python -m pytest tests/ranks
 
 test-xla: $(XLA_READY)  ## the Tenstorrent and XLA path, on XLA's own CPU client (an environment of its own, 7 GB)
 	PJRT_DEVICE=CPU $(XLA_BIN)/python -m pytest tests/xla --timeout 1200

@@ -38,7 +38,7 @@ def main() -> None:
     for dtype in (getattr(torch, name) for name in options.dtypes):
         for model, shapes in LAYERS.items():
             for inner, outer in shapes:
-                frozen = FrozenWeight(torch.randn(outer, inner).to(dtype))
+                frozen = FrozenWeight(torch.nn.Linear(inner, outer, bias=False, dtype=dtype).requires_grad_(False))
                 frozen.may_pack = True
                 for rows in options.rows:
                     x = torch.randn(rows, inner).to(dtype)

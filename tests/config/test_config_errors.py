@@ -154,6 +154,8 @@ def test_foreign_names_are_none_of_ours_and_point_to_ours() -> None:
             ["tp_sharding_specs", "model_sharding_patterns"],
         ),
         (["trace_region_size_mb=8"], ["trace_region_size_mb", "enable_trace"]),
+        (["parallelism_strategy=fsdp", "mesh_shape=8,1"], ["parallelism_strategy", "mesh_shape"]),
+        (["parallelism_strategy=fsdp", "use_dora=true"], ["parallelism_strategy", "use_dora"]),
     ],
 )
 def test_contradiction_names_both_keys_and_their_places(overrides: list[str], keys: list[str]) -> None:
@@ -166,7 +168,6 @@ def test_contradiction_names_both_keys_and_their_places(overrides: list[str], ke
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("parallelism_strategy", "fsdp"),
         ("custom_dataset", "{file_type: json}"),
         ("prompt_format", "alpaca"),
         ("chat_system_prompt", "Be brief."),

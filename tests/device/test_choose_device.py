@@ -109,7 +109,7 @@ def test_specs_by_the_names_of_parameters_and_numbers_of_axes() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"shape": None, "strategy": "data_parallel"}, "needs the devices' grid"),
+        ({"shape": None, "strategy": "tensor_parallel"}, "needs the devices' grid"),
         ({"axis_names": ("data",)}, "the 2 axes of `mesh_shape` need names"),
         ({"data_dimension": "rows"}, "`input_sharding_dim: rows` is no axis of the mesh"),
         ({"shape": (1, 8), "strategy": "data_parallel"}, "no axis of the mesh splits a batch: data 1, model 8"),

@@ -39,6 +39,7 @@ from trietune.config.not_yet import ELSEWHERE, NOT_YET
 from trietune.data.templates import PromptFormat
 from trietune.io.manifest import MANIFEST_NAME
 from trietune.run.throughput import Meter
+from trietune.trie.dealing import Deal
 
 CLI: Any = typer.main.get_command(app)
 COMMANDS_PAGE = ROOT / "docs/commands.md"
@@ -212,6 +213,7 @@ def test_run_folder_names_every_training_metric() -> None:
     meter = Meter()
     meter.start()
     named = set(re.findall(r"`([\w/]+)`", section(RUN_FOLDER, "metrics.jsonl")))
+    step.deal = Deal(parts=(np.zeros(1), np.zeros(1)), costs=np.ones(2), cost_of_whole=2.0, num_labels=1)
     assert set(meter.metrics(step, 0, num_compilations=1)) <= named
 
 

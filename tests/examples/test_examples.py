@@ -82,3 +82,23 @@ def test_yaml_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ]
     assert losses
     assert (run.directory / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_slurm_job_starts_one_torchrun_on_each_machine(tmp_path: Path) -> None:
+    """With stand-ins for Slurm's own commands, and torchrun's own parser."""
+    from torch.distributed.run import get_args_parser
+
+    for name, text in {"scontrol": "echo gpu-a; echo gpu-b", "srun": 'printf "%s\\n" "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17"}
+    ran = subprocess.run(
+        ["bash", ROOT / "examples" / "cluster" / "slurm.sh", "sst2.yaml"],
+        capture_output=True, text=True, timeout=60, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm},
+    )  # fmt: skip
+    program, *arguments = ran.stdout.splitlines()
+    parsed = get_args_parser().parse_args(arguments)
+    assert program == "torchrun"
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_endpoint) == ("2", "8", "gpu-a:29500")
+    assert (parsed.module, parsed.training_script) == (True, "trietune")
+    assert parsed.training_script_args == ["train", "sst2.yaml", "--resume"]

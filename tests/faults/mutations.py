@@ -229,7 +229,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a base model in a folder not looked into", "run/environment.py",
-        "prepared.base.digest or _sampled_digest(prepared.base.path)", "prepared.base.digest",
+        "prepared.base.digest or sampled_digest(prepared.base.path)", "prepared.base.digest",
         (f"{TRAINER}::test_a_base_model_changed_in_its_place_is_refused",),
     ),
     Mutation(
@@ -248,7 +248,7 @@ MUTATIONS = [
     ),
     Mutation(
         "randomness of a step not tied to the step", "training/loop.py",
-        "        self.device.seed(step_seed(self.seed, layout.number))\n", "", (BIT_EQUAL,),
+        "        self.device.seed(step_seed(self.seed, layout.number, self.ranks))\n", "", (BIT_EQUAL,),
     ),
     Mutation(
         "schedule begins anew", "training/loop.py",

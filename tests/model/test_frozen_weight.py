@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from trietune.model.fast import frozen_weight
 from trietune.model.fast.frozen_weight import FrozenWeight, can_pack, pack_frozen_weights
-from trietune.model.fast.linear import fuse_linears
+from trietune.model.fast.linear import FrozenLayer, JoinedLinear, fuse_linears
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
 
@@ -27,10 +29,16 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
+def linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
 def packed(weight: Tensor) -> FrozenWeight:
     if not can_pack(weight):
         pytest.skip(f"this processor has no blocked products in {weight.dtype}")
-    frozen = FrozenWeight(weight)
+    frozen = FrozenWeight(linear(weight))
     frozen.may_pack = True
     return frozen
 
@@ -57,6 +65,36 @@ def test_a_weight_that_was_changed_is_multiplied_as_it_is(products: list[int]) -
     assert frozen.forward(torch.ones(2, 3)).tolist() == [[6.0] * 4] * 2
     assert frozen.backward(torch.ones(2, 4)).tolist() == [[8.0] * 3] * 2
     assert products == [2]
+
+
+def test_a_weight_that_was_replaced_is_multiplied_as_it_is(products: list[int]) -> None:
+    layer = linear(torch.ones(4, 3))
+    frozen = FrozenWeight(layer)
+    frozen.may_pack = True
+    frozen.forward(torch.ones(2, 3))
+    layer.weight = nn.Parameter(torch.full((4, 3), 5.0), requires_grad=False)
+    assert frozen.forward(torch.ones(2, 3)).tolist() == [[15.0] * 4] * 2
+    assert frozen.backward(torch.ones(2, 4)).tolist() == [[20.0] * 3] * 2
+    assert products == [2]
+
+
+def test_a_weight_that_was_replaced_is_not_kept_alive() -> None:
+    layer = linear(torch.ones(4, 3))
+    frozen = FrozenWeight(layer)
+    before = weakref.ref(layer.weight)
+    layer.weight = nn.Parameter(torch.zeros(4, 3), requires_grad=False)
+    assert before() is None
+    assert frozen.forward(torch.ones(1, 3)).tolist() == [[0.0] * 4]
+
+
+def test_biases_of_joined_and_of_single_layers_are_looked_up() -> None:
+    single = nn.Linear(3, 4).requires_grad_(False)
+    layer = FrozenLayer.of(single)
+    assert layer is not None
+    joined = JoinedLinear([layer])
+    single.bias = nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
+    x = torch.zeros(1, 3)
+    assert joined(x).tolist() == [[2.0] * 4]
 
 
 def test_double_precision_is_not_packed() -> None:

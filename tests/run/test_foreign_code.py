@@ -200,7 +200,7 @@ def test_every_door_says_that_no_code_is_trusted() -> None:
             if node.func.attr not in ("from_pretrained", "from_config"):
                 continue
             if ast.unparse(node.func.value) == "PeftModel":
-                continue  # has no such door: it reads a configuration and tensors, which `model/adapter/reread.py` wrote
+                continue  # reads a configuration and tensors that `model/adapter/reread.py` wrote
             doors += 1
             given = {keyword.arg: keyword.value for keyword in node.keywords}
             if None in given and "trust_remote_code" not in given:

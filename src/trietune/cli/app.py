@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -17,7 +18,8 @@ import typer
 
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
 from trietune.io.outputs import check_output, write_output
-from trietune.ranks.launched import refuse_several_processes
+from trietune.ranks.launched import command_began, refuse_several_processes
+from trietune.ranks.messages import FailedElsewhere
 from trietune.run.malloc import keep_freed_memory
 from trietune.run.signals import process_age_s
 
@@ -70,6 +72,13 @@ def train(
         typer.Option("--allow-change", metavar="KEY", help="Accept a difference, or `optimizer_state`, when resuming."),
     ] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the plan as JSON.")] = False,
+    nproc: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--nproc", metavar="N|auto", help="Processes on this machine that share each step."),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option("--restarts", min=0, help="With --nproc: how often to go on after a lost process.")
+    ] = 0,
 ) -> None:
     """Train an adapter from one YAML file."""
     from trietune.config import load_config
@@ -85,13 +94,25 @@ def train(
     if show_config:
         _say(describe(settings))
         return
+    if restarts and nproc is None:
+        raise UserError("`--restarts` watches the processes of `--nproc`", next_step="--nproc 2 --restarts 3")
+    count = _number_of_processes(nproc)
     if dry_run:
-        _print_plan(settings, as_json=as_json)
+        _print_plan(settings, as_json=as_json, num_processes=count)
         return
+    if count > 1:
+        from trietune.ranks.launch import launch
+
+        options = [f"--set={override}" for override in overrides]
+        options += [f"--allow-change={key}" for key in allow_change]
+        command = [sys.executable, "-m", "trietune", "train", *([] if config is None else [str(config)]), *options]
+        say = functools.partial(_say, err=True)
+        raise typer.Exit(launch(command, count, restarts=restarts, began=_began, say=say))
     _set_log_level(settings.log_level)
     from trietune.run.session import train as run_training
 
-    raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change), began=_began).exit_code)
+    began = command_began() or _began
+    raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change), began=began).exit_code)
 
 
 @app.command()
@@ -399,6 +420,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="trietune")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else EXIT_DONE if end.code is None else EXIT_BUG
+    except FailedElsewhere as error:
+        return error.exit_code
     except UserError as error:
         from trietune.config.secrets import without_secrets
 
@@ -470,14 +493,36 @@ class _console:  # noqa: N801  (reads as a function)
         self.hub.close()
 
 
-def _print_plan(settings: Settings, *, as_json: bool) -> None:
+def _number_of_processes(nproc: str | None) -> int:
+    """What `--nproc` asks for; `auto` is one process for each CUDA device, said."""
+    if nproc is None:
+        return 1
+    refuse_several_processes()
+    if nproc == "auto":
+        import torch
+
+        found = torch.cuda.device_count()
+        _say(
+            f"--nproc auto: {found} processes, one for each CUDA device"
+            if found > 1
+            else f"--nproc auto: one process ({found or 'no'} CUDA device{'' if found else 's'} here)",
+            err=True,
+        )
+        return max(found, 1)
+    if not nproc.isdecimal() or int(nproc) < 1:
+        raise UserError(f"`--nproc {nproc}` is not a number of processes", next_step="--nproc 2   (or --nproc auto)")
+    return int(nproc)
+
+
+def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) -> None:
+    from trietune.ranks.launch import as_one_of
     from trietune.run.prepare import prepare
     from trietune.run.signals import StopSignals
     from trietune.tracking.console.result import columns
 
     refuse_several_processes()
-    with _console() as hub, StopSignals() as signals:
-        prepared = prepare(settings, hub, signals.check)
+    with _console() as hub, StopSignals() as signals, as_one_of(num_processes):
+        prepared = prepare(settings, hub, signals.check, num_processes=num_processes)
     if as_json:
         _print_json({"plan": dict(prepared.plan.lines()), "num_steps": prepared.plan.num_steps})
         return

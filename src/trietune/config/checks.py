@@ -183,6 +183,13 @@ def _devices(settings: Settings) -> Iterator[Problem]:
         yield _clash(
             settings, "tp_sharding_specs", "model_sharding_patterns", "means the same as", "remove one of them"
         )
+    if settings.parallelism_strategy == "fsdp":
+        why = "what is sharded over processes is a frozen base model in `dtype`, under a plain adapter"
+        for key, plain in (("load_in_4bit", False), ("use_dora", False), ("gradient_checkpointing", False),
+                           ("modules_to_save", ()), ("lora_bias", "none"), ("mesh_shape", None)):  # fmt: skip
+            if getattr(settings, key) != plain:
+                remedy = "write `parallelism_strategy: data_parallel`"
+                yield _clash(settings, "parallelism_strategy", key, "does not fit", remedy, why)
     if settings.trace_region_size_mb is not None and not settings.enable_trace:
         yield _clash(settings, "trace_region_size_mb", "enable_trace", "needs", "write `enable_trace: True`")
 

@@ -35,6 +35,10 @@ def _same(tools: str, key: str, difference: str = "") -> ForeignName:
     return ForeignName(tools, (key,), f"`{key}: {{value}}`", difference)
 
 
+_PROCESSES = (
+    "the number of processes is not part of a training: `trietune train --nproc N`, or torchrun; "
+    "`parallelism_strategy: fsdp` shards the base model over them"
+)
 _PER_DEVICE = "it counts one device, `batch_size` all of them before accumulation: multiply by the number of devices"
 _ALWAYS_COMPLETIONS = "labels are on completions alone, always"
 _NO_PACKING = "nothing is padded here: a trie computes each shared beginning once"
@@ -222,8 +226,14 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     # devices
     "use_cpu": ForeignName("transformers", ("device",), "`device: cpu`"),
     "no_cuda": ForeignName("older transformers", ("device",), "`device: cpu`"),
-    "deepspeed": ForeignName(HF, ("parallelism_strategy",), None, "one process trains; the base is whole in it"),
-    "fsdp": ForeignName(HF, ("parallelism_strategy",), None, "one process trains; the base is whole in it"),
+    "deepspeed": ForeignName(HF, ("parallelism_strategy",), "`parallelism_strategy: fsdp`", _PROCESSES),
+    "deepspeed_config": ForeignName("accelerate", ("parallelism_strategy",), None, _PROCESSES),
+    "fsdp": ForeignName(f"{HF}, {AXOLOTL}", ("parallelism_strategy",), "`parallelism_strategy: fsdp`", _PROCESSES),
+    "fsdp_config": ForeignName(f"{HF}, {AXOLOTL}, accelerate", ("parallelism_strategy",), None, _PROCESSES),
+    "num_processes": ForeignName("accelerate", (), None, _PROCESSES),
+    "nproc_per_node": ForeignName("torchrun", (), None, _PROCESSES),
+    "num_machines": ForeignName("accelerate", (), None, _PROCESSES),
+    "nnodes": ForeignName("torchrun", (), None, _PROCESSES),
     "attn_implementation": ForeignName(HF, ("attention",), "`attention: auto`", "the trie brings its own attention"),
     "flash_attention": ForeignName(AXOLOTL, ("attention",), "`attention: auto`", "the trie brings its own attention"),
     "flash_attn": ForeignName(FACTORY, ("attention",), "`attention: auto`", "the trie brings its own attention"),

@@ -27,13 +27,7 @@ def _is_set(value: Any) -> bool:
     return value not in (None, False, "", (), [], {})
 
 
-NOT_YET: Mapping[str, Refusal] = {
-    "parallelism_strategy": Refusal(
-        lambda value: value == "fsdp",
-        "weights are split by patterns here, over a mesh of XLA devices",
-        "write `parallelism_strategy: tensor_parallel` with `model_sharding_patterns`, or `single`",
-    ),
-}
+NOT_YET: Mapping[str, Refusal] = {}
 
 # Features that have a key of their own here, under another name.
 ELSEWHERE: Mapping[str, Refusal] = {

@@ -466,7 +466,8 @@ class Settings(BaseModel):
     """Device that trains. Anything but `auto` insists and overrides `use_tt`."""
 
     parallelism_strategy: Literal["single", "data_parallel", "fsdp", "tensor_parallel"] = "single"
-    """Way in which several devices share the work."""
+    """Way in which several devices share the work. With a mesh, the devices of one process; without one, the processes
+    that `--nproc` or torchrun started: they share each step (`data_parallel`), or the frozen layers too (`fsdp`)."""
 
     mesh_shape: Annotated[tuple[Positive, ...] | None, BeforeValidator(normalise.mesh_shape)] = None
     """Shape of the device mesh, as a list or as text such as `8,1`."""

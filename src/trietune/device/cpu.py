@@ -9,6 +9,7 @@ import torch
 
 from trietune.device.device import Device
 from trietune.device.precision import measure_fastest
+from trietune.ranks.launched import processes_here
 
 CPU = torch.device("cpu")
 _resident = 0
@@ -30,8 +31,8 @@ def describe_cpu(reason: str | None = None) -> Device:
 
 
 def free_host_bytes() -> int:
-    """Memory of the host that is available without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Memory of the host that is available without swapping, an even share of it where several processes train."""
+    return int(psutil.virtual_memory().available) // processes_here()
 
 
 def resident_bytes() -> int:

@@ -92,7 +92,7 @@ def read_mesh(
     """The mesh that the settings describe; None if they ask for one device.
 
     Args:
-        strategy: `single`, `data_parallel` or `tensor_parallel`.
+        strategy: `single`, `data_parallel`, `fsdp` or `tensor_parallel`.
         shardings: `{parameter name: axes}`, or pairs of a pattern and axes.
         data_dimension: name or number of the axis that splits a batch; None takes one that is called so.
 
@@ -100,7 +100,8 @@ def read_mesh(
         UserError: axes that do not exist, patterns that are none, a strategy without what it needs.
     """
     if shape is None:
-        if strategy != "single":
+        # Without a grid, these two mean processes.
+        if strategy not in ("single", "data_parallel", "fsdp"):
             raise UserError(
                 f"`parallelism_strategy: {strategy}` needs the devices' grid",
                 where=where,

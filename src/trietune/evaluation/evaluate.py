@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,9 @@ from trietune.evaluation.scoring import (
     sequence_losses,
 )
 from trietune.model.causal_lm import TrieModel
+from trietune.ranks.ranks import ALONE, Ranks
 from trietune.trie import Batching
+from trietune.trie.dealing import deal_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +86,11 @@ def evaluate(
     max_new_tokens: int | None = None,
     check_stop: CheckStop = no_stop,
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Measure `model` on `sequences` by the task of the encoder's prompt format.
+
+    Over several ranks each computes a part, dealt by what its trie costs, and all get the metrics of the whole.
 
     Args:
         max_nodes: most positions computed at once, which bounds memory.
@@ -93,23 +99,21 @@ def evaluate(
         generate: False leaves generated answers out, and their metrics.
         max_new_tokens: of a generated answer; None: as many as the longest gold completion of the whole set has.
         check_stop: called between micro-batches and decoding steps; what it raises ends the evaluation.
-        progress: called with a phase (`loss`, `labels`, `answers`), and the examples done and in all.
+        progress: called with a phase (`loss`, `labels`, `answers`), and the examples done and in all, of this process.
+        ranks: that share the work; all call this function.
     """
     indices = choose_examples(len(sequences), max_examples, seed=seed)
+    mine = _own_places(sequences, indices, ranks, batching)
+    own = indices[mine]
+    how: Any = {"max_nodes": max_nodes, "check_stop": check_stop, "progress": progress}
     predictions: list[Prediction] = []
     task = encoder.prompt_format.task
     if task.kind == "labels":
         completions = [np.array(encoder.encode_completion(label), np.int32) for label in task.labels]
-        log_probabilities = label_log_probabilities(
-            model,
-            sequences,
-            indices,
-            completions,
-            batching=batching,
-            max_nodes=max_nodes,
-            check_stop=check_stop,
-            progress=progress,
+        scores = ranks.together(
+            lambda: label_log_probabilities(model, sequences, own, completions, batching=batching, **how)
         )
+        log_probabilities = _put_together(ranks, mine, scores, len(indices))
         gold = find_labels(sequences, indices, completions)
         measured = _measure_labels(log_probabilities, gold, completions)
         predictions = _label_predictions(sequences, indices, task, log_probabilities, gold)
@@ -120,25 +124,49 @@ def evaluate(
             max_nodes=max_nodes,
             batch_size=batch_size,
         )
-        answers, losses, weights = generate_and_score(
-            model, sequences, indices, limits, check_stop=check_stop, progress=progress
+        own_answers, own_losses, own_weights = ranks.together(
+            lambda: generate_and_score(model, sequences, own, limits, check_stop=check_stop, progress=progress)
         )
+        losses = _put_together(ranks, mine, own_losses, len(indices))
+        weights = _put_together(ranks, mine, own_weights, len(indices))
+        answers: list[list[int]] = [[] for _ in range(len(indices))]
+        for places, part in ranks.gather((mine.tolist(), own_answers)):
+            for place, answer in zip(places, part, strict=True):
+                answers[place] = answer
         predictions = _answer_predictions(sequences, indices, encoder, answers)
         texts, gold_answers = [p.text for p in predictions], [p.gold for p in predictions]
         measured = [measure_loss(losses, weights), measure_answers(texts, gold_answers, seed=seed)]
     else:
-        losses, weights = sequence_losses(
-            model,
-            sequences,
-            indices,
-            batching=batching,
-            max_nodes=max_nodes,
-            check_stop=check_stop,
-            progress=progress,
+        own_losses, own_weights = ranks.together(
+            lambda: sequence_losses(model, sequences, own, batching=batching, **how)
         )
+        losses = _put_together(ranks, mine, own_losses, len(indices))
+        weights = _put_together(ranks, mine, own_weights, len(indices))
         measured = [measure_loss(losses, weights)]
     joined = join(measured, prefix="eval/")
     return Evaluation(joined.metrics, joined.intervals, len(indices), predictions)
+
+
+def _own_places(sequences: TokenSequences, indices: np.ndarray, ranks: Ranks, batching: Batching) -> np.ndarray:
+    """Places in `indices` of what this rank computes, ascending: all of them in one process."""
+    everything = np.arange(len(indices))
+    if ranks.count == 1:
+        return everything
+    parts = deal_step(sequences, indices, ranks.count, batching=batching, label_cost=0.0).parts
+    places = [np.flatnonzero(np.isin(indices, part)) for part in parts]
+    # A sequence without a label costs nothing and is in no part.
+    unlabelled = np.setdiff1d(everything, np.concatenate(places))
+    return np.sort(ranks.mine([np.append(places[0], unlabelled), *places[1:]]))
+
+
+def _put_together(ranks: Ranks, mine: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """The values of all ranks' places, float64 [count, ...] in the order of the examples."""
+    if ranks.count == 1:
+        return values
+    whole = np.zeros((count, *values.shape[1:]))
+    for places, content in ranks.gather((mine.tolist(), values.astype(np.float64).tobytes())):
+        whole[places] = np.frombuffer(content).reshape(-1, *values.shape[1:])
+    return whole
 
 
 def is_right(prediction: Prediction, task: Task) -> bool:

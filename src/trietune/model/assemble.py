@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from trietune.device import Device
 from trietune.model.attention.layout import AttentionKind
 from trietune.model.base.load import enable_checkpointing
 from trietune.model.causal_lm import TrieModel
-from trietune.model.fast.frozen_weight import pack_frozen_weights
+from trietune.model.fast.frozen_weight import Whole, pack_frozen_weights
 from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.trie.static_shapes import StaticShapes
 
@@ -27,6 +28,7 @@ def assemble(
     pack_weights: bool | Literal["auto"] = False,
     shapes: StaticShapes | None = None,
     gradient_checkpointing: bool = False,
+    whole: Whole = nullcontext,
 ) -> TrieModel:
     """Take `network` from `device.loading_device` to the device, and say how its parts run there.
 
@@ -37,13 +39,14 @@ def assemble(
             into a part of the memory that is free now.
         shapes: what micro-batches are padded to, on a device of static shapes.
         gradient_checkpointing: whether activations are computed again in the backward.
+        whole: a context in which all weights of a module are here, for a network that is sharded over processes.
     """
     if device.place_network is not None:
         device.place_network(network)
     prunes_last = False
     packed_bytes = 0
     if fused_layers and device.runs_own_backwards:
-        prunes_last = fuse_network(network).prunes_last
+        prunes_last = fuse_network(network, whole).prunes_last
         if pack_weights:
             bound = int(PACKED_SHARE * device.free_memory_bytes()) if pack_weights == "auto" else None
             packed_bytes = pack_frozen_weights(network, most_bytes=bound)
@@ -58,4 +61,5 @@ def assemble(
         place=device.place_rows,
         recompute=device.recompute,
         packed_bytes=packed_bytes,
+        whole=whole,
     )

@@ -8,6 +8,7 @@ The network stays the library's own: with a trie, only its attention is told wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from trietune.model.attention.attend import register
 from trietune.model.attention.explicit_mask import explicit_masks
 from trietune.model.attention.layout import AttentionKind, ForcedRows, TrieLayout
 from trietune.model.attention.static_layout import StaticLayout
+from trietune.model.fast.frozen_weight import Whole
 from trietune.model.head import Head
 from trietune.model.loss import label_losses
 from trietune.trie import MicroBatch, Trie, pad_trie
@@ -47,6 +49,7 @@ class TrieModel:
         multiple_of: tries are padded to such a number of positions. Matrix products of odd sizes are slower, by a third
             at worst, and new sizes cost the library time and memory.
         packed_bytes: what blocked copies of frozen weights may take (`pack_frozen_weights`).
+        whole: a context in which all weights of a module are here, for a network that is sharded over processes.
 
     Attributes:
         prunes_last: see above; a proof that fails takes it back.
@@ -67,6 +70,7 @@ class TrieModel:
         recompute: Callable[..., Any] = recompute,
         multiple_of: int = 16,
         packed_bytes: int = 0,
+        whole: Whole = nullcontext,
     ) -> None:
         self._multiple_of = multiple_of
         self.prunes_last = prunes_last and attention not in (None, "mask")
@@ -76,6 +80,7 @@ class TrieModel:
         self.place = place or (lambda tensor: tensor.to(device, non_blocking=True))
         self._recompute = recompute
         self.packed_bytes = packed_bytes
+        self.whole = whole
         self.network = network
         self.device = device
         self.attention = attention

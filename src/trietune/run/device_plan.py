@@ -15,12 +15,14 @@ from trietune.run.plan import StaticPlan
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.device import Device
+    from trietune.model.base.shape import NetworkShape
     from trietune.run.objective import Rows
     from trietune.trie import MicroBatch, Sequences
     from trietune.trie.groups import PrefixGroups
     from trietune.trie.static_shapes import StaticShapes
 
 MESH_KEYS = ("mesh_shape", "tp_sharding_specs", "model_sharding_patterns", "input_sharding_dim", "parallelism_strategy")
+SHARDING_DEVICES = ("cpu", "cuda")
 # Batches of the first epoch that are laid out to choose shapes from, spread evenly over it.
 LAID_OUT = 64
 # Lengths that are tried as the largest, from above, until one fits into memory: a mask of all pairs grows squared.
@@ -93,6 +95,71 @@ def check_device(settings: Settings, device: Device, options: DeviceOptions, say
                 where=settings.where(key),
                 next_step=f"`--set {remedy}`",
             )
+
+
+def check_processes(settings: Settings, device: Device, num_processes: int, say: Callable[[str], None]) -> None:
+    """Refuse what several processes cannot do, by name; say how they share where the settings name another way.
+
+    Raises:
+        UserError: several processes on a device that compiles whole steps, with a mesh, or for an objective that
+            looks at a whole step.
+    """
+    strategy = settings.parallelism_strategy
+    if strategy == "fsdp":
+        if num_processes == 1:
+            raise UserError(
+                "`parallelism_strategy: fsdp` shards a model over processes, and one process was started",
+                where=settings.where("parallelism_strategy"),
+                next_step="`--nproc N` (or torchrun) starts several; `--set parallelism_strategy=single` trains in one",
+            )
+        if device.kind not in SHARDING_DEVICES:
+            raise UserError(
+                f"`parallelism_strategy: fsdp` runs on CUDA and on the processor, and this run is on {device.name}",
+                where=settings.where("parallelism_strategy"),
+                next_step="`--set device=cpu`, or `--set parallelism_strategy=single` with one process",
+            )
+    if num_processes == 1:
+        if strategy == "data_parallel" and settings.mesh_shape is None:
+            say("`parallelism_strategy: data_parallel`, and one process: trained as `single`; `--nproc N` starts more")
+        return
+    if settings.objective != "sft":
+        raise UserError(
+            f"`objective: {settings.objective}` compares answers of a whole step, and {num_processes} processes would "
+            "each see a part of it",
+            where=settings.where("objective"),
+            next_step="start one process (without `--nproc` or torchrun); `objective: sft` trains in several",
+        )
+    if settings.mesh_shape is not None or strategy == "tensor_parallel":
+        key = "mesh_shape" if settings.mesh_shape is not None else "parallelism_strategy"
+        raise UserError(
+            f"`{key}` describes devices within one process, and {num_processes} processes were started",
+            where=settings.where(key),
+            next_step="start one process, or leave the mesh out: `--set mesh_shape=null --set "
+            "parallelism_strategy=data_parallel`",
+        )
+    if device.has_static_shapes:
+        raise UserError(
+            f"{num_processes} processes cannot share {device.name}: its programs hold whole steps",
+            where=settings.where("device"),
+            next_step="start one process, with `mesh_shape` for several devices, or `--set device=cpu`",
+        )
+    if strategy == "single":
+        say(f"`parallelism_strategy: single`, and {num_processes} processes: they share each step (data parallel)")
+
+
+def check_sharding(settings: Settings, shape: NetworkShape) -> None:
+    """Refuse to shard what has its adapters on more than modules.
+
+    Raises:
+        UserError: adapters on stacks of matrices, as experts are.
+    """
+    if settings.parallelism_strategy == "fsdp" and shape.adapts_parameters:
+        raise UserError(
+            "`parallelism_strategy: fsdp` shards the experts that this run puts adapters on, and those read them whole",
+            where=settings.where("parallelism_strategy"),
+            next_step="`--set parallelism_strategy=data_parallel`, or `--set lora_target_parameters=[]`, which leaves "
+            "the experts without adapters",
+        )
 
 
 def plan_shapes(

@@ -24,7 +24,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
 
     plan, data = prepared.plan, prepared.data
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "machine": {
             "system": platform.platform(),
             "cpu": platform.processor() or platform.machine(),
@@ -32,16 +32,16 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         },
         "device": plan.device.kind,
         "num_threads": torch.get_num_threads(),
-        "world_size": 1,
+        "world_size": 1 if plan.processes is None else plan.processes.count,
         "base_model": prepared.base.name,
         "base_revision": prepared.base.revision,
-        "base_digest": prepared.base.digest or _sampled_digest(prepared.base.path),
+        "base_digest": prepared.base.digest or sampled_digest(prepared.base.path),
         "base_weights": prepared.base.weights_digest,
         "data_fingerprint": data.train_fingerprint,
         "validation_fingerprint": data.validation_fingerprint,
         "tokenizer": data.prompt_format.tokenizer_hash,
         "git_revision": _git_revision(),
-        **_start_adapter(prepared),
+        **({} if prepared.start is None else {"start_adapter": start_adapter(prepared)}),
     }
 
 
@@ -59,16 +59,16 @@ def compared(environment: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _start_adapter(prepared: Prepared) -> dict[str, str]:
-    """What the adapter that training begins with is, by its content."""
+def start_adapter(prepared: Prepared) -> str | None:
+    """What the adapter that training begins with is, by its content; None without one."""
     if prepared.start is None:
-        return {}
+        return None
     from trietune.model.adapter.start import adapter_digest
 
-    return {"start_adapter": adapter_digest(prepared.start)}
+    return adapter_digest(prepared.start)
 
 
-def _sampled_digest(folder: Path) -> str:
+def sampled_digest(folder: Path) -> str:
     """SHA-256 of a folder's configuration and weights: names, sizes, and pieces of each file at even distances."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
@@ -81,7 +81,8 @@ def _sampled_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Of a distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

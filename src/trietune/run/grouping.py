@@ -14,14 +14,16 @@ import numpy as np
 
 from trietune.data.answers import AnswerSets
 from trietune.data.cache import make_key
-from trietune.run.plan import Sharing
+from trietune.run.plan import ProcessesPlan, Sharing
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
+    from trietune.data.examples import TokenSequences
     from trietune.data.load import Data
     from trietune.run.objective import Rows
     from trietune.tracking.tracker import Tracker
     from trietune.trie.batch_stats import Work
+    from trietune.trie.dealing import Deal
     from trietune.trie.groups import PrefixGroups
 
 # Grouping pays if it saves this much of the positions that plain shuffling computes.
@@ -30,6 +32,8 @@ GROUPING_SAVES = 0.25
 SAMPLED_BATCHES = 8
 # No bound: a batch is one micro-batch.
 UNBOUNDED = 2**31
+# Below this part of the processes' number, a larger batch is suggested.
+GOOD_SHARE = 0.75
 # Groups of fewer examples are found in less than a second.
 KEPT_FROM_EXAMPLES = 200_000
 
@@ -96,6 +100,49 @@ def sharing_of(work: Work, settings: Settings, num_train: int) -> Sharing:
     """What the `work` of `measure_batches` says about an example."""
     num_examples = min(SAMPLED_BATCHES * settings.batch_size, num_train)
     return Sharing(work.num_tokens / num_examples, work.num_positions / num_examples)
+
+
+def plan_processes(
+    settings: Settings, sequences: TokenSequences, groups: PrefixGroups | None, count: int, label_cost: float
+) -> ProcessesPlan:
+    """How `count` processes share a few steps of the first epoch, and whether a larger batch would share better."""
+    per_step = settings.batch_size * settings.gradient_accumulation_steps
+    deals, num_examples = _deals(settings, sequences, groups, count, label_cost, settings.batch_size)
+    speed_up = _speed_up(deals)
+    suggestion = None
+    if speed_up < GOOD_SHARE * count:
+        larger = 4 * settings.batch_size
+        if larger * settings.gradient_accumulation_steps <= len(sequences):
+            better = _speed_up(_deals(settings, sequences, groups, count, label_cost, larger)[0])
+            suggestion = (larger, better) if better > speed_up else None
+    # Labels at the head are a part of the cost, not of the positions: their share is the same on both sides.
+    nodes = sum(float(deal.costs.sum()) - label_cost * deal.num_labels for deal in deals)
+    return ProcessesPlan(count, min(per_step, len(sequences)), speed_up, nodes / max(num_examples, 1), suggestion)
+
+
+def _deals(
+    settings: Settings,
+    sequences: TokenSequences,
+    groups: PrefixGroups | None,
+    count: int,
+    label_cost: float,
+    batch_size: int,
+) -> tuple[list[Deal], int]:
+    from trietune.training.sampler import Sampler
+    from trietune.trie.dealing import deal_step
+
+    sampler = Sampler(len(sequences), batch_size=batch_size, seed=settings.seed, groups=groups)
+    batches = [sampler.batch(0, number) for number in range(sampler.batches_per_epoch)]
+    per_step = settings.gradient_accumulation_steps
+    steps = [np.concatenate(batches[at : at + per_step]) for at in range(0, len(batches), per_step)][:SAMPLED_BATCHES]
+    # The last, smaller step of an epoch would count as much as a whole one.
+    steps = [step for step in steps if len(step) == len(steps[0])]
+    deals = [deal_step(sequences, step, count, batching=settings.batching, label_cost=label_cost) for step in steps]
+    return deals, sum(len(step) for step in steps)
+
+
+def _speed_up(deals: list[Deal]) -> float:
+    return sum(deal.cost_of_whole for deal in deals) / max(sum(float(deal.costs.max()) for deal in deals), 1e-9)
 
 
 def _read(path: Path, num_sequences: int) -> PrefixGroups | None:

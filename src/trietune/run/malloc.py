@@ -19,7 +19,10 @@ STEPS_BETWEEN, MOST_GROWTH = 8, 1.2
 STEPS_TO_SETTLE = 4
 
 # From <malloc.h> of glibc.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+DEFAULT_MMAP_MAX = 65536
+# Pieces of this size are the system's again when they are freed; set, the bound no longer grows by itself.
+SHARDED_MMAP_THRESHOLD = 1_000_000
 # Variables and tunables by which a user decides otherwise.
 DECIDED_BY_USER = (
     "MALLOC_TRIM_THRESHOLD_",
@@ -49,6 +52,17 @@ def give_back_freed_memory() -> None:
     """Hand what is kept to the system, gaps included; without glibc, nothing."""
     if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
+
+
+def hand_back_freed_memory(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Undo `keep_freed_memory`: a process that gathers layers and lets them go would keep all of them."""
+    if any(environ.get(name) for name in DECIDED_BY_USER):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
+        mallopt(M_MMAP_THRESHOLD, SHARDED_MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, SHARDED_MMAP_THRESHOLD)
 
 
 class KeptMemory:

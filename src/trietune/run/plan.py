@@ -67,6 +67,45 @@ class StaticPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessesPlan:
+    """How several processes share steps, measured on a few steps drawn as training will draw them.
+
+    Attributes:
+        count: processes.
+        examples_per_step: of all together.
+        speed_up: over one process, by tokens: what is computed once more and uneven parts count, messages do not.
+        positions_per_example: computed by all together.
+        suggestion: a larger batch size and its speed-up, where this one leaves processes idle.
+    """
+
+    count: int
+    examples_per_step: int
+    speed_up: float
+    positions_per_example: float
+    suggestion: tuple[int, float] | None = None
+
+    def lines(self) -> list[tuple[str, str]]:
+        """For the plan."""
+        lines = [
+            (
+                "processes",
+                f"{self.count} processes; each computes its part of {self.examples_per_step} examples: "
+                f"{self.speed_up:.1f} times as fast as one, by tokens ({self.speed_up / self.count:.0%})",
+            )
+        ]
+        if self.suggestion is not None:
+            batch_size, speed_up = self.suggestion
+            lines.append(
+                (
+                    "",
+                    f"`--set batch_size={batch_size}`: {speed_up:.1f} times ({speed_up / self.count:.0%}); "
+                    "compare the learning rate",
+                )
+            )
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A run with nothing left open.
 
@@ -89,6 +128,8 @@ class Plan:
         position_bytes: estimate for one position of a micro-batch.
         largest_micro_batch: positions of the largest micro-batch of those that were looked at.
         objective: what is learnt, in words; None for `sft`.
+        label_cost: of one label at the output head, in nodes of the layers before it.
+        processes: how a step's examples are shared; None where one process trains.
     """
 
     directory: Path
@@ -122,6 +163,8 @@ class Plan:
     base_rates: Mapping[str, float] = field(default_factory=dict)
     keeps_dropout: bool = False
     objective: str | None = None
+    label_cost: float = 0.0
+    processes: ProcessesPlan | None = None
 
     @property
     def has_loss_scale(self) -> bool:
@@ -166,18 +209,20 @@ class Plan:
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
             *([("objective", self.objective)] if self.objective else []),
             ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
+            *(self.processes.lines() if self.processes else []),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
             *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),
             (
                 "sharing",
                 f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens an example "
-                f"are computed ({self.sharing.factor:.2f}x)",
+                f"are computed ({self.sharing.factor:.2f}x)"
+                + (f", {self.processes.positions_per_example:.1f} by all processes" if self.processes else ""),
             ),
             (
                 "memory",
                 f"{_gigabytes(self.model_bytes)} for model and optimizer; about "
                 f"{_gigabytes(self.largest_micro_batch * self.position_bytes)} for a micro-batch of "
-                f"{self.largest_micro_batch:,} tokens",
+                f"{self.largest_micro_batch:,} tokens" + (", in each process" if self.processes else ""),
             ),
             (
                 "micro-batch",

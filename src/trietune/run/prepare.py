@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 from trietune.data.answers import AnswerSets
 from trietune.data.examples import TokenSequences
 from trietune.errors import UserError
-from trietune.run.device_plan import check_device, device_options, plan_shapes
+from trietune.run.device_plan import check_device, check_processes, check_sharding, device_options, plan_shapes
+from trietune.run.environment import PACKAGES, installed_version, sampled_digest, start_adapter
 from trietune.run.fitting import check_positions, check_vocabulary
-from trietune.run.grouping import choose_groups, measure_batches, sharing_of
+from trietune.run.grouping import choose_groups, measure_batches, plan_processes, sharing_of
 from trietune.run.objective import Learning, make_objective, rows_of, rows_to_rank
 from trietune.run.plan import Plan, num_steps_of
 from trietune.tracking.events import Working
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from trietune.model.adapter.targets import Coverage
     from trietune.model.attention.layout import AttentionKind
     from trietune.model.base.folder import ModelFolder
+    from trietune.ranks.ranks import Ranks
     from trietune.tracking.tracker import Tracker
     from trietune.trie.groups import PrefixGroups
 
@@ -61,13 +63,75 @@ class Prepared:
     start: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What one process has chosen for all that share a training: where choices follow from a measurement or the disk.
+
+    Attributes:
+        directory: of the run.
+        dtype: of the base model: `float32`, `bfloat16`, `float16`.
+    """
+
+    directory: Path
+    dtype: str
+
+
+def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], None], ranks: Ranks) -> Prepared:
+    """`prepare` on every rank: rank 0 first, which makes caches and chooses; then one on each other machine; then all.
+
+    Raises:
+        UserError: on every rank, if one fails; and where ranks would not train the same thing.
+    """
+    first: list[Prepared] = []
+
+    def choose() -> list[str]:
+        first.append(prepare(settings, hub, check_stop, num_processes=ranks.count))
+        plan = first[0].plan
+        return [str(plan.directory), str(plan.dtype).removeprefix("torch.")]
+
+    directory, dtype = ranks.once(choose)
+    chosen = Chosen(Path(directory), dtype)
+
+    def follow() -> Prepared:
+        if first:
+            return first[0]
+        return prepare(settings, hub, check_stop, num_processes=ranks.count, chosen=chosen)
+
+    prepared = ranks.in_turn(follow)
+    plan = prepared.plan
+    if ranks.count > 1:
+        ranks.agree(
+            {
+                **{f"`{key}`": value for key, value in settings.dump_public().items()},
+                "the training data": prepared.data.train_fingerprint,
+                "the validation data": prepared.data.validation_fingerprint,
+                "the base model": prepared.base.digest or sampled_digest(prepared.base.path),
+                "the converted base model": prepared.base.weights_digest,
+                "the adapter to begin with": start_adapter(prepared),
+                "the kind of device": plan.device.kind,
+                "the number of steps": plan.num_steps,
+                "the grouping of examples": plan.is_grouped,
+                **{f"the version of {name}": installed_version(name) for name in PACKAGES},
+            }
+        )
+    return replace(prepared, plan=replace(plan, max_positions=min(ranks.gather(plan.max_positions))))
+
+
 def prepare(
-    settings: Settings, hub: Tracker, check_stop: Callable[[], None], *, directory: Path | None = None
+    settings: Settings,
+    hub: Tracker,
+    check_stop: Callable[[], None],
+    *,
+    directory: Path | None = None,
+    num_processes: int = 1,
+    chosen: Chosen | None = None,
 ) -> Prepared:
     """Find the model, read the data, choose device and layout; writes nothing but caches.
 
     Args:
         directory: of the run; by default the one that the settings name.
+        num_processes: that will share the training.
+        chosen: by another process, for this one too.
     """
     from trietune.data.encoder import load_tokenizer
     from trietune.data.load import load_data
@@ -84,9 +148,11 @@ def prepare(
     if device.reason:
         hub.say(device.reason)
     check_device(settings, device, options, hub.say)
+    check_processes(settings, device, num_processes, hub.say)
     from trietune.model.base.shape import describe_network  # transformers starts XLA devices when it is imported
 
-    dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
+    asked_dtype = settings.dtype if chosen is None else chosen.dtype
+    dtype = choose_dtype(asked_dtype, device, where=settings.where("dtype"))
     if settings.load_in_4bit:
         check_four_bits(device, where=settings.where("load_in_4bit"))
 
@@ -98,6 +164,7 @@ def prepare(
         start = find_adapter(Path(settings.start_adapter).expanduser())
     tokenizer = load_tokenizer(base.path)
     shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout)
+    check_sharding(settings, shape)
     for sentence in uncovered(settings, shape.coverage):
         hub.say(sentence, is_warning=True)
     keeps_dropout = settings.base_dropout and bool(shape.base_rates)
@@ -152,7 +219,12 @@ def prepare(
     kept_scores = 0.0 if attention in KEEP_NO_SCORES else work.scores_per_position
     position_bytes = bytes_with_scores(scores_per_position=kept_scores)
     base_bytes = shape.num_bytes(dtype, load_in_4bit=settings.load_in_4bit)
+    if settings.parallelism_strategy == "fsdp":
+        base_bytes -= shape.num_in_layers * dtype.itemsize * (num_processes - 1) // num_processes
     model_bytes = base_bytes + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
+    if num_processes > 1 and chosen is None:
+        # Now, while nobody has loaded anything: later each process would see what the others have taken.
+        _check_base_fits(base.name, base_bytes, device, num_processes)
     free_bytes = device.free_memory_bytes() - model_bytes
     max_positions = settings.max_tokens_per_micro_batch
     if max_positions == "auto":
@@ -166,8 +238,13 @@ def prepare(
         position_bytes = bytes_with_scores(scores_per_position=max_positions)
     if work.largest > max_positions:
         work = measure_batches(settings, rows, groups, max_positions)
+    # Multiplications of one label at the head, over those of one token in the layers.
+    label_cost = shape.config.vocab_size * shape.config.hidden_size / max(shape.num_in_layers, 1)
+    processes = None
+    if num_processes > 1:
+        processes = plan_processes(settings, data.train, groups, num_processes, label_cost)
     plan = Plan(
-        directory=directory or run_directory(settings),
+        directory=directory or (run_directory(settings) if chosen is None else chosen.directory),
         model_name=base.name,
         model_revision=base.revision,
         num_parameters=shape.num_parameters,
@@ -198,6 +275,8 @@ def prepare(
         largest_micro_batch=work.largest,
         static=static,
         objective=_describe_objective(settings, learning),
+        label_cost=label_cost,
+        processes=processes,
     )
     return Prepared(settings, plan, base, tokenizer, data, groups, learning, start)
 
@@ -265,6 +344,18 @@ def uncovered(settings: Settings, coverage: Coverage) -> list[str]:
             f"adapters are on {coverage.share:.0%} of the layers' weights; without one are {shown}{advice}"
         )
     return sentences
+
+
+def _check_base_fits(name: str, base_bytes: int, device: Device, num_processes: int) -> None:
+    """Refuse several whole base models where their weights alone do not fit."""
+    free_bytes = device.free_memory_bytes()
+    if base_bytes > free_bytes:
+        raise UserError(
+            f"`{name}` needs {base_bytes / 1e9:.1f} GB for its weights in each of {num_processes} processes, and "
+            f"{free_bytes / 1e9:.1f} GB are free for each",
+            where=f"on {device.name}",
+            next_step="fewer processes (`--nproc`), a smaller model, or `--set dtype=bfloat16`",
+        )
 
 
 def locate_base(model_name: str, hub: Tracker) -> ModelFolder:

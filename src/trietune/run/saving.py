@@ -196,6 +196,10 @@ class Keeper:
         then = self.settings.model_copy(update={name: loaded.details[name] for name in names})
         return then.num_warmup_steps(num_steps_of(then, self.prepared.plan.num_train)[1])
 
+    def is_comparable(self, resumed: LoadedCheckpoint) -> bool:
+        """Whether the checkpoint was measured on what this run measures on."""
+        return self.store.is_comparable(resumed.details)
+
     def start(self, resumed: LoadedCheckpoint | None) -> None:
         """Sign the folder, clean up after a kill, set aside what lies beyond the checkpoint, begin to copy."""
         self._sign()

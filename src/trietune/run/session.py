@@ -12,10 +12,10 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
@@ -28,23 +28,27 @@ from trietune.io.files import make_folders, remove_tree
 from trietune.io.metric_names import kind_of
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, keep_freed_memory
+from trietune.ranks.opening import open_ranks
+from trietune.ranks.ranks import ALONE, Ranks
+from trietune.run.malloc import KeptMemory, give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
 from trietune.run.objective import reference_keys
-from trietune.run.prepare import Prepared, adapter_arguments, prepare, progress_of
+from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of
 from trietune.run.proving import positions_under_masks, prove_on_data, prove_on_host
-from trietune.run.saving import Keeper
+from trietune.run.shared_keeper import open_keeper
 from trietune.run.signals import StopSignals
 from trietune.run.throughput import Meter
 from trietune.tracking import events
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, LINE_FILES
 from trietune.tracking.open import open_tracker
 from trietune.tracking.wandb.consumer import are_histograms_due, watched_kinds
+from trietune.tracking.tracker import Tracker
+from trietune.tracking.wandb.wandb import are_histograms_due, watched_kinds
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.evaluation.evaluate import Evaluation
     from trietune.model.causal_lm import TrieModel
     from trietune.model.proof import Proof
-    from trietune.tracking.tracker import Tracker
     from trietune.training.gradients import MicroBatchTooLargeError
     from trietune.training.loop import Step
     from trietune.training.loss_scale import LossScale
@@ -88,7 +92,7 @@ def train(
     allowed_changes: frozenset[str] = frozenset(),
     began: float | None = None,
 ) -> Run:
-    """Train the adapter that `settings` describe.
+    """Train the adapter that `settings` describe; of several processes that a launcher started, each its part.
 
     Args:
         tracker: who hears of the run's events; by default its files, the console, and the tracker that the settings
@@ -97,28 +101,39 @@ def train(
         began: when the command began, as `time.monotonic` tells it, for `max_time`; None: now.
 
     Raises:
-        UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or several
-            processes that a launcher started.
+        UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or a process
+            that was lost.
         StopRequested: a signal came before there was anything to save.
     """
-    refuse_several_processes()
     began = time.monotonic() if began is None else began
     with ExitStack() as stack:
-        if keep_freed_memory():
+        if settings.parallelism_strategy == "fsdp":
+            hand_back_freed_memory()
+        elif keep_freed_memory():
             stack.callback(give_back_freed_memory)
         signals = stack.enter_context(StopSignals())
-        hub = tracker or open_tracker(
-            tracker=settings.tracker,
-            use_wandb=settings.use_wandb,
-            project=settings.wandb_project,
-            run_name=settings.wandb_run_name,
-            tags=settings.wandb_tags,
-            model_to_wandb=settings.model_to_wandb,
-        )
+        ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"))
+        stack.callback(ranks.close)
+        hub = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
         stack.callback(hub.close)
-        prepared = prepare(settings, hub, TimedStop(signals, settings.max_time, began).check)
-        with _folder_of(prepared.plan.directory) as lock:
-            return Session(prepared, hub, signals, lock, began, allowed_changes).run()
+        stop = TimedStop(signals, settings.max_time, began)
+        prepared = prepare_together(settings, hub, stop.check, ranks)
+        locks: list[RunLock] = []
+        # Rank 0 holds the folder for all.
+        ranks.once(lambda: locks.append(stack.enter_context(_folder_of(prepared.plan.directory))))
+        lock = locks[0] if locks else None
+        return Session(prepared, hub, signals, lock, began, allowed_changes, ranks).run()
+
+
+def _open_tracker(settings: Settings) -> Tracker:
+    return open_tracker(
+        tracker=settings.tracker,
+        use_wandb=settings.use_wandb,
+        project=settings.wandb_project,
+        run_name=settings.wandb_run_name,
+        tags=settings.wandb_tags,
+        model_to_wandb=settings.model_to_wandb,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +186,10 @@ class Session:
         prepared: Prepared,
         hub: Tracker,
         signals: StopSignals,
-        lock: RunLock,
+        lock: RunLock | None,
         began: float,
         allowed_changes: frozenset[str] = frozenset(),
+        ranks: Ranks = ALONE,
     ) -> None:
         from trietune.device.cpu import resident_bytes
 
@@ -188,6 +204,10 @@ class Session:
         self.hub = hub
         self.signals = signals
         self.lock = lock
+        self.ranks = ranks
+        self.is_sharded = self.settings.parallelism_strategy == "fsdp"
+        if self.is_sharded:
+            ranks.has_equal_passes = True
         self.allowed_changes = allowed_changes
         self.began = began
         self.stop = TimedStop(signals, self.settings.max_time, began)
@@ -196,7 +216,7 @@ class Session:
         self.measured: dict[str, float] = {}
         self.measured_step: int | None = None
         self.max_positions = self.plan.max_positions
-        self.keeper = Keeper(prepared, hub)
+        self.keeper = open_keeper(prepared, hub, ranks)
         self.meter = Meter()
         self.kept_memory = KeptMemory(resident_bytes)
         self.loss_scale: LossScale | None = None
@@ -221,7 +241,7 @@ class Session:
         from trietune.training.readings import LossNotFiniteError
 
         self._start(resumed)
-        self._build_model()
+        self.ranks.together(self._build_model)
         self._score_reference()
         if resumed is not None:
             self._restore(resumed)
@@ -229,7 +249,7 @@ class Session:
         if self.settings.print_examples:
             self._show_examples()
         self._self_check()
-        self._draw_batch()
+        self.ranks.on_first(self._draw_batch)
         before = self._evaluate("before", max_examples=None) if resumed is None else None
         if self.plan.num_steps == 0:
             return self._finished(before, None, adapter=None)
@@ -238,11 +258,13 @@ class Session:
                 for step in steps:
                     self._after_step(step)
         except LossNotFiniteError as error:
-            self._raise_not_finite(error)
+            # Every rank knows; one says it.
+            not_finite = error
+            self.ranks.once(lambda: self._raise_not_finite(not_finite))
         with self._best_weights() as step_of_adapter:
             after = self._evaluate("after", max_examples=None, weights_step=step_of_adapter)
-            if not self.lock.is_in_place():
-                raise folder_lost(self.plan.directory, None)
+            if not self.ranks.once(self._is_in_place):
+                self.ranks.once(lambda: self._raise_folder_lost(None))
             adapter = self.keeper.write_adapter(
                 step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
             )
@@ -274,6 +296,8 @@ class Session:
                     f"of {before:,}; a batch that is cut in another way has the same gradients up to rounding"
                 )
             self.max_positions = min(self.max_positions, before)
+        if self.is_sharded:
+            return
         if self.settings.pack_weights == "auto" and packed is not None and packed != self.model.packed_bytes:
             most = min(packed, self.model.packed_bytes)
             self.model.packed_bytes = pack_frozen_weights(self.model.network, most_bytes=most)
@@ -285,7 +309,7 @@ class Session:
 
     def _measure_again(self, resumed: LoadedCheckpoint) -> None:
         """Take the validation that a signal cut short, so that the checkpoint of a due step is ranked after all."""
-        if resumed.metrics and self.keeper.store.is_comparable(resumed.details):
+        if resumed.metrics and self.keeper.is_comparable(resumed):
             self.measured, self.measured_step = _finite(resumed.metrics), resumed.step
         elif resumed.metrics:
             # On other data, and so no figure to compare with; the checkpoint keeps the one that it was ranked by.
@@ -325,23 +349,36 @@ class Session:
         device = self.plan.device
         device.watch_memory()
         self.hub.say(f"loading {self.base.name}")
-        network = load_network(
-            self.base,
-            dtype=self.plan.dtype,
-            device=device.loading_device,
-            load_in_4bit=self.plan.load_in_4bit,
-            report=self.hub.say,
-        )
+        if self.is_sharded:
+            from trietune.model.base.load_sharded import gathering, load_sharded
+
+            network = load_sharded(self.base, dtype=self.plan.dtype, device=device.loading_device, report=self.hub.say)
+        else:
+            network = load_network(
+                self.base,
+                dtype=self.plan.dtype,
+                device=device.loading_device,
+                load_in_4bit=self.plan.load_in_4bit,
+                report=self.hub.say,
+            )
         keeps_dropout = self.settings.base_dropout and bool(self.plan.base_rates)
         if not self.settings.base_dropout:
             silence_rates(network)
             if drawing := silence_draws(network):
                 self.hub.say(f"kept from drawing random numbers: {_few(drawing)}")
-        twin = twin_of(network) if self.plan.num_steps > 0 else None
+        twin = twin_of(network) if self.plan.num_steps > 0 and not self.is_sharded else None
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         if twin is not None:
-            check_reread(self.peft_model, twin, lambda model: adapter_files(model, self.base))
+            # One rank is enough: all put the same adapter onto the same network.
+            self.ranks.on_first(
+                lambda: check_reread(self.peft_model, twin, lambda model: adapter_files(model, self.base))
+            )
             del twin
+        elif self.is_sharded and self.plan.num_steps > 0:
+            self.hub.say(
+                "not tried before training: whether plain PEFT reads the adapter as the model that is trained, since "
+                "no process holds the whole base model"
+            )
         if self.start is not None:
             from trietune.model.adapter.start import start_from
 
@@ -352,9 +389,10 @@ class Session:
             device,
             attention=self.plan.attention,
             fused_layers=self.settings.fused_layers and not keeps_dropout,
-            pack_weights=self.settings.pack_weights,
+            pack_weights=False if self.is_sharded else self.settings.pack_weights,
             shapes=self.plan.static.shapes if self.plan.static else None,
             gradient_checkpointing=self.settings.gradient_checkpointing,
+            whole=gathering(network) if self.is_sharded else nullcontext,
         )
         if on_host is not None:
             self.model.needs_masks = on_host.needs_masks
@@ -409,6 +447,21 @@ class Session:
             loss_scale=self.loss_scale,
             is_read=self._is_read,
             learn=self.learning.learn,
+            ranks=self.ranks,
+            deal=None if self.ranks is ALONE else self._deal,
+            wants_stop=self._wants_stop,
+        )
+
+    def _deal(self, indices: Any) -> Any:
+        from trietune.trie.dealing import deal_step
+
+        # What several processes learn from has one sequence a row.
+        return deal_step(
+            self.data.train,
+            indices,
+            self.ranks.count,
+            batching=self.plan.batching,
+            label_cost=self.plan.label_cost,
         )
 
     def _micro_batches(self, indices: Any) -> Any:
@@ -437,15 +490,14 @@ class Session:
     def _cut_smaller(self, error: MicroBatchTooLargeError) -> None:
         """Memory ran out: half as much at once from here on, in validations too."""
         self._write_memory_snapshot()
-        if error.num_positions <= error.longest:
+        if self.is_sharded:
             raise UserError(
-                f"not enough memory for one example of {error.longest:,} tokens",
+                f"memory ran out at a micro-batch of {error.num_positions:,} tokens",
                 where=f"step {self.step + 1}, on {self.plan.device.name}; checkpoints of earlier steps are whole",
-                next_step="`--set gradient_checkpointing=True`"
-                if not self.settings.gradient_checkpointing
-                else f"leave longer examples out: `--set max_length={max(error.longest // 2, 1)}`, or take a smaller "
-                "base model",
+                next_step=f"`--resume --set max_tokens_per_micro_batch={max(error.num_positions // 2, error.longest)}`",
             ) from error
+        if error.num_positions <= error.longest:
+            self.ranks.once(lambda: self._raise_too_long(error))
         self.max_positions = max(error.num_positions // 2, error.longest)
         redrawn = "; dropout draws other masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
         self.hub.say(
@@ -454,14 +506,28 @@ class Session:
             is_warning=True,
         )
 
+    def _raise_too_long(self, error: MicroBatchTooLargeError) -> None:
+        raise UserError(
+            f"not enough memory for one example of {error.longest:,} tokens",
+            where=f"step {self.step + 1}, on {self.plan.device.name}; checkpoints of earlier steps are whole",
+            next_step="`--set gradient_checkpointing=True`"
+            if not self.settings.gradient_checkpointing
+            else f"leave longer examples out: `--set max_length={max(error.longest // 2, 1)}`, or take a smaller "
+            "base model",
+        ) from error
+
     def _write_memory_snapshot(self) -> None:
         """What took memory until it ran out, the first time."""
         path = self.plan.directory / "memory_snapshot.pickle"
-        try:
-            if not path.exists() and self.plan.device.write_memory_snapshot(path):
-                self.hub.say(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
-        except OSError as error:
-            self.hub.say(f"no memory snapshot: {error}", is_warning=True)
+
+        def write() -> None:
+            try:
+                if not path.exists() and self.plan.device.write_memory_snapshot(path):
+                    self.hub.say(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
+            except OSError as error:
+                self.hub.say(f"no memory snapshot: {error}", is_warning=True)
+
+        self.ranks.on_first(write)
 
     def _after_step(self, step: Step) -> None:
         """Log, validate, save, and stop if it is time to."""
@@ -472,30 +538,66 @@ class Session:
             events.StepFinished(
                 step=step.number,
                 epoch=step.epoch,
-                metrics=self.meter.metrics(step, device.used_memory_bytes(), device.compilations()),
+                metrics=self.meter.metrics(
+                    step, device.used_memory_bytes(), device.compilations(), waiting_share=self.ranks.waiting_share
+                ),
                 example_ids=[self.data.train.row_id(row) for row in step.sequence_indices],
                 is_logged=self._is_logged(step.number),
             )
         )
-        self._check_folder()
         is_saved = self._is_save_due(step.number, is_last)
+        self._check_folder(step, must_know=is_saved)
         if step.number % self.settings.val_steps_freq == 0 or is_saved or is_last:
             self._validate()
         if is_saved:
             self._save()
         self.keeper.tell_uploads()
         if not is_last:
-            self.signals.check()
-            self._check_time()
+            self.ranks.stop_together(self._check_stop, step.num_stopping)
 
-    def _check_folder(self) -> None:
-        """Stop when the folder was moved or removed; what was learnt is saved where it is now."""
-        if self.lock.is_in_place():
+    def _check_stop(self) -> None:
+        """Raise `StopRequested` after a signal, or when time is up."""
+        self.signals.check()
+        self._check_time()
+
+    def _wants_stop(self) -> bool:
+        """Whether this process wants to stop after the step under way; of one process, it is asked afterwards."""
+        if self.ranks is ALONE:
+            return False
+        try:
+            self._check_stop()
+        except StopRequested:
+            return True
+        return not self._is_in_place()
+
+    def _check_folder(self, step: Step, *, must_know: bool) -> None:
+        """Stop when the folder was moved or removed; what was learnt is saved where it is now.
+
+        Of several ranks, the one that holds the folder told with the step's numbers if it was lost by then.
+
+        Args:
+            must_know: whether that was too early to ask.
+        """
+        if not (self.ranks is ALONE or must_know or step.num_stopping):
             return
-        now_at = self.lock.moved_to()
+        is_in_place, now_at = self.ranks.once(self._find_folder)
+        if is_in_place:
+            return
         if now_at is not None:
             self.keeper.move_to(now_at)
             self._save(must_succeed=True)
+        self.ranks.once(lambda: self._raise_folder_lost(now_at))
+
+    def _find_folder(self) -> tuple[bool, Path | None]:
+        """Whether the run's folder is in its place, and else where it is now, if that can be told."""
+        if self.lock is None or self.lock.is_in_place():
+            return True, None
+        return False, self.lock.moved_to()
+
+    def _is_in_place(self) -> bool:
+        return self.lock is None or self.lock.is_in_place()
+
+    def _raise_folder_lost(self, now_at: Path | None) -> NoReturn:
         raise folder_lost(self.plan.directory, now_at)
 
     def _is_save_due(self, step: int, is_last: bool) -> bool:
@@ -530,12 +632,14 @@ class Session:
         if self.data.validation is None:
             return None
         begin = time.monotonic()
+        self.ranks.at("evaluating", self.step)
         common: dict[str, Any] = {
             "batching": self.plan.batching,
             "max_nodes": self.max_positions,
             "max_examples": max_examples,
             "seed": self.settings.seed,
-            "check_stop": self.stop.check,
+            # Sharded, every rank computes the same passes of everything, and none may leave them.
+            "check_stop": (lambda: None) if self.is_sharded else self.stop.check,
             "progress": progress_of(self.hub, "examples"),
         }
         if self.learning.validation is not None:
@@ -547,6 +651,7 @@ class Session:
                 self.encoder,
                 batch_size=self.plan.eval_batch_size,
                 generate=when != "during" or self._ranks_by_answers(),
+                ranks=ALONE if self.is_sharded else self.ranks,
                 **common,
             )
         self.kept_memory.give_back()
@@ -592,7 +697,10 @@ class Session:
         if not self.settings.self_check or self.plan.num_steps == 0:
             return
         if not self.plan.device.has_static_shapes:
-            self._prove()
+            # Every rank proves what it will compute, on rows of one length; all end if one fails.
+            free_bytes = min(self.ranks.gather(self.plan.device.free_memory_bytes()))
+            self.ranks.together(lambda: self._prove(free_bytes))
+            self.max_positions = min(self.ranks.gather(self.max_positions))
             return
         from trietune.model.self_check import check_against_rows
 
@@ -609,8 +717,8 @@ class Session:
                 f"{checked.loss_of_rows:.5f} on plain rows through transformers, both on the device"
             )
 
-    def _prove(self) -> None:
-        proof = self._prove_on_data(self.model)
+    def _prove(self, free_bytes: int) -> None:
+        proof = self._prove_on_data(self.model, free_bytes)
         if proof is None or not proof.needs_masks:
             return
         bound = positions_under_masks(
@@ -628,16 +736,17 @@ class Session:
         """Layers are proven before a device of static shapes takes them: there each pass would be compiled."""
         if not (self.plan.device.has_static_shapes and self.settings.self_check and self.plan.num_steps):
             return None
-        return prove_on_host(network, self._prove_on_data, say=self.hub.say)
+        free_bytes = self.plan.device.free_memory_bytes()
+        return prove_on_host(network, lambda model: self._prove_on_data(model, free_bytes), say=self.hub.say)
 
-    def _prove_on_data(self, model: TrieModel) -> Proof | None:
+    def _prove_on_data(self, model: TrieModel, free_bytes: int) -> Proof | None:
         return prove_on_data(
             model,
             self.data.train,
             self.data.validation,
             batching=self.plan.batching,
             with_gradients=True,
-            free_bytes=self.plan.device.free_memory_bytes(),
+            free_bytes=free_bytes,
             say=self.hub.say,
         )
 

@@ -26,9 +26,13 @@ class Meter:
         self._left_out += seconds
 
     def metrics(
-        self, step: Step, memory_bytes: int, num_compilations: int | None = None
+        self, step: Step, memory_bytes: int, num_compilations: int | None = None, *, waiting_share: float = 0.0
     ) -> dict[str, float | int | None]:
-        """The metrics of one step; `num_compilations` where something has been compiled."""
+        """The metrics of one step; `num_compilations` where something has been compiled.
+
+        Over several processes also how evenly the step was dealt, what was computed more than once because it was
+        split, and the part of the step before that a process waited for others (`waiting_share`).
+        """
         now = time.monotonic()
         seconds = max(now - self._last - self._left_out, 1e-9)
         self._last, self._left_out = now, 0.0
@@ -45,4 +49,11 @@ class Meter:
             "memory_bytes": memory_bytes,
             **{f"train/{name}": value for name, value in step.metrics.items()},
         }
+        if step.deal is not None:
+            metrics |= {
+                "world_size": len(step.deal.parts),
+                "ranks/imbalance": step.deal.imbalance,
+                "ranks/repeated": step.deal.repeated,
+                "ranks/waiting_share": waiting_share,
+            }
         return metrics if num_compilations is None else {**metrics, "num_compilations": num_compilations}

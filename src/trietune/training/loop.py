@@ -8,6 +8,9 @@ memory has run out and smaller micro-batches are asked for.
 The divisor of a step is the number of its labels over all micro-batches and batches that it accumulates, known before
 the first forward. So the loss is the mean over label tokens of one large padded batch, however the step is cut.
 
+Where several processes share a step (`ranks`), all accumulated batches are dealt together, each process computes its
+part, and gradients and numbers are summed before anything looks at them.
+
 Whoever iterates decides what a finished step means: log it, evaluate, save, stop. No file, bar or signal here.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
 from trietune.model.causal_lm import TrieModel
+from trietune.ranks.ranks import ALONE, Ranks
 from trietune.training.gradients import MicroBatchTooLargeError
 from trietune.training.loss_scale import LossScale
 from trietune.training.objectives.learning import Learn, Work
@@ -33,6 +37,10 @@ from trietune.training.prefetch import ahead_thread, one_ahead
 from trietune.training.readings import Readings
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, total_weight
+from trietune.trie.dealing import Deal
+
+# Label counts travel with the gradients, in their dtype.
+LABEL_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,9 @@ class Step:
         num_labels: label tokens, repeated ones counted each time.
         num_tokens: positions of plain rows without padding.
         num_positions: positions computed: distinct tokens on a trie.
-        num_micro_batches: forward and backward passes.
+        num_micro_batches: forward and backward passes, of all processes together, as are positions and tokens.
+        deal: of the examples over processes; None in one.
+        num_stopping: processes that wanted to stop when the step's numbers were added up.
         metrics: what else the objective tells of the step, by the names that TRL gives them: `rewards/margins`.
     """
 
@@ -63,6 +73,8 @@ class Step:
     num_tokens: int
     num_positions: int
     num_micro_batches: int
+    deal: Deal | None = None
+    num_stopping: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -98,6 +110,9 @@ def train(
     loss_scale: LossScale | None = None,
     is_read: Callable[[int], bool] = lambda number: True,
     learn: Learn = learn_labels,
+    ranks: Ranks = ALONE,
+    deal: Callable[[np.ndarray], Deal] | None = None,
+    wants_stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Step, None, None]:
     """Take the steps `schedules.first_step + 1 .. num_steps`, yielding each.
 
@@ -112,7 +127,11 @@ def train(
         device: that the model is on; None for one that runs each operation when it is called.
         loss_scale: for a base model in fp16. A step whose gradients it made infinite is taken again, with half of it.
         is_read: on a device that does not read every step, whether step `number` (from 1) is read.
-        learn: what is learnt from a step's micro-batches (`trietune.training.objectives`).
+        learn: what is learnt from a step's micro-batches (`trietune.training.objectives`). Over several processes one
+            whose divisor is the number of labels: each process learns its part.
+        ranks: the processes that share each step.
+        deal: over several processes, who computes which of a step's sequences; called in another thread.
+        wants_stop: whether this process wants to stop after the step; told to all as `Step.num_stopping`.
 
     Raises:
         LossNotFiniteError: before the optimizer would have used such a gradient; at the next step that is read where
@@ -121,14 +140,25 @@ def train(
     """
     device = device or describe_cpu()
     taker = _StepTaker(
-        model, optimizer, schedules, device, seed, max_grad_norm, before_update, loss_scale, is_read, learn
+        model,
+        optimizer,
+        schedules,
+        device,
+        seed,
+        max_grad_norm,
+        before_update,
+        loss_scale,
+        is_read,
+        learn,
+        ranks,
+        wants_stop,
     )
     if device.has_static_shapes:
         make_state(optimizer)
         device.end_step()
 
     def lay_out(number: int) -> _StepLayout:
-        return _lay_out(number, sampler, schedules, make_micro_batches)
+        return _lay_out(number, sampler, schedules, make_micro_batches, ranks, deal)
 
     number = schedules.first_step
     with ahead_thread() as thread:
@@ -149,12 +179,15 @@ def train(
 
 @dataclass(frozen=True, slots=True)
 class _StepLayout:
-    """What step `number` (from 0) computes; `epoch` as in `Step`."""
+    """What step `number` (from 0) computes here; `epoch` as in `Step`, `divisor` of the whole step's loss."""
 
     number: int
     epoch: float
     sequence_indices: np.ndarray
     micro_batches: list[MicroBatch]
+    divisor: float
+    deal: Deal | None
+    filler: MicroBatch | None = None
 
 
 def _lay_out(
@@ -162,18 +195,62 @@ def _lay_out(
     sampler: Sampler,
     schedules: Schedules,
     make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]],
+    ranks: Ranks,
+    deal: Callable[[np.ndarray], Deal] | None,
 ) -> _StepLayout:
     steps_per_epoch = -(-sampler.batches_per_epoch // schedules.batches_per_step)
     epoch, step_in_epoch = divmod(number, steps_per_epoch)
     first_batch = step_in_epoch * schedules.batches_per_step
     last_batch = min(first_batch + schedules.batches_per_step, sampler.batches_per_epoch)
     batches = [sampler.batch(epoch, b) for b in range(first_batch, last_batch)]
+    indices = np.concatenate(batches)
+    dealt = None if deal is None else deal(indices)
+    mine = batches if dealt is None else [ranks.mine(dealt.parts)]
+    micro_batches = [micro_batch for batch in mine for micro_batch in make_micro_batches(batch)]
     return _StepLayout(
         number,
         epoch + (step_in_epoch + 1) / steps_per_epoch,
-        np.concatenate(batches),
-        [micro_batch for batch in batches for micro_batch in make_micro_batches(batch)],
+        indices,
+        micro_batches,
+        total_weight(micro_batches) if dealt is None else dealt.num_labels,
+        dealt,
+        _weightless(micro_batches, dealt, make_micro_batches) if dealt is not None and ranks.has_equal_passes else None,
     )
+
+
+def _weightless(
+    own: Sequence[MicroBatch], dealt: Deal, make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]]
+) -> MicroBatch | None:
+    """A micro-batch that counts for nothing, for a process that has fewer of them than others: one of its own, if any.
+
+    None in a step that computes nothing anywhere.
+    """
+    some = [*own] or [mb for part in dealt.parts if len(part) for mb in make_micro_batches(part[:1])]
+    return replace(some[0], label_weight=np.zeros_like(some[0].label_weight)) if some else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What a step counted, over all processes that share it."""
+
+    num_labels: float
+    num_tokens: float
+    num_positions: float
+    num_micro_batches: float
+    num_too_large: float
+    num_stopping: float
+
+
+def _agreed(own: list[int] | None, ranks: Ranks) -> MicroBatchTooLargeError:
+    """Of the micro-batches that did not fit somewhere, the one that asks for the smallest bound.
+
+    Args:
+        own: positions of the one that did not fit here, and of its longest sequence.
+    """
+    too_large = [size for size in ranks.gather(own) if size is not None]
+    # One that cannot be cut comes first: it ends the run.
+    positions, longest = min(too_large, key=lambda size: (size[0] > size[1], max(size[0] // 2, size[1])))
+    return MicroBatchTooLargeError(positions, longest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +267,8 @@ class _StepTaker:
     loss_scale: LossScale | None
     is_read: Callable[[int], bool]
     learn: Learn
+    ranks: Ranks
+    wants_stop: Callable[[], bool]
     readings: Readings = field(default_factory=Readings)
 
     def take(self, layout: _StepLayout) -> Step:
@@ -199,11 +278,12 @@ class _StepTaker:
         for group in optimizer.param_groups:
             group["lr"] = device.learning_rate(learning_rate)
         self.model.network.train()
-        loss_there, norm_there, metrics = self._gradients(layout)
+        self.ranks.at("computing", number + 1)
+        loss_there, norm_there, sums, metrics = self._gradients(layout)
         while self.loss_scale is not None and self.loss_scale.has_overflowed(loss_there, norm_there):
             self.loss_scale.update(optimizer)
             optimizer.zero_grad(set_to_none=True)
-            loss_there, norm_there, metrics = self._gradients(layout)
+            loss_there, norm_there, sums, metrics = self._gradients(layout)
         self.readings.note(number + 1, loss_there, norm_there, layout.sequence_indices)
         loss = grad_norm = None
         if device.reads_every_step:
@@ -226,26 +306,74 @@ class _StepTaker:
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             sequence_indices=layout.sequence_indices,
-            num_labels=int(total_weight(layout.micro_batches)),
-            num_tokens=sum(micro_batch.num_tokens for micro_batch in layout.micro_batches),
-            num_positions=sum(micro_batch.num_positions for micro_batch in layout.micro_batches),
-            num_micro_batches=len(layout.micro_batches),
+            num_labels=int(layout.divisor),
+            num_tokens=round(sums.num_tokens),
+            num_positions=round(sums.num_positions),
+            num_micro_batches=round(sums.num_micro_batches),
+            deal=layout.deal,
+            num_stopping=sums.num_stopping,
             metrics=metrics,
         )
 
-    def _gradients(self, layout: _StepLayout) -> tuple[Tensor, Tensor, Mapping[str, float]]:
-        """Loss and gradient norm, still on the device, and metrics; the clipped gradients are with the parameters."""
-
-        def seed() -> None:
-            self.device.seed(step_seed(self.seed, layout.number))
-
-        seed()
-        work = Work(layout.sequence_indices, layout.micro_batches, self.device, seed, self.loss_scale)
-        learnt = self.learn(self.model, work)
+    def _gradients(self, layout: _StepLayout) -> tuple[Tensor, Tensor, _Sums, Mapping[str, float]]:
+        """Loss and gradient norm, still on the device, counts and metrics; the clipped gradients are with the
+        parameters."""
+        self._reseed(layout)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        loss, sums, metrics = self._add_up(layout, parameters)
         if self.loss_scale is not None:
             self.loss_scale.divide_gradients(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return learnt.loss, _clip(parameters, self.max_grad_norm), learnt.metrics
+        return loss, _clip(parameters, self.max_grad_norm), sums, metrics
+
+    def _reseed(self, layout: _StepLayout) -> None:
+        self.device.seed(step_seed(self.seed, layout.number, self.ranks))
+
+    def _add_up(
+        self, layout: _StepLayout, parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, _Sums, Mapping[str, float]]:
+        """Gradients of the whole step with the parameters; its loss, and counts over all processes.
+
+        A process that ran out of memory takes part all the same: the others wait for its numbers.
+        """
+        # Two numbers: the error itself would keep frames alive, and with them activations.
+        too_large: list[int] | None = None
+        metrics: Mapping[str, float] = {}
+        num_own = len(layout.micro_batches)
+        fillers = self.ranks.level(layout.micro_batches, layout.filler)[num_own:]
+        work = Work(
+            layout.sequence_indices,
+            layout.micro_batches,
+            self.device,
+            lambda: self._reseed(layout),
+            self.loss_scale,
+            divisor=None if layout.deal is None else layout.divisor,
+            fillers=fillers,
+        )
+        try:
+            learnt = self.learn(self.model, work)
+            loss, metrics = learnt.loss, learnt.metrics
+        except MicroBatchTooLargeError as error:
+            # Of one process it is its own affair; with equal passes the others are within a layer that cannot be
+            # gathered any more.
+            if layout.deal is None or self.ranks.has_equal_passes:
+                raise
+            too_large = [error.num_positions, error.longest]
+            loss = self.model.place(torch.zeros(1))[0]
+        counts = (
+            total_weight(layout.micro_batches),
+            sum(micro_batch.num_tokens for micro_batch in layout.micro_batches),
+            sum(micro_batch.num_positions for micro_batch in layout.micro_batches),
+            num_own,
+            float(too_large is not None),
+            float(self.wants_stop()),
+        )
+        loss, numbers = self.ranks.add_up(parameters, loss, counts)
+        sums = _Sums(*numbers)
+        if sums.num_too_large:
+            raise _agreed(too_large, self.ranks)
+        if abs(sums.num_labels - layout.divisor) > LABEL_ROUNDING * layout.divisor:
+            raise RuntimeError(f"the processes computed {sums.num_labels} labels of {layout.divisor}")
+        return loss, sums, metrics
 
 
 def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float | None) -> Tensor:
@@ -255,6 +383,7 @@ def _clip(parameters: Sequence[nn.Parameter], max_grad_norm: float | None) -> Te
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def step_seed(seed: int, number: int) -> int:
-    """A seed for what is random within step `number` (from 0)."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def step_seed(seed: int, number: int, ranks: Ranks = ALONE) -> int:
+    """A seed for what is random within step `number` (from 0), another one in each process."""
+    words = ranks.seed_words([seed, number])
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))

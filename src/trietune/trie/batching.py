@@ -82,7 +82,7 @@ def make_micro_batches(
     A single sequence longer than `max_nodes` becomes a micro-batch of its own. Sequences without a label are computed
     by nobody and appear in no micro-batch; a batch of nothing else gives an empty list.
     """
-    batch = _gather(sequences, np.asarray(indices, np.int64))
+    batch = gather(sequences, np.asarray(indices, np.int64))
     lengths = num_nodes_alone(batch.labels, batch.offsets)
     with_labels = np.flatnonzero(lengths > 0)
     if len(with_labels) == 0:
@@ -108,7 +108,8 @@ class _Batch:
     sequence_indices: Int64[np.ndarray, " B"]
 
 
-def _gather(sequences: Sequences, indices: Int64[np.ndarray, " B"]) -> _Batch:
+def gather(sequences: Sequences, indices: Int64[np.ndarray, " B"]) -> _Batch:
+    """The sequences of one batch, laid end to end."""
     begin, end = np.asarray(sequences.offsets)[indices], np.asarray(sequences.offsets)[indices + 1]
     lengths = end - begin
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
@@ -117,7 +118,7 @@ def _gather(sequences: Sequences, indices: Int64[np.ndarray, " B"]) -> _Batch:
 
 
 def _subset(batch: _Batch, chosen: Int64[np.ndarray, " C"]) -> _Batch:
-    part = _gather(batch, chosen)
+    part = gather(batch, chosen)
     return _Batch(part.input_ids, part.labels, part.offsets, batch.sequence_indices[chosen])
 
 

@@ -75,7 +75,7 @@ def load_network(
         if not is_out_of_memory(error):
             raise
         raise _too_large(folder.path, dtype, device, load_in_4bit) from error
-    _check_loaded(folder, info, report)
+    check_loaded(folder, info, report)
     network.train(False)
     return network  # type: ignore[no-any-return]  # the library gives a pair when it is asked for one
 
@@ -193,7 +193,7 @@ def _available_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _check_loaded(folder: ModelFolder, info: dict[str, Any], report: Callable[[str], None]) -> None:
+def check_loaded(folder: ModelFolder, info: dict[str, Any], report: Callable[[str], None]) -> None:
     """The library fills what a file lacks with random numbers, and goes on."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing or mismatched:

@@ -38,6 +38,7 @@ class NetworkShape:
         widths: of its layers, for the estimate of memory.
         coverage: which part of its layers carries adapters.
         base_rates: of its own dropout and noise, by name.
+        adapts_parameters: whether adapters are on parameters themselves, such as stacks of experts.
     """
 
     config: Any
@@ -50,6 +51,7 @@ class NetworkShape:
     base_rates: Mapping[str, float]
     num_embeddings: int = 0
     has_learnt_positions: bool = False
+    adapts_parameters: bool = False
 
     def num_bytes(self, dtype: torch.dtype, *, load_in_4bit: bool = False) -> int:
         """Of the base model's weights in `dtype`, its layers in 4 bits if asked."""
@@ -106,4 +108,7 @@ def describe_network(
         base_rates=base_rates,
         num_embeddings=num_embeddings,
         has_learnt_positions=has_learnt_positions,
+        adapts_parameters=any(
+            bool(getattr(config, "target_parameters", None)) for config in peft_model.peft_config.values()
+        ),
     )

@@ -13,6 +13,7 @@ runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import AttentionInterface
 
 from trietune.model.attention.attend import attend
 from trietune.model.attention.layout import TrieLayout, visibility
-from trietune.model.fast.frozen_weight import keep_joined
+from trietune.model.fast.frozen_weight import Whole, keep_joined
 from trietune.model.fast.linear import FrozenLayer, JoinedLinear
 from trietune.model.replaced import replace_forward
 from trietune.trie import Trie, build_trie
@@ -43,23 +44,29 @@ class TrieLayers:
     prunes_last: bool
 
 
-def fuse_trie_layers(network: Any) -> TrieLayers:
-    """Replace attention, and the last decoder layer, where the replacement is proven to agree."""
+def fuse_trie_layers(network: Any, whole: Whole = nullcontext) -> TrieLayers:
+    """Replace attention, and the last decoder layer, where the replacement is proven to agree.
+
+    Args:
+        whole: a context in which all weights of a module are here, for a network that is sharded over processes.
+    """
     layers = getattr(network.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return TrieLayers(0, False)
     attentions: list[_Attention | None] = []
     for layer in layers:
         # Each layer for itself: some layers of a class rotate and others do not (SmolLM3, EXAONE 4).
-        attention = _Attention.of(getattr(layer, "self_attn", None))
-        if attention is not None and not _agrees(attention.module.forward, attention, network.device):
-            attention = None
-        if attention is not None:
-            replace_forward(attention.module, _attention_forward(attention, attention.module.forward))
-            keep_joined(attention.module, attention.joined.weight)
-        attentions.append(attention)
+        with whole(layer):
+            attention = _Attention.of(getattr(layer, "self_attn", None))
+            if attention is not None and not _agrees(attention.module.forward, attention, network.device):
+                attention = None
+            if attention is not None:
+                replace_forward(attention.module, _attention_forward(attention, attention.module.forward))
+                keep_joined(attention.module, attention.joined.weight)
+            attentions.append(attention)
     last = attentions[-1]
-    prunes_last = last is not None and _prune(layers[-1], last, network.device)
+    with whole(layers[-1]):
+        prunes_last = last is not None and _prune(layers[-1], last, network.device)
     return TrieLayers(sum(attention is not None for attention in attentions), prunes_last)
 
 

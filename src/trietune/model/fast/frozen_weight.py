@@ -11,33 +11,47 @@ costs memory: a second and a third copy of the weight.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+
+# A context for a module, in which all of its weights are in this process.
+Whole = Callable[[nn.Module], AbstractContextManager[object]]
 
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class FrozenWeight:
-    """Weights [out, in] of one input, as one under each other, and, if they may be made, its blocked copies.
+    """Weights [out, in] of linear layers with one input, as one under each other, and, if they may be made, its
+    blocked copies.
 
-    Each copy is made when it is first multiplied with. Weights that are changed afterwards (a merged adapter, a loaded
-    state) are multiplied as they are.
+    A layer's weight is looked up at each use, since what shards a network replaces it. Each copy is made when it is
+    first multiplied with. Weights that are changed afterwards (a merged adapter, a loaded state) or replaced are
+    multiplied as they are.
 
     Attributes:
+        modules: the linear layers.
         may_pack: whether copies may be made.
         is_part: of another one, which is multiplied in its place.
     """
 
-    def __init__(self, *weights: Tensor) -> None:
-        self.weights = weights
+    def __init__(self, *modules: nn.Linear) -> None:
+        self.modules = modules
         self.may_pack = False
         self.is_part = False
         self._forward: Tensor | None = None
         self._backward: Tensor | None = None
-        self._versions = [weight._version for weight in weights]
-        self._ends = list(itertools.accumulate(len(weight) for weight in weights))
+        # Without keeping alive a weight that has been replaced.
+        self._originals = [(weakref.ref(weight), weight._version) for weight in self.weights]
+        self._ends = list(itertools.accumulate(len(weight) for weight in self.weights))
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """As they are now."""
+        return tuple(module.weight for module in self.modules)
 
     @property
     def numel(self) -> int:
@@ -53,8 +67,8 @@ class FrozenWeight:
             if self._forward is None:
                 self._forward = _blocked(self._joined())
             return _product(rows, self._forward, bias)
-        if len(self.weights) == 1:
-            return nn.functional.linear(rows, self.weights[0], bias)
+        if len(self.modules) == 1:
+            return nn.functional.linear(rows, self.modules[0].weight, bias)
         out = rows.new_empty(len(rows), self._ends[-1])
         for weight, columns in zip(self.weights, self._columns(out), strict=True):
             torch.mm(rows, weight.t(), out=columns)
@@ -66,8 +80,8 @@ class FrozenWeight:
             if self._backward is None:
                 self._backward = _blocked(self._joined().t())
             return _product(grad, self._backward, None)
-        if len(self.weights) == 1:
-            return grad @ self.weights[0]
+        if len(self.modules) == 1:
+            return grad @ self.modules[0].weight
         first, *others = zip(self._columns(grad), self.weights, strict=True)
         total = first[0] @ first[1]
         for columns, weight in others:
@@ -75,7 +89,8 @@ class FrozenWeight:
         return total
 
     def _joined(self) -> Tensor:
-        return self.weights[0].detach() if len(self.weights) == 1 else torch.cat([w.detach() for w in self.weights])
+        weights = [weight.detach() for weight in self.weights]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     def _columns(self, x: Tensor) -> tuple[Tensor, ...]:
         return x.tensor_split(self._ends[:-1], 1)
@@ -84,7 +99,10 @@ class FrozenWeight:
         return (
             self.may_pack
             and operand.dtype == self.dtype
-            and all(w._version == version for w, version in zip(self.weights, self._versions, strict=True))
+            and all(
+                original() is weight and weight._version == version
+                for weight, (original, version) in zip(self.weights, self._originals, strict=True)
+            )
         )
 
 
@@ -101,8 +119,8 @@ def _product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 def frozen_weight(module: nn.Linear) -> FrozenWeight:
     """The one `FrozenWeight` of a linear layer, made when it is first asked for."""
     known: FrozenWeight | None = module.__dict__.get("frozen_weight")
-    if known is None or known.weights[0] is not module.weight:
-        known = module.__dict__["frozen_weight"] = FrozenWeight(module.weight)
+    if known is None:
+        known = module.__dict__["frozen_weight"] = FrozenWeight(module)
     return known
 
 

@@ -47,8 +47,12 @@ class FrozenLayer:
     """A linear layer whose weight and bias nobody trains, with or without a plain adapter."""
 
     weight: FrozenWeight
-    bias: Tensor | None
     lora: LoraWeights | None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As it is now."""
+        return self.weight.modules[0].bias
 
     @classmethod
     def of(cls, module: Any) -> FrozenLayer | None:
@@ -60,7 +64,7 @@ class FrozenLayer:
         from peft.tuners.lora.layer import Linear
 
         if type(module) is nn.Linear:
-            return None if _is_trained(module) else cls(frozen_weight(module), module.bias, None)
+            return None if _is_trained(module) else cls(frozen_weight(module), None)
         if type(module) is not Linear or len(module.active_adapters) != 1:
             return None
         layer: Any = module
@@ -72,7 +76,7 @@ class FrozenLayer:
         if not is_plain:
             return None
         lora = LoraWeights(layer, name, a.weight, b.weight, float(layer.scaling[name]))
-        return cls(frozen_weight(base), base.bias, lora)
+        return cls(frozen_weight(base), lora)
 
 
 def _is_trained(module: nn.Linear) -> bool:
@@ -85,8 +89,8 @@ class JoinedLinear:
     def __init__(self, layers: Sequence[FrozenLayer]) -> None:
         self._layers = tuple(layers)
         is_single = len(layers) == 1
-        self.weight = layers[0].weight if is_single else FrozenWeight(*(layer.weight.weights[0] for layer in layers))
-        self.bias = layers[0].bias if is_single else _join_biases(layers)
+        self.weight = layers[0].weight if is_single else FrozenWeight(*(layer.weight.modules[0] for layer in layers))
+        self._joined_bias = None if is_single else _join_biases(layers)
         self.sizes = [len(layer.weight.weights[0]) for layer in layers]
         loras = [layer.lora for layer in layers if layer.lora is not None]
         ends = list(itertools.accumulate(self.sizes))
@@ -95,6 +99,11 @@ class JoinedLinear:
         self._ranks = [slice(end - len(lora.a), end) for lora, end in zip(loras, rank_ends, strict=True)]
         self.adapters: tuple[Tensor, ...] = tuple(tensor for lora in loras for tensor in (lora.a, lora.b))
         self._scale_of_rank = [lora.scale for lora in loras for _ in range(len(lora.a))]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of one layer as it is now, of several a copy."""
+        return self._layers[0].bias if len(self._layers) == 1 else self._joined_bias
 
     def is_active(self) -> bool:
         return all(layer.lora is None or layer.lora.is_active() for layer in self._layers)

@@ -10,6 +10,7 @@ idea of a norm or an activation keeps the library's code. Parameters and their n
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trietune.model.fast.attention_layer import TrieLayers, fuse_trie_layers
-from trietune.model.fast.frozen_weight import keep_joined
+from trietune.model.fast.frozen_weight import Whole, keep_joined
 from trietune.model.fast.linear import FrozenLayer, JoinedLinear, adapter_dtype, fuse_linears
 from trietune.model.replaced import replace_forward
 
@@ -36,22 +37,28 @@ class Fused:
     gated_mlps: int
 
 
-def fuse_network(network: nn.Module) -> TrieLayers:
-    """Let every part of `network` run fused that can; says what became of its attention and its last layer."""
+def fuse_network(network: nn.Module, whole: Whole = nullcontext) -> TrieLayers:
+    """Let every part of `network` run fused that can; says what became of its attention and its last layer.
+
+    Args:
+        whole: a context in which all weights of a module are here, for a network that is sharded over processes.
+    """
     fuse_linears(network)
-    fuse_layers(network)
-    return fuse_trie_layers(network)
+    fuse_layers(network, whole)
+    return fuse_trie_layers(network, whole)
 
 
-def fuse_layers(network: nn.Module) -> Fused:
+def fuse_layers(network: nn.Module, whole: Whole = nullcontext) -> Fused:
     """Replace the forward of norms and gated MLPs of `network` where the fused form is proven to agree."""
     norms = mlps = 0
     proven: dict[type, bool] = {}
     for module in network.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            norms += _fuse_norm(module, proven)
+            with whole(module):
+                norms += _fuse_norm(module, proven)
         elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {name for name, _ in module.named_children()}:
-            mlps += _fuse_mlp(module)
+            with whole(module):
+                mlps += _fuse_mlp(module)
     return Fused(norms, mlps)
 
 

@@ -233,7 +233,9 @@ class _Prover:
         if self.with_gradients:
             for name in self._pointwise():
                 inputs = self.of_short[name].input[:POINTWISE_NODES]
-                error = compare_pointwise(self.parts[name], self.network, name, inputs, self._library_attention)
+                part = self.parts[name]
+                with self.model.whole(part):
+                    error = compare_pointwise(part, self.network, name, inputs, self._library_attention)
                 take({name: error}, "gradients")
         return found
 

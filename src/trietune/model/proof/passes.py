@@ -265,7 +265,10 @@ def compare(
 
 
 def compare_pointwise(part: nn.Module, network: Any, name: str, inputs: Tensor, attention: str) -> Error:
-    """Values and gradients of a part that is given hidden states [n, D] alone, in fp32, called by itself."""
+    """Values and gradients of a part that is given hidden states [n, D] alone, in fp32, called by itself.
+
+    All of the part's weights are here.
+    """
     precise = InFullPrecision(part)
     try:
         with torch.enable_grad():

@@ -23,6 +23,9 @@ class Work:
         micro_batches: that hold their sequences.
         reseed: begins the step's random draws (dropout) anew.
         loss_scale: that the gradients are multiplied with; None leaves them as they are.
+        divisor: labels of the whole step, where other processes hold the rest of it; None: those of `micro_batches`.
+        fillers: micro-batches whose labels weigh nothing, computed after the others so that all processes compute as
+            many.
     """
 
     rows: np.ndarray
@@ -30,6 +33,8 @@ class Work:
     device: Device
     reseed: Callable[[], None]
     loss_scale: LossScale | None
+    divisor: float | None = None
+    fillers: Sequence[MicroBatch] = ()
 
 
 @dataclass(frozen=True, slots=True)

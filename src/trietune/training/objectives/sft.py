@@ -23,7 +23,8 @@ from trietune.trie import MicroBatch
 
 def learn_labels(model: TrieModel, work: Work) -> Learnt:
     """Add the gradients of the mean loss over all labels of the step."""
-    return Learnt(accumulate_gradients(model, work.micro_batches, work.device.end_step, work.loss_scale))
+    micro_batches = [*work.micro_batches, *work.fillers]
+    return Learnt(accumulate_gradients(model, micro_batches, work.device.end_step, work.loss_scale, work.divisor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,12 @@ class LearnWeightedLabels:
 
     def __call__(self, model: TrieModel, work: Work) -> Learnt:
         """Add the gradients of the weighted sum of all labels' losses, divided by the number of labels."""
-        weighted = [self.weigh(micro_batch) for micro_batch in work.micro_batches]
-        num_labels = sum(len(micro_batch.pair_of_label) for micro_batch in work.micro_batches)
-        loss = accumulate_gradients(model, weighted, work.device.end_step, work.loss_scale, divisor=num_labels)
+        # A filler keeps its weights of zero.
+        weighted = [*map(self.weigh, work.micro_batches), *work.fillers]
+        divisor = work.divisor
+        if divisor is None:
+            divisor = sum(len(micro_batch.pair_of_label) for micro_batch in work.micro_batches)
+        loss = accumulate_gradients(model, weighted, work.device.end_step, work.loss_scale, divisor=divisor)
         return Learnt(loss)
 
     def weigh(self, micro_batch: MicroBatch) -> MicroBatch:

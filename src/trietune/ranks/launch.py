@@ -1,0 +1,215 @@
+"""`trietune train --nproc N`: one command becomes N processes on this machine, watched until the last one has ended.
+
+No torch here, so it starts at once and stays small. `torchrun` does the same for several machines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from trietune.errors import EXIT_DONE, EXIT_RANK_LOST
+from trietune.ranks.launched import BEGAN
+
+# After a process has failed: the others get SIGTERM, and this long to end.
+GRACE_S = 3.0
+# After a failure that the others hear of from the one that failed, such as a mistake in the settings.
+GRACE_AFTER_NEWS_S = 20.0
+POLL_S = 0.1
+# Those that end a run with its work saved. (macOS has no PWR.)
+FORWARDED = tuple(
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU", "SIGPWR")
+    if name in signal.Signals.__members__
+)
+# From <linux/prctl.h>.
+PR_SET_PDEATHSIG = 1
+
+
+def launch(
+    command: Sequence[str], count: int, *, restarts: int = 0, began: float | None = None, say: Callable[[str], None]
+) -> int:
+    """Run `count` copies of a command as one training; returns the exit code of the whole.
+
+    Args:
+        command: program and arguments.
+        restarts: how often a training that has lost a process begins again, with `--resume`.
+        began: when the user's command began, as `time.monotonic` tells it, for `max_time`.
+        say: told what happens, a line or two at a time.
+    """
+    attempt = 0
+    command = list(command)
+    while True:
+        processes = Processes(command, count, began)
+        with processes.forwarding_signals():
+            end = processes.wait()
+        if end is None:
+            return EXIT_DONE
+        is_lost = end.code < 0 or end.code == EXIT_RANK_LOST
+        # A process that ends with this code has named another one: it is the messenger.
+        if end.code < 0 and not processes.was_stopped:
+            say(
+                f"error: rank {end.number} of {count} (process {end.pid}) was killed by {signal_name(-end.code)}; "
+                "the others were ended"
+            )
+        if processes.was_stopped or not is_lost:
+            return end.code if end.code >= 0 else 128 - end.code
+        if attempt == restarts:
+            say(
+                "next:  the same command with `--resume` goes on from the newest whole checkpoint, with any number of "
+                "processes"
+            )
+            return EXIT_RANK_LOST
+        attempt += 1
+        say(f"starting again from the newest whole checkpoint ({attempt} of {restarts})")
+        if "--resume" not in command:
+            command.append("--resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The first process that did not end well; `code` is negative after a signal."""
+
+    number: int
+    pid: int
+    code: int
+
+
+@dataclass(slots=True)
+class Processes:
+    """`count` copies of a command that know of each other, started."""
+
+    command: Sequence[str]
+    count: int
+    began: float | None = None
+    was_stopped: bool = False
+    _children: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        port = free_port()
+        for number in range(self.count):
+            self._children.append(
+                subprocess.Popen(  # noqa: S603  (our own command)
+                    self.command,
+                    env={**environment_of(number, self.count, port), **self._beginning()},
+                    # Ctrl-C reaches this process alone, which passes it on.
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                )
+            )
+
+    def wait(self) -> Ended | None:
+        """Wait for all; when one fails, the others are ended. None if all ended well."""
+        first: Ended | None = None
+        deadline = None
+        while any(child.poll() is None for child in self._children):
+            time.sleep(POLL_S)
+            first = first or self._first_failed()
+            if first is not None and deadline is None and not self.was_stopped:
+                is_known = first.code > 0 and first.code != EXIT_RANK_LOST
+                deadline = time.monotonic() + (GRACE_AFTER_NEWS_S if is_known else GRACE_S)
+                if not is_known:
+                    self.send(signal.SIGTERM)
+            if deadline is not None and time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+        return first or self._first_failed()
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to all that are still there."""
+        for child in self._children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    def forwarding_signals(self) -> _Forwarding:
+        """While open, signals to this process go to all; the processes stop after the step under way."""
+        return _Forwarding(self)
+
+    def _beginning(self) -> dict[str, str]:
+        return {} if self.began is None else {BEGAN: repr(self.began)}
+
+    def _first_failed(self) -> Ended | None:
+        for number, child in enumerate(self._children):
+            if child.poll() not in (None, 0):
+                return Ended(number, child.pid, child.returncode)
+        return None
+
+
+class _Forwarding:
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._before = {}  # type: ignore[var-annotated]  # whatever `signal` returns
+
+    def __enter__(self) -> None:
+        for number in FORWARDED:
+            # One that is ignored stays ignored, as `nohup` wants it of HUP.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._before[number] = signal.signal(number, self._forward)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self._processes.was_stopped = True
+        self._processes.send(signal.Signals(number))
+
+
+def environment_of(number: int, count: int, port: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What one of `count` processes on this machine finds in its environment."""
+    threads = str(max((os.cpu_count() or 1) // count, 1))
+    return {
+        # Set by hand, the number of threads stays.
+        "OMP_NUM_THREADS": threads,
+        **environ,
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+@contextmanager
+def as_one_of(count: int) -> Iterator[None]:
+    """While open, this process finds what one of `count` would: a share of memory and of threads."""
+    changed = {} if count == 1 else {k: v for k, v in environment_of(0, count, 0).items() if os.environ.get(k) != v}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL`, or `signal 77` for one that has no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the launcher dies, so that nobody trains on unseen."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,23 @@
+"""Connect the processes that a launcher started."""
+
+from __future__ import annotations
+
+from trietune.ranks.launched import read_launched
+from trietune.ranks.ranks import ALONE, Ranks
+
+
+def open_ranks(*, may_use_cuda: bool = True) -> Ranks:
+    """The ranks of this training, connected; `ALONE` if this is the one process. No torch is loaded for that.
+
+    Args:
+        may_use_cuda: whether CUDA cards are used where there are some; each process then takes its own.
+
+    Raises:
+        UserError: the launcher's variables are incomplete, or there are fewer cards than processes on this machine.
+    """
+    launched = read_launched()
+    if launched.count == 1:
+        return ALONE
+    from trietune.ranks.together import Together
+
+    return Together(launched, may_use_cuda=may_use_cuda)

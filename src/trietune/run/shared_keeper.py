@@ -1,0 +1,152 @@
+"""What a run keeps, where several ranks train it: rank 0 reads and writes, all of them know.
+
+The bytes of a checkpoint that is resumed go to every rank in a message, so only rank 0 needs the run's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trietune.checkpoints.store import LoadedCheckpoint
+from trietune.ranks.ranks import ALONE, Ranks
+from trietune.run.saving import Keeper
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+    from trietune.evaluation.evaluate import Evaluation
+    from trietune.run.prepare import Prepared
+    from trietune.tracking.tracker import Tracker
+
+
+def open_keeper(prepared: Prepared, hub: Tracker, ranks: Ranks) -> Keeper:
+    """The files of a run; with several ranks, one keeper for all."""
+    return Keeper(prepared, hub) if ranks is ALONE else SharedKeeper(prepared, hub, ranks)
+
+
+class SharedKeeper(Keeper):
+    """A keeper whose files are rank 0's; every method is called by all ranks and gives all of them rank 0's result."""
+
+    def __init__(self, prepared: Prepared, hub: Tracker, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.settings = prepared.settings
+        self.prepared = prepared
+        self.directory = prepared.plan.directory
+        self.hub = hub
+        self._uploader = None
+        self.saved_step = None
+
+        def open_files() -> dict[str, Any]:
+            super(SharedKeeper, self).__init__(prepared, hub)
+            return self.environment
+
+        self.environment = ranks.once(open_files)
+
+    def finished(self, allowed_changes: frozenset[str]) -> tuple[int, str] | None:
+        found = self.ranks.once(lambda: super(SharedKeeper, self).finished(allowed_changes))
+        return None if found is None else (found[0], found[1])
+
+    def find_checkpoint(self, allowed_changes: frozenset[str]) -> LoadedCheckpoint | None:
+        found: list[LoadedCheckpoint | None] = []
+
+        def find() -> dict[str, Any] | None:
+            loaded = super(SharedKeeper, self).find_checkpoint(allowed_changes)
+            found.append(loaded)
+            if loaded is None:
+                return None
+            return {
+                "path": loaded.path,
+                "step": loaded.step,
+                "run_id": loaded.run_id,
+                "metrics": dict(loaded.metrics),
+                "details": dict(loaded.details),
+                "contents": dict(loaded.contents),
+                "notes": list(loaded.notes),
+                "left_out": sorted(loaded.left_out),
+            }
+
+        sent = self.ranks.once(find)
+        if found:
+            return found[0]
+        if sent is None:
+            return None
+        return LoadedCheckpoint(
+            **{**sent, "notes": tuple(sent["notes"]), "left_out": frozenset(sent["left_out"])}
+        )  # fmt: skip
+
+    def start(self, resumed: LoadedCheckpoint | None) -> None:
+        self.ranks.once(lambda: super(SharedKeeper, self).start(resumed))
+        if resumed is not None:
+            self.saved_step = resumed.step
+            self.ranks.saved(str(resumed.path))
+
+    def is_comparable(self, resumed: LoadedCheckpoint) -> bool:
+        return self.ranks.once(lambda: super(SharedKeeper, self).is_comparable(resumed))
+
+    def move_to(self, directory: Path) -> None:
+        self.directory = directory
+        self.ranks.once(lambda: super(SharedKeeper, self).move_to(directory))
+
+    def save(
+        self,
+        step: int,
+        epoch: float,
+        metrics: Mapping[str, float],
+        peft_model: PeftModel,
+        optimizer: torch.optim.Optimizer,
+        *,
+        further_state: Mapping[str, Any],
+        must_succeed: bool = False,
+    ) -> float:
+        self.ranks.at("saving", step)
+
+        def write() -> tuple[float, int | None]:
+            seconds = super(SharedKeeper, self).save(
+                step, epoch, metrics, peft_model, optimizer, further_state=further_state, must_succeed=must_succeed
+            )
+            self._note_saved()
+            return seconds, self.saved_step
+
+        seconds, self.saved_step = self.ranks.once(write)
+        self._note_saved()
+        return seconds
+
+    def _note_saved(self) -> None:
+        """On rank 0 before the others are told, too: one of them may be lost by then."""
+        if self.saved_step is not None:
+            self.ranks.saved(f"checkpoints/step-{self.saved_step:08d}")
+
+    def better_than_last(self, step: int, metrics: Mapping[str, float]) -> tuple[int, bytes] | None:
+        better = self.ranks.once(lambda: super(SharedKeeper, self).better_than_last(step, metrics))
+        return None if better is None else (better[0], better[1])
+
+    def write_adapter(
+        self,
+        step: int,
+        peft_model: PeftModel,
+        before: Evaluation | None,
+        after: Evaluation | None,
+        encoder: Any,
+        *,
+        trained_steps: int,
+    ) -> Path:
+        self.ranks.at("saving", step)
+        return self.ranks.once(
+            lambda: super(SharedKeeper, self).write_adapter(
+                step, peft_model, before, after, encoder, trained_steps=trained_steps
+            )
+        )
+
+    def tell_uploads(self) -> None:
+        self.ranks.on_first(super().tell_uploads)
+
+    def finish_uploads(self, *, is_final: bool, must_leave: Callable[[], bool]) -> int:
+        return self.ranks.once(
+            lambda: super(SharedKeeper, self).finish_uploads(is_final=is_final, must_leave=must_leave)
+        )
+
+    def push_to_hub(self, adapter: Path) -> int:
+        return self.ranks.once(lambda: super(SharedKeeper, self).push_to_hub(adapter))
