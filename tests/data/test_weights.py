@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 from data.test_preferences import USER, Loader, says
 from tiny_model import write_tiny_model
 from trietune import UserError
+from trietune.data.columns import Recipe
 from trietune.data.encoder import load_tokenizer
 from trietune.data.load import Data
+from trietune.data.sources import FileRows, SlicedRows
+from trietune.data.weights import find_weighting
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,11 @@ def test_a_message_weighs_its_own_labels(load: Loader) -> None:
     assert set(label_weights(data, 1)) == {3}
 
 
+def test_messages_as_json_text_have_weights_too(load: Loader) -> None:
+    data = load([{"messages": json.dumps([USER, {**says("yes"), "weight": 0.5}])}], objective="sft")
+    assert set(label_weights(data, 0)) == {0.5}
+
+
 def test_a_weight_in_a_template_is_text(load: Loader) -> None:
     data = load(
         [{"name": "cat", "weight": 4}], objective="sft", prompt_template="{name}:", completion_template=" {weight} kg"
@@ -82,6 +91,21 @@ def test_data_without_weights_keeps_its_fingerprint(load: Loader) -> None:
     assert weighted.train.weights is not None
     again = load([{"messages": [USER, {**says("yes"), "weight": 1}]}], objective="sft")
     assert np.array_equal(again.train.weights, weighted.train.weights)
+
+
+def test_conversations_without_weights_are_not_parsed_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"messages": [USER, says("light")]}) + "\n")
+    read = FileRows.read
+    passes: list[int] = []
+    monkeypatch.setattr(FileRows, "read", lambda self: (passes.append(1), read(self))[1])
+    rows = SlicedRows(FileRows.of([path]), 0, 1)
+    assert find_weighting(rows, Recipe("messages")) is None
+    assert not passes
+    # A file that is a table, or escapes letters, is read.
+    path.write_text(json.dumps({"messages": [USER, says("a")]}).replace("hi", "h\\u0069") + "\n")
+    assert find_weighting(rows, Recipe("messages")) is None
+    assert passes
 
 
 @pytest.mark.parametrize("value", ["much", None, True, [1]])

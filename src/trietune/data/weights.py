@@ -9,8 +9,10 @@ A label of weight 0 is not learned and not counted, as if the data had none ther
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from trietune.data.columns import Recipe, WrongRow
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.files import BrokenRow
-from trietune.data.sources import Rows
+from trietune.data.sources import FileRows, HubRows, Rows, SlicedRows
 from trietune.data.templates import find_columns, is_weight
 
 COLUMN = "weight"
@@ -91,9 +93,27 @@ def weigh(
 
 
 def _any_message_has_one(rows: Rows) -> bool:
-    return any(
-        isinstance(message, Mapping) and message.get(COLUMN) is not None
-        for _, row in rows.read()
-        if not isinstance(row, BrokenRow) and isinstance(row.get("messages"), list)
-        for message in row["messages"]
-    )
+    if isinstance(rows, SlicedRows):
+        rows = rows.rows
+    # Without the word, no row needs to be parsed.
+    if isinstance(rows, HubRows) and COLUMN not in str(rows.dataset.features):
+        return False
+    if isinstance(rows, FileRows) and not any(_may_hold_one(path) for path in rows.paths):
+        return False
+    return any(_has_one(row.get("messages")) for _, row in rows.read() if not isinstance(row, BrokenRow))
+
+
+def _has_one(messages: Any) -> bool:
+    if isinstance(messages, str):  # a list of messages as JSON text; where it may have one, nothing is lost by looking
+        return COLUMN in messages or "\\u00" in messages
+    if not isinstance(messages, Sequence):
+        return False
+    return any(isinstance(message, Mapping) and message.get(COLUMN) is not None for message in messages)
+
+
+def _may_hold_one(path: Path) -> bool:
+    """Whether a file may have a key of that name; only plain JSON can be searched for it."""
+    if path.suffix.lower() not in (".json", ".jsonl") or not path.stat().st_size:
+        return True
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(COLUMN.encode()) >= 0 or content.find(b"\\u00") >= 0
