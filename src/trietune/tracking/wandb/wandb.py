@@ -329,7 +329,7 @@ def start_process(directory: Path) -> subprocess.Popen[str]:
     environment.pop("WANDB_MODE", None)
     folder = directory / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
-    script = Path(__file__).with_name("wandb_process.py")
+    script = Path(__file__).with_name("process.py")
     with (folder / "process.log").open("ab") as log:
         return subprocess.Popen(  # noqa: S603  (our own script, no shell)
             # -P keeps this folder off the path, where our wandb.py would hide the library's.
