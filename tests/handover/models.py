@@ -92,7 +92,7 @@ def _save(backend: Tokenizer, folder: Path, **more: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_adapter(base: ModelFolder, folder: Path, *, is_chat: bool = False, **more: Any) -> Path:
+def write_adapter(base: ModelFolder, folder: Path, *, is_chat: bool = False, noise: float = 0.1, **more: Any) -> Path:
     """An adapter that changes answers, with its prompt format."""
     from dataclasses import replace
 
@@ -105,7 +105,7 @@ def write_adapter(base: ModelFolder, folder: Path, *, is_chat: bool = False, **m
     with torch.no_grad():
         for parameter in peft_model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
     folder.mkdir(parents=True)
     for name, data in adapter_files(peft_model, base).items():
         (folder / name).write_bytes(data)

@@ -454,8 +454,8 @@ class Settings(BaseModel):
     """Whether a resume reads `remote_path`, so that an empty machine can go on."""
 
     push_to_hub: Annotated[NonEmpty | None, AfterValidator(_check_repository)] = None
-    """Repository of the hub, `OWNER/NAME`, that the final adapter goes to with its card and prompt format, in one
-    commit. One that does not exist yet is private."""
+    """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to. Its card and prompt format go along,
+    in one commit; a repository that does not exist yet is private."""
 
     # Devices
 
