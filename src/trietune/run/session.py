@@ -26,8 +26,6 @@ from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
 from trietune.io.files import make_folders, remove_tree
 from trietune.io.metric_names import kind_of
-from trietune.ranks.launched import refuse_several_processes
-from trietune.run.malloc import KeptMemory, give_back_freed_memory, keep_freed_memory
 from trietune.ranks.opening import open_ranks
 from trietune.ranks.ranks import ALONE, Ranks
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
@@ -40,9 +38,8 @@ from trietune.run.throughput import Meter
 from trietune.tracking import events
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, LINE_FILES
 from trietune.tracking.open import open_tracker
-from trietune.tracking.wandb.consumer import are_histograms_due, watched_kinds
 from trietune.tracking.tracker import Tracker
-from trietune.tracking.wandb.wandb import are_histograms_due, watched_kinds
+from trietune.tracking.wandb.consumer import are_histograms_due, watched_kinds
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
