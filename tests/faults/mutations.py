@@ -247,7 +247,7 @@ MUTATIONS = [
     ),
     Mutation(
         "randomness of a step not tied to the step", "training/loop.py",
-        "        self.device.seed(step_seed(self.seed, layout.number))\n", "", (BIT_EQUAL,),
+        "        seed()\n        work", "        work", (BIT_EQUAL,),
     ),
     Mutation(
         "schedule begins anew", "training/loop.py",
@@ -259,7 +259,7 @@ MUTATIONS = [
     ),
     Mutation(
         "signals not polled in evaluation", "run/session.py",
-        "            check_stop=self.signals.check,\n", "",
+        '            "check_stop": self.signals.check,\n', "",
         (f"{TRAINER}::test_a_signal_in_evaluation_stops_it_and_saves",),
     ),
     Mutation(

@@ -17,8 +17,9 @@ import torch
 
 from strategies import flat
 from trietune.model.causal_lm import TrieModel
-from trietune.training import loop
-from trietune.training.loop import MicroBatchTooLargeError, Schedules, Step
+from trietune.training import gradients, loop
+from trietune.training.gradients import MicroBatchTooLargeError
+from trietune.training.loop import Schedules, Step
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, make_micro_batches
 
@@ -77,7 +78,7 @@ def train(sequences: Any, headroom: int | None) -> tuple[torch.Tensor, list[Step
             trouble["errors"].append(str(error))
         return is_memory
 
-    recognise, loop.is_out_of_memory = loop.is_out_of_memory, listen
+    recognise, gradients.is_out_of_memory = gradients.is_out_of_memory, listen
     sampler = Sampler(len(sequences), batch_size=BATCH_SIZE, seed=0)
     steps = []
     for step in loop.train(
@@ -98,7 +99,7 @@ def train(sequences: Any, headroom: int | None) -> tuple[torch.Tensor, list[Step
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         elif headroom is None:
             trouble["need"].append(status_bytes("VmHWM") - held)
-    loop.is_out_of_memory = recognise
+    gradients.is_out_of_memory = recognise
     return torch.cat([p.detach().flatten() for p in parameters]), steps, trouble
 
 
