@@ -18,7 +18,8 @@ import torch
 from strategies import flat
 from trietune.model.causal_lm import TrieModel
 from trietune.training import gradients, loop
-from trietune.training.loop import MicroBatchTooLargeError, Schedules, Step
+from trietune.training.gradients import MicroBatchTooLargeError
+from trietune.training.loop import Schedules, Step
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, make_micro_batches
 
