@@ -16,7 +16,7 @@ import trietune
 from trietune.cli.app import main
 from trietune.device.cpu import free_host_bytes
 from trietune.errors import UserError
-from trietune.ranks.launched import Launched, processes_here, read_launched, refuse_several_processes
+from trietune.ranks.launched import BEGAN, Launched, processes_here, read_launched, refuse_several_processes
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_max_time_counts_from_the_command_that_launched(
     monkeypatch.setattr(session, "train", train)
     monkeypatch.setenv("WORLD_SIZE", "2")
     if began is not None:
-        monkeypatch.setenv("TRIETUNE_BEGAN", began)
+        monkeypatch.setenv(BEGAN, began)
     before = time.monotonic()
     assert main(["train"]) == 0
     assert counted == [expected] if expected is not None else counted[0] >= before

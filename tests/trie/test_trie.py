@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+import jaxtyping
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -201,3 +203,10 @@ def test_paths_are_found_in_blocks_of_any_size(monkeypatch: object) -> None:
     in_blocks = build_trie(sequences.input_ids, sequences.labels, sequences.offsets)
     for name in ("subtree_end", "row_path", "label_index", "labels"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(in_blocks, name))
+
+
+def test_shapes_in_annotations_are_checked() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError):
+        build_trie(np.zeros(3, np.int64), np.zeros(3, np.int32), np.array([0, 3]))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        build_trie(np.zeros(3, np.int32), np.zeros(4, np.int32), np.array([0, 3]))

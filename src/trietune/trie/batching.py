@@ -220,4 +220,4 @@ def _padded(batch: _Batch) -> MicroBatch:
 
 def total_weight(micro_batches: Sequence[MicroBatch]) -> float:
     """Labels of a step: the one divisor of its loss."""
-    return sum(micro_batch.total_weight for micro_batch in micro_batches)
+    return float(sum(micro_batch.total_weight for micro_batch in micro_batches))

@@ -37,7 +37,7 @@ class Deal:
         num_labels: of all parts together: the divisor of the step's loss.
     """
 
-    parts: tuple[Int64[np.ndarray, " P"], ...]
+    parts: tuple[Int64[np.ndarray, " _"], ...]
     costs: Float64[np.ndarray, " R"]
     cost_of_whole: float
     num_labels: int

@@ -37,7 +37,7 @@ class PrefixGroups:
     """
 
     order: Int64[np.ndarray, " B"]
-    start: Int64[np.ndarray, " G+1"]
+    start: Int64[np.ndarray, " G1"]
     num_tokens: int
     num_distinct: int
 
@@ -55,7 +55,7 @@ def find_prefix_groups(sequences: Sequences, *, batch_size: int) -> PrefixGroups
     )
 
 
-def _group_starts(run_start: np.ndarray, batch_size: int) -> Int64[np.ndarray, " G+1"]:
+def _group_starts(run_start: np.ndarray, batch_size: int) -> Int64[np.ndarray, " G1"]:
     starts = [0]
     short_run = min(SHORT_RUN, batch_size)
     for end in run_start[1:].tolist():

@@ -70,7 +70,7 @@ class Trie:
 def build_trie(
     input_ids: Int32[np.ndarray, " K"],
     labels: Int32[np.ndarray, " K"],
-    offsets: Int64[np.ndarray, " B+1"],
+    offsets: Int64[np.ndarray, " B1"],
     *,
     share: bool = True,
 ) -> Trie:
@@ -112,7 +112,7 @@ def pad_trie(trie: Trie, num_nodes: int) -> Trie:
     )
 
 
-def num_nodes_alone(labels: Int32[np.ndarray, " K"], offsets: Int64[np.ndarray, " B+1"]) -> Int64[np.ndarray, " B"]:
+def num_nodes_alone(labels: Int32[np.ndarray, " K"], offsets: Int64[np.ndarray, " B1"]) -> Int64[np.ndarray, " B"]:
     """Positions that a plain row of each sequence must compute: up to the one that predicts its last label."""
     labelled = np.flatnonzero(labels != IGNORED_LABEL)
     # The last labelled token before each sequence's end; it counts only if it lies inside the sequence.

@@ -16,6 +16,7 @@ Letters: T nodes, H query heads, G key and value heads; in a bucket R blocks, Q 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,10 @@ from trietune.trie import Trie
 
 # Blocks of more rows than this are not considered, unless the whole trie is one: it bounds the search.
 MOST_ROWS_OF_A_BLOCK = 64
+
+
+# One block, or an array of them.
+Count = np.ndarray | np.integer | np.floating
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +49,19 @@ class AttentionCost:
     score: float
     whole: float = math.inf
 
-    def of(self, num_blocks: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    def of(self, num_blocks: Count, queries: Count, keys: Count) -> Any:
         """Of one bucket a number."""
-        cost: np.ndarray = self.bucket + num_blocks * self.of_block(queries, keys)
+        cost: Any = self.bucket + num_blocks * self.of_block(queries, keys)
         return cost
 
-    def of_whole(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    def of_whole(self, queries: Count, keys: Count) -> Count:
         """Of one block that is the whole trie, with its bucket."""
-        cost: np.ndarray = self.whole + self.of_block(queries, keys)
+        cost: Count = self.whole + self.of_block(queries, keys)
         return cost
 
-    def of_block(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    def of_block(self, queries: Count, keys: Count) -> Count:
         """Of one block a number, without the bucket that it shares."""
-        cost: np.ndarray = self.gathered * (queries + keys) + self.score * queries * keys
+        cost: Count = self.gathered * (queries + keys) + self.score * queries * keys
         return cost
 
 

@@ -43,8 +43,8 @@ class VarlenLayout:
         window: positions that a query sees before itself, or `UNBOUNDED`.
     """
 
-    query_start: Int32[Tensor, " S+1"]
-    key_start: Int32[Tensor, " S+1"]
+    query_start: Int32[Tensor, " S1"]
+    key_start: Int32[Tensor, " S1"]
     key_nodes: Int64[Tensor, " P"]
     copy_order: Int64[Tensor, " P"]
     copy_start: Int64[Tensor, " T"]

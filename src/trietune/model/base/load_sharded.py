@@ -50,7 +50,9 @@ def load_sharded(
     check_config(folder)
     config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     with quiet_library(), torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=False
+        )
     network.requires_grad_(False)
     _shard(network, device)
     network.to_empty(device=device)

@@ -10,6 +10,7 @@ transformers   the adapter as PEFT's folder, or a merged model
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,14 @@ from trietune.io.whole_folder import whole_folder
 from trietune.model.adapter.adapter import load_adapter_files
 from trietune.model.adapter.config import CONFIG_FILE, parse_config
 from trietune.model.adapter.export import export_adapter, find_adapter, fold_scale
-from trietune.model.adapter.folder import WEIGHTS_FILE, read_adapter
+from trietune.model.adapter.folder import (
+    MAX_TEXT_BYTES,
+    PROMPT_FILE,
+    WEIGHTS_FILE,
+    read_adapter,
+    read_listed,
+    read_plain_file,
+)
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.load import load_network, quiet_library
 from trietune.model.handover.gguf_files import (
@@ -106,7 +114,7 @@ def hand_over(
         UserError: what the program does not take, `out` is taken, or an export that answers otherwise.
     """
     folder = find_adapter(adapter)
-    files = read_adapter(folder)
+    files = read_adapter(folder, read_listed(folder))
     config = parse_config(files[CONFIG_FILE], where=str(folder / CONFIG_FILE))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"`{out}` exists already", next_step="choose another name, or remove it first")
@@ -299,8 +307,10 @@ def _model_config(base: ModelFolder) -> dict[str, Any]:
 
 
 def _prompt_format(folder: Path) -> PromptFormat | None:
-    file = folder / "prompt_format.json"
-    return PromptFormat.from_json(file.read_text("utf-8"), where=str(file)) if file.is_file() else None
+    if not os.path.lexists(folder / PROMPT_FILE):
+        return None
+    data = read_plain_file(folder, PROMPT_FILE, max_bytes=MAX_TEXT_BYTES, listed=read_listed(folder))
+    return PromptFormat.from_json(data.decode("utf-8", "replace"), where=str(folder / PROMPT_FILE))
 
 
 def _vocabulary(
