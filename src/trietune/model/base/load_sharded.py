@@ -155,7 +155,10 @@ def _fill_buffers(folder: ModelFolder, network: Any, config: Any, dtype: torch.d
     if kinds:
         text.layer_types = kinds
     with quiet_library():
-        made = dict(AutoModelForCausalLM.from_config(small, dtype=dtype).named_buffers())  # type: ignore[no-untyped-call]
+        whole = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            small, dtype=dtype, trust_remote_code=False
+        )
+    made = dict(whole.named_buffers())
     for name, buffer in network.named_buffers():
         if name not in made or made[name].shape != buffer.shape:
             raise UserError(
