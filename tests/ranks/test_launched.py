@@ -96,7 +96,7 @@ def test_max_time_counts_from_the_command_that_launched(
     monkeypatch.setattr(session, "train", train)
     monkeypatch.setenv("WORLD_SIZE", "2")
     if began is not None:
-        monkeypatch.setenv("TRIETUNE_BEGAN", began)
+        monkeypatch.setenv("_TRIETUNE_BEGAN", began)
     before = time.monotonic()
     assert main(["train"]) == 0
     assert counted == [expected] if expected is not None else counted[0] >= before

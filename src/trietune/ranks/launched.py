@@ -19,7 +19,8 @@ _COUNTS = {
 # What torchrun sets for each process, and `trietune train --nproc` too.
 _NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What `trietune train --nproc` tells its processes: when the user's command began, on this machine's monotonic clock.
-BEGAN = "TRIETUNE_BEGAN"
+# No key, as `TRIETUNE_...` would be.
+BEGAN = "_TRIETUNE_BEGAN"
 
 
 @dataclass(frozen=True, slots=True)
