@@ -103,6 +103,7 @@ def parse(data: bytes) -> Manifest:
     _check_version(document.get("format_version"))
     if set(document) != _KEYS:
         raise ManifestError(f"its keys are not {', '.join(sorted(_KEYS))}")
+    _check_count(document["files"])  # before anything that takes longer the more there are
     if _with_digest({**document, "digest": ""}) != data:
         raise ManifestError("its own digest does not fit: it was changed after it was written")
     manifest = Manifest(info=_parse_info(document), files=_parse_files(document["files"]))
@@ -151,8 +152,6 @@ def _parse_info(document: Mapping[str, Any]) -> ManifestInfo:
 def _parse_files(files: object) -> dict[str, FileEntry]:
     if not isinstance(files, dict):
         raise ManifestError("`files` is not an object")
-    if len(files) > MAX_FILES:
-        raise ManifestError(f"it names {len(files):,} files, more than the {MAX_FILES:,} allowed")
     entries = {}
     for name, entry in files.items():
         if not isinstance(entry, dict) or set(entry) != {"sha256", "size"}:
@@ -164,6 +163,11 @@ def _parse_files(files: object) -> dict[str, FileEntry]:
             raise ManifestError(f"the SHA-256 of {name[:80]!r} is not 64 hex digits")
         entries[name] = FileEntry(size=size, sha256=sha256)
     return entries
+
+
+def _check_count(files: object) -> None:
+    if isinstance(files, dict) and len(files) > MAX_FILES:
+        raise ManifestError(f"it names {len(files):,} files, more than the {MAX_FILES:,} allowed")
 
 
 def _check_names(files: Mapping[str, FileEntry]) -> None:
