@@ -213,7 +213,8 @@ def test_run_folder_names_every_training_metric() -> None:
     meter = Meter()
     meter.start()
     named = set(re.findall(r"`([\w/]+)`", section(RUN_FOLDER, "metrics.jsonl")))
-    step.deal = Deal(parts=(np.zeros(1), np.zeros(1)), costs=np.ones(2), cost_of_whole=2.0, num_labels=1)
+    parts = (np.zeros(1, np.int64), np.zeros(1, np.int64))
+    step.deal = Deal(parts=parts, costs=np.ones(2), cost_of_whole=2.0, num_labels=1)
     assert set(meter.metrics(step, 0, num_compilations=1)) <= named
 
 
