@@ -35,6 +35,7 @@ from trietune.tracking.wandb.process import STEP_AXIS
 RUN_FILE = "wandb.json"
 INIT_TIMEOUT_S = 20.0
 DRAIN_TIMEOUT_S = 30.0
+SILENT_WAIT_S = 5.0  # a slow machine needs some seconds to start and end W&B's process; nobody need hear of that
 FINISH_MARGIN_S = 3.0  # W&B gives up by itself first, and then leaves its files whole
 OFFLINE_TIMEOUT_S = 10.0
 WatchMode = Literal["all", "gradients", "parameters"] | None
@@ -80,6 +81,7 @@ class WandbConsumer:
         self._process: subprocess.Popen[str] | None = None
         self._has_given_up = False
         self._has_finished = False
+        self._is_offline = False
         self._trouble: str | None = None
         self._directory: Path | None = None
         self._config: Mapping[str, Any] = {}
@@ -113,10 +115,10 @@ class WandbConsumer:
         self._outbox.put(self._finish)
         self._outbox.close()
         try:
-            self._thread.join(min(2.0, self._drain_timeout_s))
+            self._thread.join(min(SILENT_WAIT_S, self._drain_timeout_s))
             if self._thread.is_alive():
                 self._pass_on_what_was_told()
-                if not self._has_finished:  # else its process is only ending
+                if not self._has_finished and not self._is_offline:  # else its process is only ending or writing
                     self._say(f"W&B: waiting up to {self._drain_timeout_s:g} s for the server to take the rest", False)
                 self._thread.join(max(0.0, self._drain_timeout_s - 2.0))
             is_late = self._thread.is_alive() and self._outbox.is_begun and not self._has_finished
@@ -165,6 +167,7 @@ class WandbConsumer:
             if access.reason:
                 self._tell(f"W&B: {access.reason}; later: {sync_command(self._directory)}", is_warning=True)
             elif access.mode == "offline":
+                self._is_offline = True
                 self._tell(f"W&B: offline, as its own settings say; later: {sync_command(self._directory)}")
             keep_run_id(self._directory, self._run_id)
             trouble = self._feed(access.mode, access.url)
