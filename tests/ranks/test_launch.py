@@ -118,7 +118,9 @@ def test_a_signal_reaches_every_process_once(tmp_path: Path, number: signal.Sign
         f"open(os.path.join({str(tmp_path)!r}, 'ready' + rank), 'w')\n{WAITS}"
     )
     parent = (
-        "import sys; from trietune.ranks.launch import launch\n"
+        "import sys, signal; from trietune.ranks.launch import launch\n"
+        # Tests that run in the background, or under nohup, are started with some of them ignored.
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"
         f"sys.exit(launch({script(child)!r}, 2, say=print))"
     )  # fmt: skip
     launcher = subprocess.Popen([sys.executable, "-c", parent])
