@@ -69,6 +69,12 @@ _GATHERED = ForcedRows(AttentionCost(bucket=0.0, gathered=0.0, score=1.0))
 _GATHERED_KEPT_NOWHERE = ForcedRows(AttentionCost(bucket=0.0, gathered=0.0, score=1.0), keeps_none=True)
 
 
+# What a model's code raises where it cannot compute what it is given; anything else is a bug of ours.
+RAISED_BY_MODELS = (
+    RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError,
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
     """What was proven.
@@ -160,15 +166,7 @@ class _Prover:
             scope = self._gradient_scope()
             self.of_gradients = self._record(short, scope) if with_gradients else {}
             self.of_longest = self._record_longest()
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            NotImplementedError,
-        ) as error:
+        except RAISED_BY_MODELS as error:
             raise self._refusal(f"on plain rows, transformers' own code {describe_error(error)}") from error
 
     def prove(self) -> Proof:
@@ -199,15 +197,7 @@ class _Prover:
         lines += self._prove_last(rungs, found)
         try:
             self._prove_head()
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            NotImplementedError,
-        ) as error:
+        except RAISED_BY_MODELS as error:
             raise self._refusal(f"its head by itself {describe_error(error)}") from error
         if self.model.attention in KERNELS:
             self._prove_kernel()
@@ -245,15 +235,7 @@ class _Prover:
         places = forest.rows if self.is_padded else forest.nodes
         try:
             errors = compare(records, lambda: run(forest), scope, places, self.known)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            IndexError,
-            NotImplementedError,
-        ) as error:
+        except RAISED_BY_MODELS as error:
             reason = f"it {describe_error(error)}"
             return {name: Error(float("inf"), reason=reason) for name in scope.watched if is_layer(name)}
         unseen = [name for name in scope.watched if name in records and name not in errors]
@@ -501,7 +483,7 @@ class _Prover:
                 with library_code(self.network, attention):
                     run = partial(_run_padded, self.model, self.short)
                     errors = compare(self.of_short, run, scope, self.short.rows, self.known)
-            except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError):
+            except RAISED_BY_MODELS:
                 continue
             if all(error.worst <= BOUND for error in errors.values()) and set(self.of_short) <= set(errors):
                 return True
