@@ -21,7 +21,7 @@ from trietune.data.columns import Recipe, WrongRow
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.files import BrokenRow
-from trietune.data.sources import FileRows, HubRows, Rows, SlicedRows
+from trietune.data.rows import FileRows, HubRows, Rows, SlicedRows
 from trietune.data.templates import find_columns, is_weight
 
 COLUMN = "weight"

@@ -1,0 +1,128 @@
+"""How the rows of a source are read: chosen once, from their columns, the settings, and an adapter's prompt format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from trietune.config.settings import Settings
+from trietune.data.columns import (
+    REQUIRED_COLUMNS,
+    Recipe,
+    built_in_recipe,
+    choose_recipe,
+    find_built_in,
+    find_form,
+    is_squad_row,
+    recipe_of_adapter,
+)
+from trietune.data.examples import Message
+from trietune.data.files import BrokenRow, detect_format
+from trietune.data.preferences import AnswerForm, choose_form
+from trietune.data.rows import FileRows, Rows
+from trietune.data.sources import Sources
+from trietune.data.templates import PromptFormat, read_messages
+from trietune.data.weights import COLUMN, Weighting, find_weighting
+from trietune.errors import UserError
+
+
+def first_conversation(rows: Rows, recipe: Recipe) -> tuple[Message, ...]:
+    """The first conversation up to its first answer; empty where there is none that can be read."""
+    _, row = next(rows.read(), ("", None)) if recipe.kind == "messages" else ("", None)
+    try:
+        messages = read_messages(row["messages"]) if isinstance(row, dict) else ()
+    except (KeyError, TypeError):
+        return ()
+    end = next((index for index, one in enumerate(messages) if one.role == "assistant" and index), None)
+    return messages[: end + 1] if end is not None else ()
+
+
+def _is_in_squads_form(rows: Rows, first: Any) -> bool:
+    is_squad_file = isinstance(rows, FileRows) and all(detect_format(path) == "squad" for path in rows.paths)
+    has_columns = isinstance(first, dict) and set(REQUIRED_COLUMNS["squad"]) <= set(first)
+    return has_columns and find_form(first) is None and (is_squad_file or is_squad_row(first))
+
+
+def in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Recipe:
+    """The recipe for the same rows in the words of an adapter's prompt format."""
+    kinds = {"messages": "chat", "answer_messages": "chat", "tokens": "tokens"}
+    kind = kinds.get(recipe.kind, "template")
+    if kind != prompt_format.kind:
+        in_words = {"chat": "conversations", "tokens": "tokens that the data brought", "template": "prompts"}
+        raise UserError(
+            f"the adapter was trained on {in_words[prompt_format.kind]}, and `{source}` holds {in_words[kind]}",
+            next_step="evaluate it on data in the form that it was trained on",
+        )
+    return replace(
+        recipe,
+        prompt_template=prompt_format.prompt_template,
+        completion_template=prompt_format.completion_template,
+        template_columns=prompt_format.template_columns,
+    )
+
+
+def find_recipe(
+    settings: Settings, sources: Sources, trained_with: PromptFormat | None = None
+) -> tuple[Recipe, AnswerForm | None]:
+    """How rows become examples, and, where preferences are learnt, how they become answers that are compared.
+
+    What an adapter was trained with says more about the rows than their columns.
+    """
+    rows = sources.train
+    columns = rows.columns()
+    task_name = sources.task_name
+    if trained_with is not None and trained_with.kind == "template":
+        own_task = find_built_in(trained_with)
+        if own_task and set(REQUIRED_COLUMNS[own_task]) <= set(columns):
+            return built_in_recipe(own_task), None
+        if trained_with.completion_template:
+            return recipe_of_adapter(trained_with, columns, rows.name), None
+    if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
+        task_name = None
+    place, row = next(rows.read(), ("", None))
+    if not columns:
+        raise UserError(
+            f"`{rows.name}` holds no rows" if row is None else f"no row of `{rows.name}` can be read",
+            where=None if row is None else f"{place}: {getattr(row, 'reason', 'no columns')}",
+            next_step="check that the file is the one that you mean",
+        )
+    if settings.learns_preferences:
+        form = choose_form(
+            columns,
+            _first_row(rows),
+            objective=settings.objective,
+            prompt_template=settings.prompt_template,
+            source=rows.name,
+        )
+        return Recipe("answer_messages" if form.is_chat else "answers", settings.prompt_template or ""), form
+    if task_name is None and settings.prompt_template is None and _is_in_squads_form(rows, row):
+        task_name = "squad"
+    recipe = choose_recipe(
+        columns,
+        task_name=task_name,
+        prompt_template=settings.prompt_template,
+        completion_template=settings.completion_template,
+        source=rows.name,
+    )
+    if recipe.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
+        raise UserError(
+            f"`label` of `{rows.name}` says which completions are wanted, and `objective: sft` would learn all of them",
+            where=f"its columns are {', '.join(f'`{name}`' for name in columns)}",
+            next_step="objective: kto     (or remove the column `label`)",
+        )
+    return recipe, None
+
+
+def weighting_of(
+    settings: Settings, sources: Sources, recipe: Recipe, report: Callable[[str], None]
+) -> Weighting | None:
+    if settings.objective == "sft":
+        return find_weighting(sources.train, recipe)
+    if COLUMN in sources.train.columns():
+        report(f"the column `{COLUMN}` is not used: `objective: {settings.objective}` has no weights of examples")
+    return None
+
+
+def _first_row(rows: Rows) -> Mapping[str, Any]:
+    return next((row for _, row in rows.read() if not isinstance(row, BrokenRow)), {})
