@@ -24,6 +24,7 @@ from trietune.data.files import BrokenRow, Row
 from trietune.data.left_out import chosen, encode_tokens, find_labelled, fit, take, weighted
 from trietune.data.read_row import ReadExample, Rules, example_reader, with_row_weights
 from trietune.data.rows import PlacedRow
+from trietune.data.taken import LeftByTemplate
 from trietune.data.tally import Tally
 from trietune.data.weights import Weighting
 
@@ -53,18 +54,20 @@ def tokenize_rows(
         UserError: rows are broken or labels wrong; all of them are counted, the first ten are named.
     """
     tally = Tally(source=source)
+    left = LeftByTemplate(encoder)
     to_example = example_reader(recipe, encoder, rules)
     if weighting is not None and weighting.has_column:
         to_example = with_row_weights(to_example)
     while block := list(islice(placed, ROWS_A_BLOCK)):
         check_stop()
-        read = _read_block(block, to_example, left_out, tally)
+        read = _read_block(block, to_example, left_out, tally, left)
         # After a first broken row nothing will be written: the rest is only read to be counted.
         if not tally.problems.number:
             _write_block(read, writer, recipe, encoder, rules, tally, is_weighted=weighting is not None)
         progress(tally.read)
     tally.problems.raise_any(source, tally.seen)
     tally.too_long.raise_any(source, tally.seen)
+    tally.take_over(left)
     return tally.finish(writer)
 
 
@@ -73,6 +76,7 @@ def _read_block(
     to_example: Callable[[Row, str], list[ReadExample]],
     left_out: np.ndarray | None,
     tally: Tally,
+    left: LeftByTemplate,
 ) -> list[ReadExample]:
     skipped = [False] * len(block)
     if left_out is not None:
@@ -91,6 +95,9 @@ def _read_block(
             continue
         if is_skipped:
             continue
+        for one in made:
+            if one.example.messages:
+                left.add(place, one.example, one.said)
         read += made
     tally.num_examples += len(read)
     return [_with_unique_id(one, tally.own_ids) for one in read]
@@ -122,6 +129,11 @@ def _write_block(
         tally.count("without_completion", [one.place for one in empty])
         if empty and not rules.keeps_empty:
             read = [one for one in read if one.example.completion.strip()]
+        tally.count("unlearnt", [one.place for one in read for _ in range(one.num_unlearnt) if not one.is_unlearnt])
+        unlearnt = [one.place for one in read if one.is_unlearnt]
+        if unlearnt:
+            tally.count("without_weight", unlearnt)
+            read = [one for one in read if not one.is_unlearnt]
         encoded = encoder.encode_segments([one.segments for one in read])
     else:
         encoded = encode_tokens([one.tokens for one in read if one.tokens is not None])

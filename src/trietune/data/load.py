@@ -19,7 +19,7 @@ from trietune.data.folders import SplitRole
 from trietune.data.held_out import describe_held_out, draw_held_out, report_shared_rows, rows_of_split
 from trietune.data.loading import CheckStop, Loading, Progress, Report, Watch, writable
 from trietune.data.prompt_formats import make_prompt_format
-from trietune.data.reading import find_recipe, first_conversation, in_words_of, weighting_of
+from trietune.data.reading import find_recipe, first_conversations, in_words_of, weighting_of
 from trietune.data.sources import Sources, find_sources
 from trietune.data.task import find_label_task
 from trietune.data.templates import PromptFormat, find_columns
@@ -78,7 +78,7 @@ def load_data(
     sources = find_sources(settings, report=report)
     watch = Watch.of(sources)
     recipe, form = find_recipe(settings, sources)
-    prompt_format = make_prompt_format(settings, tokenizer, recipe, first_conversation(sources.train, recipe))
+    prompt_format = make_prompt_format(settings, tokenizer, recipe, first_conversations(sources.train, recipe))
     weighting = weighting_of(settings, sources, recipe, report)
     unused = find_unused(sources.train.columns(), recipe)
     if weighting is not None and weighting.has_column:
@@ -160,7 +160,7 @@ def load_split(
     watch = Watch.of(sources)
     recipe, form = find_recipe(settings, sources, prompt_format)
     used_format = prompt_format or make_prompt_format(
-        settings, tokenizer, recipe, first_conversation(sources.train, recipe)
+        settings, tokenizer, recipe, first_conversations(sources.train, recipe)
     )
     if prompt_format is not None:
         recipe = in_words_of(prompt_format, recipe, sources.train.name)

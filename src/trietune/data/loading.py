@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int | None], None]
 CheckStop = Callable[[], None]
 
 # Which rows are accepted, and how: an entry of the cache that was made by other rules is not used.
-READING_VERSION = 2
+READING_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +126,9 @@ class Loading:
         if not len(sequences):
             raise _nothing_left(counts, rules.max_length)
         # Checkpoints of the first version name data by `key` alone, and such rows gave other sequences then.
-        if counts.without_labels.number or counts.padded.number:
-            key = make_key(fingerprint=key, reading_version=READING_VERSION)
+        has_unlearnt = (counts.unlearnt.number or counts.without_weight.number) and weighting is None
+        if counts.without_labels.number or counts.padded.number or counts.num_with_more or has_unlearnt:
+            key = make_key(fingerprint=key, reading_version=2)
         return sequences, counts, key
 
     def _tokenize(
@@ -212,9 +213,10 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
         )
     if counts.without_weight.number:
         return UserError(
-            f"none of the {counts.read:,} rows of `{counts.source}` can be learned from: their weights are 0",
+            f"none of the {counts.read:,} rows of `{counts.source}` is to be learned from: their weights are 0, or "
+            "`loss` or `train` is false",
             where=name_places(counts.without_weight.samples, counts.without_weight.number),
-            next_step="check the column `weight`, or the key `weight` of its messages",
+            next_step="check the column `weight`, or the keys `weight`, `loss` and `train` of its messages",
         )
     if counts.without_pair.number:
         return UserError(

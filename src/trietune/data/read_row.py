@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,6 +19,7 @@ from trietune.data.columns import (
 from trietune.data.encoder import Encoder
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.files import Row
+from trietune.data.taken import check_calls
 from trietune.data.templates import find_columns, find_half_character, to_text
 from trietune.data.weights import row_weight
 
@@ -52,6 +53,13 @@ class ReadExample:
     has_empty_text: bool
     is_padded: bool = False
     weight: float = 1.0
+    said: Sequence[Segment] = ()
+    num_unlearnt: int = 0
+
+    @property
+    def is_unlearnt(self) -> bool:
+        """Whether a conversation says that none of its answers is learnt."""
+        return self.num_unlearnt > 0 and not any(is_learnt for _, is_learnt in self.segments)
 
 
 def example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[[Row, str], list[ReadExample]]:
@@ -69,9 +77,9 @@ def example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[[
     def read(row: Row, place: str) -> list[ReadExample]:
         _check_form(row, recipe)
         example = make(row, place)
-        if encoder.prompt_format.is_turn_by_turn:
-            turns = _turns(example)
-            return [ReadExample(place, turn, _segments(turn, encoder), None, has_empty_text=False) for turn in turns]
+        if example.messages:
+            turns = _turns(example) if encoder.prompt_format.is_turn_by_turn else [example]
+            return [_read_conversation(turn, place, encoder) for turn in turns]
         is_empty = any(not to_text(row.get(name), name).strip() for name in prompt_columns)
         if recipe.kind == "columns":
             is_empty = not example.prompt.strip()
@@ -96,11 +104,24 @@ def _in_words(kind: RecipeKind) -> str:
     return ", ".join(f"`{name}`" for name in REQUIRED_COLUMNS[kind])
 
 
+def _read_conversation(example: Example, place: str, encoder: Encoder) -> ReadExample:
+    said = encoder.said(example)
+    _check_characters(example, said)
+    check_calls(example, said, encoder)
+    num_unlearnt = sum(message.weight == 0 for message in encoder.answers(example))
+    segments = encoder.learnt(example, said)
+    return ReadExample(place, example, segments, None, has_empty_text=False, said=said, num_unlearnt=num_unlearnt)
+
+
 def _segments(example: Example, encoder: Encoder) -> list[Segment]:
     segments = encoder.segments(example)
+    _check_characters(example, segments)
+    return segments
+
+
+def _check_characters(example: Example, segments: Sequence[Segment]) -> None:
     if half := find_half_character(example.id, *example.answers, *(text for text, _ in segments)):
         raise WrongRow(f"the text holds half a character, or a byte that is not UTF-8 ({half})")
-    return segments
 
 
 def with_row_weights(to_example: Callable[[Row, str], list[ReadExample]]) -> Callable[[Row, str], list[ReadExample]]:
@@ -117,7 +138,10 @@ def _turns(example: Example) -> list[Example]:
     ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
     return [
         replace(
-            example, id=f"{example.id} turn {number}", messages=messages[:end], completion=messages[end - 1].content
+            example,
+            id=f"{example.id} turn {number}",
+            messages=messages[:end],
+            completion=messages[end - 1].content or messages[end - 1].more,
         )
         for number, end in enumerate(ends, start=1)
     ]

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from trietune.config.settings import Settings
 from trietune.data.columns import (
     REQUIRED_COLUMNS,
     Recipe,
+    WrongRow,
     built_in_recipe,
     choose_recipe,
+    example_maker,
     find_built_in,
     find_form,
     is_squad_row,
     recipe_of_adapter,
 )
-from trietune.data.examples import Message
+from trietune.data.examples import Example
 from trietune.data.files import BrokenRow, detect_format
 from trietune.data.preferences import AnswerForm, choose_form
 from trietune.data.rows import FileRows, Rows
 from trietune.data.sources import Sources
-from trietune.data.templates import PromptFormat, read_messages
+from trietune.data.templates import PromptFormat
 from trietune.data.weights import COLUMN, Weighting, find_weighting
 from trietune.errors import UserError
 
+# Whether a template writes reasoning anew, and how it ends a call, is tried on so many conversations.
+CONVERSATIONS_TRIED = 100
 
-def first_conversation(rows: Rows, recipe: Recipe) -> tuple[Message, ...]:
-    """The first conversation up to its first answer; empty where there is none that can be read."""
-    _, row = next(rows.read(), ("", None)) if recipe.kind == "messages" else ("", None)
-    try:
-        messages = read_messages(row["messages"]) if isinstance(row, dict) else ()
-    except (KeyError, TypeError):
+
+def first_conversations(rows: Rows, recipe: Recipe) -> tuple[Example, ...]:
+    """The first conversations of the data, for what must be known of it before it is read; unreadable ones left out."""
+    if recipe.kind != "messages":
         return ()
-    end = next((index for index, one in enumerate(messages) if one.role == "assistant" and index), None)
-    return messages[: end + 1] if end is not None else ()
+    make = example_maker(recipe)
+    found: list[Example] = []
+    for place, row in islice(rows.read(), CONVERSATIONS_TRIED):
+        if isinstance(row, BrokenRow):
+            continue
+        with contextlib.suppress(WrongRow):
+            found.append(make(row, place))
+    return tuple(found)
 
 
 def _is_in_squads_form(rows: Rows, first: Any) -> bool:

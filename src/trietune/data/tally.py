@@ -14,6 +14,7 @@ from trietune.data.cache import CacheWriter
 from trietune.data.counts import SAMPLES_KEPT, Count, SplitCounts
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import IGNORED_LABEL, Example
+from trietune.data.taken import LeftByTemplate
 from trietune.errors import UserError
 
 # Completions are tallied until there are more different ones than any set of labels has.
@@ -74,7 +75,7 @@ class Tally:
     own_ids: set[str] = field(default_factory=set)
 
     def add(self, examples: Sequence[Example], encoded: EncodedExamples) -> None:
-        self.hashes.extend(hash((one.prompt, one.completion, one.messages)) for one in examples)
+        self.hashes.extend(hash((one.prompt, one.completion, one.messages, one.tools)) for one in examples)
         if self.completions is not None:
             self.completions.update(one.completion for one in examples)
             if len(self.completions) > COMPLETIONS_TALLIED:
@@ -92,6 +93,17 @@ class Tally:
         counter: Count = getattr(self.counts, name)
         changed: dict[str, Any] = {name: counter.plus(places)}
         self.counts = replace(self.counts, **changed)
+
+    def take_over(self, left: LeftByTemplate) -> None:
+        """Count what the chat template left out."""
+        self.counts = replace(
+            self.counts,
+            cut_reasoning=left.reasoning,
+            cut_text=left.text,
+            unseen_messages=left.messages,
+            unused_keys=left.unused_keys(),
+            num_with_more=left.num_with_more,
+        )
 
     def finish(self, writer: CacheWriter) -> SplitCounts:
         hashes = np.frombuffer(self.hashes, np.int64) if self.hashes else np.zeros(0, np.int64)
