@@ -40,7 +40,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.events: list[Any] = []
-        self.hub = Tracker([self, FilesConsumer(lambda text: None)])
+        self.hub = Tracker([self, FilesConsumer()])
 
     def handle(self, event: Any) -> None:
         self.events.append(event)

@@ -122,22 +122,20 @@ def prepare(
     hub: Tracker,
     check_stop: Callable[[], None],
     *,
-    directory: Path | None = None,
     num_processes: int = 1,
     chosen: Chosen | None = None,
 ) -> Prepared:
     """Find the model, read the data, choose device and layout; writes nothing but caches.
 
     Args:
-        directory: of the run; by default the one that the settings name.
         num_processes: that will share the training.
         chosen: by another process, for this one too.
     """
     from trietune.data.encoder import load_tokenizer
     from trietune.data.load import load_data
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
+    from trietune.io.cache_folder import cache_folder
     from trietune.model.base.four_bits import check_four_bits
-    from trietune.model.base.gguf import cache_folder
 
     for note in settings.notes:
         hub.say(note, is_warning=True)
@@ -244,7 +242,7 @@ def prepare(
     if num_processes > 1:
         processes = plan_processes(settings, data.train, groups, num_processes, label_cost)
     plan = Plan(
-        directory=directory or (run_directory(settings) if chosen is None else chosen.directory),
+        directory=run_directory(settings) if chosen is None else chosen.directory,
         model_name=base.name,
         model_revision=base.revision,
         num_parameters=shape.num_parameters,

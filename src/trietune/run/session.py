@@ -414,7 +414,7 @@ class Session:
 
     def _score_reference(self) -> None:
         """Score all answers while the adapter is as it was at the start, where the objective compares with that."""
-        from trietune.model.base.gguf import cache_folder
+        from trietune.io.cache_folder import cache_folder
 
         self.learning = self.learning.with_reference(
             self.model,

@@ -40,7 +40,7 @@ def open_tracker(
     """
     hub = Tracker()
     if writes_files:
-        hub.add(FilesConsumer(lambda text: hub.say(text, is_warning=True)))
+        hub.add(FilesConsumer())
     chosen = ("wandb" if use_wandb else "none") if tracker == "auto" else tracker
     if tracker not in ("auto", "none"):
         _check_installed(tracker)
