@@ -23,7 +23,7 @@ from trietune.device.device import recompute
 from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
 from trietune.model.base.folder import ModelFolder
-from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized, loading_options
+from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized, loading_options
 
 
 def load_network(
@@ -149,7 +149,7 @@ def _needed_bytes(folder: Path, dtype: torch.dtype, load_in_4bit: bool) -> int:
     shapes = (shape for file in folder.glob("*.safetensors") for shape in _shapes(file).items())
     return int(
         sum(
-            _count(shape) * (BYTES_A_WEIGHT if load_in_4bit and is_quantized(name, shape) else dtype.itemsize)
+            _count(shape) * (BYTES_PER_WEIGHT if load_in_4bit and is_quantized(name, shape) else dtype.itemsize)
             for name, shape in shapes
         )
     )
