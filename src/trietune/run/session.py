@@ -428,10 +428,10 @@ class Session:
         )
 
     def _steps(self) -> Any:
-        from trietune.training.loop import StepRange, train
+        from trietune.training.loop import StepRange, training_steps
 
         self.throughput.start()
-        return train(
+        return training_steps(
             self.model,
             self.optimizer,
             self.sampler,

@@ -54,8 +54,8 @@ class FilesListener:
 
     name = "run files"
 
-    def __init__(self, say: Callable[[str], None], *, now: Callable[[], float] = time.time) -> None:
-        self._say = say
+    def __init__(self, warn: Callable[[str], None], *, now: Callable[[], float] = time.time) -> None:
+        self._warn = warn
         self._now = now
         self._step = 0
         self._early: list[Message] = []
@@ -87,7 +87,7 @@ class FilesListener:
     def _start(self, event: RunStarted) -> None:
         self._started = event
         self._step = event.first_step
-        self._files = {name: LineFile(event.directory / name, self._say) for name in LINE_FILES}
+        self._files = {name: LineFile(event.directory / name, self._warn) for name in LINE_FILES}
         for said in self._early:
             self._files[METRICS].add(to_json_line(self._said(said)))
         self._early.clear()
@@ -160,9 +160,9 @@ class FilesListener:
 class LineFile:
     """A file of lines that only grows; a failed write leaves nothing half-written and loses nothing."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path = path
-        self._say = say
+        self._warn = warn
         self._waiting: list[bytes] = []
         self._descriptor: int | None = None
         self._size_bytes = 0
@@ -205,7 +205,7 @@ class LineFile:
                 raise OSError(errno.EINVAL, f"{self._path.name} is not a plain file")
             num_cut_bytes = repair_last_line(self._path)
             if num_cut_bytes:
-                self._say(f"{self._path.name}: cut off a torn last line of {num_cut_bytes:,} bytes")
+                self._warn(f"{self._path.name}: cut off a torn last line of {num_cut_bytes:,} bytes")
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
         self._descriptor = os.open(self._path, flags, 0o666)
         self._size_bytes = os.fstat(self._descriptor).st_size
