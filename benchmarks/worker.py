@@ -42,7 +42,7 @@ def main(job_file: Path) -> None:
     # `trietune train` does it for itself; here every engine gets it.
     keep_freed_memory()
     import torch
-    from job import FinishedError, Gate, Job, synchroniser
+    from job import FinishedError, Gate, Job, synchronizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -51,7 +51,7 @@ def main(job_file: Path) -> None:
     engine = importlib.import_module({**ENGINES, **WAYS}[job.engine])
     device = torch.device(job.device)
     try:
-        engine.train(job, device, Gate(sys.stdin, replies, synchroniser(device)))
+        engine.train(job, device, Gate(sys.stdin, replies, synchronizer(device)))
     except FinishedError:
         return
     raise RuntimeError(f"{job.engine} ran out of batches")

@@ -78,7 +78,7 @@ class Shape:
 def measure_shape(workload: Workload, batches: Sequence[np.ndarray]) -> Shape:
     nodes = tokens = labels = pairs = 0
     for batch in batches:
-        for part in make_micro_batches(workload.sequences, batch, batching="trie", max_nodes=2**40):
+        for part in make_micro_batches(workload.sequences, batch, batching="trie", max_positions=2**40):
             nodes += part.num_positions
             tokens += part.num_tokens
             labels += part.total_weight

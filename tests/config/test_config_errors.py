@@ -178,7 +178,7 @@ def test_contradiction_names_both_keys_and_their_places(overrides: list[str], ke
         ("test_config", "{max_steps_per_epoch: 3}"),
     ],
 )
-def test_key_that_this_build_cannot_honour_is_refused_by_name(key: str, value: str) -> None:
+def test_key_that_this_build_cannot_honor_is_refused_by_name(key: str, value: str) -> None:
     refusal = {**NOT_YET, **ELSEWHERE}.get(key)
     if refusal is None:
         pytest.skip("built by now")

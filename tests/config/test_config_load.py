@@ -93,7 +93,7 @@ def test_where_of_an_unknown_key_is_an_error() -> None:
         ("model_name", "google/gemma-1.1-2b-it@main", "google/gemma-1.1-2b-it@main"),
     ],
 )
-def test_spelling_of_a_value_is_normalised(key: str, text: str, value: Any) -> None:
+def test_spelling_of_a_value_is_normalized(key: str, text: str, value: Any) -> None:
     overrides = [f"{key}={text}"]
     if key == "prompt_template":
         overrides.append("completion_template={label}")

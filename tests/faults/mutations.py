@@ -139,7 +139,7 @@ MUTATIONS = [
         ("tests/checkpoints/test_retention.py",),
     ),
     Mutation(
-        "pins not honoured", "checkpoints/retention.py",
+        "pins not honored", "checkpoints/retention.py",
         "item.step not in kept | set(pinned)", "item.step not in kept",
         ("tests/checkpoints/test_retention.py", "tests/checkpoints/test_remote.py"),
     ),
@@ -201,7 +201,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no limit of attempts", "checkpoints/remote/retry.py",
-        "            if number >= patience.num_attempts or not is_transient(error):\n",
+        "            if number >= policy.num_attempts or not is_transient(error):\n",
         "            if number >= 50 or not is_transient(error):\n",
         ("tests/checkpoints/test_remote.py",),
     ),

@@ -17,7 +17,7 @@ from light_writer import contents_of, make_store, weights_at
 from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.resume import abandon_lines, load_or_create_run_id
 from trietune.errors import UserError
-from trietune.io.directory import Damaged, read_directory, verify_directory
+from trietune.io.directory import DamagedDirectory, read_directory, verify_directory
 from trietune.io.disk_errors import SaveFailed
 
 
@@ -50,7 +50,7 @@ def damage_at_random(folder: Path, num_damages: int) -> tuple[int, list[str]]:
             try:
                 reader(path)
                 missed.append(f"{name}, {what}: not noticed by {reader.__name__}")
-            except Damaged as damage:
+            except DamagedDirectory as damage:
                 if damage.file != name:
                     missed.append(f"{name}, {what}: blamed on {damage.file}")
         (path / name).write_bytes(originals[name])

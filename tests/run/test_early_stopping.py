@@ -12,7 +12,7 @@ import pytest
 from trietune import UserError, load_config, train
 from trietune.run.early_stopping import EarlyStopping
 from trietune.run.session import Run
-from trietune.tracking.events import Evaluated, Event, Said
+from trietune.tracking.events import Evaluated, Event, Message
 from trietune.tracking.tracker import Tracker
 
 
@@ -24,7 +24,7 @@ class Listener:
         self.evaluated: list[tuple[int, str]] = []
 
     def handle(self, event: Event) -> None:
-        if isinstance(event, Said):
+        if isinstance(event, Message):
             self.said.append(event.text)
         if isinstance(event, Evaluated):
             self.evaluated.append((event.step, event.when))

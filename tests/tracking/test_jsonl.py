@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trietune.tracking import jsonl
-from trietune.tracking.events import Event, RunStarted, Said, StepFinished
+from trietune.tracking.events import Event, Message, RunStarted, StepFinished
 from trietune.tracking.tracker import StillTrying, Tracker
 
 Events = Callable[..., Iterator[Event]]
@@ -21,8 +21,8 @@ Events = Callable[..., Iterator[Event]]
 
 def write_run(events: Iterator[Event]) -> list[str]:
     said: list[str] = []
-    consumer = jsonl.FilesConsumer(said.append, now=lambda: 1764000000.1234)
-    tracker = Tracker([consumer])
+    listener = jsonl.FilesListener(said.append, now=lambda: 1764000000.1234)
+    tracker = Tracker([listener])
     for event in events:
         tracker.emit(event)
     tracker.close()
@@ -159,7 +159,7 @@ def test_a_full_disk_delays_lines_and_tears_none(
 ) -> None:
     """The disk takes half a line, then nothing for a while."""
     said: list[str] = []
-    consumer = jsonl.FilesConsumer(said.append)
+    listener = jsonl.FilesListener(said.append)
     is_full = False
     real_write = os.write
 
@@ -175,14 +175,14 @@ def test_a_full_disk_delays_lines_and_tears_none(
     for number, event in enumerate(events(tmp_path / "sst2")):
         is_full = 8 <= number < 14
         try:
-            consumer.handle(event)
+            listener.handle(event)
         except StillTrying as trouble:
             refusals.append(str(trouble))
         path = tmp_path / "sst2" / "metrics.jsonl"
         if path.exists():
             assert path.read_bytes()[-1:] in (b"\n", b"")
             lines_of(path)
-    consumer.close()
+    listener.close()
     assert len(refusals) > 2
     assert all("No space left on device" in refusal for refusal in refusals)
     assert [line["step"] for line in lines_of(tmp_path / "sst2" / "batches.jsonl")] == list(range(1, 13))
@@ -192,14 +192,14 @@ def test_a_full_disk_delays_lines_and_tears_none(
 def test_a_folder_that_cannot_be_written_is_tried_again(tmp_path: Path, events: Events) -> None:
     directory = tmp_path / "taken"
     directory.write_text("a file where the folder should be")
-    consumer = jsonl.FilesConsumer(lambda text: None)
+    listener = jsonl.FilesListener(lambda text: None)
     stream = events(directory)
     started = next(event for event in stream if isinstance(event, RunStarted))
     with pytest.raises(StillTrying):
-        consumer.handle(started)
+        listener.handle(started)
     directory.unlink()
-    consumer.handle(Said("the folder is free now"))
-    consumer.handle(StepFinished(1, 0.1, {"train/loss": 1.0}, ["a"], True))
-    consumer.close()
+    listener.handle(Message("the folder is free now"))
+    listener.handle(StepFinished(1, 0.1, {"train/loss": 1.0}, ["a"], True))
+    listener.close()
     assert [line["event"] for line in lines_of(directory / "metrics.jsonl")] == ["start", "info", "step"]
     assert (directory / "config.yaml").exists()

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from trietune.checkpoints import messages
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io import disk_errors, files, strict_json
-from trietune.io.directory import Damaged, read_manifest
+from trietune.io.directory import DamagedDirectory, read_manifest
 
 _NOT_MENTIONED = {
     "card_example", "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage",
@@ -252,7 +252,7 @@ def ids_in_manifests(run_directory: Path) -> list[str]:
     """The ids that checkpoints and the final adapter of a folder name, each once."""
     found = []
     for path in [*sorted(run_directory.glob("checkpoints/*step-*")), run_directory / "adapter"]:
-        with contextlib.suppress(Damaged, OSError):
+        with contextlib.suppress(DamagedDirectory, OSError):
             found.append(read_manifest(path).info.run_id)
     return list(dict.fromkeys(found))
 
@@ -291,7 +291,7 @@ def _has_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool
 
 def _plain(value: object) -> object:
     """As JSON would give it back, so that a tuple equals the list that it became."""
-    return value if value is _MISSING else json.loads(strict_json.serialise(strict_json.without_nan(value)))
+    return value if value is _MISSING else json.loads(strict_json.serialize(strict_json.without_nan(value)))
 
 
 def _shown(value: object) -> str:

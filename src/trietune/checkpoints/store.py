@@ -26,7 +26,7 @@ from trietune.checkpoints import messages, retention
 from trietune.checkpoints.measured import measured_on
 from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
 from trietune.io import directory, disk_errors, files
-from trietune.io.directory import Content, Damaged
+from trietune.io.directory import DamagedDirectory, FileContent
 from trietune.io.disk_errors import SaveFailed
 from trietune.io.manifest import Manifest, ManifestInfo
 
@@ -45,7 +45,7 @@ class Checkpoint:
     path: Path
     step: int
     manifest: Manifest | None
-    damage: Damaged | None = None
+    damage: DamagedDirectory | None = None
 
     @property
     def metrics(self) -> Mapping[str, float | int | None]:
@@ -116,7 +116,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        contents: Mapping[str, Content],
+        contents: Mapping[str, FileContent],
         *,
         metrics: Mapping[str, float | int | None] | None = None,
         details: Mapping[str, Any] | None = None,
@@ -172,7 +172,7 @@ class CheckpointStore:
                 manifest = directory.check_sizes(path, without=without)
                 self._check_identity(path, step, manifest)
                 found.append(Checkpoint(path, step, manifest))
-            except Damaged as damage:
+            except DamagedDirectory as damage:
                 if damage.file == "it" and not os.path.lexists(path):
                     continue  # removed between the listing and the look
                 found.append(Checkpoint(path, step, None, damage))
@@ -230,12 +230,12 @@ class CheckpointStore:
         notes: list[str] = []
         if option == "best":
             order, notes = self._best_before_newest(found)
-        damages: list[Damaged] = []
+        damages: list[DamagedDirectory] = []
         for checkpoint in order:
             passed_over = [messages.passed_over(damage, checkpoint.path) for damage in damages]
             try:
                 return self._read(checkpoint, expendable, notes=(*notes, *passed_over))
-            except Damaged as damage:
+            except DamagedDirectory as damage:
                 damages.append(damage)
         raise messages.all_damaged(self.folder, damages)
 
@@ -312,7 +312,7 @@ class CheckpointStore:
         # The quick look cannot see rotten bytes. Before others go, one that stays must have been read in full.
         try:
             directory.verify_directory(self.folder / step_name(step))
-        except Damaged:
+        except DamagedDirectory:
             return False
         self._known_whole.add(step)
         return True
@@ -339,7 +339,7 @@ class CheckpointStore:
             raise messages.path_is_not_ours(path, self.folder, whole)
         try:
             return self._read(chosen, expendable)
-        except Damaged as damage:
+        except DamagedDirectory as damage:
             raise messages.path_is_damaged(damage, [other for other in whole if other != chosen.path]) from damage
 
     def _read(
@@ -350,7 +350,7 @@ class CheckpointStore:
             try:
                 manifest, contents = directory.read_directory(checkpoint.path, without=left_out)
                 break
-            except Damaged as damage:
+            except DamagedDirectory as damage:
                 if damage.file not in set(expendable) - left_out:
                     raise
                 left_out.add(damage.file)
@@ -374,11 +374,11 @@ class CheckpointStore:
     def _check_identity(self, path: Path, step: int, manifest: Manifest) -> None:
         info = manifest.info
         if info.step != step:
-            raise Damaged(path, "manifest.json", f"says step {info.step:,}, its folder {step:,}")
+            raise DamagedDirectory(path, "manifest.json", f"says step {info.step:,}, its folder {step:,}")
         if info.kind != "checkpoint":
-            raise Damaged(path, "manifest.json", f"says that this is an {info.kind}")
+            raise DamagedDirectory(path, "manifest.json", f"says that this is an {info.kind}")
         if info.run_id != self.run_id:
-            raise Damaged(path, "manifest.json", f"belongs to another run ({info.run_id[:40]})")
+            raise DamagedDirectory(path, "manifest.json", f"belongs to another run ({info.run_id[:40]})")
 
     def _newest_whole(self) -> Path | None:
         with contextlib.suppress(OSError):

@@ -25,17 +25,17 @@ from pydantic import (
     model_validator,
 )
 
-from trietune.config import normalise
+from trietune.config import normalize
 from trietune.config.defaults import ORIGINAL_DEFAULTS, RUN_NAME, run_name_from
 from trietune.config.secrets import without_secrets
 
-Count = Annotated[int, Field(ge=0), BeforeValidator(normalise.whole_number)]
-Positive = Annotated[int, Field(ge=1), BeforeValidator(normalise.whole_number)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(normalize.whole_number)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(normalize.whole_number)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Auto = Literal["auto"]
-PathText = Annotated[str, BeforeValidator(normalise.path_text)]
-NonEmpty = Annotated[str, Field(min_length=1), BeforeValidator(normalise.path_text)]
-Names = Annotated[tuple[str, ...], BeforeValidator(normalise.list_of_names)]
+PathText = Annotated[str, BeforeValidator(normalize.path_text)]
+NonEmpty = Annotated[str, Field(min_length=1), BeforeValidator(normalize.path_text)]
+Names = Annotated[tuple[str, ...], BeforeValidator(normalize.list_of_names)]
 
 
 def _check_run_name(name: str) -> str:
@@ -126,7 +126,7 @@ class Settings(BaseModel):
     max_train_examples: Positive | None = None
     """Number of training examples that are used, the first ones of the data. Without it, all are."""
 
-    max_length: Annotated[int, Field(ge=2), BeforeValidator(normalise.whole_number)] | Auto = "auto"
+    max_length: Annotated[int, Field(ge=2), BeforeValidator(normalize.whole_number)] | Auto = "auto"
     """Longest sequence in tokens, begin and end tokens included. Longer examples follow `overlong`. Nothing is padded
     to this length, so a large value costs nothing by itself. `auto` leaves out only what is longer than the model has
     positions; the plan says how long the data is."""
@@ -160,11 +160,11 @@ class Settings(BaseModel):
 
     # Base model
 
-    model_name: Annotated[NonEmpty, BeforeValidator(normalise.published_model)] = "smollm2-135m-instruct"
+    model_name: Annotated[NonEmpty, BeforeValidator(normalize.published_model)] = "smollm2-135m-instruct"
     """Base model: a hub id (a revision may follow after `@`), a folder, a `.gguf` file, or `smollm2-135m-instruct`, the
     sample model."""
 
-    dtype: Annotated[Literal["auto", "bfloat16", "float32", "float16"], BeforeValidator(normalise.dtype)] = "auto"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32", "float16"], BeforeValidator(normalize.dtype)] = "auto"
     """Number format of the base model's weights. The adapter and the optimizer keep float32 in any case. `auto` takes
     what this device multiplies fastest; `float16` needs CUDA."""
 
@@ -190,12 +190,12 @@ class Settings(BaseModel):
     """Strength of the adapter: its output is scaled by `lora_alpha / lora_r`."""
 
     lora_target_modules: Annotated[
-        str | tuple[str, ...], BeforeValidator(normalise.target_modules), AfterValidator(_check_target_modules)
+        str | tuple[str, ...], BeforeValidator(normalize.target_modules), AfterValidator(_check_target_modules)
     ] = "all-linear"
     """Layers that get an adapter: names, one regular expression over full names, or `all-linear` for every linear
     layer but the output head."""
 
-    lora_target_parameters: Annotated[tuple[NonEmpty, ...] | Auto, BeforeValidator(normalise.list_of_names_or_auto)] = (
+    lora_target_parameters: Annotated[tuple[NonEmpty, ...] | Auto, BeforeValidator(normalize.list_of_names_or_auto)] = (
         "auto"
     )
     """Experts that get an adapter, in models that keep all experts of a layer in one parameter: the ends of names, such
@@ -289,10 +289,10 @@ class Settings(BaseModel):
     num_epochs: Count = 1
     """Passes over the training data. 0 evaluates and trains nothing."""
 
-    max_steps: Annotated[Positive | None, BeforeValidator(normalise.none_if_minus_one)] = None
+    max_steps: Annotated[Positive | None, BeforeValidator(normalize.none_if_minus_one)] = None
     """Optimizer steps after which training ends, even within an epoch. Without it, `num_epochs` decides."""
 
-    max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalise.duration_s)] = None
+    max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalize.duration_s)] = None
     """Time after which the run ends, early enough to save: `55m`, `1h30m`, `01:30:00`, or a number of seconds."""
 
     optim: Literal[
@@ -304,10 +304,10 @@ class Settings(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Pull of the adapter's weights towards zero. 0.01 is AdamW's own default in PyTorch."""
 
-    max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalise.none_if_zero)] = None
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalize.none_if_zero)] = None
     """Length to which longer gradients are shortened. Without it (or with 0), gradients stay as they are."""
 
-    lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], BeforeValidator(normalise.schedule)] = (
+    lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], BeforeValidator(normalize.schedule)] = (
         "constant"
     )
     """Course of the learning rate after warm-up: it stays, or falls to zero in a line or along a cosine."""
@@ -320,7 +320,7 @@ class Settings(BaseModel):
     ] = 0
     """Steps over which the learning rate rises from zero. Below 1 it is a share of all steps, like `warmup_ratio`."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(normalise.whole_number)] = 23
+    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(normalize.whole_number)] = 23
     """Seed of the data order, of the adapter's first weights and of dropout."""
 
     deterministic: bool = False
@@ -373,7 +373,7 @@ class Settings(BaseModel):
     # Log and trackers
 
     log_level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(normalise.upper_case)
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(normalize.upper_case)
     ] = "INFO"
     """Least level of the diagnostic messages on stderr."""
 
@@ -430,7 +430,7 @@ class Settings(BaseModel):
     keep_best_n: Count = 3
     """Best checkpoints that are kept, by `checkpoint_metric`."""
 
-    checkpoint_metric: Annotated[str, BeforeValidator(normalise.metric), AfterValidator(_check_metric)] = "eval/loss"
+    checkpoint_metric: Annotated[str, BeforeValidator(normalize.metric), AfterValidator(_check_metric)] = "eval/loss"
     """Metric that ranks checkpoints. `val/loss` is another name of `eval/loss`. A checkpoint whose own weights were not
     evaluated is not ranked."""
 
@@ -489,10 +489,10 @@ class Settings(BaseModel):
     """Way in which several devices share the work. With a mesh, the devices of one process; without one, the processes
     that `--nproc` or torchrun started: they share each step (`data_parallel`), or the frozen layers too (`fsdp`)."""
 
-    mesh_shape: Annotated[tuple[Positive, ...] | None, BeforeValidator(normalise.mesh_shape)] = None
+    mesh_shape: Annotated[tuple[Positive, ...] | None, BeforeValidator(normalize.mesh_shape)] = None
     """Shape of the device mesh, as a list or as text such as `8,1`."""
 
-    mesh_axis_names: Annotated[tuple[str, ...] | None, BeforeValidator(normalise.list_of_names)] = None
+    mesh_axis_names: Annotated[tuple[str, ...] | None, BeforeValidator(normalize.list_of_names)] = None
     """Names of the mesh's axes."""
 
     tp_sharding_specs: dict[str, Any] | list[Any] | None = None
@@ -557,7 +557,7 @@ class Settings(BaseModel):
         settings.__pydantic_fields_set__.difference_update(implied)
         settings._has_original_defaults = bool(context.get("is_original"))
         given = values.get("model_name") if isinstance(values, Mapping) else None
-        if isinstance(given, str) and normalise.published_model(given) != given:
+        if isinstance(given, str) and normalize.published_model(given) != given:
             settings._notes = (f"`{given}` was never published; `{settings.model_name}` is used instead",)
         return settings
 

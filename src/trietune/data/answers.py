@@ -163,8 +163,8 @@ def with_every_label(sequences: TokenArrays, completions: Sequence[np.ndarray]) 
 
 def first_labels(labels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Where each sequence's first label is; its end if it has none. int64 [B]."""
-    labelled = np.append(np.flatnonzero(labels != IGNORED_LABEL), offsets[-1])
-    first: np.ndarray = np.minimum(labelled[np.searchsorted(labelled, offsets[:-1])], offsets[1:])
+    labeled = np.append(np.flatnonzero(labels != IGNORED_LABEL), offsets[-1])
+    first: np.ndarray = np.minimum(labeled[np.searchsorted(labeled, offsets[:-1])], offsets[1:])
     return first
 
 

@@ -20,7 +20,7 @@ from packaging.version import Version
 
 from trietune.device.choose import choose_device
 from trietune.device.device import AttentionNeeds, Device
-from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_way
+from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_backend
 from trietune.device.precision import product_seconds
 from trietune.device.xla.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
 from trietune.device.xla.runtime import INSTALL_TORCH_XLA, torch_xla_version
@@ -102,7 +102,7 @@ def _devices() -> list[Finding]:
         findings.append(find_attention(chosen))
     speeds = []
     for dtype in (torch.bfloat16, torch.float32):
-        rate = PROBE_FLOPS / product_seconds(dtype, chosen.torch_device, chosen.synchronise)
+        rate = PROBE_FLOPS / product_seconds(dtype, chosen.torch_device, chosen.synchronize)
         speeds.append(f"{str(dtype).removeprefix('torch.')} {rate / 1e9:,.0f} GFLOP/s")
     findings.append(Finding("products", ", ".join(speeds)))
     if torch.cuda.is_available():
@@ -119,7 +119,7 @@ def find_attention(device: Device) -> Finding:
     sizes_of_way: dict[str, list[str]] = {}
     for size in HEAD_SIZES:
         needs = AttentionNeeds(size, torch.bfloat16, has_soft_cap=False, num_positions=ANY_NUMBER_OF_POSITIONS)
-        way, _ = choose_way("auto", device, needs, where="doctor")
+        way, _ = choose_backend("auto", device, needs, where="doctor")
         sizes_of_way.setdefault(way, []).append(str(size))
     if len(sizes_of_way) == 1:
         return Finding("attention", f"tries attend by `{next(iter(sizes_of_way))}`")

@@ -84,7 +84,7 @@ def from_numpy(array: np.ndarray[Any, Any], *, dtype: str | None = None) -> RawT
     return RawTensor(name, array.shape, plain.reshape(-1).view(np.uint8).data)
 
 
-def serialise(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None) -> bytes:
+def serialize(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a `.safetensors` file. Raises `TensorError` for what `parse` would refuse."""
     return b"".join(_pieces(tensors, metadata))
 
@@ -92,7 +92,7 @@ def serialise(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] |
 def pieces(
     tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """The same bytes as `serialise` in pieces: small tensors together, large ones as they come."""
+    """The same bytes as `serialize` in pieces: small tensors together, large ones as they come."""
     small: list[bytes | memoryview] = []
     num_small = 0
     for piece in _pieces(tensors, metadata):
@@ -109,7 +109,7 @@ def pieces(
 
 
 def size_bytes(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None) -> int:
-    """How many bytes `serialise` and `pieces` give."""
+    """How many bytes `serialize` and `pieces` give."""
     return len(_header(_in_order(tensors), metadata)) + sum(tensor.size_bytes for tensor in tensors.values())
 
 

@@ -39,7 +39,7 @@ KEPT_FROM_EXAMPLES = 200_000
 
 
 def choose_groups(
-    settings: Settings, data: Data, sequences: Rows, cache_folder: Path, hub: Tracker
+    settings: Settings, data: Data, sequences: Rows, cache_folder: Path, tracker: Tracker
 ) -> tuple[PrefixGroups | None, Work]:
     """Prefix groups if `group_by_prefix` asks for them, or, with `auto`, if they save much; and a few batches' work."""
     if settings.group_by_prefix is False or settings.batching != "trie":
@@ -47,7 +47,7 @@ def choose_groups(
     if settings.batch_size * settings.gradient_accumulation_steps == 1:
         groups = find_groups(data, sequences, 32, cache_folder)
         if groups.num_distinct < (1 - GROUPING_SAVES) * groups.num_tokens:
-            hub.say(
+            tracker.info(
                 "`batch_size: 1` computes every example alone; the examples share "
                 f"{1 - groups.num_distinct / groups.num_tokens:.0%} of their tokens. `--set batch_size=32` computes "
                 "shared beginnings once (compare the learning rate: docs/batches.md)"
@@ -91,7 +91,9 @@ def measure_batches(settings: Settings, sequences: Rows, groups: PrefixGroups | 
             micro_batch
             for number in range(min(SAMPLED_BATCHES, sampler.batches_per_epoch))
             for part in sequences.parts_of(sampler.batch(0, number))
-            for micro_batch in make_micro_batches(sequences, part, batching=settings.batching, max_nodes=max_positions)
+            for micro_batch in make_micro_batches(
+                sequences, part, batching=settings.batching, max_positions=max_positions
+            )
         ]
     )
 

@@ -18,7 +18,7 @@ from trietune.run.fitting import check_positions, check_vocabulary, with_max_len
 from trietune.run.grouping import choose_groups, measure_batches, plan_processes, sharing_of
 from trietune.run.objective import Learning, make_objective, rows_of, rows_to_rank
 from trietune.run.plan import Plan, describe_defaults, num_steps_of
-from trietune.tracking.events import Working
+from trietune.tracking.events import PhaseProgress
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ VALIDATION_SHARE = 0.1
 FEWEST_VALIDATED = 32
 DEFAULT_EVAL_BATCH = 32
 # Of a parameter of the adapter, in fp32: itself, its gradient, and two moments of the optimizer.
-BYTES_A_TRAINED_PARAMETER = 16
+BYTES_PER_TRAINED_PARAMETER = 16
 # Ways to attend whose kernels compute probabilities again in the backward.
 KEEP_NO_SCORES = ("varlen", "flex")
 
@@ -76,7 +76,7 @@ class Chosen:
     dtype: str
 
 
-def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], None], ranks: Ranks) -> Prepared:
+def prepare_together(settings: Settings, tracker: Tracker, check_stop: Callable[[], None], ranks: Ranks) -> Prepared:
     """`prepare` on every rank: rank 0 first, which makes caches and chooses; then one on each other machine; then all.
 
     Raises:
@@ -85,7 +85,7 @@ def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], 
     first: list[Prepared] = []
 
     def choose() -> list[str]:
-        first.append(prepare(settings, hub, check_stop, num_processes=ranks.count))
+        first.append(prepare(settings, tracker, check_stop, num_processes=ranks.count))
         plan = first[0].plan
         return [str(plan.directory), str(plan.dtype).removeprefix("torch.")]
 
@@ -95,7 +95,7 @@ def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], 
     def follow() -> Prepared:
         if first:
             return first[0]
-        return prepare(settings, hub, check_stop, num_processes=ranks.count, chosen=chosen)
+        return prepare(settings, tracker, check_stop, num_processes=ranks.count, chosen=chosen)
 
     prepared = ranks.in_turn(follow)
     plan = prepared.plan
@@ -119,7 +119,7 @@ def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], 
 
 def prepare(
     settings: Settings,
-    hub: Tracker,
+    tracker: Tracker,
     check_stop: Callable[[], None],
     *,
     directory: Path | None = None,
@@ -145,15 +145,15 @@ def prepare(
             next_step="write `train_file: data.jsonl`, or type `--data data.jsonl` (or a hub id)",
         )
     for note in settings.notes:
-        hub.say(note, is_warning=True)
+        tracker.warn(note)
     if settings.deterministic:
         make_deterministic()
     options = device_options(settings)
     device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
     if device.reason:
-        hub.say(device.reason)
-    check_device(settings, device, options, hub.say)
-    check_processes(settings, device, num_processes, hub.say)
+        tracker.info(device.reason)
+    check_device(settings, device, options, tracker.info)
+    check_processes(settings, device, num_processes, tracker.info)
     from trietune.model.base.shape import describe_network  # transformers starts XLA devices when it is imported
 
     asked_dtype = settings.dtype if chosen is None else chosen.dtype
@@ -161,7 +161,7 @@ def prepare(
     if settings.load_in_4bit:
         check_four_bits(device, where=settings.where("load_in_4bit"))
 
-    base = locate_base(settings.model_name, hub)
+    base = locate_base(settings.model_name, tracker)
     start = None
     if settings.start_adapter is not None:
         from trietune.model.adapter.export import find_adapter
@@ -171,7 +171,7 @@ def prepare(
     shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout)
     check_sharding(settings, shape)
     for sentence in uncovered(settings, shape.coverage):
-        hub.say(sentence, is_warning=True)
+        tracker.warn(sentence)
     keeps_dropout = settings.base_dropout and bool(shape.base_rates)
     if settings.batching != "padded" and shape.refusal is not None:
         raise UserError(
@@ -189,8 +189,8 @@ def prepare(
         settings,
         tokenizer,
         cache_folder=kept,
-        report=hub.say,
-        progress=progress_of(hub, "examples"),
+        report=tracker.info,
+        progress=progress_of(tracker, "examples"),
         check_stop=check_stop,
     )
     if settings.early_stopping_patience is not None and data.validation is None:
@@ -206,14 +206,14 @@ def prepare(
         check_vocabulary(data.validation, shape.num_embeddings)
         longest = max(longest, data.counts.validation.longest)
     most = getattr(shape.config, "max_position_embeddings", None)
-    check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=hub.say)
+    check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=tracker.info)
     rows = learning.rows
     num_train = rows.num_rows
-    groups, work = choose_groups(settings, data, rows, kept, hub)
+    groups, work = choose_groups(settings, data, rows, kept, tracker)
     steps_per_epoch, num_steps = num_steps_of(settings, num_train)
     in_all_epochs = steps_per_epoch * settings.num_epochs
     if settings.max_steps is not None and settings.max_steps > in_all_epochs:
-        hub.say(f"`num_epochs: {settings.num_epochs}` ends after {in_all_epochs:,} steps, before `max_steps`")
+        tracker.info(f"`num_epochs: {settings.num_epochs}` ends after {in_all_epochs:,} steps, before `max_steps`")
     bytes_with_scores = partial(
         bytes_per_position,
         shape.config,
@@ -233,7 +233,7 @@ def prepare(
     base_bytes = shape.num_bytes(dtype, load_in_4bit=settings.load_in_4bit)
     if settings.parallelism_strategy == "fsdp":
         base_bytes -= shape.num_in_layers * dtype.itemsize * (num_processes - 1) // num_processes
-    model_bytes = base_bytes + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
+    model_bytes = base_bytes + BYTES_PER_TRAINED_PARAMETER * shape.num_trainable
     if num_processes > 1 and chosen is None:
         # Now, while nobody has loaded anything: later each process would see what the others have taken.
         _check_base_fits(base.name, base_bytes, device, num_processes)
@@ -373,18 +373,18 @@ def _check_base_fits(name: str, base_bytes: int, device: Device, num_processes: 
         )
 
 
-def locate_base(model_name: str, hub: Tracker) -> ModelFolder:
+def locate_base(model_name: str, tracker: Tracker) -> ModelFolder:
     """The base model's folder; what is fetched or converted on the way is shown."""
     from trietune.model.base.locate import locate_model
 
-    return locate_model(model_name, report=hub.say, progress=progress_of(hub, "bytes"))
+    return locate_model(model_name, report=tracker.info, progress=progress_of(tracker, "bytes"))
 
 
-def progress_of(hub: Tracker, unit: str) -> Callable[[str, int, int | None], None]:
-    """A progress callback that emits `Working`."""
+def progress_of(tracker: Tracker, unit: str) -> Callable[[str, int, int | None], None]:
+    """A progress callback that emits `PhaseProgress`."""
 
     def progress(phase: str, done: int, total: int | None) -> None:
-        hub.emit(Working(phase, done, total, unit))
+        tracker.emit(PhaseProgress(phase, done, total, unit))
 
     return progress
 
@@ -407,7 +407,7 @@ def choose_attention(
         config: the text config of a causal model of transformers.
     """
     from trietune.device.device import AttentionNeeds
-    from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_way
+    from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_backend
 
     if settings.batching == "padded":
         return None, None
@@ -418,7 +418,7 @@ def choose_attention(
         has_soft_cap=getattr(config, "attn_logit_softcapping", None) is not None,
         num_positions=ANY_NUMBER_OF_POSITIONS if bound == "auto" else bound,
     )
-    kind, reason = choose_way(settings.attention, device, needs, where=settings.where("attention"))
+    kind, reason = choose_backend(settings.attention, device, needs, where=settings.where("attention"))
     return cast("AttentionKind", kind), reason
 
 

@@ -29,12 +29,12 @@ from trietune.io import files
 from trietune.tracking.events import (
     Evaluated,
     Event,
-    Predicted,
+    Message,
     Prediction,
+    PredictionsShown,
     Removed,
     RunFinished,
     RunStarted,
-    Said,
     Saved,
     StepFinished,
 )
@@ -49,7 +49,7 @@ _ONLY_IF_THERE = ("probabilities", "f1", "kind")
 LINE_FILES = (METRICS, BATCHES, PREDICTIONS)
 
 
-class FilesConsumer:
+class FilesListener:
     """Writes a run's files. Without space or permission it keeps the lines and tries again at the next event."""
 
     name = "run files"
@@ -58,7 +58,7 @@ class FilesConsumer:
         self._say = say
         self._now = now
         self._step = 0
-        self._early: list[Said] = []
+        self._early: list[Message] = []
         self._started: RunStarted | None = None
         self._has_written_settings = False
         self._files: dict[str, LineFile] = {}
@@ -66,7 +66,7 @@ class FilesConsumer:
     def handle(self, event: Event) -> None:
         """Append the lines of `event`. Raises `StillTrying` when the disk takes nothing."""
         if self._started is None and not isinstance(event, RunStarted):
-            if isinstance(event, Said):
+            if isinstance(event, Message):
                 self._early.append(event)  # the run's folder has no name yet
             return
         if isinstance(event, RunStarted):
@@ -105,7 +105,7 @@ class FilesConsumer:
             num_waiting = sum(file.num_waiting for file in self._files.values())
             raise StillTrying(f"{error.strerror or error} ({num_waiting} lines wait in memory)") from error
 
-    def _said(self, said: Said) -> dict[str, Any]:
+    def _said(self, said: Message) -> dict[str, Any]:
         return {"event": said.level, "step": self._step, "time": self._time(), "text": said.text}
 
     def _time(self) -> float:
@@ -118,7 +118,7 @@ class FilesConsumer:
             case RunStarted():
                 head = {"event": "start", "step": event.first_step, **stamp, "name": event.name}
                 return [(METRICS, {**head, "num_steps": event.num_steps, "plan": [list(row) for row in event.plan]})]
-            case Said():
+            case Message():
                 return [(METRICS, self._said(event))]
             case StepFinished():
                 self._step = event.step
@@ -133,7 +133,7 @@ class FilesConsumer:
                 if event.weights_step is not None:
                     body["weights_step"] = event.weights_step
                 return [(METRICS, {**body, "intervals": {name: list(pair) for name, pair in event.intervals.items()}})]
-            case Predicted():
+            case PredictionsShown():
                 head = {"step": event.step, "when": event.when}
                 return [(PREDICTIONS, {**head, **prediction_record(prediction)}) for prediction in event.predictions]
             case Saved():

@@ -38,7 +38,7 @@ _CONNECTION_CLASSES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How often and how long. Waits double from `first_wait_s` to `longest_wait_s`, each between half and all of it.
 
     `sleep` is given seconds and returns True to give up at once, as when the run is being stopped.
@@ -57,16 +57,16 @@ class Patience:
         return max(wait, min(asked_s, self.longest_wait_s)) if asked_s else wait
 
 
-def attempt(action: Callable[[], Result], patience: Patience) -> Result:
+def retry(action: Callable[[], Result], policy: RetryPolicy) -> Result:
     """The result of `action`, tried again after transient failures. Raises the last failure."""
     number = 1
     while True:
         try:
             return action()
         except Exception as error:
-            if number >= patience.num_attempts or not is_transient(error):
+            if number >= policy.num_attempts or not is_transient(error):
                 raise
-            if patience.sleep(patience.wait_s(number, retry_after_s(error))):
+            if policy.sleep(policy.wait_s(number, retry_after_s(error))):
                 raise
         number += 1
 

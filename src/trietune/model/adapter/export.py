@@ -21,8 +21,8 @@ from torch import Tensor
 
 from trietune.errors import UserError
 from trietune.io import strict_json
-from trietune.io.directory import Damaged, read_manifest
-from trietune.io.safetensors import RawTensor, from_numpy, parse, serialise
+from trietune.io.directory import DamagedDirectory, read_manifest
+from trietune.io.safetensors import RawTensor, from_numpy, parse, serialize
 from trietune.io.whole_folder import whole_folder
 from trietune.model.adapter.adapter import load_adapter_files
 from trietune.model.adapter.card import merged_card
@@ -175,7 +175,7 @@ def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
     }
     config.lora_alpha, config.use_rslora = config.r, False
     document = config_for_file(config, base_name=config.base_model_name_or_path or "", revision=config.revision)
-    return {CONFIG_FILE: strict_json.serialise(document), WEIGHTS_FILE: serialise(folded, metadata=metadata)}
+    return {CONFIG_FILE: strict_json.serialize(document), WEIGHTS_FILE: serialize(folded, metadata=metadata)}
 
 
 def _scaled(tensor: RawTensor, scale: float) -> RawTensor:
@@ -246,7 +246,7 @@ def _was_trained_in_4bit(folder: Path) -> bool:
     """What the manifest beside an adapter of ours says; other adapters say nothing of it."""
     try:
         return bool(read_manifest(folder).info.details.get("load_in_4bit"))
-    except Damaged:
+    except DamagedDirectory:
         return False
 
 

@@ -40,7 +40,7 @@ class AttentionNote:
     window: int | None
     scale: float
     softcap: float | None
-    of_needed: bool
+    is_pruned: bool
 
 
 class TrieLayout:
@@ -50,8 +50,8 @@ class TrieLayout:
 
     Args:
         kind: `rows`, `varlen`, `flex`, or `mask`: all nodes at once under a [T, T] mask, the reference.
-        needed: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
-        place: takes what was built on the host to `device`.
+        query_nodes: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
+        to_device: takes what was built on the host to `device`.
         forced: how rows are cut; None leaves it to the cost model.
 
     Attributes:
@@ -66,16 +66,16 @@ class TrieLayout:
         num_heads: int,
         num_key_heads: int,
         device: torch.device,
-        needed: Int64[np.ndarray, " N"] | None = None,
-        place: Callable[[Tensor], Tensor] | None = None,
+        query_nodes: Int64[np.ndarray, " N"] | None = None,
+        to_device: Callable[[Tensor], Tensor] | None = None,
         forced: ForcedRows | None = None,
     ) -> None:
         self.kind = kind
         self.notes: list[AttentionNote] | None = None
         self._forced = forced
-        self._place = place or (lambda tensor: tensor.to(device))
-        self.needed = None if needed is None else self._place(torch.from_numpy(needed))
-        self._needed = needed
+        self._to_device = to_device or (lambda tensor: tensor.to(device))
+        self.query_nodes = None if query_nodes is None else self._to_device(torch.from_numpy(query_nodes))
+        self._query_nodes = needed
         self._trie = trie
         self._num_heads = num_heads
         self._num_key_heads = num_key_heads
@@ -86,18 +86,18 @@ class TrieLayout:
         self._masks: dict[int | None, Bool[Tensor, "1 1 T T"]] = {}
         self._deepest = int(trie.position_ids.max(initial=0))
 
-    def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, of_needed: bool = False) -> RowLayout:
+    def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, is_pruned: bool = False) -> RowLayout:
         """The buckets for a layer.
 
         Args:
             window: number of positions that a query sees, itself included.
-            of_needed: only the needed nodes query.
+            is_pruned: only the needed nodes query.
         """
-        key = (self._effective(window), head_size, dtype, of_needed)
+        key = (self._effective(window), head_size, dtype, is_pruned)
         if key not in self._rows:
             self._rows[key] = build_row_layout(
                 self._trie,
-                self._needed if of_needed else None,
+                self._query_nodes if is_pruned else None,
                 window=key[0],
                 num_heads=self._num_heads,
                 num_key_heads=self._num_key_heads,
@@ -109,27 +109,27 @@ class TrieLayout:
             )
         return self._rows[key]
 
-    def varlen(self, window: int | None, *, of_needed: bool = False) -> VarlenLayout:
+    def varlen(self, window: int | None, *, is_pruned: bool = False) -> VarlenLayout:
         """The runs for a layer; arguments as in `rows`."""
-        key = (self._effective(window), of_needed)
+        key = (self._effective(window), is_pruned)
         if key not in self._varlen:
-            querying = self._needed if of_needed else None
-            self._varlen[key] = build_varlen_layout(self._trie, querying, window=key[0], place=self._place)
+            query_nodes = self._query_nodes if is_pruned else None
+            self._varlen[key] = build_varlen_layout(self._trie, query_nodes, window=key[0], to_device=self._to_device)
         return self._varlen[key]
 
-    def flex(self, window: int | None, *, of_needed: bool = False) -> FlexLayout:
+    def flex(self, window: int | None, *, is_pruned: bool = False) -> FlexLayout:
         """The mask of blocks for a layer; arguments as in `rows`."""
-        key = (self._effective(window), of_needed)
+        key = (self._effective(window), is_pruned)
         if key not in self._flex:
-            querying = self._needed if of_needed else None
-            self._flex[key] = build_flex_layout(self._trie, querying, window=key[0], place=self._place)
+            query_nodes = self._query_nodes if is_pruned else None
+            self._flex[key] = build_flex_layout(self._trie, query_nodes, window=key[0], to_device=self._to_device)
         return self._flex[key]
 
     def mask(self, window: int | None) -> Bool[Tensor, "1 1 T T"]:
         """True where a query (third axis) sees a key (fourth)."""
         window = self._effective(window)
         if window not in self._masks:
-            self._masks[window] = self._place(torch.from_numpy(visibility(self._trie, window)))[None, None]
+            self._masks[window] = self._to_device(torch.from_numpy(visibility(self._trie, window)))[None, None]
         return self._masks[window]
 
     def _effective(self, window: int | None) -> int | None:

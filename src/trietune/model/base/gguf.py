@@ -209,10 +209,10 @@ def _restore_pre_tokenizer(tokenizer: Any, name: str) -> None:
 
 
 def _readme(file: Path, metadata: Mapping[str, Any]) -> str:
-    """A model card that carries the licence on, for the card of the adapter."""
+    """A model card that carries the license on, for the card of the adapter."""
     lines = ["---"]
-    if licence := metadata.get("general.license"):
-        lines.append(f"license: {licence}")
+    if license := metadata.get("general.license"):
+        lines.append(f"license: {license}")
     lines += ["---", "", f"Weights of `{file.name}`, dequantized by TrieTune.", ""]
     return "\n".join(lines)
 

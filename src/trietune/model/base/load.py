@@ -22,7 +22,7 @@ from transformers.utils import logging
 from trietune.device.device import recompute
 from trietune.errors import UserError
 from trietune.model.base.folder import ModelFolder
-from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized, loading_options
+from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized, loading_options
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -162,7 +162,7 @@ def _needed_bytes(folder: Path, dtype: torch.dtype, load_in_4bit: bool) -> int:
     shapes = (shape for file in folder.glob("*.safetensors") for shape in _shapes(file).items())
     return int(
         sum(
-            _count(shape) * (BYTES_A_WEIGHT if load_in_4bit and is_quantized(name, shape) else dtype.itemsize)
+            _count(shape) * (BYTES_PER_WEIGHT if load_in_4bit and is_quantized(name, shape) else dtype.itemsize)
             for name, shape in shapes
         )
     )

@@ -344,18 +344,18 @@ class _Prover:
         last = self.layers[-1]
         if not self.model.prunes_last:
             return []
-        needed = self.short.needed
+        query_nodes = self.short.needed
         scope = Scope(
             self.parts,
             {name for name in self.layers if name != last},
             whole=(last,),
             with_gradients=(last,) if self.with_gradients else (),
-            cotangent_at=needed,
+            cotangent_at=query_nodes,
         )
         records = self._record(self.short, scope)
-        run = partial(_run_trie, self.model, self.short, kind="rows", forced=_GATHERED, needed=needed)
+        run = partial(_run_trie, self.model, self.short, kind="rows", forced=_GATHERED, query_nodes=query_nodes)
         try:
-            errors = compare(records, run, scope, self.short.nodes, self.known, needed=needed)
+            errors = compare(records, run, scope, self.short.nodes, self.known, query_nodes=query_nodes)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as raised:
             errors = {last: Error(float("inf"), reason=f"it {describe_error(raised)}")}
         error = errors.get(last, Error(float("inf"), reason="it is not called"))
@@ -399,12 +399,12 @@ class _Prover:
         """A kernel next to rows in fp32, on what the layers of each kind give to attention."""
         model = self.model
         for forest in (self.short, self.longest):
-            layout = model.layout(forest.trie, forest.needed, kind="rows")
+            layout = model.layout(forest.trie, forest.query_nodes, kind="rows")
             layout.notes = []
             with torch.no_grad(), skipping(self._kinds_scope(), self.known):
                 _run(model, forest, layout)
             for note in layout.notes:
-                error = _kernel_error(model, forest.trie, forest.needed, note, self.with_gradients)
+                error = _kernel_error(model, forest.trie, forest.query_nodes, note, self.with_gradients)
                 if not error <= KERNEL_BOUND:
                     raise UserError(
                         f"`attention: {model.attention}` gives other values than rows ({error:.1e}, allowed "
@@ -491,9 +491,9 @@ class _Prover:
 
 
 def _run_trie(
-    model: TrieModel, forest: Forest, *, kind: Any, forced: ForcedRows | None, needed: np.ndarray | None = None
+    model: TrieModel, forest: Forest, *, kind: Any, forced: ForcedRows | None, query_nodes: np.ndarray | None = None
 ) -> object:
-    return _run(model, forest, model.layout(forest.trie, needed, kind=kind, forced=forced))
+    return _run(model, forest, model.layout(forest.trie, query_nodes, kind=kind, forced=forced))
 
 
 def _run(model: TrieModel, forest: Forest, layout: Any) -> object:
@@ -507,8 +507,10 @@ def _run_padded(model: TrieModel, forest: Forest) -> object:
     return model.decode(rows.tokens.astype(np.int64), positions, rows.is_real.long(), None)
 
 
-def _kernel_error(model: TrieModel, trie: Trie, needed: np.ndarray, note: AttentionNote, with_gradients: bool) -> float:
-    told = {"window": note.window, "scale": note.scale, "softcap": note.softcap, "of_needed": note.of_needed}
+def _kernel_error(
+    model: TrieModel, trie: Trie, query_nodes: np.ndarray, note: AttentionNote, with_gradients: bool
+) -> float:
+    told = {"window": note.window, "scale": note.scale, "softcap": note.softcap, "is_pruned": note.is_pruned}
     results = []
     for kind, dtype in (
         (model.attention, note.query.dtype),
@@ -517,7 +519,7 @@ def _kernel_error(model: TrieModel, trie: Trie, needed: np.ndarray, note: Attent
         inputs = [x.detach().to(dtype).requires_grad_(with_gradients) for x in (note.query, note.key, note.value)]
         with torch.set_grad_enabled(with_gradients):
             query, key, value = inputs
-            out = attend(query, key, value, model.layout(trie, needed, kind=kind), **told)  # type: ignore[arg-type]
+            out = attend(query, key, value, model.layout(trie, query_nodes, kind=kind), **told)  # type: ignore[arg-type]
         found = [out.detach()]
         if with_gradients:
             cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)

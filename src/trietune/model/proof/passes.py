@@ -178,15 +178,15 @@ def compare(
     places: Places,
     known: dict[str, Record],
     *,
-    needed: np.ndarray | None = None,
+    query_nodes: np.ndarray | None = None,
 ) -> dict[str, Error]:
     """How far the parts that `run` calls are from `records`; `entry` is what reaches the first layer.
 
     Args:
         places: where `run` has its nodes.
-        needed: nodes that the last layer returns, where it returns some alone.
+        query_nodes: nodes that the last layer returns, where it returns some alone.
     """
-    at = None if needed is None else torch.from_numpy(needed).to(next(iter(records.values())).input.device)
+    at = None if query_nodes is None else torch.from_numpy(query_nodes).to(next(iter(records.values())).input.device)
     errors: dict[str, Error] = {}
     leaves: dict[str, Tensor] = {}
     upcast: dict[str, InFullPrecision] = {}

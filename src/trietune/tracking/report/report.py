@@ -20,7 +20,7 @@ from trietune.errors import UserError
 from trietune.io.outputs import write_output
 from trietune.tracking import wording
 from trietune.tracking.console import result
-from trietune.tracking.events import Evaluated, Event, Predicted, RunFinished, RunStarted
+from trietune.tracking.events import Evaluated, Event, PredictionsShown, RunFinished, RunStarted
 from trietune.tracking.jsonl import plain
 from trietune.tracking.report.batch import batch_numbers
 from trietune.tracking.report.changes import changes_of, left_out_of, paired_tests
@@ -93,7 +93,7 @@ def report_text(run_directories: Sequence[Path], width: int = result.DEFAULT_WID
         lines += [*result.comparison(run.evaluation("before"), run.newest_evaluation()), ""]
         lines += [*sparklines(run), ""]
         if run.predictions:
-            predicted = Predicted(run.last_step, run.predicted_when, run.predictions)
+            predicted = PredictionsShown(run.last_step, run.predicted_when, run.predictions)
             lines += [*result.predictions_table(predicted, width), ""]
         lines += _change_lines(run)
     lines += [*data_warnings(runs), *comparison_lines(runs)]
@@ -192,7 +192,7 @@ def _without_repeated_steps(times: Sequence[tuple[int, float]]) -> list[tuple[in
     return sorted(dict(times).items())
 
 
-class ReportConsumer:
+class ReportListener:
     """Keeps `report.html` in the run's folder up to date: at each evaluation, and at the end.
 
     Writing takes at most one hundredth of a run's time: an evaluation that comes too soon leaves the page as it is.
