@@ -41,7 +41,7 @@ def skip_if_refused(way: str, device: torch.device, asked: AttentionNeeds) -> No
 
 
 def attended(
-    way: str, inputs: tuple[Tensor, Tensor, Tensor], trie: Trie, *, needed: np.ndarray | None = None, **how: Any
+    way: str, inputs: tuple[Tensor, Tensor, Tensor], trie: Trie, *, query_nodes: np.ndarray | None = None, **how: Any
 ) -> Tensor:
     """By `way`, as layers call it: [N, H, d]."""
     query, key, value = inputs
@@ -51,10 +51,10 @@ def attended(
         num_heads=query.shape[1],
         num_key_heads=key.shape[1],
         device=query.device,
-        query_nodes=needed,
+        query_nodes=query_nodes,
     )
     if way != "mask":
-        return attend(query, key, value, layout, **how, is_pruned=needed is not None)
+        return attend(query, key, value, layout, **how, is_pruned=query_nodes is not None)
     library = (x.transpose(0, 1)[None] for x in inputs)
     out, _ = trie_attention(
         torch.nn.Module(),

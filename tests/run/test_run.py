@@ -59,7 +59,7 @@ class Recorder:
 def run(settings: dict[str, object], recorder: Recorder | None = None, **arguments: Any) -> tuple[Run, Recorder]:
     recorder = recorder or Recorder()
     tracker = Tracker([recorder])
-    tracker.add(FilesListener(lambda text: None))
+    tracker.add(FilesListener())
     return train(load_config(None, settings), tracker=tracker, **arguments), recorder
 
 

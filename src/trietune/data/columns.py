@@ -1,7 +1,7 @@
 """Which columns of a row make an example, and how.
 
-A row_format is chosen once a data set, from its columns, its name and the templates that the user wrote, and then applied
-to each row of it. The first of these that fits is taken:
+A row format is chosen once per data set, from its columns, its name and the templates that the user wrote, and then
+applied to each row of it. The first of these that fits is taken:
 
     prompt_template, completion_template     the user's own words
     the name or the file's form              SST-2: sentence, label; SQuAD v2: context, question, answers
@@ -89,7 +89,7 @@ def choose_row_format(
     completion_template: str | None,
     source: str,
 ) -> RowFormat:
-    """The row_format for data with these columns.
+    """The row format for data with these columns.
 
     Args:
         task_name: the task that `dataset_id` names, if it names one.
@@ -207,12 +207,12 @@ def _instead_of(name: str, columns: Sequence[str]) -> str:
 
 
 def built_in_row_format(kind: RowFormatKind) -> RowFormat:
-    """The row_format that needs no words of the user's."""
+    """The row format that needs no words of the user's."""
     return RowFormat(kind, prompt_template={"sst2": SST2_PROMPT, "squad": SQUAD_PROMPT}.get(kind, ""))
 
 
-def recipe_of_adapter(prompt_format: PromptFormat, columns: Sequence[str], source: str) -> RowFormat:
-    """The row_format for data with these columns in the templates that an adapter was trained with.
+def row_format_of_adapter(prompt_format: PromptFormat, columns: Sequence[str], source: str) -> RowFormat:
+    """The row format for data with these columns in the templates that an adapter was trained with.
 
     Raises:
         UserError: they ask for columns that are not there.

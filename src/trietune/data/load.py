@@ -28,7 +28,7 @@ from trietune.data.columns import (
     find_form,
     find_unused,
     is_squad_row,
-    recipe_of_adapter,
+    row_format_of_adapter,
 )
 from trietune.data.counts import SAMPLES_KEPT, DataCounts, SplitCounts, describe, name_places
 from trietune.data.encode_answers import tokenize_answers
@@ -332,7 +332,7 @@ class _Loading:
         fingerprint = rows.fingerprint()
         key = make_key(
             rows=fingerprint,
-            row_format=_deciding_fields(self.row_format),
+            recipe=_deciding_fields(self.row_format),
             prompt_format=_deciding_fields(self.prompt_format),
             rules=asdict(rules),
             tokenizers=metadata.version("tokenizers"),
@@ -445,7 +445,7 @@ def _is_in_squads_form(rows: Rows, first: Any) -> bool:
 
 
 def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
-    """What of a row_format or prompt format decides tokens.
+    """What of a row format or prompt format decides tokens.
 
     Names of columns do only where templates mean others than they meant when identifiers alone were columns; a
     checkpoint of that time then goes on with the same fingerprint.
@@ -459,7 +459,7 @@ def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
 
 
 def _in_words_of(prompt_format: PromptFormat, row_format: RowFormat, source: str) -> RowFormat:
-    """The row_format for the same rows in the words of an adapter's prompt format."""
+    """The row format for the same rows in the words of an adapter's prompt format."""
     kinds = {"messages": "chat", "answer_messages": "chat", "tokens": "tokens"}
     kind = kinds.get(row_format.kind, "template")
     if kind != prompt_format.kind:
@@ -491,7 +491,7 @@ def _find_row_format(
         if own_task and set(REQUIRED_COLUMNS[own_task]) <= set(columns):
             return built_in_row_format(own_task), None
         if trained_with.completion_template:
-            return recipe_of_adapter(trained_with, columns, rows.name), None
+            return row_format_of_adapter(trained_with, columns, rows.name), None
     if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
         task_name = None
     place, row = next(rows.read(), ("", None))

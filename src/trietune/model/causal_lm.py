@@ -24,6 +24,7 @@ from trietune.model.attention.static_layout import StaticLayout
 from trietune.model.fast.frozen_weight import Whole
 from trietune.model.head import Head
 from trietune.model.loss import label_losses
+from trietune.model.states import carry_states
 from trietune.trie import MicroBatch, Trie, pad_trie
 from trietune.trie.static_shapes import StaticShapes
 
@@ -42,7 +43,7 @@ class TrieModel:
     Args:
         network: a causal language model of transformers, on `device`, its adapter layers in place.
         attention: how tries attend; None leaves the library's attention alone, for padded rows only.
-        prunes_last: whether the network's last layer computes the needed positions alone (`fuse_trie_layers`).
+        prunes_last: whether the network's last layer computes only `query_nodes` (`fuse_trie_layers`).
         shapes: what micro-batches are padded to, on a device that compiles a program for each shape.
         to_device: takes what belongs to the rows of a micro-batch to the device; first axis: rows.
         recompute: runs a function that is computed again in the backward (`Device.recompute`).
@@ -92,6 +93,7 @@ class TrieModel:
         self._head = Head(network)
         if attention is not None:
             network.set_attn_implementation(register())  # type: ignore[operator]
+            carry_states(network)
 
     @property
     def vocabulary_size(self) -> int:
@@ -126,7 +128,7 @@ class TrieModel:
         return hidden_SWD.gather(1, index).flatten(0, 1)
 
     def hidden_states(self, micro_batch: MicroBatch, query_nodes: np.ndarray | None = None) -> Tensor:
-        """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, N, D] of the `needed` nodes."""
+        """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, Q, D] of `query_nodes`."""
         trie, input_ids, position_ids = micro_batch.trie, micro_batch.input_ids, micro_batch.position_ids
         if trie is not None and self.shapes is None:
             trie = pad_trie(trie, -(-trie.num_nodes // self._multiple_of) * self._multiple_of)
@@ -177,7 +179,7 @@ class TrieModel:
         kind: AttentionKind | None = None,
         forced: ForcedRows | None = None,
     ) -> TrieLayout:
-        """How this model's layers attend on `trie`; of the last layer, only `needed` nodes are wanted.
+        """How this model's layers attend on `trie`; of the last layer, only `query_nodes` are wanted.
 
         Args:
             kind: another way to attend than the model's; `forced`: how its rows are cut. For proofs.

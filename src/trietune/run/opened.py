@@ -144,7 +144,7 @@ def evaluate(
     """
     from trietune.data.load import load_split
     from trietune.evaluation.evaluate import evaluate_model
-    from trietune.model.base.gguf import cache_folder
+    from trietune.io.cache_folder import cache_folder
     from trietune.run.signals import StopSignals
 
     tracker = tracker or Tracker()

@@ -86,6 +86,8 @@ class ProcessesPlan:
         examples_per_step: of all together.
         speed_up: over one process, by tokens: what is computed once more and uneven parts count, messages do not.
         positions_per_example: computed by all together.
+        smallest_part, largest_part: of a step's work, as shares of what all compute.
+        repeated: what is computed again because steps are split, as a share of the whole.
         suggestion: a larger batch size and its speed-up, where this one leaves processes idle.
     """
 
@@ -93,6 +95,9 @@ class ProcessesPlan:
     examples_per_step: int
     speed_up: float
     positions_per_example: float
+    smallest_part: float
+    largest_part: float
+    repeated: float
     suggestion: tuple[int, float] | None = None
 
     def lines(self) -> list[tuple[str, str]]:
@@ -102,15 +107,20 @@ class ProcessesPlan:
                 "processes",
                 f"{self.count} processes; each computes its part of {self.examples_per_step} examples: "
                 f"{self.speed_up:.1f} times as fast as one, by tokens ({self.speed_up / self.count:.0%})",
-            )
+            ),
+            (
+                "",
+                f"parts of {self.smallest_part:.0%} to {self.largest_part:.0%} of a step's work; {self.repeated:.0%} "
+                "more to compute because it is split",
+            ),
         ]
         if self.suggestion is not None:
             batch_size, speed_up = self.suggestion
             lines.append(
                 (
                     "",
-                    f"`--set batch_size={batch_size}`: {speed_up:.1f} times ({speed_up / self.count:.0%}); "
-                    "compare the learning rate",
+                    f"the batch is what limits it: `--set batch_size={batch_size}` would be {speed_up:.1f} times "
+                    f"({speed_up / self.count:.0%}); compare the learning rate",
                 )
             )
         return lines

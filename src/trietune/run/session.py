@@ -432,7 +432,7 @@ class Session:
 
     def _score_reference(self) -> None:
         """Score all answers while the adapter is as it was at the start, where the objective compares with that."""
-        from trietune.model.base.gguf import cache_folder
+        from trietune.io.cache_folder import cache_folder
 
         self.learning = self.learning.with_reference(
             self.model,
@@ -445,10 +445,10 @@ class Session:
         )
 
     def _steps(self) -> Any:
-        from trietune.training.loop import StepRange, train
+        from trietune.training.loop import StepRange, training_steps
 
         self.throughput.start()
-        return train(
+        return training_steps(
             self.model,
             self.optimizer,
             self.sampler,

@@ -40,7 +40,7 @@ def open_tracker(
     """
     opened = Tracker()
     if writes_files:
-        opened.add(FilesListener(lambda text: opened.warn(text)))
+        opened.add(FilesListener())
     chosen = ("wandb" if use_wandb else "none") if tracker == "auto" else tracker
     if tracker not in ("auto", "none"):
         _check_installed(tracker)
@@ -48,7 +48,7 @@ def open_tracker(
         opened.add(
             _open_named(
                 chosen,
-                say=lambda text, is_warning: opened.info(text, is_warning=is_warning),
+                say=lambda text, is_warning: (opened.warn if is_warning else opened.info)(text),
                 project=project,
                 run_name=run_name,
                 tags=tags,

@@ -40,9 +40,13 @@ class Tracker:
         with self._lock:
             self._hand_round(event)
 
-    def say(self, text: str, *, is_warning: bool = False) -> None:
+    def info(self, text: str) -> None:
         """Emit one line for the user."""
-        self.emit(Message(text, level="warning" if is_warning else "info"))
+        self.emit(Message(text, level="info"))
+
+    def warn(self, text: str) -> None:
+        """Emit one line that the user should not miss."""
+        self.emit(Message(text, level="warning"))
 
     def close(self) -> None:
         """Close every listener; the last one is normally the console, so that it hears of the others' troubles."""

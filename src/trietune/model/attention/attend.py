@@ -85,7 +85,7 @@ def trie_attention(
 
 
 def attend(
-    query: Float[Tensor, "N H d"],
+    query: Float[Tensor, "Q H d"],
     key: Float[Tensor, "T G d"],
     value: Float[Tensor, "T G d"],
     layout: TrieLayout,
@@ -94,12 +94,12 @@ def attend(
     scale: float,
     softcap: float | None,
     is_pruned: bool = False,
-) -> Float[Tensor, "N H d"]:
+) -> Float[Tensor, "Q H d"]:
     """Softmax attention of nodes by rows, runs or blocks, as the layout is made for.
 
     Args:
         window: number of positions that a query sees, itself included.
-        is_pruned: only the layout's needed nodes query.
+        is_pruned: only the layout's `query_nodes` query.
 
     Raises:
         ValueError: a layout of another kind; soft-capping by variable-length attention, whose kernel has none.

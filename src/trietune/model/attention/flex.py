@@ -44,8 +44,8 @@ class BlockTable:
         is_full: every query sees every key.
     """
 
-    is_mixed: Bool[np.ndarray, "Q K"]
-    is_full: Bool[np.ndarray, "Q K"]
+    is_mixed: Bool[np.ndarray, "QB KB"]
+    is_full: Bool[np.ndarray, "QB KB"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class FlexLayout:
 
 def build_flex_layout(
     trie: Trie,
-    query_nodes: Int64[np.ndarray, " N"] | None = None,
+    query_nodes: Int64[np.ndarray, " Q"] | None = None,
     *,
     window: int | None,
     to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor,
@@ -120,7 +120,7 @@ def build_flex_layout(
 
 
 def tabulate_blocks(
-    query_node: Int64[np.ndarray, " N"],
+    query_node: Int64[np.ndarray, " Q"],
     subtree_end: Int64[np.ndarray, " T"],
     depth: Int64[np.ndarray, " T"],
     window: int | None,
@@ -144,14 +144,14 @@ def tabulate_blocks(
 
 
 def flex_attend(
-    query: Float[Tensor, "N H d"],
+    query: Float[Tensor, "Q H d"],
     key: Float[Tensor, "T G d"],
     value: Float[Tensor, "T G d"],
     layout: FlexLayout,
     *,
     scale: float,
     softcap: float | None,
-) -> Float[Tensor, "N H d"]:
+) -> Float[Tensor, "Q H d"]:
     """Softmax attention of `query` under the layout's mask, in the inputs' dtype."""
     out: Tensor = compiled()(
         _padded(query),

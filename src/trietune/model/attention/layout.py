@@ -12,7 +12,9 @@ from torch import Tensor
 from trietune.model.attention.flex import FlexLayout, build_flex_layout
 from trietune.model.attention.row_blocks import AttentionCost, RowLayout, build_row_layout
 from trietune.model.attention.varlen import VarlenLayout, build_varlen_layout
+from trietune.model.states.scan import TrieStates
 from trietune.trie import Trie
+from trietune.trie.segments import branch_points
 
 AttentionKind = Literal["rows", "varlen", "flex", "mask"]
 
@@ -24,15 +26,17 @@ class ForcedRows:
     Attributes:
         cost: by which the cut is chosen.
         keeps_none: see `RowLayout`.
+        cuts: where paths are cut for layers with a state: nowhere, at every branch point, or where it costs least.
     """
 
     cost: AttentionCost
     keeps_none: bool = False
+    cuts: Literal["none", "all", "cheapest"] = "cheapest"
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionNote:
-    """One call of attention: query [N, H, d], key and value [T, G, d], and what the layer said."""
+    """One call of attention: query [Q, H, d], key and value [T, G, d], and what the layer said."""
 
     query: Tensor
     key: Tensor
@@ -66,7 +70,7 @@ class TrieLayout:
         num_heads: int,
         num_key_heads: int,
         device: torch.device,
-        query_nodes: Int64[np.ndarray, " N"] | None = None,
+        query_nodes: Int64[np.ndarray, " Q"] | None = None,
         to_device: Callable[[Tensor], Tensor] | None = None,
         forced: ForcedRows | None = None,
     ) -> None:
@@ -75,7 +79,7 @@ class TrieLayout:
         self._forced = forced
         self._to_device = to_device or (lambda tensor: tensor.to(device))
         self.query_nodes = None if query_nodes is None else self._to_device(torch.from_numpy(query_nodes))
-        self._query_nodes = needed
+        self._query_nodes = query_nodes
         self._trie = trie
         self._num_heads = num_heads
         self._num_key_heads = num_key_heads
@@ -85,13 +89,27 @@ class TrieLayout:
         self._flex: dict[tuple[int | None, bool], FlexLayout] = {}
         self._masks: dict[int | None, Bool[Tensor, "1 1 T T"]] = {}
         self._deepest = int(trie.position_ids.max(initial=0))
+        self._states: TrieStates | None = None
+
+    @property
+    def carrier(self) -> TrieStates:
+        """What follows what, for layers that carry a state."""
+        if self._states is None:
+            self._states = self.states()
+        return self._states
+
+    def states(self, *, keeps: Int64[np.ndarray, " B"] | None = None) -> TrieStates:
+        """The same, anew; `keeps` as in `TrieStates`."""
+        forced: dict[str, list[int] | None] = {"none": [], "all": branch_points(self._trie), "cheapest": None}
+        cuts = None if self._forced is None else forced[self._forced.cuts]
+        return TrieStates(self._trie, device=self._device, place=self._place, cuts=cuts, keeps=keeps)
 
     def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, is_pruned: bool = False) -> RowLayout:
         """The buckets for a layer.
 
         Args:
             window: number of positions that a query sees, itself included.
-            is_pruned: only the needed nodes query.
+            is_pruned: only `query_nodes` query.
         """
         key = (self._effective(window), head_size, dtype, is_pruned)
         if key not in self._rows:

@@ -82,16 +82,16 @@ class Bucket:
     Attributes:
         shape: (R, Q, K).
         query_rows: where each query lies in the flattened [T * H] rows of d numbers (of the queries alone, where only
-            some nodes query); [R, G, H/G, Q] flat.
-        key_rows: where each key lies in the flattened [T * G] rows; [R, G, K] flat.
-        bias: 0 where a query sees a key, -inf elsewhere, in fp32 or fp64; [R, 1, 1, Q, K].
+            some nodes query); [R, G, H/G, q] flat.
+        key_rows: where each key lies in the flattened [T * G] rows; [R, G, k] flat.
+        bias: 0 where a query sees a key, -inf elsewhere, in fp32 or fp64; [R, 1, 1, q, k].
         is_whole: one block of all that query and of all keys, in their order.
     """
 
     shape: tuple[int, int, int]
-    query_rows: Int64[Tensor, " RHQ"]
-    key_rows: Int64[Tensor, " RGK"]
-    bias: Float[Tensor, "R 1 1 Q K"]
+    query_rows: Int64[Tensor, " RHq"]
+    key_rows: Int64[Tensor, " RGk"]
+    bias: Float[Tensor, "R 1 1 q k"]
     is_whole: bool
 
 
@@ -137,7 +137,7 @@ class Blocks:
 
 def build_row_layout(
     trie: Trie,
-    query_nodes: Int64[np.ndarray, " N"] | None = None,
+    query_nodes: Int64[np.ndarray, " Q"] | None = None,
     *,
     window: int | None,
     num_heads: int,
@@ -164,7 +164,7 @@ def build_row_layout(
     queries_before = keys_before = 0
     for group in groups:
         queries, keys, sees, is_query, is_key = _bucket_nodes(trie, query_nodes, blocks, group, window)
-        query_rows = _head_rows(queries, num_heads)  # [R, H, Q]: heads of one key head are neighbors
+        query_rows = _head_rows(queries, num_heads)  # [R, H, q]: heads of one key head are neighbors
         key_rows = _head_rows(keys, num_key_heads)
         bias = np.where(sees, np.float32(0), -np.inf)[:, None, None]
         buckets.append(
@@ -199,7 +199,7 @@ def build_row_layout(
 
 
 def cut_into_blocks(
-    trie: Trie, query_nodes: Int64[np.ndarray, " N"], window: int | None, cost: AttentionCost
+    trie: Trie, query_nodes: Int64[np.ndarray, " Q"], window: int | None, cost: AttentionCost
 ) -> tuple[Blocks, list[np.ndarray]]:
     """The blocks, and for each bucket which blocks it holds, that take the least time of those that are tried."""
     rows = _QueryRows.of(trie, query_nodes)
@@ -237,7 +237,7 @@ class _QueryRows:
     path_start: Int64[np.ndarray, " R"]
 
     @classmethod
-    def of(cls, trie: Trie, query_nodes: Int64[np.ndarray, " N"]) -> "_QueryRows":
+    def of(cls, trie: Trie, query_nodes: Int64[np.ndarray, " Q"]) -> "_QueryRows":
         row_of_query = np.searchsorted(trie.row_start, query_nodes, side="right") - 1
         row, first, num_queries = np.unique(row_of_query, return_index=True, return_counts=True)
         first_node, path_start, path_end, end_of_row = (
@@ -284,7 +284,7 @@ def _cut(rows: _QueryRows, cost: AttentionCost, worth_a_block: float) -> Int64[n
 
 def _make_blocks(
     trie: Trie,
-    query_nodes: Int64[np.ndarray, " N"],
+    query_nodes: Int64[np.ndarray, " Q"],
     rows: _QueryRows,
     cut: Int64[np.ndarray, " C1"],
     window: int | None,
@@ -350,16 +350,16 @@ def _size_class(length: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " R"]:
 
 def _bucket_nodes(
     trie: Trie,
-    query_nodes: Int64[np.ndarray, " N"],
+    query_nodes: Int64[np.ndarray, " Q"],
     blocks: Blocks,
     group: Int64[np.ndarray, " r"],
     window: int | None,
 ) -> tuple[
-    Int64[np.ndarray, "r Q"],
-    Int64[np.ndarray, "r K"],
-    Bool[np.ndarray, "r Q K"],
-    Bool[np.ndarray, "r Q"],
-    Bool[np.ndarray, "r K"],
+    Int64[np.ndarray, "r q"],
+    Int64[np.ndarray, "r k"],
+    Bool[np.ndarray, "r q k"],
+    Bool[np.ndarray, "r q"],
+    Bool[np.ndarray, "r k"],
 ]:
     """Queries by their place in `query_nodes`, keys by node, who sees whom, and which of them are real.
 

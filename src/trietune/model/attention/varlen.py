@@ -55,7 +55,7 @@ class VarlenLayout:
 
 def build_varlen_layout(
     trie: Trie,
-    query_nodes: Int64[np.ndarray, " N"] | None = None,
+    query_nodes: Int64[np.ndarray, " Q"] | None = None,
     *,
     window: int | None,
     to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor,
@@ -104,18 +104,18 @@ def build_varlen_layout(
 class VarlenAttention(torch.autograd.Function):
     """Softmax attention of every run.
 
-    Inputs: query [N, H, d], key and value [T, G, d]; output [N, H, d] in the inputs' dtype.
+    Inputs: query [Q, H, d], key and value [T, G, d]; output [Q, H, d] in the inputs' dtype.
     """
 
     @staticmethod
     def forward(
         context: Any,
-        query: Float[Tensor, "N H d"],
+        query: Float[Tensor, "Q H d"],
         key: Float[Tensor, "T G d"],
         value: Float[Tensor, "T G d"],
         layout: VarlenLayout,
         scale: float,
-    ) -> Float[Tensor, "N H d"]:
+    ) -> Float[Tensor, "Q H d"]:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         keys, values = key.index_select(0, layout.key_nodes), value.index_select(0, layout.key_nodes)
         out, log_sum = run_kernel(query, keys, values, layout, scale)
@@ -124,7 +124,7 @@ class VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(context: Any, grad_out: Float[Tensor, "N H d"]) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, grad_out: Float[Tensor, "Q H d"]) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sum = context.saved_tensors
         layout = context.layout
         keys, values = key.index_select(0, layout.key_nodes), value.index_select(0, layout.key_nodes)
@@ -142,12 +142,12 @@ def _sum_copies(grads: Float[Tensor, "P G d"], layout: VarlenLayout) -> Float[Te
 
 
 def run_kernel(
-    query: Float[Tensor, "N H d"],
+    query: Float[Tensor, "Q H d"],
     keys: Float[Tensor, "P G d"],
     values: Float[Tensor, "P G d"],
     layout: VarlenLayout,
     scale: float,
-) -> tuple[Float[Tensor, "N H d"], Float[Tensor, "H N"]]:
+) -> tuple[Float[Tensor, "Q H d"], Float[Tensor, "H Q"]]:
     """Output and log-sum-exp of every query.
 
     This is the operator behind `torch.nn.attention.varlen.varlen_attn`, which has no backward that could gather anew.
@@ -173,15 +173,15 @@ def run_kernel(
 
 
 def run_kernel_backward(
-    grad_out: Float[Tensor, "N H d"],
-    query: Float[Tensor, "N H d"],
+    grad_out: Float[Tensor, "Q H d"],
+    query: Float[Tensor, "Q H d"],
     keys: Float[Tensor, "P G d"],
     values: Float[Tensor, "P G d"],
-    out: Float[Tensor, "N H d"],
-    log_sum: Float[Tensor, "H N"],
+    out: Float[Tensor, "Q H d"],
+    log_sum: Float[Tensor, "H Q"],
     layout: VarlenLayout,
     scale: float,
-) -> tuple[Float[Tensor, "N H d"], Float[Tensor, "P G d"], Float[Tensor, "P G d"]]:
+) -> tuple[Float[Tensor, "Q H d"], Float[Tensor, "P G d"], Float[Tensor, "P G d"]]:
     """Gradients of queries and of gathered keys and values."""
     no_randomness = torch.zeros(2, dtype=torch.uint64, device=query.device)
     unused = torch.empty(0, device=query.device)

@@ -268,7 +268,7 @@ def _prune(layer: Any, attention: _Attention, device: torch.device) -> bool:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout = kwargs.get("trie_layout")
         rotary = kwargs.get("position_embeddings")
-        is_pruned = _is_ours(layout) and layout.needed is not None  # type: ignore[union-attr]
+        is_pruned = _is_ours(layout) and layout.query_nodes is not None  # type: ignore[union-attr]
         if args or rotary is None or not is_pruned or not attention.is_active():
             return library(hidden_states, *args, **kwargs)
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
@@ -285,8 +285,8 @@ def _pruned_layer(layer: Any, attention: _Attention, *, is_sandwiched: bool) -> 
     keep_joined(layer, of_keys.weight)
 
     def forward(hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: TrieLayout) -> Tensor:
-        query_nodes = layout.needed
-        assert needed is not None
+        query_nodes = layout.query_nodes
+        assert query_nodes is not None
         attended = attention.attend_at(layer.input_layernorm(hidden), rotary, layout, query_nodes, of_queries, of_keys)
         residual = hidden.index_select(1, query_nodes)
         if is_sandwiched:

@@ -44,6 +44,7 @@ from trietune.model.proof.passes import (
     skipping,
 )
 from trietune.model.replaced import library_code, restore_forward
+from trietune.model.states import carry_states
 from trietune.trie import Trie, build_trie
 
 # Relative error of a part in fp32, of its values and of its gradients. Over 226 computations of 55 types of model the
@@ -64,8 +65,8 @@ HEAD_FACTORS = (1.0, 8.0)
 KERNELS = ("varlen", "flex")
 
 AS_IT_IS, BY_ROWS, UNDER_A_MASK, REFUSED = range(4)
-_WHOLE = ForcedRows(AttentionCost(bucket=1e9, gathered=1.0, score=1e-9, whole=0.0))
-_GATHERED = ForcedRows(AttentionCost(bucket=0.0, gathered=0.0, score=1.0))
+_WHOLE = ForcedRows(AttentionCost(bucket=1e9, gathered=1.0, score=1e-9, whole=0.0), cuts="none")
+_GATHERED = ForcedRows(AttentionCost(bucket=0.0, gathered=0.0, score=1.0), cuts="all")
 _GATHERED_KEPT_NOWHERE = ForcedRows(AttentionCost(bucket=0.0, gathered=0.0, score=1.0), keeps_none=True)
 
 
@@ -328,6 +329,8 @@ class _Prover:
                     restore_forward(module)
                     if rung == UNDER_A_MASK and not self.is_padded:
                         attend_by_library(module, is_on=True)
+        if not self.is_padded:
+            carry_states(self.network, self.parts[layer])
         if rung == UNDER_A_MASK:
             if self.is_padded:
                 self.network.set_attn_implementation("eager")
@@ -344,7 +347,7 @@ class _Prover:
         last = self.layers[-1]
         if not self.model.prunes_last:
             return []
-        query_nodes = self.short.needed
+        query_nodes = self.short.query_nodes
         scope = Scope(
             self.parts,
             {name for name in self.layers if name != last},
@@ -510,7 +513,12 @@ def _run_padded(model: TrieModel, forest: Forest) -> object:
 def _kernel_error(
     model: TrieModel, trie: Trie, query_nodes: np.ndarray, note: AttentionNote, with_gradients: bool
 ) -> float:
-    told = {"window": note.window, "scale": note.scale, "softcap": note.softcap, "is_pruned": note.is_pruned}
+    told = {
+        "window": note.window,
+        "scale": note.scale,
+        "softcap": note.softcap,
+        "is_pruned": note.is_pruned,
+    }
     results = []
     for kind, dtype in (
         (model.attention, note.query.dtype),
