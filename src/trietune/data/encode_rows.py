@@ -14,21 +14,21 @@ import numpy as np
 
 from trietune.data.cache import CacheWriter
 from trietune.data.columns import (
-    Recipe,
-    Unlabelled,
+    RowFormat,
+    Unlabeled,
     WrongRow,
 )
 from trietune.data.counts import SplitCounts
 from trietune.data.encoder import Encoder
 from trietune.data.files import BrokenRow, Row
-from trietune.data.left_out import chosen, encode_tokens, find_labelled, fit, take, weighted
-from trietune.data.read_row import ReadExample, Rules, example_reader, with_row_weights
+from trietune.data.left_out import chosen, encode_tokens, find_labeled, fit, take, weighted
+from trietune.data.read_row import LengthRules, ReadExample, example_reader, with_row_weights
 from trietune.data.rows import PlacedRow
 from trietune.data.taken import LeftByTemplate
 from trietune.data.tally import Tally
 from trietune.data.weights import Weighting
 
-ROWS_A_BLOCK = 4096
+ROWS_PER_BLOCK = 4096
 
 
 def tokenize_rows(
@@ -36,9 +36,9 @@ def tokenize_rows(
     writer: CacheWriter,
     *,
     source: str,
-    recipe: Recipe,
+    row_format: RowFormat,
     encoder: Encoder,
-    rules: Rules,
+    rules: LengthRules,
     check_stop: Callable[[], None],
     progress: Callable[[int], None],
     left_out: np.ndarray | None = None,
@@ -55,15 +55,15 @@ def tokenize_rows(
     """
     tally = Tally(source=source)
     left = LeftByTemplate(encoder)
-    to_example = example_reader(recipe, encoder, rules)
+    to_example = example_reader(row_format, encoder, rules)
     if weighting is not None and weighting.has_column:
         to_example = with_row_weights(to_example)
-    while block := list(islice(placed, ROWS_A_BLOCK)):
+    while block := list(islice(placed, ROWS_PER_BLOCK)):
         check_stop()
         read = _read_block(block, to_example, left_out, tally, left)
         # After a first broken row nothing will be written: the rest is only read to be counted.
         if not tally.problems.number:
-            _write_block(read, writer, recipe, encoder, rules, tally, is_weighted=weighting is not None)
+            _write_block(read, writer, row_format, encoder, rules, tally, is_weighted=weighting is not None)
         progress(tally.read)
     tally.problems.raise_any(source, tally.seen)
     tally.too_long.raise_any(source, tally.seen)
@@ -91,7 +91,7 @@ def _read_block(
         try:
             made = to_example(row, place)
         except WrongRow as error:
-            tally.problems.add(place, str(error), is_unlabelled=isinstance(error, Unlabelled))
+            tally.problems.add(place, str(error), is_unlabeled=isinstance(error, Unlabeled))
             continue
         if is_skipped:
             continue
@@ -116,15 +116,15 @@ def _with_unique_id(one: ReadExample, own_ids: set[str]) -> ReadExample:
 def _write_block(
     read: Sequence[ReadExample],
     writer: CacheWriter,
-    recipe: Recipe,
+    row_format: RowFormat,
     encoder: Encoder,
-    rules: Rules,
+    rules: LengthRules,
     tally: Tally,
     *,
     is_weighted: bool,
 ) -> None:
     tally.count("without_prompt", [one.place for one in read if one.has_empty_text])
-    if recipe.kind != "tokens":
+    if row_format.kind != "tokens":
         empty = [one for one in read if not one.example.completion.strip()]
         tally.count("without_completion", [one.place for one in empty])
         if empty and not rules.keeps_empty:
@@ -138,7 +138,7 @@ def _write_block(
     else:
         encoded = encode_tokens([one.tokens for one in read if one.tokens is not None])
         tally.count("padded", [one.place for one in read if one.is_padded])
-    has_labels = find_labelled(encoded)
+    has_labels = find_labeled(encoded)
     if not has_labels.all():
         tally.count("without_labels", chosen([one.place for one in read], ~has_labels))
         encoded, read = take(encoded, has_labels), chosen(read, has_labels)

@@ -26,6 +26,7 @@ from trietune.data.columns import WrongRow
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
+from trietune.io.causes import first_line
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -40,7 +41,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever is wrong with the files, transformers raises a different class for each
         raise UserError(
-            f"the tokenizer of `{folder.name}` cannot be loaded: {_first_line(error)}",
+            f"the tokenizer of `{folder.name}` cannot be loaded: {first_line(error)}",
             where=str(folder),
             next_step="the folder needs `tokenizer.json` and `tokenizer_config.json`; download the model again",
         ) from None
@@ -344,7 +345,3 @@ def _without_prefix(rule: Any) -> Any:
     if rule["type"] == "ByteLevel":
         return {**rule, "add_prefix_space": False}
     return rule
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -9,7 +9,7 @@ import numpy as np
 
 from trietune.data.encoder import EncodedExamples, Encoder
 from trietune.data.examples import IGNORED_LABEL
-from trietune.data.read_row import ReadExample, Rules
+from trietune.data.read_row import LengthRules, ReadExample
 from trietune.data.tally import Tally
 from trietune.data.weights import weigh
 
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 def weighted(
-    encoded: EncodedExamples, read: Sequence[ReadExample], rules: Rules, encoder: Encoder, tally: Tally
+    encoded: EncodedExamples, read: Sequence[ReadExample], rules: LengthRules, encoder: Encoder, tally: Tally
 ) -> tuple[EncodedExamples, Sequence[ReadExample]]:
     """With the weights of rows and messages; what has only labels of weight 0 is left out of training data."""
     examples = [one.example for one in read]
@@ -46,15 +46,15 @@ def encode_tokens(tokens: Sequence[tuple[list[int], list[int]]]) -> EncodedExamp
     return EncodedExamples(input_ids, labels, lengths)
 
 
-def find_labelled(encoded: EncodedExamples) -> np.ndarray:
+def find_labeled(encoded: EncodedExamples) -> np.ndarray:
     """Which sequences have a label; bool [examples]."""
     of_token = np.repeat(np.arange(len(encoded.lengths)), encoded.lengths)
-    labelled = of_token[encoded.labels != IGNORED_LABEL]
-    return np.bincount(labelled, minlength=len(encoded.lengths)) > 0
+    labeled = of_token[encoded.labels != IGNORED_LABEL]
+    return np.bincount(labeled, minlength=len(encoded.lengths)) > 0
 
 
 def fit(
-    encoded: EncodedExamples, read: Sequence[ReadExample], rules: Rules, encoder: Encoder, tally: Tally
+    encoded: EncodedExamples, read: Sequence[ReadExample], rules: LengthRules, encoder: Encoder, tally: Tally
 ) -> tuple[EncodedExamples, Sequence[ReadExample]]:
     """Apply `max_length`: leave out, cut or refuse what is longer."""
     is_long = encoded.lengths > rules.max_length
@@ -90,9 +90,9 @@ def _cut_prompts(encoded: EncodedExamples, max_length: int, *, has_bos: bool) ->
         start, end = int(starts[index]), int(ends[index])
         first = start + int(has_bos)
         surplus = end - start - max_length
-        labelled = np.flatnonzero(encoded.labels[start:end] != IGNORED_LABEL)
+        labeled = np.flatnonzero(encoded.labels[start:end] != IGNORED_LABEL)
         # One token of the prompt stays: without any, the first label would have nothing to be predicted from.
-        if len(labelled) and first + surplus < start + labelled[0] + int(has_bos):
+        if len(labeled) and first + surplus < start + labeled[0] + int(has_bos):
             keep[first : first + surplus] = False
             is_cut[index] = True
     lengths = encoded.lengths - np.where(is_cut, encoded.lengths - max_length, 0)

@@ -19,7 +19,7 @@ from trietune.data.folders import SplitRole
 from trietune.data.held_out import describe_held_out, draw_held_out, report_shared_rows, rows_of_split
 from trietune.data.loading import CheckStop, Loading, Progress, Report, Watch, writable
 from trietune.data.prompt_formats import make_prompt_format
-from trietune.data.reading import find_recipe, first_conversations, in_words_of, weighting_of
+from trietune.data.reading import find_row_format, first_conversations, in_words_of, weighting_of
 from trietune.data.sources import Sources, find_sources
 from trietune.data.task import find_label_task
 from trietune.data.templates import PromptFormat, find_columns
@@ -77,20 +77,20 @@ def load_data(
     """
     sources = find_sources(settings, report=report)
     watch = Watch.of(sources)
-    recipe, form = find_recipe(settings, sources)
-    prompt_format = make_prompt_format(settings, tokenizer, recipe, first_conversations(sources.train, recipe))
-    weighting = weighting_of(settings, sources, recipe, report)
-    unused = find_unused(sources.train.columns(), recipe)
+    row_format, form = find_row_format(settings, sources)
+    prompt_format = make_prompt_format(settings, tokenizer, row_format, first_conversations(sources.train, row_format))
+    weighting = weighting_of(settings, sources, row_format, report)
+    unused = find_unused(sources.train.columns(), row_format)
     if weighting is not None and weighting.has_column:
         unused = tuple(name for name in unused if name != COLUMN)
     if unused and (sources.task_name is None or settings.train_file):
         report(f"columns of `{sources.train.name}` that nothing uses: {', '.join(f'`{name}`' for name in unused)}")
-    if recipe.kind == "templates" and not find_columns(recipe.prompt_template, recipe.template_columns):
+    if row_format.kind == "templates" and not find_columns(row_format.prompt_template, row_format.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
     loading = Loading(
         settings,
         tokenizer,
-        recipe,
+        row_format,
         form,
         weighting,
         prompt_format,
@@ -114,10 +114,10 @@ def load_data(
         )
     if validation is not None:
         report_shared_rows(train, validation, report)
-    task = recipe.task
-    if recipe.kind in ("templates", "columns"):
+    task = row_format.task
+    if row_format.kind in ("templates", "columns"):
         task = find_label_task(train_counts, validation_counts)
-    if task.kind == "labels" and task != recipe.task:
+    if task.kind == "labels" and task != row_format.task:
         report(
             f"completions take {len(task.labels)} values ({', '.join(task.label_names)}): accuracy is measured on them"
         )
@@ -158,18 +158,18 @@ def load_split(
     """
     sources = find_sources(settings, report=report)
     watch = Watch.of(sources)
-    recipe, form = find_recipe(settings, sources, prompt_format)
+    row_format, form = find_row_format(settings, sources, prompt_format)
     used_format = prompt_format or make_prompt_format(
-        settings, tokenizer, recipe, first_conversations(sources.train, recipe)
+        settings, tokenizer, row_format, first_conversations(sources.train, row_format)
     )
     if prompt_format is not None:
-        recipe = in_words_of(prompt_format, recipe, sources.train.name)
+        row_format = in_words_of(prompt_format, row_format, sources.train.name)
         if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
             report("the tokenizer is not the one that the adapter was trained with: figures may be worse for it")
     loading = Loading(
         settings,
         tokenizer,
-        recipe,
+        row_format,
         form,
         None,
         used_format,
@@ -182,7 +182,7 @@ def load_split(
     rows, held_out = rows_of_split(sources, split, report)
     is_rest = split == "train" and held_out is not None
     sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out, is_rest=is_rest)
-    if prompt_format is None and recipe.kind in ("templates", "columns"):
+    if prompt_format is None and row_format.kind in ("templates", "columns"):
         used_format = replace(used_format, task=find_label_task(counts, None))
     return sequences, used_format
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from trietune.config.settings import Settings
 from trietune.data.cache import CacheWriter, make_key, open_cached
-from trietune.data.columns import Recipe
+from trietune.data.columns import RowFormat
 from trietune.data.counts import SplitCounts, describe, name_places
 from trietune.data.encode_answers import tokenize_answers
 from trietune.data.encode_rows import tokenize_rows
@@ -24,7 +24,7 @@ from trietune.data.encoder import make_encoder
 from trietune.data.examples import IGNORED_LABEL, TokenSequences
 from trietune.data.held_out import HELD_OUT_SEED
 from trietune.data.preferences import AnswerForm
-from trietune.data.read_row import Rules
+from trietune.data.read_row import LengthRules
 from trietune.data.rows import Rows
 from trietune.data.sources import Sources
 from trietune.data.templates import PromptFormat, find_columns, split_template
@@ -35,6 +35,8 @@ Report = Callable[[str], None]
 Progress = Callable[[str, int, int | None], None]
 CheckStop = Callable[[], None]
 
+# `max_length: auto` where no model says how long a sequence may be.
+UNBOUNDED = 2**31 - 1
 # Which rows are accepted, and how: an entry of the cache that was made by other rules is not used.
 READING_VERSION = 3
 
@@ -67,7 +69,7 @@ class Loading:
 
     settings: Settings
     tokenizer: Any
-    recipe: Recipe
+    row_format: RowFormat
     form: AnswerForm | None
     weighting: Weighting | None
     prompt_format: PromptFormat
@@ -95,16 +97,16 @@ class Loading:
         self.check_stop()
         # Evaluation measures every label alike.
         weighting = self.weighting if is_training else None
-        rules = Rules(
-            max_length=self.settings.max_length,
+        rules = LengthRules(
+            max_length=UNBOUNDED if self.settings.max_length == "auto" else self.settings.max_length,
             overlong=self.settings.overlong if is_training else None,
             keeps_empty=not is_training,
-            ignored_label=self.settings.ignored_index if self.recipe.kind == "tokens" else IGNORED_LABEL,
+            ignored_label=self.settings.ignored_index if self.row_format.kind == "tokens" else IGNORED_LABEL,
         )
         fingerprint = rows.fingerprint()
         key = make_key(
             rows=fingerprint,
-            recipe=_deciding_fields(self.recipe),
+            recipe=_deciding_fields(self.row_format),
             prompt_format=_deciding_fields(self.prompt_format),
             rules=asdict(rules),
             tokenizers=metadata.version("tokenizers"),
@@ -135,7 +137,7 @@ class Loading:
         self,
         rows: Rows,
         fingerprint: str,
-        rules: Rules,
+        rules: LengthRules,
         key: str,
         is_training: bool,
         held_out: np.ndarray | None,
@@ -160,7 +162,7 @@ class Loading:
         with CacheWriter(self.cache_folder, key) as writer:
             try:
                 if self.form is None:
-                    counts = tokenize_rows(placed, writer, recipe=self.recipe, weighting=weighting, **common)
+                    counts = tokenize_rows(placed, writer, row_format=self.row_format, weighting=weighting, **common)
                 else:
                     counts = tokenize_answers(placed, writer, form=self.form, **common)
             except StopRequested:
@@ -174,8 +176,8 @@ class Loading:
             return writer.finish(asdict(counts)), counts
 
 
-def _deciding_fields(words: Recipe | PromptFormat) -> dict[str, Any]:
-    """What of a recipe or prompt format decides tokens.
+def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
+    """What of a row format or prompt format decides tokens.
 
     Names of columns do only where templates mean others than they meant when identifiers alone were columns; a
     checkpoint of that time then goes on with the same fingerprint.

@@ -10,8 +10,8 @@ from trietune.data.chat import Segment
 from trietune.data.columns import (
     FORMS,
     REQUIRED_COLUMNS,
-    Recipe,
-    RecipeKind,
+    RowFormat,
+    RowFormatKind,
     WrongRow,
     example_maker,
     find_form,
@@ -27,7 +27,7 @@ Overlong = Literal["drop", "truncate_prompt", "error"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class LengthRules:
     """What to do with examples.
 
     Attributes:
@@ -62,45 +62,47 @@ class ReadExample:
         return self.num_unlearnt > 0 and not any(is_learnt for _, is_learnt in self.segments)
 
 
-def example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[[Row, str], list[ReadExample]]:
+def example_reader(
+    row_format: RowFormat, encoder: Encoder, rules: LengthRules
+) -> Callable[[Row, str], list[ReadExample]]:
     """The function from a row and its place to what is written of it; it raises `WrongRow`."""
-    if recipe.kind == "tokens":
+    if row_format.kind == "tokens":
 
         def read_tokens(row: Row, place: str) -> list[ReadExample]:
-            _check_form(row, recipe)
+            _check_form(row, row_format)
             return [_read_tokens(row, place, encoder, rules)]
 
         return read_tokens
-    make = example_maker(recipe)
-    prompt_columns = find_columns(recipe.prompt_template, recipe.template_columns)
+    make = example_maker(row_format)
+    prompt_columns = find_columns(row_format.prompt_template, row_format.template_columns)
 
     def read(row: Row, place: str) -> list[ReadExample]:
-        _check_form(row, recipe)
+        _check_form(row, row_format)
         example = make(row, place)
         if example.messages:
             turns = _turns(example) if encoder.prompt_format.is_turn_by_turn else [example]
             return [_read_conversation(turn, place, encoder) for turn in turns]
         is_empty = any(not to_text(row.get(name), name).strip() for name in prompt_columns)
-        if recipe.kind == "columns":
+        if row_format.kind == "columns":
             is_empty = not example.prompt.strip()
         return [ReadExample(place, example, _segments(example, encoder), None, is_empty)]
 
     return read
 
 
-def _check_form(row: Row, recipe: Recipe) -> None:
+def _check_form(row: Row, row_format: RowFormat) -> None:
     """The first row decides how all are read; one that would be read in another way may not pass in silence."""
-    if recipe.kind not in FORMS:
+    if row_format.kind not in FORMS:
         return
     own = find_form(row)
-    if own is not None and FORMS.index(own) < FORMS.index(recipe.kind):
+    if own is not None and FORMS.index(own) < FORMS.index(row_format.kind):
         raise WrongRow(
-            f"it has {_in_words(own)}, and the first row of the data {_in_words(recipe.kind)}: "
+            f"it has {_in_words(own)}, and the first row of the data {_in_words(row_format.kind)}: "
             "put rows of one form into one file"
         )
 
 
-def _in_words(kind: RecipeKind) -> str:
+def _in_words(kind: RowFormatKind) -> str:
     return ", ".join(f"`{name}`" for name in REQUIRED_COLUMNS[kind])
 
 
@@ -147,7 +149,7 @@ def _turns(example: Example) -> list[Example]:
     ]
 
 
-def _read_tokens(row: Row, place: str, encoder: Encoder, rules: Rules) -> ReadExample:
+def _read_tokens(row: Row, place: str, encoder: Encoder, rules: LengthRules) -> ReadExample:
     """Data that somebody else tokenized: kept as it is, checked, and decoded to have a text to show."""
     input_ids, labels, mask = (_read_numbers(row, name) for name in ("input_ids", "labels", "attention_mask"))
     if len(input_ids) != len(labels):

@@ -11,15 +11,15 @@ from typing import Any
 from trietune.config.settings import Settings
 from trietune.data.columns import (
     REQUIRED_COLUMNS,
-    Recipe,
+    RowFormat,
     WrongRow,
-    built_in_recipe,
-    choose_recipe,
+    built_in_row_format,
+    choose_row_format,
     example_maker,
     find_built_in,
     find_form,
     is_squad_row,
-    recipe_of_adapter,
+    row_format_of_adapter,
 )
 from trietune.data.examples import Example
 from trietune.data.files import BrokenRow, detect_format
@@ -34,11 +34,11 @@ from trietune.errors import UserError
 CONVERSATIONS_TRIED = 100
 
 
-def first_conversations(rows: Rows, recipe: Recipe) -> tuple[Example, ...]:
+def first_conversations(rows: Rows, row_format: RowFormat) -> tuple[Example, ...]:
     """The first conversations of the data, for what must be known of it before it is read; unreadable ones left out."""
-    if recipe.kind != "messages":
+    if row_format.kind != "messages":
         return ()
-    make = example_maker(recipe)
+    make = example_maker(row_format)
     found: list[Example] = []
     for place, row in islice(rows.read(), CONVERSATIONS_TRIED):
         if isinstance(row, BrokenRow):
@@ -54,10 +54,10 @@ def _is_in_squads_form(rows: Rows, first: Any) -> bool:
     return has_columns and find_form(first) is None and (is_squad_file or is_squad_row(first))
 
 
-def in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Recipe:
-    """The recipe for the same rows in the words of an adapter's prompt format."""
+def in_words_of(prompt_format: PromptFormat, row_format: RowFormat, source: str) -> RowFormat:
+    """The row format for the same rows in the words of an adapter's prompt format."""
     kinds = {"messages": "chat", "answer_messages": "chat", "tokens": "tokens"}
-    kind = kinds.get(recipe.kind, "template")
+    kind = kinds.get(row_format.kind, "template")
     if kind != prompt_format.kind:
         in_words = {"chat": "conversations", "tokens": "tokens that the data brought", "template": "prompts"}
         raise UserError(
@@ -65,16 +65,16 @@ def in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Rec
             next_step="evaluate it on data in the form that it was trained on",
         )
     return replace(
-        recipe,
+        row_format,
         prompt_template=prompt_format.prompt_template,
         completion_template=prompt_format.completion_template,
         template_columns=prompt_format.template_columns,
     )
 
 
-def find_recipe(
+def find_row_format(
     settings: Settings, sources: Sources, trained_with: PromptFormat | None = None
-) -> tuple[Recipe, AnswerForm | None]:
+) -> tuple[RowFormat, AnswerForm | None]:
     """How rows become examples, and, where preferences are learnt, how they become answers that are compared.
 
     What an adapter was trained with says more about the rows than their columns.
@@ -85,9 +85,9 @@ def find_recipe(
     if trained_with is not None and trained_with.kind == "template":
         own_task = find_built_in(trained_with)
         if own_task and set(REQUIRED_COLUMNS[own_task]) <= set(columns):
-            return built_in_recipe(own_task), None
+            return built_in_row_format(own_task), None
         if trained_with.completion_template:
-            return recipe_of_adapter(trained_with, columns, rows.name), None
+            return row_format_of_adapter(trained_with, columns, rows.name), None
     if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
         task_name = None
     place, row = next(rows.read(), ("", None))
@@ -105,30 +105,30 @@ def find_recipe(
             prompt_template=settings.prompt_template,
             source=rows.name,
         )
-        return Recipe("answer_messages" if form.is_chat else "answers", settings.prompt_template or ""), form
+        return RowFormat("answer_messages" if form.is_chat else "answers", settings.prompt_template or ""), form
     if task_name is None and settings.prompt_template is None and _is_in_squads_form(rows, row):
         task_name = "squad"
-    recipe = choose_recipe(
+    row_format = choose_row_format(
         columns,
         task_name=task_name,
         prompt_template=settings.prompt_template,
         completion_template=settings.completion_template,
         source=rows.name,
     )
-    if recipe.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
+    if row_format.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
         raise UserError(
             f"`label` of `{rows.name}` says which completions are wanted, and `objective: sft` would learn all of them",
             where=f"its columns are {', '.join(f'`{name}`' for name in columns)}",
             next_step="objective: kto     (or remove the column `label`)",
         )
-    return recipe, None
+    return row_format, None
 
 
 def weighting_of(
-    settings: Settings, sources: Sources, recipe: Recipe, report: Callable[[str], None]
+    settings: Settings, sources: Sources, row_format: RowFormat, report: Callable[[str], None]
 ) -> Weighting | None:
     if settings.objective == "sft":
-        return find_weighting(sources.train, recipe)
+        return find_weighting(sources.train, row_format)
     if COLUMN in sources.train.columns():
         report(f"the column `{COLUMN}` is not used: `objective: {settings.objective}` has no weights of examples")
     return None

@@ -29,12 +29,12 @@ class Problems:
     next_step: str
 
     number: int = 0
-    num_unlabelled: int = 0
+    num_unlabeled: int = 0
     samples: list[str] = field(default_factory=list)
 
-    def add(self, place: str, reason: str, *, is_unlabelled: bool = False) -> None:
+    def add(self, place: str, reason: str, *, is_unlabeled: bool = False) -> None:
         self.number += 1
-        self.num_unlabelled += is_unlabelled
+        self.num_unlabeled += is_unlabeled
         if len(self.samples) < SAMPLES_KEPT:
             self.samples.append(f"{place}: {reason}")
 
@@ -43,7 +43,7 @@ class Problems:
         if not self.number:
             return
         more = self.number - len(self.samples)
-        is_test_split = self.num_unlabelled == self.number
+        is_test_split = self.num_unlabeled == self.number
         raise UserError(
             f"{self.number:,} of {num_rows:,} rows of `{source}` {'have no label' if is_test_split else self.verdict}",
             where="\n       ".join([*self.samples, *([f"and {more:,} more"] if more else [])]),
