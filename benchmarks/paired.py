@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", default=DATA, help="folder of sst2/, or `demo`")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
     parser.add_argument(
-        "--name", help="of the results, the key's unless given; runs that its file holds are not repeated"
+        "--name", help="of the results; runs that its file holds are not repeated"
     )
     return parser.parse_args(arguments)
 
@@ -132,7 +132,7 @@ def train_once(
 
 
 def compare(results: Sequence[dict[str, Any]], learning_rate: float, values: Sequence[str]) -> dict[str, Any]:
-    """Each value's mean accuracy and, over the seeds that have both, the last minus the first, with its 95 % interval."""
+    """Mean accuracy of each value and, over seeds that have both, the last minus the first with its 95 % interval."""
     found: dict[str, dict[int, float]] = {value: {} for value in values}
     for result in results:
         if result["learning_rate"] == learning_rate:
