@@ -19,7 +19,6 @@ from trietune.checkpoints.remote.open import open_storage
 from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import FolderStorage, FsspecStorage, Storage
 from trietune.checkpoints.remote.uploads import Uploader, fetch, synchronize
-from trietune.checkpoints.resume import load_or_create_run_id
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 
@@ -114,7 +113,8 @@ def test_a_copy_is_whole_and_comes_back_on_an_empty_machine(storage: Flaky, tmp_
 
     empty = tmp_path / "b" / "run"
     empty.mkdir(parents=True)
-    run_id = load_or_create_run_id(empty, adopt=remote.find_run_id())
+    run_id = remote.find_run_id()
+    assert run_id is not None
     other = make_store(empty, run_id=run_id)
     assert fetch(other, remote, "last") == [f"step-00000100 was copied from {storage.location}"]
     loaded, original = other.load("last"), store.load("last")

@@ -143,7 +143,7 @@ def watch_training(project: Path, model: str, overrides: list[str], **changes: A
     written = as_written(settings_of(project, model, max_steps=NUM_REAL_STEPS, **changes))
     watch = Watch()
     tracker = Tracker([watch])
-    tracker.add(FilesListener(lambda text: None))
+    tracker.add(FilesListener())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert train(load_config(demo_config(), [*written, *overrides]), tracker=tracker).status == "finished"

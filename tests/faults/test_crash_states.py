@@ -131,7 +131,7 @@ def copies_with_retention(script: Script) -> None:
 
 def logs_cut_back(script: Script) -> None:
     run = script.root / "run"
-    resume.load_or_create_run_id(run)
+    resume.keep_run_id(run, resume.new_run_id())
     script.promise("run id")
     resume.abandon_lines(run / "metrics.jsonl", 2)
     script.promise("cut")

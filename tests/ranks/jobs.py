@@ -250,7 +250,7 @@ def whole_run(settings: dict[str, Any], *, react: str = "", allowed_changes: tup
 
     heard = _Heard(REACTIONS.get(react, lambda event: None))
     tracker = Tracker([heard])
-    tracker.add(FilesListener(lambda text: None))
+    tracker.add(FilesListener())
     try:
         run = train_run(load_config(None, settings), tracker=tracker, allowed_changes=frozenset(allowed_changes))
     except Exception as error:

@@ -40,7 +40,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.events: list[Any] = []
-        self.tracker = Tracker([self, FilesListener(lambda text: None)])
+        self.tracker = Tracker([self, FilesListener()])
 
     def handle(self, event: Any) -> None:
         self.events.append(event)

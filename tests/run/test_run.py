@@ -59,7 +59,7 @@ class Recorder:
 def run(settings: dict[str, object], recorder: Recorder | None = None, **arguments: Any) -> tuple[Run, Recorder]:
     recorder = recorder or Recorder()
     tracker = Tracker([recorder])
-    tracker.add(FilesListener(lambda text: None))
+    tracker.add(FilesListener())
     return train(load_config(None, settings), tracker=tracker, **arguments), recorder
 
 
@@ -278,6 +278,7 @@ EFFECTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "prompt_template": (
         {}, {"prompt_template": "{sentence}?", "completion_template": " {label}"},
     ),
+    "add_bos": ({}, {"add_bos": False}),
     "group_by_prefix": ({"group_by_prefix": False}, {"group_by_prefix": True}),
 }  # fmt: skip
 

@@ -16,7 +16,6 @@ import os
 import re
 import stat
 import threading
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +57,6 @@ class SavedCheckpoint:
 
     path: Path
     step: int
-    seconds: float
-    size_bytes: int
     removed: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -132,7 +129,6 @@ class CheckpointStore:
         Raises:
             SaveFailed: the disk refused. Earlier checkpoints are as they were, and the next save starts anew.
         """
-        started = time.perf_counter()
         info = ManifestInfo(run_id=self.run_id, step=step, metrics=metrics or {}, details=details or {})
         target = self.folder / step_name(step)
         warnings: list[str] = []
@@ -157,8 +153,6 @@ class CheckpointStore:
         return SavedCheckpoint(
             path=target,
             step=step,
-            seconds=time.perf_counter() - started,
-            size_bytes=written.manifest.size_bytes,
             removed=tuple(removed),
             warnings=tuple(warnings),
         )

@@ -15,6 +15,7 @@ import typer
 
 import trietune
 from trietune.cli.checkpoints import checkpoints, sync, verify
+from trietune.cli.estimate import estimate
 from trietune.cli.evaluate import evaluate
 from trietune.cli.export import export
 from trietune.cli.init import doctor, init
@@ -35,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order in which `--help` lists them.
-for command in (train, evaluate, predict, export, report, compare, checkpoints, verify, sync, init, doctor):
+for command in (train, estimate, evaluate, predict, export, report, compare, checkpoints, verify, sync, init, doctor):
     app.command()(command)
 
 

@@ -38,7 +38,14 @@ SMALLEST_BOUND = 256
 LARGEST_BOUND = 16_384
 
 # How PyTorch's allocators, oneDNN and XLA word it where they raise a plain RuntimeError; in lower case.
-OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "out_of_memory", "resource_exhausted")
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "bad_alloc",
+    "out of memory",
+    "out_of_memory",
+    "resource_exhausted",
+    "not enough memory",
+)
 
 
 @dataclass(frozen=True, slots=True)

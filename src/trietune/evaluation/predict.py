@@ -19,13 +19,11 @@ from trietune.data.examples import Example, Message
 from trietune.data.templates import PromptFormat, fill_template, find_half_character, read_messages
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
-from trietune.evaluation.scoring import (
+from trietune.evaluation.scoring import (, no_progress
     CheckStop,
     FlatSequences,
-    Progress,
     label_log_probabilities,
     label_probabilities,
-    no_progress,
     no_stop,
 )
 from trietune.model.causal_lm import TrieModel
@@ -53,7 +51,6 @@ def predict_labels(
     batching: Batching,
     max_positions: int,
     check_stop: CheckStop = no_stop,
-    progress: Progress = no_progress,
 ) -> list[LabelPrediction]:
     """The label of each input, for a prompt format whose task has labels.
 
@@ -75,7 +72,7 @@ def predict_labels(
             batching=batching,
             max_positions=max_positions,
             check_stop=check_stop,
-            progress=progress,
+            progress=no_progress,
         )
     )
     return [
@@ -93,7 +90,6 @@ def predict_text(
     batch_size: int,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
-    progress: Progress = no_progress,
 ) -> list[str]:
     """What the model says to each input, greedily; spaces at both ends are left out.
 
@@ -107,7 +103,7 @@ def predict_text(
                 f"input {number} is empty, and a model needs something to go on from", next_step="give it a text"
             )
     limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=batch_size)
-    answers = generate(model, prompts, limits, check_stop=check_stop, progress=progress)
+    answers = generate(model, prompts, limits, check_stop=check_stop)
     return [encoder.decode_completion(tokens).strip() for tokens in answers]
 
 

@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import stat
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +70,6 @@ class WrittenDirectory:
 
     path: Path
     manifest: Manifest
-    seconds: float
     moved_aside: Path | None = None
 
 
@@ -103,7 +101,6 @@ def write_directory(target: Path, contents: Mapping[str, FileContent], *, info: 
 
 
 def _write_directory(target: Path, contents: Mapping[str, FileContent], info: ManifestInfo) -> WrittenDirectory:
-    started = time.perf_counter()
     check_space(target.parent, sum(_size_of(content) for content in contents.values()))
     staging = files.hidden_sibling("staging", target)
     try:
@@ -122,7 +119,7 @@ def _write_directory(target: Path, contents: Mapping[str, FileContent], info: Ma
         files.discard(moved_aside)
         moved_aside = None
     _check_arrived(target, written)
-    return WrittenDirectory(target, written, time.perf_counter() - started, moved_aside)
+    return WrittenDirectory(target, written, moved_aside)
 
 
 def verify_directory(directory: Path, *, without: Collection[str] = ()) -> Verified:

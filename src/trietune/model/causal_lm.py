@@ -24,6 +24,7 @@ from trietune.model.attention.static_layout import StaticLayout
 from trietune.model.fast.frozen_weight import Whole
 from trietune.model.head import Head
 from trietune.model.loss import label_losses
+from trietune.model.states import carry_states
 from trietune.trie import MicroBatch, Trie, pad_trie
 from trietune.trie.static_shapes import StaticShapes
 
@@ -92,6 +93,7 @@ class TrieModel:
         self._head = Head(network)
         if attention is not None:
             network.set_attn_implementation(register())  # type: ignore[operator]
+            carry_states(network)
 
     @property
     def vocabulary_size(self) -> int:

@@ -70,7 +70,7 @@ def _of_the_run(
         return ()
     from trietune.data import make_encoder
     from trietune.data.load import load_split
-    from trietune.model.base.gguf import cache_folder
+    from trietune.io.cache_folder import cache_folder
 
     try:
         sequences, _ = load_split(

@@ -40,7 +40,7 @@ def open_tracker(
     """
     opened = Tracker()
     if writes_files:
-        opened.add(FilesListener(opened.warn))
+        opened.add(FilesListener())
     chosen = ("wandb" if use_wandb else "none") if tracker == "auto" else tracker
     if tracker not in ("auto", "none"):
         _check_installed(tracker)

@@ -176,7 +176,7 @@ def _assemble(
     return Trie(
         input_ids=input_ids[np.repeat(starts, added) + depth],
         position_ids=depth.astype(np.int32),
-        subtree_end=_subtree_ends(lengths, shared, node_start, depth),
+        subtree_end=_subtree_ends(lengths, shared, node_start),
         row_start=np.append(node_start[:-1][is_row], node_start[-1]).astype(np.int32),
         row_path=row_path,
         row_path_start=row_path_start,
@@ -211,7 +211,6 @@ def _subtree_ends(
     lengths: Int64[np.ndarray, " B"],
     shared: Int64[np.ndarray, " B"],
     node_start: Int64[np.ndarray, " B+1"],
-    depth_of_node: Int64[np.ndarray, " T"],
 ) -> Int32[np.ndarray, " T"]:
     """A node at depth `d` ends where the next sequence begins that does not share depth `d`."""
     num_nodes = node_start[-1]

@@ -94,7 +94,6 @@ def export_adapter(
     merge: bool = False,
     plain: bool = False,
     base: ModelFolder | None = None,
-    readme: str | None = None,
     report: Report = lambda text: None,
 ) -> Exported:
     """Write the adapter of the folder or run `adapter` to the new folder `out`, whole or not at all.
@@ -103,7 +102,6 @@ def export_adapter(
         merge: write a whole model, in the dtype of the base's own weights; it needs the base.
         plain: fold the scale into the weights (`lora_alpha` = `r`, no rsLoRA), for programs that ignore either.
         base: where the base model is; by default it is located by the name in the adapter's configuration.
-        readme: another model card than the one beside the adapter, or than what is made of it for a merged model.
 
     Raises:
         UserError: no adapter, one that is not as its manifest says, `out` is taken, an adapter that cannot be folded, a
@@ -121,11 +119,9 @@ def export_adapter(
         if os.path.lexists(folder / name)
     }
     companions |= _chat_template_of(companions, where=folder)
-    if readme is not None:
-        companions["README.md"] = readme.encode()
     if merge:
         base = base or locate_model(base_name_of(folder), report=report)
-        if "README.md" in companions and readme is None:
+        if "README.md" in companions:
             companions["README.md"] = merged_card(companions["README.md"].decode(errors="replace")).encode()
         was_in_4bit = _was_trained_in_4bit(folder)
         return _write_merged(files, companions, base, out, where=str(folder), was_in_4bit=was_in_4bit, report=report)

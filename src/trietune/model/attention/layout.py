@@ -12,7 +12,9 @@ from torch import Tensor
 from trietune.model.attention.flex import FlexLayout, build_flex_layout
 from trietune.model.attention.row_blocks import AttentionCost, RowLayout, build_row_layout
 from trietune.model.attention.varlen import VarlenLayout, build_varlen_layout
+from trietune.model.states.scan import TrieStates
 from trietune.trie import Trie
+from trietune.trie.segments import branch_points
 
 AttentionKind = Literal["rows", "varlen", "flex", "mask"]
 
@@ -24,10 +26,12 @@ class ForcedRows:
     Attributes:
         cost: by which the cut is chosen.
         keeps_none: see `RowLayout`.
+        cuts: where paths are cut for layers with a state: nowhere, at every branch point, or where it costs least.
     """
 
     cost: AttentionCost
     keeps_none: bool = False
+    cuts: Literal["none", "all", "cheapest"] = "cheapest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,20 @@ class TrieLayout:
         self._flex: dict[tuple[int | None, bool], FlexLayout] = {}
         self._masks: dict[int | None, Bool[Tensor, "1 1 T T"]] = {}
         self._deepest = int(trie.position_ids.max(initial=0))
+        self._states: TrieStates | None = None
+
+    @property
+    def carrier(self) -> TrieStates:
+        """What follows what, for layers that carry a state."""
+        if self._states is None:
+            self._states = self.states()
+        return self._states
+
+    def states(self, *, keeps: Int64[np.ndarray, " B"] | None = None) -> TrieStates:
+        """The same, anew; `keeps` as in `TrieStates`."""
+        forced: dict[str, list[int] | None] = {"none": [], "all": branch_points(self._trie), "cheapest": None}
+        cuts = None if self._forced is None else forced[self._forced.cuts]
+        return TrieStates(self._trie, device=self._device, place=self._to_device, cuts=cuts, keeps=keeps)
 
     def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, is_pruned: bool = False) -> RowLayout:
         """The buckets for a layer.

@@ -20,11 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from trietune.device.device import recompute
+from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized, loading_options
-
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def load_network(
@@ -44,8 +43,6 @@ def load_network(
         UserError: needs code of its own, is no causal language model, is quantized, lacks weights, is damaged, does
             not fit into memory.
     """
-    if dtype not in SUPPORTED_DTYPES:
-        raise UserError(f"a base model cannot be held in {dtype}", next_step="dtype: bfloat16   (or float32)")
     check_config(folder)
     _check_memory(folder.path, dtype, device, load_in_4bit)
     try:
@@ -114,16 +111,6 @@ def check_config(folder: ModelFolder) -> None:
     raise UserError(
         f"`{folder.name}` is no causal language model: model_type `{family}`",
         next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is the allocator's refusal, on any device, and no bug."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory", "RESOURCE_EXHAUSTED")
     )
 
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
-from trietune.model.base.load import is_out_of_memory
 from trietune.model.proof.forests import Places, PlainRows
 from trietune.model.proof.parts import InFullPrecision, in_full_precision, is_layer, layer_of
 from trietune.model.replaced import library_code
