@@ -19,11 +19,12 @@ from trietune.data.examples import Example, Message
 from trietune.data.templates import PromptFormat, fill_template, find_half_character, read_messages
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
-from trietune.evaluation.scoring import (, no_progress
+from trietune.evaluation.scoring import (
     CheckStop,
     FlatSequences,
     label_log_probabilities,
     label_probabilities,
+    no_progress,
     no_stop,
 )
 from trietune.model.causal_lm import TrieModel
