@@ -25,6 +25,7 @@ from trietune.evaluation.scoring import (
     FlatSequences,
     label_log_probabilities,
     label_probabilities,
+    no_progress,
     no_stop,
 )
 from trietune.model.causal_lm import TrieModel
@@ -73,6 +74,7 @@ def predict_labels(
             batching=batching,
             max_positions=max_positions,
             check_stop=check_stop,
+            progress=no_progress,
         )
     )
     return [
