@@ -152,6 +152,11 @@ class Settings(BaseModel):
     tokenizer has one and does not say `add_bos_token: false`. The adapter's `prompt_format.json` keeps what was done,
     and `evaluate` and `predict` follow it; a chat template may write the token itself."""
 
+    task: Literal["auto", "labels", "answers", "text"] = "auto"
+    """What a right answer is, and so what is measured beside the loss: `labels` scores every label and counts accuracy,
+    `answers` generates and compares (exact match, token F1, ROUGE-L where answers are long), `text` measures the loss
+    only. `auto` takes labels where completions are few, short and seen often, and says why."""
+
     ignored_index: int = -100
     """Label that counts for nothing, in data that brings labels of its own."""
 

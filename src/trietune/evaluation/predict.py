@@ -25,8 +25,10 @@ from trietune.evaluation.scoring import (
     FlatSequences,
     label_log_probabilities,
     label_probabilities,
+    names_of,
     no_progress,
     no_stop,
+    sum_by_name,
 )
 from trietune.model.causal_lm import TrieModel
 from trietune.trie import Batching
@@ -77,9 +79,10 @@ def predict_labels(
             progress=no_progress,
         )
     )
+    names, group = names_of(task)
     return [
-        LabelPrediction(task.label_names[int(row.argmax())], dict(zip(task.label_names, row.tolist(), strict=True)))
-        for row in probabilities
+        LabelPrediction(names[int(row.argmax())], dict(zip(names, row.tolist(), strict=True)))
+        for row in sum_by_name(probabilities, group, len(names))
     ]
 
 
