@@ -112,7 +112,7 @@ def test_unpublished_model_of_the_originals_table_is_replaced_with_one_note(name
 def test_settings_without_effect_are_noted() -> None:
     settings = load_config(None, ["load_from_storage=true", "remote_path=/mirror"], {})
     assert settings.notes == (
-        "`load_from_storage` matters to a resume alone: add `--resume`, or `resume_from_checkpoint: auto`",
+        "`load_from_storage` is only for resuming: add `--resume`, or `resume_from_checkpoint: auto`",
     )
     assert "remote_path" in load_config(None, ["remote_path=/mirror"], {}).notes[0]
 

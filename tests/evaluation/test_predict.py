@@ -96,7 +96,7 @@ def test_a_turn_of_a_chat_streams_its_text(talkative: Any, make_test_encoder: An
         (
             {"prompt_template": SQUAD_PROMPT},
             {"question": "Who?", "id": "7"},
-            "error: input 1 has no `context`, which the prompt of this adapter asks for\n"
+            "error: input 1 has no `context`, which this adapter's prompt uses\n"
             "       it has `question`, `id`\n"
             'next:  give JSON with all of them: {"context": "...", "question": "..."}',
         ),

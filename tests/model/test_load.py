@@ -99,7 +99,7 @@ def test_an_architecture_of_the_future(folder: Path) -> None:
 
 def test_no_causal_language_model(folder: Path) -> None:
     _change_config(folder, model_type="t5")
-    assert "is no causal language model: model_type `t5`" in _error(folder)
+    assert "is not a causal language model: model_type `t5`" in _error(folder)
 
 
 def test_a_model_that_sees_what_comes_is_no_causal_one(folder: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_damaged_file(folder: Path, kept: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     error = _error(folder)
-    assert "is damaged or only a part of a download" in error
+    assert "is damaged or only partly downloaded" in error
 
 
 def test_a_model_too_large_is_refused_before_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ def test_a_training_whose_process_was_killed_goes_on_with_any_number(overrides: 
     settings["max_steps"] = 40
     resumed = trietune("train", "--resume", "--allow-change", "max_steps", *command_line(settings))
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from step" in resumed.stderr
+    assert "resuming from step" in resumed.stderr
 
 
 @pytest.mark.slow

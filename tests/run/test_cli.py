@@ -132,7 +132,7 @@ def test_copies_go_to_a_folder_and_an_empty_machine_goes_on(
     run_folder.rename(tmp_path / "lost")
     config.write_text(json.dumps({**settings, "max_steps": 6, "load_from_storage": True}))
     assert main(["train", str(config), "--resume"]) == 0
-    assert "going on from step 4" in capfd.readouterr().err
+    assert "resuming from step 4" in capfd.readouterr().err
     assert (run_folder / "adapter" / "manifest.json").is_file()
 
 
@@ -236,7 +236,7 @@ def test_a_second_process_on_one_run_is_refused(overrides: dict[str, object], tm
     with RunLock(folder):
         done = run("-m", "trietune", "train", *as_set({**overrides, "resume_from_checkpoint": "auto"}), cwd=tmp_path)
     assert done.returncode == 2
-    assert "another process writes" in done.stderr
+    assert "another process is writing" in done.stderr
     assert f"process {os.getpid()}" in done.stderr
 
 

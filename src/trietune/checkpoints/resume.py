@@ -31,15 +31,15 @@ _NOT_MENTIONED = {
 }  # fmt: skip
 
 _ROUNDING = "the same numbers up to rounding, not the same bits"
-_REPORTED = "what is reported changes, and checkpoints are ranked apart from those of before"
+_REPORTED = "reported metrics change, and checkpoints are not ranked against earlier ones"
 # What dropout takes out is drawn for each micro-batch, in the order in which layers ask.
-_REDRAWN = "other dropout masks from here on: another draw, not the same numbers"
+_REDRAWN = "dropout draws different masks from here on, so the numbers differ"
 _DRAWN_BY = {"batching", "device", "fused_layers", "max_tokens_per_micro_batch"}
 _WARNED = {
     "attention": _ROUNDING,
     "batching": _ROUNDING,
-    "checkpoint_metric": "`best` now means another metric",
-    "checkpoint_metric_mode": "`best` now means the other end of the metric",
+    "checkpoint_metric": "`best` now refers to another metric",
+    "checkpoint_metric_mode": "`best` now refers to the other end of the metric",
     "deterministic": _ROUNDING,
     "enable_trace": _ROUNDING,
     "fused_layers": _ROUNDING,
@@ -63,7 +63,7 @@ _WARNED = {
     "xla_compile_options": _ROUNDING,
     "world_size": f"{_ROUNDING}; dropout masks are drawn by rank",
 }
-_WARNED_PREFIXES = {"versions.": "not promised to give the same bits", "machine.": _ROUNDING}
+_WARNED_PREFIXES = {"versions.": "may not give the same bits", "machine.": _ROUNDING}
 # Where something lies says nothing about what it is: with these fingerprints equal, another place is no other training.
 _FINGERPRINTS = {
     "train_file": "data_fingerprint",
@@ -120,13 +120,14 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Colle
             continue
         fingerprint = _FINGERPRINTS.get(key, "")
         if saved.get(fingerprint) and saved.get(fingerprint) == current.get(fingerprint):
-            differences.append(Difference(key, _shown(before), _shown(now), "warn", "the same contents, elsewhere"))
+            effect = "the same contents in another place"
+            differences.append(Difference(key, _shown(before), _shown(now), "warn", effect))
             continue
         effect = _effect_of_a_harmless_change(key, before, now, current)
         verdict: Literal["warn", "allowed", "refuse"] = "warn"
         if effect is None:
             verdict = "allowed" if key in allowed else "refuse"
-            effect = "another training from here on"
+            effect = "training differs from here on"
         differences.append(Difference(key, _shown(before), _shown(now), verdict, effect))
     return differences
 
@@ -144,7 +145,7 @@ def compare_warmup(before: int | None, now: int, step: int, allowed: Collection[
     if before is None or before == now:
         return []
     accepted = _DECIDE_WARMUP.intersection(allowed)
-    effect = "another learning rate at steps already taken" if step else "another learning rate from here on"
+    effect = "a different learning rate at steps already taken" if step else "a different learning rate from here on"
     verdict: Literal["allowed", "refuse"] = "allowed" if accepted else "refuse"
     return [Difference(WARMUP_IN_EFFECT, f"{before} steps", f"{now} steps", verdict, effect)]
 
@@ -254,9 +255,9 @@ def keep_run_id(run_directory: Path, run_id: str) -> None:
 
 def _effect_of_a_harmless_change(key: str, before: object, now: object, current: Mapping[str, Any]) -> str | None:
     if before is _MISSING or now is _MISSING:
-        return "known to one of the two alone, so it cannot be compared"
+        return "known on one side only, so it cannot be compared"
     if key in _LENGTH_OF_RUN and current.get("lr_scheduler_type", "constant") == "constant":
-        return "the run ends elsewhere; up to there nothing changes"
+        return "the run ends at another step; nothing changes before that"
     if key in _DRAWN_BY and (current.get("lora_dropout") or current.get("base_dropout")):
         return _REDRAWN
     for prefix, effect in _WARNED_PREFIXES.items():

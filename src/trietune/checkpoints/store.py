@@ -142,7 +142,7 @@ class CheckpointStore:
             failure = error if isinstance(error, SaveFailed) else disk_errors.save_failed(error, target)
             raise messages.checkpoint_not_saved(failure, newest_whole=self._newest_whole()) from error
         if written.moved_aside:
-            warnings.append(f"{target.name} stood there and was not whole; it is now {written.moved_aside.name}")
+            warnings.append(f"{target.name} was there already and was not whole; it is now {written.moved_aside.name}")
         self._known_whole.add(step)
         self._resumed_step = None
         removed: list[Path] = []
@@ -318,7 +318,7 @@ class CheckpointStore:
         newest_first = list(reversed(found))
         ranked = retention.best_first(self._ranked(found), self.mode, self.measured_on)
         if not ranked:
-            return newest_first, [f"no whole checkpoint has a value of `{self.metric}`; taking the newest instead"]
+            return newest_first, [f"no whole checkpoint has a value for `{self.metric}`; using the newest instead"]
         best = next(item for item in found if item.step == ranked[0].step)
         return [best, *(item for item in newest_first if item is not best)], []
 

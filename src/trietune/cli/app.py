@@ -63,10 +63,12 @@ def train(
     config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+        bool, typer.Option("--resume", help="Resume from the newest checkpoint, if there is one.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and where it is from.")] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print each value and where it comes from.")
+    ] = False,
     allow_change: Annotated[
         list[str],
         typer.Option("--allow-change", metavar="KEY", help="Accept a difference, or `optimizer_state`, when resuming."),
@@ -77,7 +79,7 @@ def train(
         typer.Option("--nproc", metavar="N|auto", help="Processes on this machine that share each step."),
     ] = None,
     restarts: Annotated[
-        int, typer.Option("--restarts", min=0, help="With --nproc: how often to go on after a lost process.")
+        int, typer.Option("--restarts", min=0, help="With --nproc: how many times to restart after a lost process.")
     ] = 0,
 ) -> None:
     """Train an adapter from one YAML file."""
@@ -95,7 +97,7 @@ def train(
         _say(describe(settings))
         return
     if restarts and nproc is None:
-        raise UserError("`--restarts` watches the processes of `--nproc`", next_step="--nproc 2 --restarts 3")
+        raise UserError("`--restarts` needs `--nproc`", next_step="--nproc 2 --restarts 3")
     count = _number_of_processes(nproc)
     if dry_run:
         _print_plan(settings, as_json=as_json, num_processes=count)
@@ -129,7 +131,9 @@ def evaluate(
     ] = [],  # noqa: B006
     predictions: Annotated[
         MaybePath,
-        typer.Option("--predictions", metavar="FILE", help="What it said to each example: SQuAD's JSON, or JSONL."),
+        typer.Option(
+            "--predictions", metavar="FILE", help="Write predictions here: SQuAD's JSON for questions, else JSONL."
+        ),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
@@ -169,7 +173,7 @@ def evaluate(
 @app.command()
 def predict(
     target: Target,
-    text: Annotated[list[str], typer.Option(help="What to ask; may be repeated.")] = [],  # noqa: B006
+    text: Annotated[list[str], typer.Option(help="A prompt; may be repeated.")] = [],  # noqa: B006
     input_file: Annotated[
         MaybePath, typer.Option("--input", help="Texts, one a line, or .jsonl with columns; `-` is stdin.")
     ] = None,
@@ -224,12 +228,12 @@ def export(
     to: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            "--to", metavar="PROGRAM", help="For gguf, ollama, vllm, mlx or transformers; proved before done."
+            "--to", metavar="PROGRAM", help="For gguf, ollama, vllm, mlx or transformers; read back and compared."
         ),
     ] = None,
     quantize: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="FORMAT", help="Of GGUF files: f32, bf16, f16, q8_0, q4_k_m."),
+        typer.Option(metavar="FORMAT", help="For GGUF files: f32, bf16, f16, q8_0, q4_k_m."),
     ] = None,
     push: Annotated[
         Optional[str],  # noqa: UP045
@@ -255,9 +259,9 @@ def report(
     out: Annotated[MaybePath, typer.Option(help="HTML file, or `-`; default: report.html in the (first) run.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Print it instead of writing a page.")] = False,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Show it at an address of this machine, refreshed while a run goes on.")
+        bool, typer.Option("--serve", help="Serve it on this machine, refreshed while a run is in progress.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve: 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 picks a free port.")] = 0,
 ) -> None:
     """Write one page about one run, or several side by side."""
     from trietune.tracking.report.report import render_runs, report_text
@@ -281,9 +285,7 @@ def report(
 
 
 @app.command()
-def compare(
-    first: RunFolder, second: Annotated[Path, typer.Argument(help="The run that is compared with it.")]
-) -> None:
+def compare(first: RunFolder, second: Annotated[Path, typer.Argument(help="The run to compare it with.")]) -> None:
     """Test whether one run is better than another, example by example, and name the settings that differ."""
     from trietune.tracking.report.report import compare_text
 
@@ -356,7 +358,7 @@ def sync(run: RunFolder) -> None:
         except UserError:
             raise
         except Exception as error:
-            _say(f"error: {remote.location}: {error}\nnext:  the same command tries again", err=True)
+            _say(f"error: {remote.location}: {error}\nnext:  run the same command to try again", err=True)
             raise typer.Exit(EXIT_UPLOAD_INCOMPLETE) from error
     for warning in result.warnings:
         _say(f"warning: {warning}", err=True)
@@ -381,7 +383,7 @@ def init(
     check_output(schema, "init")
     write_output(target, render_template(kind).encode(), "--out")
     write_output(schema, (json.dumps(json_schema(), indent=1) + "\n").encode(), "init")
-    _say(f"{target}: every line has its meaning beside it")
+    _say(f"{target}: each key is explained beside it")
     _say(f"next:  trietune train {target} --dry-run")
 
 
@@ -555,7 +557,7 @@ def _parse_bound(text: str) -> tuple[str, bool, float]:
                 return name.strip() if "/" in name else f"eval/{name.strip()}", is_least, float(value)
             except ValueError:
                 break
-    raise UserError(f"`--require {text}` is no bound", next_step="--require 'accuracy>=0.9'   (or <=)")
+    raise UserError(f"`--require {text}` is not a threshold", next_step="--require 'accuracy>=0.9'   (or <=)")
 
 
 def _holds(found: Evaluation, name: str, is_least: bool, bound: float) -> bool:
@@ -624,7 +626,7 @@ def _chat(opened: LoadedModel, max_new_tokens: int) -> None:
 
     encoder = opened.encoder()
     is_chat = encoder.prompt_format.kind == "chat"
-    _say(f"{opened.name}: write a line; Ctrl-D ends" + ("; `/new` begins anew" if is_chat else ""), err=True)
+    _say(f"{opened.name}: type a message; Ctrl-D quits" + ("; `/new` starts over" if is_chat else ""), err=True)
     messages: list[Message] = []
     while True:
         try:
@@ -674,7 +676,7 @@ def _open_store(run: Path) -> Any:
     from trietune.config import load_config
 
     if not (run / "config.yaml").is_file():
-        raise UserError(f"`{run}` is no run: it has no config.yaml", next_step="name a run's folder: runs/NAME")
+        raise UserError(f"`{run}` is not a run: it has no config.yaml", next_step="name a run's folder: runs/NAME")
     settings = load_config(run / "config.yaml", ())
     store = CheckpointStore(
         run_directory=run,

@@ -111,7 +111,7 @@ def _from_file(path: Path, problems: list[Problem]) -> dict[str, _Given]:
     for entry in document.entries:
         if entry.key in lines:
             what = f"repeated key `{printable(entry.key)}` in {path}, line {entry.line}"
-            problems.append(Problem(what, f"it is already in line {lines[entry.key]}", "remove one of the two"))
+            problems.append(Problem(what, f"it is already on line {lines[entry.key]}", "remove one of the two"))
             continue
         lines[entry.key] = entry.line
         given[entry.key] = _Given(entry.value, f"{path}, line {entry.line}")

@@ -370,7 +370,7 @@ class Settings(BaseModel):
 
     use_wandb: bool = True
     """Whether Weights & Biases is told. If it is not installed, not logged in or not reachable, one line says so and
-    the run goes on without it."""
+    the run continues without it."""
 
     tracker: Literal["auto", "wandb", "tensorboard", "trackio", "none"] = "auto"
     """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value decides

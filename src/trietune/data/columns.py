@@ -275,7 +275,7 @@ def _read_answers(value: Any) -> tuple[str, ...]:
     for item in value:
         text = item.get("text") if isinstance(item, Mapping) else item
         if not isinstance(text, str):
-            raise WrongRow("`answers` holds something that is no text")
+            raise WrongRow("`answers` holds something that is not text")
         texts.append(text)
     return tuple(texts)
 

@@ -197,7 +197,7 @@ def _explain(error: Exception, path: str, dataset_id: str) -> UserError:
         )
     if "Dataset scripts are no longer supported" in text:
         return UserError(
-            f"`{path}` is a program and not data, and programs from the hub are not run",
+            f"`{path}` is a script, not data, and scripts from the hub are not run",
             where=where,
             next_step=f"look for a version of it in parquet; {local}",
         )

@@ -419,7 +419,7 @@ def _report_shared_rows(train: TokenSequences, validation: TokenSequences, repor
     if shared:
         places = name_places([validation.ids[index] for index in shared[:SAMPLES_KEPT]], len(shared))
         report(
-            f"validation: {len(shared):,} of {len(validation):,} examples also stand in the training data ({places})"
+            f"validation: {len(shared):,} of {len(validation):,} examples also appear in the training data ({places})"
         )
 
 
@@ -565,7 +565,7 @@ def _describe_held_out(rows: Rows, held_out: np.ndarray) -> str:
 
 def _changed_meanwhile(rows: Rows) -> UserError:
     return UserError(
-        f"`{rows.name}` was written to while it was read, so nobody can tell what was read of it",
+        f"`{rows.name}` changed while it was being read, so it is not clear what was read",
         where="nothing was kept",
         next_step="wait until the file is complete, then run the same command again",
     )

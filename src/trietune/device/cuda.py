@@ -89,8 +89,8 @@ def missing_cuda(where: str) -> UserError:
     return UserError(
         "`device: cuda`, but PyTorch sees no CUDA device",
         where=f"{where}; torch {torch.__version__} "
-        + (f"is built for CUDA {built}" if built else "is a build without CUDA"),
-        next_step="`nvidia-smi` shows whether the driver sees a card; "
+        + (f"is built for CUDA {built}" if built else "was built without CUDA"),
+        next_step="`nvidia-smi` shows whether the driver sees a GPU; "
         + ("" if built else "install a CUDA build of torch; ")
-        + "`--set device=auto` takes what is there",
+        + "`--set device=auto` uses what is there",
     )

@@ -109,7 +109,7 @@ def _devices() -> list[Finding]:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         findings.append(Finding("cuda", f"{torch.version.cuda}: {', '.join(names)}"))
     else:
-        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a build without it"
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without it"
         findings.append(Finding("cuda", f"no device; {built}", "note"))
     return [*findings, *_xla()]
 
@@ -122,9 +122,9 @@ def find_attention(device: Device) -> Finding:
         way, _ = choose_backend("auto", device, needs, where="doctor")
         sizes_of_way.setdefault(way, []).append(str(size))
     if len(sizes_of_way) == 1:
-        return Finding("attention", f"tries attend by `{next(iter(sizes_of_way))}`")
+        return Finding("attention", f"tries use `{next(iter(sizes_of_way))}`")
     parts = (f"`{way}` for heads of {' and '.join(sizes)}" for way, sizes in sizes_of_way.items())
-    return Finding("attention", f"tries attend by {', '.join(parts)}")
+    return Finding("attention", f"tries use {', '.join(parts)}")
 
 
 def _xla() -> list[Finding]:
@@ -147,7 +147,7 @@ def _versions() -> list[Finding]:
         found = metadata.version(package)
         if Version(found) < Version(least):
             remedy = f"pip install --upgrade '{package}>={least}'"
-            findings.append(Finding(package, f"{found} has known holes", "problem", remedy))
+            findings.append(Finding(package, f"{found} has known vulnerabilities", "problem", remedy))
         else:
             findings.append(Finding(package, found))
     for extra, package in OPTIONAL.items():
@@ -169,9 +169,9 @@ def _cache() -> Finding:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if os.access(existing, os.W_OK):
         return Finding("cache", f"{folder} can be written")
-    return Finding("cache", f"{folder} cannot be written", "problem", "set TRIETUNE_CACHE to a folder that can")
+    return Finding("cache", f"{folder} cannot be written", "problem", "set TRIETUNE_CACHE to a writable folder")
 
 
 def _variables() -> Finding:
     found = [name for name in VARIABLES if os.environ.get(name)]
-    return Finding("variables", f"set: {', '.join(found)}" if found else "none of ours is set")
+    return Finding("variables", f"set: {', '.join(found)}" if found else "none is set")

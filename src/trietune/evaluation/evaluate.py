@@ -202,7 +202,7 @@ def find_labels(sequences: TokenSequences, indices: np.ndarray, completions: Seq
         completion = np.asarray(sequences.input_ids[starts[index] : sequences.offsets[index + 1]], np.int32)
         number = number_of.get(completion.tobytes())
         if number is None:
-            raise ValueError(f"the completion of example `{sequences.ids[index]}` is none of the task's labels")
+            raise ValueError(f"the completion of example `{sequences.ids[index]}` is not one of the task's labels")
         found[at] = number
     return found
 

@@ -153,7 +153,7 @@ def read_directory(directory: Path, *, without: Collection[str] = ()) -> tuple[M
         raise UserError(
             f"{directory.name} holds {total:,} bytes, more than the memory that is free",
             where=str(directory),
-            next_step="stop other programs, or go on on a machine with more memory",
+            next_step="close other programs, or continue on a machine with more memory",
         )
     contents = {}
     for name, entry in wanted.items():
@@ -250,7 +250,7 @@ def _check_arrived(target: Path, written: Manifest) -> None:
     except DamagedDirectory:
         is_there = False
     if not is_there:
-        raise OSError(errno.ESTALE, "it was written, renamed and acknowledged, and is not there", str(target))
+        raise OSError(errno.ESTALE, "it was written, renamed and acknowledged, but is not there", str(target))
 
 
 def _rename_folder(source: Path, target: Path) -> None:

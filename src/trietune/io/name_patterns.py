@@ -75,4 +75,4 @@ def compile_pattern(pattern: str) -> Any:
     except PatternError:
         raise
     except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
-        raise PatternError(f"is no pattern: {error}") from error
+        raise PatternError(f"is not a pattern: {error}") from error

@@ -44,7 +44,7 @@ def export_to(
         found = _of_the_run(source, tokenizer, prompt_format, tracker)
         if not found:
             tracker.info(
-                f"no validation examples of a run here: {NUM_PROMPTS} shipped sentences prove the export instead"
+                f"no run with validation examples here: {NUM_PROMPTS} built-in sentences check the export instead"
             )
             found = shipped_prompts(tokenizer, prompt_format)
         return [prompt[-LONGEST_PROMPT:] for prompt in found]

@@ -154,7 +154,7 @@ def evaluate(
         opened = open_model(target, overrides, tracker)
         if opened.prompt_format is not None and not _names_data(opened, target, overrides):
             raise UserError(
-                f"`{target}` is a model without a run, so the data to evaluate it on must be named",
+                f"`{target}` belongs to no run, so name the data to evaluate it on",
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
             )
         if split is None and not _overridden_data(overrides):

@@ -190,7 +190,7 @@ class Plan:
             return f"the base model's own is off ({rates})"
         if not rates:
             return "the base model has none of its own"
-        return f"the base model's own stays on ({rates}), drawn once a node; layers are not fused"
+        return f"the base model's own stays on ({rates}), drawn once per node; layers are not fused"
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan for people: (name, value), in the order in which things happen."""
@@ -242,4 +242,4 @@ def _gigabytes(count: int) -> str:
 
 
 def _grouping(is_grouped: bool) -> str:
-    return "examples with a common beginning meet" if is_grouped else "shuffled plainly"
+    return "examples with a common prefix share a batch" if is_grouped else "shuffled plainly"

@@ -50,7 +50,7 @@ class Prepared:
 
     Attributes:
         learning: what is learnt, before its reference has been scored.
-        start: folder of the adapter to begin with; None begins with a new one.
+        start: folder of the initial adapter; None begins with a new one.
     """
 
     settings: Settings
@@ -107,7 +107,7 @@ def prepare_together(settings: Settings, tracker: Tracker, check_stop: Callable[
                 "the validation data": prepared.data.validation_fingerprint,
                 "the base model": prepared.base.digest or sampled_digest(prepared.base.path),
                 "the converted base model": prepared.base.weights_digest,
-                "the adapter to begin with": start_adapter(prepared),
+                "the initial adapter": start_adapter(prepared),
                 "the kind of device": plan.device.kind,
                 "the number of steps": plan.num_steps,
                 "the grouping of examples": plan.is_grouped,
@@ -338,9 +338,7 @@ def uncovered(settings: Settings, coverage: Coverage) -> list[str]:
         experts = [name.rpartition(".")[2] for name, _ in coverage.without if ".experts." in name]
         if experts and settings.lora_target_parameters == "auto":
             advice = f"; `lora_target_parameters: [{', '.join(dict.fromkeys(experts))}]` adapts the experts"
-        sentences.append(
-            f"adapters are on {coverage.share:.0%} of the layers' weights; without one are {shown}{advice}"
-        )
+        sentences.append(f"adapters cover {coverage.share:.0%} of the layers' weights; not covered: {shown}{advice}")
     return sentences
 
 

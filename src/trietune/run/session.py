@@ -276,7 +276,7 @@ class Session:
             self.loss_scale = LossScale(self.plan.device.torch_device, state["loss_scale"])
         if state.get("reference", (digest := self.learning.reference_digest())) != digest:
             self.tracker.warn(
-                "the scores of the reference were computed anew: the same numbers up to rounding, not the same bits",
+                "the reference's scores were computed again: the same numbers up to rounding, not the same bits",
             )
         self._take_over_memory(state)
 
@@ -289,7 +289,7 @@ class Session:
             if self.max_positions < before:
                 self.tracker.info(
                     f"less memory is free than before: micro-batches of at most {self.max_positions:,} tokens instead "
-                    f"of {before:,}; a batch that is cut in another way has the same gradients up to rounding"
+                    f"of {before:,}; a batch that is cut differently has the same gradients up to rounding"
                 )
             self.max_positions = min(self.max_positions, before)
         if self.is_sharded:
@@ -363,7 +363,7 @@ class Session:
         if not self.settings.base_dropout:
             silence_rates(network)
             if drawing := silence_draws(network):
-                self.tracker.info(f"kept from drawing random numbers: {_few(drawing)}")
+                self.tracker.info(f"stopped from drawing random numbers: {_few(drawing)}")
         twin = twin_of(network) if self.plan.num_steps > 0 and not self.is_sharded else None
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         if twin is not None:
@@ -374,7 +374,7 @@ class Session:
             del twin
         elif self.is_sharded and self.plan.num_steps > 0:
             self.tracker.info(
-                "not tried before training: whether plain PEFT reads the adapter as the model that is trained, since "
+                "not checked before training: whether plain PEFT reads the adapter as the trained model, since "
                 "no process holds the whole base model"
             )
         if self.start is not None:
@@ -497,7 +497,7 @@ class Session:
         if error.num_positions <= error.longest:
             self.ranks.once(lambda: self._raise_too_long(error))
         self.max_positions = max(error.num_positions // 2, error.longest)
-        redrawn = "; dropout draws other masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
+        redrawn = "; dropout draws new masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
         self.tracker.warn(
             f"memory ran out at a micro-batch of {error.num_positions:,} tokens: at most {self.max_positions:,} from "
             f"here on, and step {self.step + 1:,} begins again{redrawn}",
@@ -509,7 +509,7 @@ class Session:
             where=f"step {self.step + 1}, on {self.plan.device.name}; checkpoints of earlier steps are whole",
             next_step="`--set gradient_checkpointing=True`"
             if not self.settings.gradient_checkpointing
-            else f"leave longer examples out: `--set max_length={max(error.longest // 2, 1)}`, or take a smaller "
+            else f"drop longer examples with `--set max_length={max(error.longest // 2, 1)}`, or use a smaller "
             "base model",
         ) from error
 
@@ -520,7 +520,7 @@ class Session:
         def write() -> None:
             try:
                 if not path.exists() and self.plan.device.write_memory_snapshot(path):
-                    self.tracker.info(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
+                    self.tracker.info(f"{path} shows what used the memory; open it at https://pytorch.org/memory_viz")
             except OSError as error:
                 self.tracker.warn(f"no memory snapshot: {error}")
 
@@ -726,7 +726,7 @@ class Session:
             trains=True,
         )
         if bound < self.max_positions:
-            self.tracker.info(f"a mask grows squared: micro-batches of at most {bound:,} tokens")
+            self.tracker.info(f"masks grow with the square of their length: micro-batches of at most {bound:,} tokens")
             self.max_positions = bound
 
     def _prove_on_host(self, network: Any) -> Proof | None:
@@ -760,7 +760,7 @@ class Session:
         try:
             write_batch_picture(self.plan.directory, rows, indices, ids, self.tokenizer)
         except OSError as error:
-            self.tracker.warn(f"no picture of a batch for the report: {error}")
+            self.tracker.warn(f"the report has no picture of a batch: {error}")
 
     def _save(self, *, must_succeed: bool = False) -> None:
         metrics = self.measured if self.measured_step == self.step else {}
@@ -817,8 +817,8 @@ class Session:
         if without:
             layers = list(dict.fromkeys(name.removeprefix("base_model.model.").split(".lora_")[0] for name in without))
             self.tracker.warn(
-                f"{len(without)} of the adapter's {len(trained)} tensors took no part in the first step, on "
-                f"{_few(layers)}: they stay as they are unless later examples reach them",
+                f"{len(without)} of the adapter's {len(trained)} tensors got no gradient in the first step, on "
+                f"{_few(layers)}: they stay unchanged unless later examples reach them",
             )
 
     def _emit_histograms(self, step: int) -> None:
@@ -841,7 +841,8 @@ class Session:
         if finished is None:
             return None
         trained, place = finished
-        self.tracker.info(f"{self.plan.directory.name} has finished: its adapter is in {place}; nothing was changed")
+        name = self.plan.directory.name
+        self.tracker.info(f"{name} has already finished: its adapter is in {place}; nothing was changed")
         adapter = self.plan.directory / "adapter"
         return Run(self.plan.directory, "finished", trained, adapter=adapter if adapter.is_dir() else None)
 
@@ -873,11 +874,11 @@ class Session:
         commands: list[str] = []
         if self.step > 0:
             self._save(must_succeed=True)
-            commands = ["the same command with `--resume` goes on from here"]
+            commands = ["run the same command with `--resume` to continue"]
         self.files.finish_uploads(is_final=False, must_leave=self._must_leave)
         self.tracker.info(f"stopped by {reason} after step {self.step:,}")
         if reason == "max_time" and self.step == self.first_step:
-            self.tracker.warn("no step was taken: `max_time` is shorter than what comes before the first")
+            self.tracker.warn("no step was taken: `max_time` ran out before the first one")
         self._finish("stopped", {}, commands)
         return Run(self.plan.directory, "stopped", self.step, exit_code=exit_code)
 

@@ -327,7 +327,7 @@ def _check_matches(key: str, network: nn.Module, targets: str | list[str]) -> No
             raise UserError(
                 f"`{key}`: nothing in this model is called `{pattern}`",
                 where=f"its linear modules are {', '.join(linear_modules(network))}",
-                next_step=f"{key}: all-linear" if key == "lora_target_modules" else f"take the name out of `{key}`",
+                next_step=f"{key}: all-linear" if key == "lora_target_modules" else f"remove the name from `{key}`",
             )
 
 
@@ -347,8 +347,8 @@ def _check_not_tied(network: PreTrainedModel, modules_to_save: Sequence[str]) ->
         if module in (head, embedding) and name in modules_to_save:
             raise UserError(
                 f"`modules_to_save` names `{name}`, which shares its weights with another module of this model",
-                where="the embedding and the output head are one tensor; a copy of one would part them",
-                next_step="take it out of `modules_to_save`; `lora_target_modules` may name it instead",
+                where="the embedding and the output head are one tensor; a copy of one would separate them",
+                next_step="remove it from `modules_to_save`; `lora_target_modules` may name it instead",
             )
 
 

@@ -54,6 +54,6 @@ def push_folder(folder: Path, repository: str, *, is_public: bool = False) -> st
     except (OSError, ValueError) as error:
         raise UserError(
             f"the hub could not be reached for `{repository}`: {first_line(error)}",
-            next_step="the same command tries again",
+            next_step="run the same command to try again",
         ) from error
     return f"{hub.endpoint}/{repository}"

@@ -222,7 +222,7 @@ def _check_parameters(network: nn.Module, names: Sequence[str]) -> None:
             raise UserError(
                 f"`lora_target_parameters`: no parameter of this model is called `{target}`",
                 where=f"its experts are {', '.join(experts)}" if experts else "it has no experts in one parameter",
-                next_step=f"lora_target_parameters: [{', '.join(experts)}]" if experts else "take the key out",
+                next_step=f"lora_target_parameters: [{', '.join(experts)}]" if experts else "remove the key",
             )
         for name, parameter in met:
             owner = network.get_submodule(name.rpartition(".")[0])

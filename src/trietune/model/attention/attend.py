@@ -109,7 +109,7 @@ def attend(
     match layout.kind:
         case "varlen":
             if softcap is not None:
-                raise ValueError("variable-length attention knows no soft-capping")
+                raise ValueError("variable-length attention does not support soft-capping")
             runs = layout.varlen(window, is_pruned=is_pruned)
             out: Tensor = VarlenAttention.apply(query, key, value, runs, scale)  # type: ignore[no-untyped-call]
             return out

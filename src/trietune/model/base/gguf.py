@@ -71,7 +71,7 @@ def convert_gguf(file: Path, *, report: Callable[[str], None] = lambda text: Non
             _convert(file, staging)
             if _check_and_hash(file) != digest:
                 raise UserError(
-                    f"`{file}` was written to while it was converted",
+                    f"`{file}` changed while it was being converted",
                     where="nothing was kept",
                     next_step="wait until the file is complete, then run the same command again",
                 )
@@ -171,7 +171,7 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
                 kinds[tensor.tensor_type.name] += int(tensor.n_elements)
     except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
         raise UserError(
-            f"`{file}` is damaged or only a part of a download: {first_line(error).rstrip('.')}",
+            f"`{file}` is damaged or only partly downloaded: {first_line(error).rstrip('.')}",
             where=f"{file.stat().st_size:,} bytes",
             next_step="download it again and compare its size with the page that it comes from",
         ) from error

@@ -40,7 +40,7 @@ def load_network(
         load_in_4bit: linear layers are held in 4 bits and compute in `dtype`; see `four_bits.check_four_bits`.
 
     Raises:
-        UserError: needs code of its own, is no causal language model, is quantized, lacks weights, is damaged, does
+        UserError: needs code of its own, is not a causal language model, is quantized, lacks weights, is damaged, does
             not fit into memory.
     """
     check_config(folder)
@@ -64,7 +64,7 @@ def load_network(
         raise UserError(
             f"the weights of `{folder.name}` are damaged: {error}",
             where=str(folder.path),
-            next_step="fetch or copy them again"
+            next_step="download or copy them again"
             if folder.source != "gguf"
             else f"delete {folder.path}, then run again",
         ) from error
@@ -83,7 +83,7 @@ def check_config(folder: ModelFolder) -> None:
     family = raw["model_type"]
     if raw.get("use_bidirectional_attention"):
         raise UserError(
-            f"`{folder.name}` is no causal language model: it attends in both directions",
+            f"`{folder.name}` is not a causal language model: it attends in both directions",
             where="config.json: use_bidirectional_attention",
             next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
         )
@@ -109,7 +109,7 @@ def check_config(folder: ModelFolder) -> None:
             next_step="pip install --upgrade transformers",
         ) from None
     raise UserError(
-        f"`{folder.name}` is no causal language model: model_type `{family}`",
+        f"`{folder.name}` is not a causal language model: model_type `{family}`",
         next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
     )
 
@@ -161,9 +161,9 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
-            f"`{file}` is damaged or only a part of a download: {error}",
+            f"`{file}` is damaged or only partly downloaded: {error}",
             where=f"{file.stat().st_size:,} bytes",
-            next_step="fetch or copy it again",
+            next_step="download or copy it again",
         ) from error
 
 

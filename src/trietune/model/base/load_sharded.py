@@ -119,7 +119,7 @@ def _read_weights(folder: ModelFolder, network: Any, report: Callable[[str], Non
             raise UserError(
                 f"the weights of `{folder.name}` are damaged: {error}",
                 where=str(file),
-                next_step="fetch or copy them again",
+                next_step="download or copy them again",
             ) from error
     missing = sorted(set(parameters) - read)
     if missing and unexpected:

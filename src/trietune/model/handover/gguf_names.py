@@ -60,7 +60,7 @@ class GgufNames:
         if found is None:
             raise UserError(
                 f"llama.cpp has no place for `{of_transformers}` in an architecture `{self.architecture}`",
-                next_step="--to transformers --merge, which every part of a model can go through",
+                next_step="--to transformers --merge, which takes every part of a model",
             )
         return str(found)
 

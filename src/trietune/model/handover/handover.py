@@ -120,7 +120,7 @@ def hand_over(
         raise UserError(f"`{out}` exists already", next_step="choose another name, or remove it first")
     if quantization is not None and target not in ("gguf", "ollama"):
         raise UserError(
-            f"`--quantize {quantization}` is of GGUF files, and {program(target)} reads none",
+            f"`--quantize {quantization}` applies to GGUF files, which {program(target)} does not read",
             next_step="--to gguf, or leave it out",
         )
     if not merge:
@@ -254,7 +254,7 @@ def _merged(job: _Job, staging: Path, quantization: Quantization) -> tuple[Calla
                 parameter.copy_(torch.from_numpy(np.array(values)))
         written.pop("rope_freqs.weight", None)
         if written:
-            raise UserError(f"{MODEL_GGUF} holds {len(written)} tensors too many, the first is `{min(written)}`")
+            raise UserError(f"{MODEL_GGUF} holds {len(written)} extra tensors, the first is `{min(written)}`")
         return network
 
     return load_gguf, quantization

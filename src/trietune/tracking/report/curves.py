@@ -13,7 +13,7 @@ _TITLES = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "examples_per_second": "examples a second",
-    "tokens_per_second": "distinct tokens a second",
+    "tokens_per_second": "distinct tokens per second",
     "sharing_factor": "sharing factor",
     "memory_bytes": "memory, GB",
     "num_labels": "labels a step",

@@ -70,7 +70,8 @@ def read_run(directory: Path) -> RunRecord:
     path = directory / METRICS
     if not path.is_file():
         raise UserError(
-            f"`{directory}` is no run: it has no {METRICS}", next_step=f"name a run's folder: {_near_runs(directory)}"
+            f"`{directory}` is not a run: it has no {METRICS}",
+            next_step=f"name a run's folder: {_near_runs(directory)}",
         )
     lines, num_unreadable = _read_lines(path)
     of_kind: dict[str, list[dict[str, Any]]] = {}

@@ -120,7 +120,7 @@ def comparison_lines(runs: Sequence[RunRecord]) -> list[str]:
     lines = []
     for name, tests in comparisons(runs):
         lines.append(f"{name} against {runs[0].name}")
-        lines += [f"  {test}" for test in tests] or ["  no example was answered by both with a right or wrong"]
+        lines += [f"  {test}" for test in tests] or ["  no example was judged right or wrong in both runs"]
     return lines
 
 
@@ -139,7 +139,7 @@ def comparisons(runs: Sequence[RunRecord]) -> list[tuple[str, list[PairedTest]]]
 def data_warnings(runs: Sequence[RunRecord]) -> list[str]:
     """What keeps runs from being compared: other data to train on, or other examples to be measured on."""
     names = {
-        "validation_fingerprint": "the runs were measured on different validation data: their figures do not compare",
+        "validation_fingerprint": "the runs were measured on different validation data: figures are not comparable",
         "data_fingerprint": "the runs were trained on different data",
         "base_digest": "the runs have different base models",
     }

@@ -119,7 +119,8 @@ class WandbListener:
             if self._thread.is_alive():
                 self._pass_on_what_was_told()
                 if not self._has_finished and not self._is_offline:  # else its process is only ending or writing
-                    self._say(f"W&B: waiting up to {self._drain_timeout_s:g} s for the server to take the rest", False)
+                    limit = f"{self._drain_timeout_s:g} s"
+                    self._say(f"W&B: waiting up to {limit} for the server to receive the rest", False)
                 self._thread.join(max(0.0, self._drain_timeout_s - 2.0))
             is_late = self._thread.is_alive() and self._outbox.is_begun and not self._has_finished
             if self._thread.is_alive() and not self._outbox.is_begun:
@@ -168,7 +169,7 @@ class WandbListener:
                 self._tell(f"W&B: {access.reason}; later: {sync_command(self._directory)}", is_warning=True)
             elif access.mode == "offline":
                 self._is_offline = True
-                self._tell(f"W&B: offline, as its own settings say; later: {sync_command(self._directory)}")
+                self._tell(f"W&B: offline, as its settings say; later: {sync_command(self._directory)}")
             keep_run_id(self._directory, self._run_id)
             trouble = self._feed(access.mode, access.url)
             if self._has_given_up:
@@ -179,12 +180,12 @@ class WandbListener:
             if trouble:
                 self._outbox.discard()
                 self._tell(
-                    f"W&B: {trouble}; the run goes on without it; what it had: {sync_command(self._directory)}",
+                    f"W&B: {trouble}; the run continues without it; what it had: {sync_command(self._directory)}",
                     is_warning=True,
                 )
         except Exception as error:  # nothing of W&B's may reach the run
             self._outbox.discard()
-            self._tell(f"W&B: {type(error).__name__}: {error}; the run goes on without it", is_warning=True)
+            self._tell(f"W&B: {type(error).__name__}: {error}; the run continues without it", is_warning=True)
 
     def _feed(self, mode: Literal["online", "offline"], url: str) -> str | None:
         """Run one process to its end; returns what went wrong."""
@@ -322,7 +323,7 @@ def sync_command(directory: Path | None) -> str:
 
 def late_line(directory: Path | None) -> str:
     """For a server that was too slow at the end."""
-    return f"W&B: the server has not taken everything; later: {sync_command(directory)}"
+    return f"W&B: the server did not receive everything; later: {sync_command(directory)}"
 
 
 def start_process(directory: Path) -> subprocess.Popen[str]:

@@ -1,6 +1,6 @@
 """The process that talks to W&B, so that nothing W&B does can hold up or end a training run.
 
-It is started as a script with this file's path, imports nothing of TrieTune, reads one JSON object a line from stdin
+It is started as a script with this file's path, imports nothing of TrieTune, reads one JSON object per line from stdin
 and writes one a line to stdout:
 
     {"do": "start", "settings": {...}, "config": {...}}      {"told": "started", "url": ..., "directory": ...}
