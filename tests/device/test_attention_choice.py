@@ -48,9 +48,9 @@ def on(card: CudaDevice) -> Device:
             RTX_4090,
             GEMMA2,
             "rows",
-            "not varlen: it does not support soft-capping; not flex: the backward of its kernel needs more shared "
-            "memory for heads of 256 numbers than this card has (99 KB); not mask: it pays for micro-batches of at "
-            "most 2,048 tokens",
+            "not varlen: it does not support soft-capping; not flex: its backward pass needs more shared "
+            "memory for head size 256 than this GPU has (99 KB); not mask: it pays off only for micro-batches of up to "
+            "2,048 tokens",
         ),
         (
             A100,

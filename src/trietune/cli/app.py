@@ -118,6 +118,38 @@ def train(
 
 
 @app.command()
+def estimate(
+    config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="h200, h100, a100, l4, cpu; default: this machine's, measured."),
+    ] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes that share each step.")] = 1,
+    price: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, metavar="EUR", help="Of one device for an hour; the total is printed."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how long a run would take, how much memory, and at what cost."""
+    from trietune.cli.estimating import estimate_command
+    from trietune.config import load_config
+    from trietune.demo import demo_config
+    from trietune.tracking.console.result import columns
+
+    refuse_several_processes()
+    settings = load_config(config or demo_config(), overrides)
+    with _console() as hub:
+        lines, document = estimate_command(settings, hub, device=device, num_processes=nproc, price=price)
+    if as_json:
+        _print_json({"estimate": document})
+        return
+    for line in columns(lines):
+        _say(line)
+
+
+@app.command()
 def evaluate(
     target: Target,
     dataset: Annotated[Optional[str], typer.Option(help="Hub id, file or folder; default: the run's data.")] = None,  # noqa: UP045

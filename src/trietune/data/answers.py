@@ -63,7 +63,10 @@ class AnswerSets:
 
     def parts_of(self, rows: np.ndarray) -> list[np.ndarray]:
         """The sequences of these rows, apart: those that are learnt from, and those that are only scored, if any."""
-        sequences = self.sequences_of(rows)
+        return self.apart(self.sequences_of(rows))
+
+    def apart(self, sequences: np.ndarray) -> list[np.ndarray]:
+        """These sequences, apart: those that are learnt from, and those that are only scored, if any."""
         is_trained = self.is_trained[sequences]
         parts = [sequences[is_trained], sequences[~is_trained]]
         return [part for part in parts if len(part)]

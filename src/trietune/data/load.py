@@ -56,6 +56,8 @@ HELD_OUT_SEED = 20_230_712
 # Custom data is a choice between labels if its completions are few, short, and each seen several times.
 LABEL_SEEN_AT_LEAST = 3
 LABEL_CHARACTERS_AT_MOST = 60
+# `max_length: auto` where no model says how long a sequence may be.
+UNBOUNDED = 2**31 - 1
 # Which rows are accepted, and how: an entry of the cache that was made by other rules is not used.
 READING_VERSION = 2
 DEMO_DATA = (DEMO_REVIEWS, DEMO_QUESTIONS)
@@ -322,7 +324,7 @@ class _Loading:
         # Evaluation measures every label alike.
         weighting = self.weighting if is_training else None
         rules = LengthRules(
-            max_length=self.settings.max_length,
+            max_length=UNBOUNDED if self.settings.max_length == "auto" else self.settings.max_length,
             overlong=self.settings.overlong if is_training else None,
             keeps_empty=not is_training,
             ignored_label=self.settings.ignored_index if self.row_format.kind == "tokens" else IGNORED_LABEL,

@@ -14,10 +14,10 @@ from trietune.data.examples import TokenSequences
 from trietune.errors import UserError
 from trietune.run.device_plan import check_device, check_processes, check_sharding, device_options, plan_shapes
 from trietune.run.environment import PACKAGES, installed_version, sampled_digest, start_adapter
-from trietune.run.fitting import check_positions, check_vocabulary
-from trietune.run.grouping import choose_groups, measure_batches, plan_processes, sharing_of
+from trietune.run.fitting import check_positions, check_vocabulary, with_max_length
+from trietune.run.grouping import choose_groups, measure_batches, num_sampled_of, plan_processes, sharing_of
 from trietune.run.objective import Learning, make_objective, rows_of, rows_to_rank
-from trietune.run.plan import Plan, num_steps_of
+from trietune.run.plan import Plan, describe_defaults, num_steps_of
 from trietune.tracking.events import PhaseProgress
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from trietune.model.adapter.targets import Coverage
     from trietune.model.attention.layout import AttentionKind
     from trietune.model.base.folder import ModelFolder
+    from trietune.model.base.shape import NetworkShape
     from trietune.ranks.ranks import Ranks
     from trietune.tracking.tracker import Tracker
+    from trietune.trie.batch_stats import Work
     from trietune.trie.groups import PrefixGroups
 
 # With `eval_max_examples: auto`, a periodic validation takes about a tenth of the training between two of them; a
@@ -50,7 +52,10 @@ class Prepared:
 
     Attributes:
         learning: what is learnt, before its reference has been scored.
-        start: folder of the initial adapter; None begins with a new one.
+        shape: counts of the network.
+        work: of a few steps, by all processes together.
+        num_sampled: examples of these steps.
+        start: folder of the initial adapter; None: a new one.
     """
 
     settings: Settings
@@ -60,6 +65,9 @@ class Prepared:
     data: Data
     groups: PrefixGroups | None
     learning: Learning
+    shape: NetworkShape
+    work: Work
+    num_sampled: int
     start: Path | None = None
 
 
@@ -124,12 +132,14 @@ def prepare(
     *,
     num_processes: int = 1,
     chosen: Chosen | None = None,
+    device: Device | None = None,
 ) -> Prepared:
     """Find the model, read the data, choose device and layout; writes nothing but caches.
 
     Args:
         num_processes: that will share the training.
         chosen: by another process, for this one too.
+        device: to plan for, which need not be here; None chooses it by the settings.
     """
     from trietune.data.encoder import load_tokenizer
     from trietune.data.load import load_data
@@ -137,12 +147,18 @@ def prepare(
     from trietune.io.cache_folder import cache_folder
     from trietune.model.base.four_bits import check_four_bits
 
+    if settings.dataset_id is None and settings.train_file is None:
+        raise UserError(
+            "nothing says what to train on: `train_file` and `dataset_id` are not set",
+            next_step="write `train_file: data.jsonl`, or type `--data data.jsonl` (or a hub id)",
+        )
     for note in settings.notes:
         tracker.warn(note)
     if settings.deterministic:
         make_deterministic()
     options = device_options(settings)
-    device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
+    if device is None:
+        device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
     if device.reason:
         tracker.info(device.reason)
     check_device(settings, device, options, tracker.info)
@@ -175,6 +191,7 @@ def prepare(
             else "`--set batching=padded`, which trains it on plain rows",
         )
     attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
+    settings = with_max_length(settings, shape.config)
 
     kept = cache_folder() / "data"
     data = load_data(
@@ -185,6 +202,12 @@ def prepare(
         progress=progress_of(tracker, "examples"),
         check_stop=check_stop,
     )
+    if settings.early_stopping_patience is not None and data.validation is None:
+        raise UserError(
+            "`early_stopping_patience` waits for evaluations, and there is no validation data",
+            where=settings.where("early_stopping_patience"),
+            next_step="write `validation_file: valid.jsonl`, or remove the key",
+        )
     learning, data = _plan_learning(settings, data, tokenizer)
     check_vocabulary(data.train, shape.num_embeddings)
     longest = data.counts.train.longest
@@ -239,8 +262,10 @@ def prepare(
     # Multiplications of one label at the head, over those of one token in the layers.
     label_cost = shape.config.vocab_size * shape.config.hidden_size / max(shape.num_in_layers, 1)
     processes = None
+    num_sampled = num_sampled_of(settings, num_train)
+    sharing = sharing_of(work, num_sampled)
     if num_processes > 1:
-        processes = plan_processes(settings, data.train, groups, num_processes, label_cost)
+        processes, work, num_sampled = plan_processes(settings, rows, groups, num_processes, label_cost, max_positions)
     plan = Plan(
         directory=run_directory(settings) if chosen is None else chosen.directory,
         model_name=base.name,
@@ -267,7 +292,7 @@ def prepare(
         num_warmup_steps=settings.num_warmup_steps(num_steps),
         eval_max_examples=validation_bound(settings, data),
         eval_batch_size=DEFAULT_EVAL_BATCH if settings.eval_batch_size == "auto" else settings.eval_batch_size,
-        sharing=sharing_of(work, settings, num_train),
+        sharing=sharing,
         model_bytes=model_bytes,
         position_bytes=position_bytes,
         largest_micro_batch=work.largest,
@@ -275,8 +300,11 @@ def prepare(
         objective=_describe_objective(settings, learning),
         label_cost=label_cost,
         processes=processes,
+        max_length=cast("int", settings.max_length),
+        longest=data.counts.train.longest,
+        defaults=describe_defaults(settings),
     )
-    return Prepared(settings, plan, base, tokenizer, data, groups, learning, start)
+    return Prepared(settings, plan, base, tokenizer, data, groups, learning, shape, work, num_sampled, start)
 
 
 def _plan_learning(settings: Settings, data: Data, tokenizer: Any) -> tuple[Learning, Data]:

@@ -80,7 +80,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The tensors' shapes by name, from the header of the weights.
 
     Raises:
-        UserError: there is no plain file, or it is too large.
+        UserError: there is not a plain file, or it is too large.
         TensorError: the header cannot be read, or does not describe a file of this size.
     """
     path = _plain_file(folder, WEIGHTS_FILE, max_bytes=MAX_WEIGHTS_BYTES)
