@@ -572,7 +572,7 @@ def test_padding_that_a_mask_hides_is_no_part_of_an_example(load: Load, said: li
     padded = []
     for row in TOKENS_UNPADDED:
         ids = [0] * before + row["input_ids"] + [0] * after
-        # The labels of padding equal its ids: without the mask it would be learnt.
+        # The labels of padding equal its ids: without the mask it would be learned.
         labels = [0] * before + row["labels"] + [0] * after
         mask = [0] * before + [1] * len(row["labels"]) + [0] * after
         padded.append({"input_ids": ids, "labels": labels, "attention_mask": mask})

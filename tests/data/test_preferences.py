@@ -46,7 +46,7 @@ class Loader:
         )
 
     def text(self, data: Data, index: int) -> tuple[str, str]:
-        """What is given and what is learnt of a sequence, decoded, special tokens by name."""
+        """What is given and what is learned of a sequence, decoded, special tokens by name."""
         train = data.train
         begin, end = int(train.offsets[index]), int(train.offsets[index + 1])
         is_label = train.labels[begin:end] != -100

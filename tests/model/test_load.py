@@ -113,7 +113,7 @@ def test_quantized_weights(folder: Path) -> None:
 
 
 def test_weights_that_are_not_all_there(folder: Path) -> None:
-    """The library fills the gap with random numbers and goes on."""
+    """transformers fills the gap with random numbers and continues."""
     _change_config(folder, num_hidden_layers=3)
     error = _error(folder)
     assert "lack 9 tensors of the model that its config.json describes" in error

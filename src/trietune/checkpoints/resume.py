@@ -66,7 +66,7 @@ _WARNED = {
     "world_size": f"{_ROUNDING}; dropout masks are drawn by rank",
 }
 _WARNED_PREFIXES = {"versions.": "may not give the same bits", "machine.": _ROUNDING}
-# Where something lies says nothing about what it is: with these fingerprints equal, another place is no other training.
+# Where something lies says nothing about what it is: with these fingerprints equal, another place is the same training.
 _FINGERPRINTS = {
     "train_file": "data_fingerprint",
     "dataset_id": "data_fingerprint",
@@ -140,7 +140,7 @@ def compare_warmup(before: int | None, now: int, step: int, allowed: Collection[
     A share of all steps grows with their number: a longer run would fall back below a rate that it had reached.
 
     Args:
-        before: steps of warm-up in the run that saved the checkpoint; None if nobody knows.
+        before: steps of warm-up in the run that saved the checkpoint; None if unknown.
         step: of the checkpoint.
         allowed: keys whose differences the user accepts; any that decides the number of steps accepts this one.
     """
@@ -186,8 +186,8 @@ def table_lines(differences: Sequence[Difference]) -> list[str]:
 def abandon_lines(path: Path, after_step: int) -> AbandonedLines:
     """Move the lines of a JSONL file whose `step` is beyond `after_step` to `<name>.abandoned-<n>.jsonl` beside it.
 
-    Lines that are no JSON object go too: a kill can tear the last one. Lines without a step stay. Both files change
-    at once or not at all; after a crash between the two, the next call finds its abandoned file and goes on.
+    Lines that are not JSON objects go too: a kill can tear the last one. Lines without a step stay. Both files change
+    at once or not at all; after a crash between the two, the next call finds its abandoned file and continues.
     Raises `UserError` when the disk refuses.
     """
     if not path.exists():

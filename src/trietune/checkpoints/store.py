@@ -127,7 +127,7 @@ class CheckpointStore:
             flush_first: files, such as `metrics.jsonl`, that must reach the device before the checkpoint does.
 
         Raises:
-            SaveFailed: the disk refused. Earlier checkpoints are as they were, and the next save starts anew.
+            SaveFailed: the disk refused. Earlier checkpoints are as they were, and the next save starts over.
         """
         info = ManifestInfo(run_id=self.run_id, step=step, metrics=metrics or {}, details=details or {})
         target = self.folder / step_name(step)
@@ -201,7 +201,7 @@ class CheckpointStore:
         fresh_if_none: bool = False,
         expendable: Collection[str] = (),
     ) -> LoadedCheckpoint | None:
-        """Read and verify the checkpoint to go on from; it stays pinned until the next save.
+        """Read and verify the checkpoint to resume from; it stays pinned until the next save.
 
         `last` and `best` pass over damaged ones, down to the newest whole one, and say so in `notes`; `path` takes
         that one or refuses. A file named in `expendable` is left out if it is damaged, and that is said.
@@ -381,7 +381,7 @@ class CheckpointStore:
 
 
 def _flush_if_plain(path: Path) -> bool:
-    """Flush a file of the run; False for what somebody put in its place. A pipe would wait for a writer for ever."""
+    """Flush a file of the run; False for something else in its place. A pipe would wait for a writer for ever."""
     if not stat.S_ISREG(path.lstat().st_mode):
         return False
     files.flush_file(path)

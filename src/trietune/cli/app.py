@@ -207,7 +207,7 @@ def predict(
     target: Target,
     text: Annotated[list[str], typer.Option(help="A prompt; may be repeated.")] = [],  # noqa: B006
     input_file: Annotated[
-        MaybePath, typer.Option("--input", help="Texts, one a line, or .jsonl with columns; `-` is stdin.")
+        MaybePath, typer.Option("--input", help="Texts, one per line, or .jsonl with columns; `-` is stdin.")
     ] = None,
     output_file: Annotated[MaybePath, typer.Option("--output", help="JSONL; `-` is stdout.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -515,7 +515,7 @@ def _set_log_level(level: str) -> None:
 
 
 class _console:  # noqa: N801  (reads as a function)
-    """A tracker that writes to the console alone, closed at the end."""
+    """A tracker that writes only to the console, closed at the end."""
 
     def __enter__(self) -> Any:
         from trietune.tracking.open import open_tracker

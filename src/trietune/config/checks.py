@@ -94,7 +94,7 @@ def _objective(settings: Settings) -> Iterator[Problem]:
         remedy = "remove `sft_checkpoint_path`"
         yield _clash(settings, "sft_checkpoint_path", "init_adapter", "means the same as", remedy)
     if settings.kto_desirable_weight == 0 and settings.kto_undesirable_weight == 0:
-        why = "nothing would be learnt"
+        why = "nothing would be learned"
         remedy = "write `kto_desirable_weight: 1`"
         yield _clash(settings, "kto_desirable_weight", "kto_undesirable_weight", "does not fit", remedy, why)
 

@@ -32,7 +32,7 @@ _FALSE = {"false", "False", "FALSE"}
 
 
 class YamlError(Exception):
-    """Text that is no configuration: what is wrong, the line (from 1; None if it is about the whole), and a remedy.
+    """Text that is not a configuration: what is wrong, the line (from 1; None if it is about the whole), and a remedy.
 
     `key` is the key whose value it is about, where the rest of the file could be read.
     """

@@ -40,7 +40,7 @@ class AnswerSets:
         input_ids, labels, offsets: as in `TokenSequences`; S sequences.
         row_start: int64 [R + 1], the first sequence of each row.
         grade: float64 [S], a greater one is better.
-        is_trained: bool [S]; False for what is only scored, never learnt from.
+        is_trained: bool [S]; False for what is only scored, never learned from.
     """
 
     input_ids: np.ndarray
@@ -62,18 +62,18 @@ class AnswerSets:
         return flat_ranges(self.row_start[rows], self.row_start[rows + 1])
 
     def parts_of(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The sequences of these rows, apart: those that are learnt from, and those that are only scored, if any."""
+        """The sequences of these rows, apart: those that are learned from, and those that are only scored, if any."""
         return self.apart(self.sequences_of(rows))
 
     def apart(self, sequences: np.ndarray) -> list[np.ndarray]:
-        """These sequences, apart: those that are learnt from, and those that are only scored, if any."""
+        """These sequences, apart: those that are learned from, and those that are only scored, if any."""
         is_trained = self.is_trained[sequences]
         parts = [sequences[is_trained], sequences[~is_trained]]
         return [part for part in parts if len(part)]
 
     @property
     def first_answers(self) -> AnswerSets:
-        """Each row by its first answer alone: enough to tell which rows share a prompt."""
+        """Each row by its first answer only: enough to tell which rows share a prompt."""
         return take_sequences(self, self.row_start[:-1])
 
 

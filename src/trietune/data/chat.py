@@ -8,7 +8,7 @@
 A turn begins where the template, given all that went before, asks for an answer. So what the model is given in training
 is, character for character, what it is given in use.
 
-Some templates write an answer anew once others follow it: those of reasoning models drop its thoughts. Then no single
+Some templates rewrite an answer once others follow it: those of reasoning models drop its thoughts. Then no single
 text holds all answers as they were given, and each turn becomes an example of its own. The trie computes what they
 share once.
 """
@@ -23,7 +23,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Message
 
-Segment = tuple[str, bool]  # text, and whether it is to be learnt
+Segment = tuple[str, bool]  # text, and whether it is to be learned
 
 _PROBE = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
 
@@ -33,7 +33,7 @@ class RewrittenTurnError(WrongRow):
 
 
 def rewrites_turns(tokenizer: Any, chat_template: str) -> bool:
-    """Whether the template writes earlier answers anew as a conversation goes on."""
+    """Whether the template rewrites earlier answers as a conversation continues."""
     # Some templates want a system message; what refuses both will be told by real conversations.
     for probe in (_PROBE, (Message("system", "s"), *_PROBE)):
         try:
@@ -49,13 +49,13 @@ def rewrites_turns(tokenizer: Any, chat_template: str) -> bool:
 def split_turns(
     messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool
 ) -> list[Segment]:
-    """The rendered conversation as alternating segments, text that is given and text that is to be learnt.
+    """The rendered conversation as alternating segments, text that is given and text that is to be learned.
 
     With `add_generation_prompt` the last segment asks for the next answer; without it, the last one is an answer.
 
     Raises:
         WrongRow: the template refuses the conversation.
-        RewrittenTurnError: it writes earlier turns anew as it goes on.
+        RewrittenTurnError: it rewrites earlier turns as it continues.
     """
     full = _render(messages, tokenizer, chat_template, add_generation_prompt)
     segments: list[Segment] = []
@@ -67,7 +67,7 @@ def split_turns(
         is_last = index == len(messages) - 1 and not add_generation_prompt
         said = full if is_last else _render(messages[: index + 1], tokenizer, chat_template, False)
         if not (full.startswith(said) and said.startswith(given) and len(given) >= end):
-            raise RewrittenTurnError(f"the chat template writes message {index + 1} anew once others follow")
+            raise RewrittenTurnError(f"the chat template rewrites message {index + 1} once others follow")
         segments += [(full[end : len(given)], False), (_without_space_behind(full[len(given) : len(said)]), True)]
         end = len(given) + len(segments[-1][0])
     if add_generation_prompt:

@@ -271,7 +271,7 @@ def _turns(example: Example) -> list[Example]:
 
 
 def _read_tokens(row: Row, place: str, encoder: Encoder, rules: LengthRules) -> _Read:
-    """Data that somebody else tokenized: kept as it is, checked, and decoded to have a text to show."""
+    """Data tokenized elsewhere: kept as it is, checked, and decoded to have a text to show."""
     input_ids, labels, mask = (_read_numbers(row, name) for name in ("input_ids", "labels", "attention_mask"))
     if len(input_ids) != len(labels):
         raise WrongRow(f"{len(input_ids)} `input_ids` and {len(labels)} `labels`")
@@ -453,7 +453,7 @@ def _fit(
 
 
 def _cut_prompts(encoded: EncodedExamples, max_length: int, *, has_bos: bool) -> tuple[EncodedExamples, np.ndarray]:
-    """Take tokens away behind BOS, never a label; what is too long by its labels alone stays as it is.
+    """Take tokens away behind BOS, never a label; what is too long by its labels stays as it is.
 
     Returns:
         The sequences, and which of them were cut; bool [examples].

@@ -4,7 +4,7 @@
            -100..  labels      label
 
 Prompt and completion are tokenized apart, so that the prompt's tokens in training are those in use, whatever follows.
-Some tokenizers put a space before every text that they are given (Llama 2's does). A completion is no beginning, so it
+Some tokenizers put a space before every text that they are given (Llama 2's does). A completion does not begin a text, so it
 is tokenized without that space: decoding the whole gives prompt and completion, character for character.
 """
 
@@ -132,7 +132,7 @@ class EncodedExamples:
 
     Attributes:
         input_ids: int32 [tokens].
-        labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learnt.
+        labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learned.
         lengths: int64 [examples], tokens of each.
         weights: float64 [tokens], what multiplies the loss of each label; None where that is 1 everywhere.
     """
@@ -213,7 +213,7 @@ class Encoder:
         return str(decoded[len(self.beginning.decode(anchor, skip_special_tokens=True)) :])
 
     def segments(self, example: Example) -> list[Segment]:
-        """An example as the texts that are tokenized apart, each with whether it is to be learnt."""
+        """An example as the texts that are tokenized apart, each with whether it is to be learned."""
         if example.messages:
             return self._turns(example.messages, add_generation_prompt=False)
         if not example.prompt:

@@ -51,7 +51,7 @@ class Task:
 
     `labels`: classification; `labels` are the completions to choose from, in the order of the data set's label
     numbers, `label_names` their short names. `answers`: question answering, exact match and F1. `text`: anything
-    else, loss and perplexity alone.
+    else, only loss and perplexity.
     """
 
     kind: Literal["labels", "answers", "text"]
@@ -75,7 +75,7 @@ class TokenSequences:
 
     Attributes:
         input_ids: int32 [total tokens].
-        labels: int32 [total tokens]; `IGNORED_LABEL` where a token is not to be learnt.
+        labels: int32 [total tokens]; `IGNORED_LABEL` where a token is not to be learned.
         offsets: int64 [number of sequences + 1].
         ids: the example id of each sequence.
         examples: the text that sequence `i` was made of, at the same index.

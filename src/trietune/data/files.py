@@ -217,7 +217,7 @@ def _read_json_list(path: Path) -> Iterator[NumberedRow]:
 
 
 def _read_squad(path: Path) -> Iterator[NumberedRow]:
-    """One row a question, counted from 1, in the columns of the hub: lines of one JSON value tell nobody anything."""
+    """One row per question, counted from 1, in the hub's columns: line numbers mean nothing inside one JSON value."""
     number = 0
     try:
         document = JsonDecoder().decode_marked(_read_text(path))

@@ -353,7 +353,7 @@ class _Loading:
             self.report(line)
         if not len(sequences):
             raise _nothing_left(counts, rules.max_length)
-        # Checkpoints of the first version name data by `key` alone, and such rows gave other sequences then.
+        # Checkpoints of the first version name data only by `key`, and such rows gave other sequences then.
         if counts.without_labels.number or counts.padded.number:
             key = make_key(fingerprint=key, reading_version=READING_VERSION)
         return sequences, counts, key
@@ -447,7 +447,7 @@ def _is_in_squads_form(rows: Rows, first: Any) -> bool:
 def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
     """What of a row format or prompt format decides tokens.
 
-    Names of columns do only where templates mean others than they meant when identifiers alone were columns; a
+    Names of columns do only where templates mean others than they meant when only identifiers were columns; a
     checkpoint of that time then goes on with the same fingerprint.
     """
     fields = asdict(words)
@@ -479,7 +479,7 @@ def _in_words_of(prompt_format: PromptFormat, row_format: RowFormat, source: str
 def _find_row_format(
     settings: Settings, sources: Sources, trained_with: PromptFormat | None = None
 ) -> tuple[RowFormat, AnswerForm | None]:
-    """How rows become examples, and, where preferences are learnt, how they become answers that are compared.
+    """How rows become examples, and, where preferences are learned, how they become answers that are compared.
 
     What an adapter was trained with says more about the rows than their columns.
     """
@@ -600,7 +600,7 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
             next_step="check `labels` (and `ignored_index`) of the data",
         )
     return UserError(
-        f"none of the {counts.read:,} rows of `{counts.source}` can be learnt from: their completions are empty",
+        f"none of the {counts.read:,} rows of `{counts.source}` can be learned from: their completions are empty",
         where=name_places(counts.without_completion.samples, counts.without_completion.number),
         next_step="check `completion_template` and the columns of the file",
     )

@@ -187,7 +187,7 @@ class HubRows:
         return self.name.partition(" ")[0]
 
     def fingerprint(self) -> str:
-        # Not the library's own: that is another one offline, and after an upgrade.
+        # Not datasets' own: that is another one offline, and after an upgrade.
         digest = hashlib.sha256(f"{self.split}\0{len(self.dataset)}\0".encode())
         for cached in self.dataset.cache_files:
             with Path(cached["filename"]).open("rb") as file:
@@ -387,7 +387,7 @@ def _splits_of_folder(folder: Path, report: Callable[[str], None]) -> dict[str, 
 def _settle(
     name: str, similar: list[Path], files: dict[str, list[Path]], folder: Path, report: Callable[[str], None]
 ) -> None:
-    """`train_backup.jsonl` is no part of `train.jsonl`; a single `train_v2.jsonl` is the split where nothing else is.
+    """`train_backup.jsonl` is not part of `train.jsonl`; a single `train_v2.jsonl` is the split where nothing else is.
 
     Raises:
         UserError: several could be the split.

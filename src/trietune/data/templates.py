@@ -61,8 +61,8 @@ class PromptFormat:
         task: what a right answer is.
         tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.encoder.hash_tokenizer`.
         is_turn_by_turn: of a `chat`, whether each answer is an example of its own, because the template writes earlier
-            answers anew; else all answers of a conversation are learnt in one.
-        template_columns: of a `template`, the columns that both templates may name; None takes identifiers alone, as
+            answers anew; else all answers of a conversation are learned in one.
+        template_columns: of a `template`, the columns that both templates may name; None takes only identifiers, as
             the first adapters did.
     """
 
@@ -172,7 +172,7 @@ def split_template(template: str, columns: Collection[str] | None = None) -> tup
 
 
 def to_text(value: Any, column: str) -> str:
-    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is no text.
+    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is not text.
 
     None is empty, and so is NaN, which tables of numbers write where a value is missing.
     """
@@ -210,9 +210,9 @@ def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
         except RepeatedKeyError as error:
             raise TypeError(f"column `{column}` holds an object with a {error}") from None
         except (ValueError, RecursionError):
-            raise TypeError(f"column `{column}` holds text that is no JSON list of messages") from None
+            raise TypeError(f"column `{column}` holds text that is not a JSON list of messages") from None
     if not isinstance(value, Sequence) or not value:
-        raise TypeError(f"column `{column}` is no list of messages, or an empty one")
+        raise TypeError(f"column `{column}` is not a list of messages, or is empty")
     return tuple(_read_message(item, number, column) for number, item in enumerate(value, start=1))
 
 
@@ -222,12 +222,12 @@ def _read_message(item: Any, number: int, column: str) -> Message:
         raise TypeError(f'message {number} of `{column}` has no "role"{hint}')
     content = item.get("content")
     if not isinstance(content, str):
-        raise TypeError(f'"content" of message {number} of `{column}` is no text')
+        raise TypeError(f'"content" of message {number} of `{column}` is not text')
     if item.get("tool_calls"):
         raise TypeError(f"message {number} of `{column}` calls tools, which is not supported")
     weight = item.get("weight")
     if weight is not None and not is_weight(weight):
-        raise TypeError(f'"weight" of message {number} of `{column}` is no number')
+        raise TypeError(f'"weight" of message {number} of `{column}` is not a number')
     return Message(item["role"], content, 1.0 if weight is None else float(weight))
 
 

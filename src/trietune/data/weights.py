@@ -50,7 +50,7 @@ def find_weighting(rows: Rows, row_format: RowFormat) -> Weighting | None:
 
 
 def row_weight(row: Mapping[str, Any]) -> float:
-    """The weight of a row. Raises `WrongRow` if it is no number."""
+    """The weight of a row. Raises `WrongRow` if it is not a number."""
     value = row.get(COLUMN)
     # Tables hold text.
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What the rest of the program may know of a device: one object, so that nobody asks what kind it is.
+"""A device as the rest of the program sees it. Code asks for a capability, never for the kind.
 
 Each kind has a file that makes its object (`cpu.py`, `cuda.py`, `mps.py`, `xla.py`). The defaults are those of a device
 that runs each operation when it is called; a device that compiles whole steps says otherwise.
@@ -36,7 +36,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `function`, keep no activations, and call it again in the backward; PyTorch's non-reentrant kind."""
+    """Call `function`, keep no activations, and call it again in the backward pass; PyTorch's non-reentrant kind."""
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
@@ -92,7 +92,7 @@ class Device:
         to_device: take a tensor to the device whose first axis is the rows of a micro-batch; where several devices
             share the rows, each gets its part.
         place_network: take a network to the device, and split its weights where several devices share them.
-        recompute: run a function that is computed again in the backward instead of keeping its activations.
+        recompute: run a function that is computed again in the backward pass instead of keeping its activations.
         compilations: programs compiled so far in this process.
     """
 

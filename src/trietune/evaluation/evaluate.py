@@ -95,7 +95,7 @@ def evaluate_model(
     Args:
         max_positions: most positions computed at once, which bounds memory.
         batch_size: about how many answers are generated together.
-        max_examples: of a larger set, a random subset that depends on `seed` alone; None takes all.
+        max_examples: of a larger set, a random subset that depends only on `seed`; None takes all.
         generate: False leaves generated answers out, and their metrics.
         max_new_tokens: of a generated answer; None: as many as the longest gold completion of the whole set has.
         check_stop: called between micro-batches and decoding steps; what it raises ends the evaluation.
@@ -170,7 +170,7 @@ def _put_together(ranks: Ranks, mine: np.ndarray, values: np.ndarray, count: int
 
 
 def is_right(prediction: Prediction, task: Task) -> bool:
-    """Whether the metrics count `prediction` as right: the label, or an exact match (`unanswerable` is no answer)."""
+    """Whether the metrics count it as right: the label, or an exact match (`unanswerable` is not an answer)."""
     if task.kind == "labels":
         return prediction.text in prediction.gold
     return exact_match(prediction_text(prediction.text), prediction.gold) == 1

@@ -259,7 +259,7 @@ def _losses(model: TrieModel, micro_batch: MicroBatch, hidden_ND: Tensor) -> np.
 
 
 def _decode(model: TrieModel, decoding: Decoding, tokens: list[int]) -> list[int]:
-    """The token after `tokens`, one a row."""
+    """The token after `tokens`, one per row."""
     decoding.begin_step()
     hidden = _hidden_states(model, np.array([tokens]), decoding.position_ids, attends=decoding)
     decoding.end_step()
@@ -273,7 +273,7 @@ def _hidden_states(
     output = decoder(
         input_ids=torch.as_tensor(input_ids, dtype=torch.long, device=model.device),
         position_ids=torch.as_tensor(position_ids, dtype=torch.long, device=model.device),
-        # A mask with four axes is passed through by the library as it is: `attends` says what is seen.
+        # A mask with four axes is passed through by transformers as it is: `attends` says what is seen.
         attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
         use_cache=False,
         attends=attends,

@@ -81,7 +81,7 @@ def from_numpy(array: np.ndarray[Any, Any], *, dtype: str | None = None) -> RawT
     if name is None:
         raise TensorError(f"NumPy's {array.dtype} has no name in safetensors")
     if ITEM_BYTES[name] != array.dtype.itemsize:
-        raise TensorError(f"{name} has {ITEM_BYTES[name]} bytes an item, NumPy's {array.dtype} {array.dtype.itemsize}")
+        raise TensorError(f"{name} has {ITEM_BYTES[name]} bytes per item, NumPy's {array.dtype} {array.dtype.itemsize}")
     plain = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
     return RawTensor(name, array.shape, plain.reshape(-1).view(np.uint8).data)
 
@@ -158,7 +158,7 @@ def _pieces(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str] | None
 
 
 def _in_order(tensors: Mapping[str, RawTensor]) -> list[tuple[str, RawTensor]]:
-    # Wide items first, then by name, as the library does: every tensor is then aligned to its own items.
+    # Wide items first, then by name, as safetensors does: every tensor is then aligned to its own items.
     for name, tensor in tensors.items():
         _check_name(name)
         if tensor.dtype not in ITEM_BYTES or len(tensor.shape) > MAX_DIMENSIONS:

@@ -34,7 +34,7 @@ def check_architecture(network: PreTrainedModel) -> str | None:
     """Why tries cannot be computed with this network, as the end of a sentence; None if they can.
 
     A family outside `TESTED_FAMILIES` passes if nothing in its configuration speaks against it and every one of its
-    layers attends through the library's interface; the self-check, which proves each layer, has the last word.
+    layers attends through transformers' interface; the self-check, which proves each layer, has the last word.
 
     Args:
         network: with weights or without (on the device `meta`), its adapter not yet in place.

@@ -2,7 +2,7 @@
 
     micro-batch -> decoder over all positions -> hidden states at label positions -> head -> losses
 
-The network stays the library's own: with a trie, only its attention is told what each node sees.
+The network stays transformers' own: with a trie, only its attention is told what each node sees.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class TrieModel:
 
     Args:
         network: a causal language model of transformers, on `device`, its adapter layers in place.
-        attention: how tries attend; None leaves the library's attention alone, for padded rows only.
+        attention: how tries attend; None leaves transformers' attention alone, for padded rows only.
         prunes_last: whether the network's last layer computes only `query_nodes` (`fuse_trie_layers`).
         shapes: what micro-batches are padded to, on a device that compiles a program for each shape.
         to_device: takes what belongs to the rows of a micro-batch to the device; first axis: rows.
-        recompute: runs a function that is computed again in the backward (`Device.recompute`).
+        recompute: runs a function that is computed again in the backward pass (`Device.recompute`).
         multiple_of: tries are padded to such a number of positions. Matrix products of odd sizes are slower, by a third
-            at worst, and new sizes cost the library time and memory.
+            at worst, and new sizes cost oneDNN time and memory.
         packed_bytes: what blocked copies of frozen weights may take (`pack_frozen_weights`).
         whole: a context in which all weights of a module are here, for a network that is sharded over processes.
 
@@ -86,7 +86,7 @@ class TrieModel:
         self.device = device
         self.attention = attention
         self.config = network.config.get_text_config()  # type: ignore[union-attr, operator]  # transformers is untyped
-        # Rows through the library ask for none, and some models have no heads at all.
+        # Rows through transformers ask for none, and some models have no heads at all.
         num_heads = getattr(self.config, "num_attention_heads", 1)
         self.heads = HeadShape(num_heads, getattr(self.config, "num_key_value_heads", num_heads))
         self.library_attention = str(network.config._attn_implementation)  # type: ignore[union-attr]

@@ -220,7 +220,7 @@ class Watch:
         whole = self.newest_checkpoint
         return UserError(
             what,
-            next_step=f"{whole} is whole; the same command with `--resume` goes on, with any number of processes"
+            next_step=f"{whole} is whole; the same command with `--resume` continues, with any number of processes"
             if whole
             else "there is no checkpoint yet; the same command starts again",
             exit_code=EXIT_RANK_LOST,

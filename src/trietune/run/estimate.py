@@ -1,6 +1,6 @@
 """How long a run will take, how much memory, and what that costs: from the real data's tries and a model of a step.
 
-    step = products / (FLOP a second) + what is read and written / bandwidth + operations x what it takes to start one
+    step = products / (FLOP per second) + what is read and written / bandwidth + operations x what it takes to start one
 
 A card computes while the host starts the next operations, so there the larger one of the two counts. Each quantity is a
 range, and what cannot be told is left out and named.

@@ -85,7 +85,7 @@ def rows_to_rank(data: Data, tokenizer: Any) -> tuple[AnswerSets, Data]:
     """Each training prompt with every label of the task, and the data with that task.
 
     Raises:
-        UserError: the completions are no labels.
+        UserError: the completions are not labels.
     """
     from trietune.data.encoder import make_encoder
 
@@ -137,7 +137,7 @@ def _task_of(data: Data) -> Task:
 
 @dataclass(frozen=True, slots=True)
 class Learning:
-    """An objective with its rows, ready to be learnt from and measured.
+    """An objective with its rows, ready to be learned from and measured.
 
     Attributes:
         objective: None for `sft`.

@@ -137,7 +137,7 @@ class Plan:
         keeps_dropout: whether these stay on.
         dtype: of the base model; adapter and optimizer are fp32.
         load_in_4bit: whether its linear layers are held in 4 bits and only compute in `dtype`.
-        attention: how tries attend; None for padded rows, which keep the library's attention.
+        attention: how tries attend; None for padded rows, which keep transformers' attention.
         attention_reason: why not in the device's best way; None if they do.
         is_grouped: whether examples with a long common prefix meet in a batch.
         max_positions: most positions of a micro-batch.
@@ -148,11 +148,11 @@ class Plan:
         model_bytes: of the base model, the adapter, its gradients and its optimizer.
         position_bytes: estimate for one position of a micro-batch.
         largest_micro_batch: positions of the largest micro-batch of those that were looked at.
-        objective: what is learnt, in words; None for `sft`.
+        objective: what is learned, in words; None for `sft`.
         label_cost: of one label at the output head, in nodes of the layers before it.
         processes: how a step's examples are shared; None where one process trains.
         max_length: of an example, in tokens; `longest` is that of the training data.
-        defaults: which set of defaults the keys that nobody wrote have.
+        defaults: which set of defaults the keys that are not set have.
     """
 
     directory: Path
@@ -194,7 +194,7 @@ class Plan:
 
     @property
     def has_loss_scale(self) -> bool:
-        """Whether losses are multiplied before the backward, as fp16 needs it."""
+        """Whether losses are multiplied before the backward pass, as fp16 needs it."""
         return str(self.dtype) == "torch.float16"
 
     @property
@@ -206,7 +206,7 @@ class Plan:
 
     @property
     def _length(self) -> str:
-        return f"at most {self.max_length:,} tokens an example; the longest has {self.longest:,}"
+        return f"at most {self.max_length:,} tokens per example; the longest has {self.longest:,}"
 
     @property
     def _adapted(self) -> str:
@@ -245,7 +245,7 @@ class Plan:
             *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),
             (
                 "sharing",
-                f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens an example "
+                f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens per example "
                 f"are computed ({self.sharing.factor:.2f}x)"
                 + (f", {self.processes.positions_per_example:.1f} by all processes" if self.processes else ""),
             ),

@@ -42,7 +42,7 @@ FEWEST_VALIDATED = 32
 DEFAULT_EVAL_BATCH = 32
 # Of a parameter of the adapter, in fp32: itself, its gradient, and two moments of the optimizer.
 BYTES_PER_TRAINED_PARAMETER = 16
-# Ways to attend whose kernels compute probabilities again in the backward.
+# Ways to attend whose kernels compute probabilities again in the backward pass.
 KEEP_NO_SCORES = ("varlen", "flex")
 
 
@@ -51,7 +51,7 @@ class Prepared:
     """A plan and all that was read to make it.
 
     Attributes:
-        learning: what is learnt, before its reference has been scored.
+        learning: what is learned, before its reference has been scored.
         shape: counts of the network.
         work: of a few steps, by all processes together.
         num_sampled: examples of these steps.
@@ -308,7 +308,7 @@ def prepare(
 
 
 def _plan_learning(settings: Settings, data: Data, tokenizer: Any) -> tuple[Learning, Data]:
-    """What is learnt from the data; ranking may find that it is a task with labels."""
+    """What is learned from the data; ranking may find that it is a task with labels."""
     objective = make_objective(settings)
     if settings.objective == "rank":
         rows, data = rows_to_rank(data, tokenizer)

@@ -1,4 +1,4 @@
-"""What a run keeps: checkpoints, their copies, the final adapter; and how it goes on from them.
+"""What a run keeps: checkpoints, their copies, the final adapter; and how it resumes from them.
 
 Everything on disk goes through `checkpoints`, which writes directories whole or not at all. Here it is decided what is
 in them and when a difference, a damage or a full disk matters.
@@ -188,7 +188,7 @@ class RunFiles:
         return loaded
 
     def _schedule_differences(self, loaded: LoadedCheckpoint, allowed_changes: frozenset[str]) -> list[Difference]:
-        """Steps of warm-up are no setting: they follow from others and from the number of examples."""
+        """Steps of warm-up are not a setting: they follow from others and from the number of examples."""
         state = json.loads(loaded.contents[STATE_FILE]) if STATE_FILE in loaded.contents else {}
         before = state.get("num_warmup_steps")
         if before is None:
@@ -288,7 +288,7 @@ class RunFiles:
     ) -> float:
         """Write the checkpoint of `step` unless it is there; returns the seconds that it took.
 
-        A save that the disk refuses is told, and training goes on, unless `on_save_error: stop` or `must_succeed`.
+        A save that the disk refuses is told, and training continues, unless `on_save_error: stop` or `must_succeed`.
 
         Args:
             metrics: measured on exactly these weights; empty if they were not measured.

@@ -139,7 +139,7 @@ class TimedStop:
     """A stop by signal, or because `max_time` is nearly over; for long work between steps.
 
     Attributes:
-        max_time: seconds from `began`; None is no limit.
+        max_time: seconds from `began`; None: no limit.
         began: when the command began, by `time.monotonic`.
     """
 
@@ -224,7 +224,7 @@ class Session:
     # The run, in the order in which things happen
 
     def run(self) -> Run:
-        """From the first line to the last; the run's status is told to every listener whatever happens."""
+        """Run to the end and report the final status, also after an error."""
         if (finished := self._already_finished()) is not None:
             return finished
         resumed = self.files.find_checkpoint(self.allowed_changes)
@@ -470,7 +470,7 @@ class Session:
     def _deal(self, indices: Any) -> Any:
         from trietune.trie.dealing import deal_step
 
-        # What several processes learn from has one sequence a row.
+        # What several processes learn from has one sequence per row.
         return deal_step(
             self.data.train,
             indices,
@@ -586,7 +586,7 @@ class Session:
         return not self._is_in_place()
 
     def _check_folder(self, step: Step, *, must_know: bool) -> None:
-        """Stop when the folder was moved or removed; what was learnt is saved where it is now.
+        """Stop when the folder was moved or removed; what was learned is saved where it is now.
 
         Of several ranks, the one that holds the folder told with the step's numbers if it was lost by then.
 
@@ -891,7 +891,7 @@ class Session:
         )
 
     def _stopped(self, reason: str, exit_code: int) -> Run:
-        """Save what has been learnt; no final adapter is written."""
+        """Save what has been learned; no final adapter is written."""
         commands: list[str] = []
         if self.step > 0:
             self._save(must_succeed=True)

@@ -169,7 +169,9 @@ def comparison_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[st
         note = "" if outcome.exit_code == EXIT_DONE else f"exit code {outcome.exit_code}"
         if name == best:
             note = f"best {wording.metric_name(sweep.metric)}" + (f", {note}" if note else "")
-        table.append((*(values[key] for key in keys), *cells, "-" if seconds is None else wording.duration(seconds), note))
+        table.append(
+            (*(values[key] for key in keys), *cells, "-" if seconds is None else wording.duration(seconds), note)
+        )
     return table
 
 
@@ -232,7 +234,7 @@ def _read_grid(over: Sequence[str], taken: Sequence[str]) -> dict[str, list[str]
 
 
 def _name_of(values: Mapping[str, str]) -> str:
-    """`learning_rate=1e-4,lora_r=8`; a digest where that is no plain name for a folder."""
+    """`learning_rate=1e-4,lora_r=8`; a digest where that is not a plain name for a folder."""
     name = ",".join(f"{key}={value}" for key, value in values.items())
     if _PLAIN.fullmatch(name):
         return name

@@ -2,7 +2,7 @@
 
     loop, evaluation, checkpoints  --event-->  Tracker  -->  files, W&B, report, console
 
-A listener that raises is dropped: one warning to the others, and the run goes on. One that raises `StillTrying` has
+A listener that raises is dropped: one warning to the others, and the run continues. One that raises `StillTrying` has
 kept what it could not deliver (the files of a run, while the disk is full): it stays, is told once, and tries again
 at the next event.
 """

@@ -45,7 +45,7 @@ def number(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Examples or tokens a second: `8.5`, `360`, `1,240`."""
+    """Examples or tokens per second: `8.5`, `360`, `1,240`."""
     return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 

@@ -118,7 +118,7 @@ def training_steps(
 
     Args:
         make_micro_batches: cuts the sequences of one batch into micro-batches; called in another thread.
-        seed: of dropout, which is drawn anew from (seed, step) at each step, so that no random state outlives a step.
+        seed: of dropout, which is drawn again from (seed, step) at each step, so that no random state outlives a step.
         max_grad_norm: longer gradients are shortened to this length.
         before_update: called with the step's number when all gradients are there, before the optimizer uses them.
         cut_smaller: told of a micro-batch that did not fit; from then on `make_micro_batches` cuts smaller ones, and
@@ -127,7 +127,7 @@ def training_steps(
         device: that the model is on; None for one that runs each operation when it is called.
         loss_scale: for a base model in fp16. A step whose gradients it made infinite is taken again, with half of it.
         is_read: on a device that does not read every step, whether step `number` (from 1) is read.
-        learn: what is learnt from a step's micro-batches (`trietune.training.objectives`). Over several processes one
+        learn: what is learned from a step's micro-batches (`trietune.training.objectives`). Over several processes one
             whose divisor is the number of labels: each process learns its part.
         ranks: the processes that share each step.
         deal: over several processes, who computes which of a step's sequences; called in another thread.
@@ -294,7 +294,7 @@ class _Stepper:
             optimizer.step()
         else:
             self.loss_scale.update(optimizer)
-        # Where steps are programs, gradients stay the same tensors: made anew, they would be another program.
+        # Where steps are programs, gradients stay the same tensors: made again, they would be another program.
         optimizer.zero_grad(set_to_none=not device.has_static_shapes)
         device.end_step()
         if not device.reads_every_step and self.is_read(number + 1):

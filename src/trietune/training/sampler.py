@@ -1,4 +1,4 @@
-"""The order of the data: which sequences make batch `b` of epoch `e`, from the seed alone.
+"""The order of the data: which sequences make batch `b` of epoch `e`, from the seed only.
 
 Nothing is remembered between steps, so a resumed run, or one with another micro-batch bound, draws the same batches.
 """

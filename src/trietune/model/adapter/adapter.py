@@ -59,7 +59,7 @@ def add_adapter(
             that module names end with.
         target_parameters: names that parameters end with, for experts that are one tensor; `auto` takes those that
             PEFT finds under `target_modules`, without the routers.
-        seed: of the initialization alone; the global random state is neither read nor changed.
+        seed: only for the initialization; the global random state is neither read nor changed.
 
     Raises:
         UserError: a name matches nothing, a module is of a kind that LoRA cannot wrap, biases are to be trained on a
@@ -131,7 +131,7 @@ def load_adapter(
 ) -> PeftModel:
     """Put the adapter in `folder` onto `network`; every tensor of the file has its place, and every place its tensor.
 
-    The weights are read after their header has been found to fit, so a file that claims the world costs nothing.
+    The weights are read after their header has been found to fit, so an absurd header cannot exhaust memory.
 
     Args:
         listed: what its files must hold, see `adapter_folder.read_listed`.

@@ -1,6 +1,6 @@
 """The files of an adapter on disk, read without trust: plain files, and the bytes that its manifest lists.
 
-Without a manifest, as PEFT writes adapters, nobody can tell whether a file is as it was; a line says so.
+Without a manifest, as PEFT writes adapters, there is no telling whether a file is as it was; a line says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trietune.io.manifest import MANIFEST_NAME, FileEntry, ManifestError
 from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-# An adapter of rank 256 on every layer of a 70B model has 7 GB; what is larger is no adapter of ours.
+# An adapter of rank 256 on every layer of a 70B model has 7 GB; what is larger is not an adapter of ours.
 MAX_WEIGHTS_BYTES = 16 * 2**30
 PROMPT_FILE, CHAT_FILE = "prompt_format.json", "chat_template.jinja"
 MAX_TEXT_BYTES = 16 * 2**20

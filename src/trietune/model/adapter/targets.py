@@ -188,7 +188,7 @@ def _is_allowed(network: nn.Module, name: str) -> bool:
 
 
 def _gives_one_tensor(module: nn.Module) -> bool:
-    """Whether the layer's forward gives the product alone: routers of some families are linear layers that give more.
+    """Whether the layer's forward gives only the product: routers of some families are linear layers that give more.
 
     Tried on a copy without weights, so that a class of any name is understood.
     """
@@ -209,7 +209,7 @@ def _gives_one_tensor(module: nn.Module) -> bool:
 
 
 def _is_router_weight(target: str, network: nn.Module, routers: Sequence[str]) -> bool:
-    """Whether a name of PEFT's ends the weights of routers alone."""
+    """Whether a name of PEFT's ends only the weights of routers."""
     met = [name for name, _ in network.named_parameters() if name == target or name.endswith(f".{target}")]
     return all(name.rpartition(".")[0] in routers for name in met)
 

@@ -11,7 +11,7 @@ a row wastes nothing. The cut is the one with the least estimated time. Blocks o
 bucket. Heads that share a key and value head are stacked under each other, so keys and values are gathered once for all
 of them.
 
-Letters: T nodes, H query heads, G key and value heads; in a bucket R blocks, Q queries and K keys a block.
+Letters: T nodes, H query heads, G key and value heads; in a bucket R blocks, Q queries and K keys per block.
 """
 
 import math
@@ -50,7 +50,7 @@ class AttentionCost:
     whole: float = math.inf
 
     def of(self, num_blocks: Count, queries: Count, keys: Count) -> Any:
-        """Of one bucket a number."""
+        """One number per bucket."""
         cost: Any = self.bucket + num_blocks * self.of_block(queries, keys)
         return cost
 
@@ -60,7 +60,7 @@ class AttentionCost:
         return cost
 
     def of_block(self, queries: Count, keys: Count) -> Count:
-        """Of one block a number, without the bucket that it shares."""
+        """One number per block, without the bucket that it shares."""
         cost: Count = self.gathered * (queries + keys) + self.score * queries * keys
         return cost
 
@@ -81,7 +81,7 @@ class Bucket:
 
     Attributes:
         shape: (R, Q, K).
-        query_rows: where each query lies in the flattened [T * H] rows of d numbers (of the queries alone, where only
+        query_rows: where each query lies in the flattened [T * H] rows of d numbers (of the queries only, where only
             some nodes query); [R, G, H/G, q] flat.
         key_rows: where each key lies in the flattened [T * G] rows; [R, G, k] flat.
         bias: 0 where a query sees a key, -inf elsewhere, in fp32 or fp64; [R, 1, 1, q, k].

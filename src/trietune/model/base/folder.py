@@ -107,7 +107,7 @@ def _is_built_in(value: object) -> bool:
 
 
 def check_names(place: str, names: Sequence[str]) -> None:
-    """Judge a folder or a repository by the names of its files alone; before anything is fetched."""
+    """Judge a folder or a repository by only the names of its files; before anything is fetched."""
     if "adapter_config.json" in names and "config.json" not in names:
         raise UserError(
             f"`{place}` is an adapter, not a base model",

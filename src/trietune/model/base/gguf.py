@@ -142,7 +142,7 @@ def _convert(file: Path, folder: Path) -> None:
             next_step="use the model's safetensors instead: its hub id or a folder as `model_name`",
         ) from error
     _restore_pre_tokenizer(tokenizer, str(metadata.get("tokenizer.ggml.pre", "")))
-    # A title that the file's author gave it; the library would take it for a place to load from.
+    # A title that the file's author gave it; transformers would take it for a place to load from.
     vars(network.config).pop("_model_name_or_path", None)
     with redirect_stderr(io.StringIO()):
         network.save_pretrained(folder)
@@ -186,7 +186,7 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
 
 
 def _restore_pre_tokenizer(tokenizer: Any, name: str) -> None:
-    """The splitting rule that the file names but the library's converter leaves at GPT-2's.
+    """The splitting rule that the file names but transformers' converter leaves at GPT-2's.
 
     SmolLM splits every digit off before anything else; without that, two spaces before a number become other tokens
     than those the model was trained on.

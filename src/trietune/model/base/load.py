@@ -1,6 +1,6 @@
 """A base model from a local folder into memory.
 
-Weights come from safetensors alone and code from transformers alone: what a folder brings as Python is never run.
+Weights come only from safetensors and code only from transformers: what a folder brings as Python is never run.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ def load_network(
         raise _too_large(folder.path, dtype, device, load_in_4bit) from error
     check_loaded(folder, info, report)
     network.train(False)
-    return network  # type: ignore[no-any-return]  # the library gives a pair when it is asked for one
+    return network  # type: ignore[no-any-return]  # transformers gives a pair when it is asked for one
 
 
 def check_config(folder: ModelFolder) -> None:
-    """Raise `UserError` unless `folder` holds a causal language model that the installed library can load as it is."""
+    """Raise `UserError` unless `folder` holds a causal language model that this transformers can load as it is."""
     raw: dict[str, Any] = json.loads((folder.path / "config.json").read_bytes())
     family = raw["model_type"]
     if raw.get("use_bidirectional_attention"):
@@ -116,7 +116,7 @@ def check_config(folder: ModelFolder) -> None:
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Keep the library's bars and its report on weights off the terminal: what matters in it is raised by us."""
+    """Keep transformers' bars and its report on weights off the terminal: what matters in it is raised by us."""
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -181,7 +181,7 @@ def _available_bytes(device: torch.device) -> int:
 
 
 def check_loaded(folder: ModelFolder, info: dict[str, Any], report: Callable[[str], None]) -> None:
-    """The library fills what a file lacks with random numbers, and goes on."""
+    """transformers fills what a file lacks with random numbers, and continues."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing or mismatched:
         what = f"lack {len(missing)} tensors of" if missing else f"have {len(mismatched)} tensors of other shapes than"
@@ -199,7 +199,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def enable_checkpointing(network: PreTrainedModel, recompute: Callable[..., Any] = recompute) -> None:
-    """Compute activations a second time in the backward, layer by layer, by `recompute` (`Device.recompute`)."""
+    """Compute activations a second time in the backward pass, layer by layer, by `recompute` (`Device.recompute`)."""
     # transformers 5.20 renamed it.
     enable: Any = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     parameter = next(name for name in inspect.signature(enable).parameters if name.endswith("checkpointing_kwargs"))

@@ -145,7 +145,7 @@ def _read_own_rows(parameter: Tensor, source: Any) -> None:
 
 
 def _fill_buffers(folder: ModelFolder, network: Any, config: Any, dtype: torch.dtype) -> None:
-    """Buffers that no file holds, from a network of one layer of each kind that is made anew."""
+    """Buffers that no file holds, from a network of one layer of each kind that is made again."""
     if not any(True for _ in network.buffers()):
         return
     small = copy.deepcopy(config)

@@ -6,7 +6,7 @@ last layer   only hidden states at label positions are asked of it: only those q
              output projection and the MLP; keys and values are made for all nodes
 
 Both are written once for all families that project, rotate and attend alike, and take the place of a layer's own code
-only after they have given its result on a short sequence. Without a trie (generation, padded rows) the library's code
+only after they have given its result on a short sequence. Without a trie (generation, padded rows) transformers' code
 runs.
 """
 
@@ -38,7 +38,7 @@ PROBE_TOLERANCE = 50
 
 @dataclass(frozen=True, slots=True)
 class TrieLayers:
-    """How many layers attend by our code, and whether the last one computes label positions alone."""
+    """How many layers attend by our code, and whether the last one computes label positions only."""
 
     attentions: int
     prunes_last: bool
@@ -225,7 +225,7 @@ def _attention_forward(attention: _Attention, library: Callable[..., Any]) -> Ca
 
 @torch.no_grad()
 def _observe(module: Any, weight: Tensor) -> dict[str, Any] | None:
-    """What the library's module tells its attention function: scale, window, soft-capping; None if it calls none."""
+    """What transformers' module tells its attention function: scale, window, soft-capping; None if it calls none."""
     told: list[dict[str, Any]] = []
 
     def observe(_: Any, query: Tensor, *others: Any, **how: Any) -> tuple[Tensor, None]:
@@ -251,7 +251,7 @@ def _is_ours(layout: object) -> bool:
 
 
 def _prune(layer: Any, attention: _Attention, device: torch.device) -> bool:
-    """Let the last layer compute label positions alone; False if it is not put together as we know layers to be."""
+    """Let the last layer compute label positions only; False if it is not put together as we know layers to be."""
     names = {name for name, _ in layer.named_children()}
     sandwiched = {
         "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",

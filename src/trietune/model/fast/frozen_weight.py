@@ -1,4 +1,4 @@
-"""The weight of a linear layer that nobody trains, ready to be multiplied from both sides.
+"""The weight of a linear layer that is frozen, ready to be multiplied from both sides.
 
     forward   x [T, in] -> x W' [T, out]        backward   g [T, out] -> g W [T, in]
 

@@ -77,7 +77,7 @@ def mcnemar(num_fixed: int, num_broken: int) -> float:
     n, fewest = num_fixed + num_broken, min(num_fixed, num_broken)
     if n == 0:
         return 1.0
-    # Logarithms, for the powers of two of ten thousand changed examples are no floats.
+    # Logarithms, for the powers of two of ten thousand changed examples do not fit into floats.
     terms = [
         math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(fewest + 1)
     ]

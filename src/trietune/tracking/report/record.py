@@ -1,6 +1,6 @@
 """Read a run's folder back: what `FilesListener` wrote, as one frozen record.
 
-A run that is still going, was killed, or went on from a checkpoint reads like any other.
+A run that is still going, was killed, or resumed from a checkpoint reads like any other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RunRecord:
         before: the same as whole predictions.
         batch: the picture of the first batch, as `trietune.run.batch_picture` describes it; None if there is none.
         times: (step, seconds of work since the start).
-        num_unreadable: lines that are no records.
+        num_unreadable: lines that are not records.
     """
 
     name: str

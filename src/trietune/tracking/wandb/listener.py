@@ -302,7 +302,7 @@ def artifact_message(event: Saved, config: Mapping[str, Any], run_id: str) -> di
 
 
 def find_run_id(directory: Path, environ: Mapping[str, str]) -> str:
-    """The W&B id of the run in `directory`: the one that it had before, so that a resume goes on with its curves."""
+    """The W&B id of the run in `directory`: the one that it had before, so that a resume continues its curves."""
     try:
         return str(json.loads((directory / RUN_FILE).read_text())["id"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -336,7 +336,7 @@ def start_process(directory: Path) -> subprocess.Popen[str]:
     script = Path(__file__).with_name("process.py")
     with (folder / "process.log").open("ab") as log:
         return subprocess.Popen(  # noqa: S603  (our own script, no shell)
-            # -P keeps this folder off the path, where our wandb.py would hide the library's.
+            # -P keeps this folder off the path, where our wandb.py would hide the real one.
             [sys.executable, "-P", str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
