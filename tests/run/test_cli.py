@@ -58,7 +58,8 @@ def test_dry_run_prints_the_plan_and_writes_no_run(
     config.write_text(json.dumps(overrides))
     assert main(["train", str(config), "--dry-run"]) == 0
     out, _ = capfd.readouterr()
-    assert "6 of 8 examples" in out
+    assert "6 steps of 8 examples (0.75 epochs)" in out
+    assert re.search(r"memory +\d+(\.\d)? kB for model and optimizer", out)
     assert "sharing" in out
     assert not Path(str(overrides["project_dir"])).exists()
     assert main(["train", str(config), "--dry-run", "--json"]) == 0
@@ -221,7 +222,7 @@ def test_the_original_command_trains(overrides: dict[str, object], tmp_path: Pat
     arguments = as_set({**changed, "max_steps": 3, "max_length": 128})
     dry = run(str(SCRIPT.relative_to(ROOT)), "--dry-run", *arguments, cwd=ROOT, TRIETUNE_CACHE=str(tmp_path / "c"))
     assert dry.returncode == 0, dry.stderr
-    assert "3 of 4 examples" in dry.stdout
+    assert "3 steps of 4 examples" in dry.stdout
     done = run(str(SCRIPT.relative_to(ROOT)), *arguments, cwd=ROOT, TRIETUNE_CACHE=str(tmp_path / "c"))
     assert done.returncode == 0, done.stderr
     assert "no Tenstorrent plug-in" in done.stderr

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from trietune.checkpoints import messages
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io import disk_errors, files, strict_json
+from trietune.io.columns import columns
 from trietune.io.directory import DamagedDirectory, read_manifest
 
 _NOT_MENTIONED = {
@@ -31,6 +32,7 @@ _NOT_MENTIONED = {
 }  # fmt: skip
 
 _ROUNDING = "the same numbers up to rounding, not the same bits"
+_ELSEWHERE = "the same contents in another place"
 _REPORTED = "reported metrics change, and checkpoints are not ranked against earlier ones"
 # What dropout takes out is drawn for each micro-batch, in the order in which layers ask.
 _REDRAWN = "dropout draws different masks from here on, so the numbers differ"
@@ -122,8 +124,7 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Colle
             continue
         fingerprint = _FINGERPRINTS.get(key, "")
         if saved.get(fingerprint) and saved.get(fingerprint) == current.get(fingerprint):
-            effect = "the same contents in another place"
-            differences.append(Difference(key, _shown(before), _shown(now), "warn", effect))
+            differences.append(Difference(key, _shown(before), _shown(now), "warn", _ELSEWHERE))
             continue
         effect = _effect_of_a_harmless_change(key, before, now, current)
         verdict: Literal["warn", "allowed", "refuse"] = "warn"
@@ -179,8 +180,7 @@ def table_lines(differences: Sequence[Difference]) -> list[str]:
     """A table for people: key, then, now, and what follows."""
     rows = [("", "checkpoint", "now", "")]
     rows += [(item.key, item.saved, item.current, item.effect) for item in differences]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return ["  ".join([*(row[column].ljust(widths[column]) for column in range(3)), row[3]]).rstrip() for row in rows]
+    return columns(rows)
 
 
 def abandon_lines(path: Path, after_step: int) -> AbandonedLines:

@@ -136,7 +136,7 @@ def estimate(
     from trietune.cli.estimating import estimate_command
     from trietune.config import load_config
     from trietune.demo import demo_config
-    from trietune.tracking.console.result import columns
+    from trietune.io.columns import columns
 
     refuse_several_processes()
     settings = load_config(config or demo_config(), overrides)
@@ -328,7 +328,7 @@ def compare(first: RunFolder, second: Annotated[Path, typer.Argument(help="The r
 def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
     """List a run's checkpoints: step, metric, size, whole or damaged, where, best."""
     from trietune.checkpoints.overview import list_checkpoints
-    from trietune.tracking.console.result import columns
+    from trietune.io.columns import columns
 
     store, remote, settings = _open_store(run)
     rows = list_checkpoints(store, remote)
@@ -549,10 +549,10 @@ def _number_of_processes(nproc: str | None) -> int:
 
 
 def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) -> None:
+    from trietune.io.columns import columns
     from trietune.ranks.launch import as_one_of
     from trietune.run.prepare import prepare
     from trietune.run.signals import StopSignals
-    from trietune.tracking.console.result import columns
 
     refuse_several_processes()
     with _console() as tracker, StopSignals() as signals, as_one_of(num_processes):
@@ -602,8 +602,8 @@ def _holds(found: Evaluation, name: str, is_least: bool, bound: float) -> bool:
 
 
 def _evaluation_lines(found: Evaluation) -> list[str]:
+    from trietune.io.columns import columns
     from trietune.tracking import wording
-    from trietune.tracking.console.result import columns
 
     rows = [("examples", f"{found.num_examples:,}", "")]
     for name, value in found.metrics.items():

@@ -56,7 +56,7 @@ def _run(
 
 
 def _compare(sweep: Sweep, outcomes: Sequence[Outcome], say: Callable[[str], None], show: Callable[[str], None]) -> int:
-    from trietune.tracking.console.result import columns
+    from trietune.io.columns import columns
 
     for line in columns(comparison_table(sweep, outcomes)):
         show(line)

@@ -4,8 +4,8 @@
            -100..  labels      label
 
 Prompt and completion are tokenized apart, so that the prompt's tokens in training are those in use, whatever follows.
-Some tokenizers put a space before every text that they are given (Llama 2's does). A completion does not begin a text, so it
-is tokenized without that space: decoding the whole gives prompt and completion, character for character.
+Some tokenizers put a space before every text that they are given (Llama 2's does). A completion does not begin a
+text, so it is tokenized without that space: decoding the whole gives prompt and completion, character for character.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from trietune.device.precision import product_seconds
 from trietune.device.xla.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
 from trietune.device.xla.runtime import INSTALL_TORCH_XLA, torch_xla_version
 from trietune.io.cache_folder import cache_folder
+from trietune.io.columns import columns
 
 # Older ones have holes: CVE-2026-24747 (torch), CVE-2026-4372 and -5241 (transformers), CVE-2026-22701 (filelock).
 SECURE_VERSIONS = {
@@ -61,14 +62,13 @@ class Examination:
 
     def lines(self) -> list[str]:
         """For people."""
-        width = max(len(finding.topic) for finding in self.findings)
-        lines = []
+        rows = []
         for finding in self.findings:
             mark = {"ok": " ", "note": "-", "problem": "!"}[finding.state]
-            lines.append(f"{mark} {finding.topic:<{width}}  {finding.text}")
+            rows.append((f"{mark} {finding.topic}", finding.text))
             if finding.remedy:
-                lines.append(f"  {'':<{width}}  next: {finding.remedy}")
-        return lines
+                rows.append(("", f"next: {finding.remedy}"))
+        return columns(rows)
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""

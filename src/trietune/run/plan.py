@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trietune.config.defaults import ORIGINAL_DEFAULTS
+from trietune.tracking import wording
 
 if TYPE_CHECKING:
     import torch
@@ -239,7 +240,7 @@ class Plan:
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
             *([("length", self._length)] if self.max_length is not None else []),
             *([("objective", self.objective)] if self.objective else []),
-            ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
+            ("steps", f"{self.num_steps:,} steps of {batch} ({epochs:.3g} {'epoch' if epochs == 1 else 'epochs'})"),
             *(self.processes.lines() if self.processes else []),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
             *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),
@@ -251,28 +252,25 @@ class Plan:
             ),
             (
                 "memory",
-                f"{_gigabytes(self.model_bytes)} for model and optimizer; about "
-                f"{_gigabytes(self.largest_micro_batch * self.position_bytes)} for a micro-batch of "
+                f"{wording.size(self.model_bytes)} for model and optimizer; about "
+                f"{wording.size(self.largest_micro_batch * self.position_bytes)} for a micro-batch of "
                 f"{self.largest_micro_batch:,} tokens" + (", in each process" if self.processes else ""),
             ),
             (
                 "micro-batch",
-                f"at most {self.max_positions:,} tokens, about {_gigabytes(self.max_positions * self.position_bytes)}",
+                f"at most {self.max_positions:,} tokens, "
+                f"about {wording.size(self.max_positions * self.position_bytes)}",
             ),
             *([("shapes", self.static.description)] if self.static else []),
-            ("validation", f"{validation} examples while training, all before and after"),
+            ("validation", f"{validation} examples during training, all before and after"),
             ("run", str(self.directory)),
             *([("defaults", self.defaults)] if self.defaults else []),
         ]
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2g} GB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"
 
 
 def _grouping(is_grouped: bool) -> str:
-    return "examples with a common prefix share a batch" if is_grouped else "shuffled plainly"
+    return "examples with a common prefix share a batch" if is_grouped else "shuffled"

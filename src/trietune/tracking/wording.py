@@ -60,7 +60,8 @@ def size(num_bytes: float) -> str:
     """Decimal units, as disks and downloads are sold: `1.3 GB`."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
+            count = num_bytes / factor
+            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
     return f"{num_bytes:.0f} bytes"
 
 
