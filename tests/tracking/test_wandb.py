@@ -279,24 +279,31 @@ def test_a_run_that_dies_is_a_failed_run(tmp_path: Path) -> None:
     assert [ended.exit_code for ended in exits] == [1]
 
 
-def test_a_full_outbox_gives_up_histograms_first_and_counts(histograms: Histograms) -> None:
+def test_histograms_displace_no_measurement_and_what_is_dropped_is_counted(histograms: Histograms) -> None:
     outbox = Outbox(most_messages=4, most_histograms=2)
-    for step in range(2):
+    for step in range(4):
         outbox.put({"do": "log", "values": {"step": step}})
+    assert outbox.describe_dropped() == ""
     for _ in range(3):
-        outbox.put_histograms(histograms)
-    assert outbox.num_dropped_histograms == 1
-    for step in range(2, 4):
-        outbox.put({"do": "log", "values": {"step": step}})
-    assert (outbox.num_dropped_histograms, outbox.num_dropped_messages) == (3, 0)
+        outbox.put(histograms)
+    assert (outbox.num_dropped_histograms, outbox.num_dropped_messages) == (1, 0)
     outbox.put({"do": "log", "values": {"step": 4}})
-    assert outbox.num_dropped_messages == 1
-    assert outbox.describe_dropped() == "3 sets of histograms and 1 measurements were not sent"
+    assert outbox.describe_dropped() == "1 sets of histograms and 1 measurements were not sent"
     outbox.close()
     taken = []
     while (message := outbox.take()) is not None:
-        taken.append(message["values"]["step"])
-    assert taken == [1, 2, 3, 4]
+        taken.append(message)
+    assert [message["do"] for message in taken[:2]] == ["histograms", "histograms"]
+    assert [message["values"]["step"] for message in taken[2:]] == [1, 2, 3, 4]
+
+
+def test_a_message_that_nobody_will_take_is_not_kept(histograms: Histograms) -> None:
+    outbox = Outbox()
+    outbox.put({"do": "log", "values": {}})
+    outbox.close(discard=True)
+    outbox.put({"do": "log", "values": {}})
+    outbox.put(histograms)
+    assert (len(outbox), outbox.take(), outbox.describe_dropped()) == (0, None, "")
 
 
 def test_histograms_keep_every_finite_value(histograms: Histograms) -> None:
