@@ -12,24 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from trietune.data.examples import IGNORED_LABEL
-
-
-class TokenArrays(Protocol):
-    """Token sequences with labels, flat."""
-
-    @property
-    def input_ids(self) -> np.ndarray: ...
-
-    @property
-    def labels(self) -> np.ndarray: ...
-
-    @property
-    def offsets(self) -> np.ndarray: ...
+from trietune.data.examples import IGNORED_LABEL, TokenSequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +78,7 @@ def take_sequences(sets: AnswerSets, chosen: np.ndarray) -> AnswerSets:
     )
 
 
-def with_other_completions(sequences: TokenArrays, grade: np.ndarray) -> AnswerSets:
+def with_other_completions(sequences: TokenSequences, grade: np.ndarray) -> AnswerSets:
     """Each sequence followed by its prompt with the completion of the one before it; the first takes the last one's.
 
         P0 C0, P1 C1, P2 C2   ->   P0 C0, P0 C2,   P1 C1, P1 C0,   P2 C2, P2 C1
@@ -122,7 +108,7 @@ def with_other_completions(sequences: TokenArrays, grade: np.ndarray) -> AnswerS
     )
 
 
-def with_every_label(sequences: TokenArrays, completions: Sequence[np.ndarray]) -> AnswerSets:
+def with_every_label(sequences: TokenSequences, completions: Sequence[np.ndarray]) -> AnswerSets:
     """Each prompt followed by every label's completion in turn; the grade of the example's own is 1, of others 0.
 
     Args:
