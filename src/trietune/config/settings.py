@@ -390,8 +390,8 @@ class Settings(BaseModel):
     the run continues without it."""
 
     tracker: Literal["auto", "wandb", "tensorboard", "trackio", "none"] = "auto"
-    """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value decides
-    alone."""
+    """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value
+    overrides `use_wandb`."""
 
     wandb_project: NonEmpty = "trietune"
     """Project that the run belongs to in the tracker."""
