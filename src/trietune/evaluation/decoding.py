@@ -67,8 +67,7 @@ class Prefill:
         self._layout = layout
         self.groups: list[Group] = []
         self._nodes: list[Tensor] = []
-        node = np.arange(trie.num_nodes)
-        on_path = (node <= ends[:, None]) & (ends[:, None] < trie.subtree_end)
+        on_path = trie.sees(ends[:, None], np.arange(trie.num_nodes)[None])
         for first, last in cut_into_groups(on_path):
             sees = on_path[first:last]
             nodes = np.flatnonzero(sees.any(axis=0))

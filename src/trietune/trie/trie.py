@@ -66,6 +66,17 @@ class Trie:
     def num_rows(self) -> int:
         return len(self.row_start) - 1
 
+    def sees(self, query: np.ndarray, key: np.ndarray, window: int | None = None) -> np.ndarray:
+        """Whether node `query` attends node `key`: it lies in the subtree of `key`, less than `window` below it.
+
+        Args:
+            query, key: nodes, of shapes that broadcast.
+        """
+        is_seen: np.ndarray = (key <= query) & (query < self.subtree_end[key])
+        if window is not None:
+            is_seen &= self.position_ids[query] - self.position_ids[key] < window
+        return is_seen
+
 
 def build_trie(
     input_ids: Int32[np.ndarray, " K"],

@@ -371,9 +371,7 @@ def _bucket_nodes(
     queries = blocks.first_query[group, None] + np.minimum(query_at, num_queries[:, None] - 1)
     keys = blocks.keys[blocks.key_start[group, None] + np.minimum(key_at, num_keys[:, None] - 1)]
     query_node, key_node = query_nodes[queries][:, :, None], keys[:, None, :]
-    sees = (key_node <= query_node) & (query_node < trie.subtree_end[keys][:, None, :]) & is_key[:, None, :]
-    if window is not None:
-        sees &= trie.position_ids[query_node] - trie.position_ids[key_node] < window
+    sees = trie.sees(query_node, key_node, window) & is_key[:, None, :]
     return queries.astype(np.int64), keys, sees, is_query, is_key
 
 
