@@ -32,12 +32,12 @@ def export(
     to: Annotated[
         MaybeText,
         typer.Option(
-            "--to", metavar="PROGRAM", help="For gguf, ollama, vllm, mlx or transformers; proved before done."
+            "--to", metavar="PROGRAM", help="For gguf, ollama, vllm, mlx or transformers; read back and compared."
         ),
     ] = None,
     quantize: Annotated[
         MaybeText,
-        typer.Option(metavar="FORMAT", help="Of GGUF files: f32, bf16, f16, q8_0, q4_k_m."),
+        typer.Option(metavar="FORMAT", help="For GGUF files: f32, bf16, f16, q8_0, q4_k_m."),
     ] = None,
     push: Annotated[
         MaybeText,

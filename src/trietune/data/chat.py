@@ -28,7 +28,7 @@ from trietune.data.examples import Example, Message
 
 Segment = tuple[
     str, bool
-]  # text, and whether the assistant says it: whether it is to be learnt, unless its weight is 0
+]  # text, and whether the assistant says it: whether it is to be learned, unless its weight is 0
 
 _PROBE = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
 
@@ -38,7 +38,7 @@ class RewrittenTurnError(WrongRow):
 
 
 def rewrites_turns(tokenizer: Any, chat_template: str, conversations: Sequence[Example] = ()) -> bool:
-    """Whether the template writes earlier answers anew as a conversation goes on.
+    """Whether the template rewrites earlier answers as a conversation goes on.
 
     Args:
         conversations: some of the data; those that think or call tools are tried, for templates that only rewrite such.

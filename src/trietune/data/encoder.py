@@ -139,7 +139,7 @@ def _ends_of_calls(encoder: Encoder, conversations: Sequence[Example]) -> list[i
 
 
 def _up_to(example: Example, index: int) -> Example:
-    """The conversation up to one of its answers, all of which are learnt."""
+    """The conversation up to one of its answers, all of which are learned."""
     return replace(example, messages=tuple(replace(one, weight=1.0) for one in example.messages[: index + 1]))
 
 
@@ -215,7 +215,7 @@ class Encoder:
             pieces.append([self.prompt_format.eos_id])
             are_labels.append(False)
             are_labels += (is_label for _, is_label in one)
-            are_labels.append(one[-1][1])  # the end is learnt with what it ends
+            are_labels.append(one[-1][1])  # the end is learned with what it ends
         sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
         input_ids = np.fromiter(chain.from_iterable(pieces), np.int32, int(sizes.sum()))
         labels = np.where(np.repeat(np.array(are_labels, bool), sizes), input_ids, np.int32(IGNORED_LABEL))
