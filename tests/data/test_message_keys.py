@@ -88,7 +88,7 @@ def test_conversations_of_which_nothing_is_learnt_are_left_out(load: Loader) -> 
         ({"content": {"text": "x"}}, "no text"),
         ({"content": None}, "no text"),
         ({"content": None, "function_call": {"name": "f"}}, "older form"),
-        ({"content": None, "tool_calls": "f()"}, "no JSON list"),
+        ({"content": None, "tool_calls": "f()"}, "not a JSON list"),
     ],
 )
 def test_a_key_that_cannot_be_meant_is_refused_with_its_place(keys: dict[str, Any], reason: str, load: Loader) -> None:
