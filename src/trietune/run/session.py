@@ -356,7 +356,8 @@ class Session:
         from trietune.model.base.load import load_network
         from trietune.model.base.randomness import silence_draws, silence_rates
         from trietune.training.loss_scale import LossScale
-        from trietune.training.optimizer import build_optimizer, learning_rate_schedule
+        from trietune.training.optimizer import build_optimizer
+        from trietune.training.schedule import learning_rate_schedule
         from trietune.training.sampler import Sampler
 
         device = self.plan.device

@@ -32,10 +32,11 @@ from trietune.training.gradients import MicroBatchTooLargeError
 from trietune.training.loss_scale import LossScale
 from trietune.training.objectives.learning import Learn, Work
 from trietune.training.objectives.sft import learn_labels
-from trietune.training.optimizer import Schedule, make_state
+from trietune.training.optimizer import make_state
 from trietune.training.pending_losses import PendingLosses
 from trietune.training.prefetch import ahead_thread, prefetch
 from trietune.training.sampler import Sampler
+from trietune.training.schedule import Schedule
 from trietune.trie import MicroBatch, total_weight
 from trietune.trie.dealing import Deal
 
