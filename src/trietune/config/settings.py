@@ -583,13 +583,6 @@ class Settings(BaseModel):
         return self._has_original_defaults
 
     @property
-    def tracker_name(self) -> Literal["wandb", "tensorboard", "trackio", "none"]:
-        """The tracker that `tracker` and `use_wandb` come to."""
-        if self.tracker == "auto":
-            return "wandb" if self.use_wandb else "none"
-        return self.tracker
-
-    @property
     def start_adapter(self) -> str | None:
         """The adapter to start from, under either of its names."""
         return self.init_adapter or self.sft_checkpoint_path

@@ -154,13 +154,6 @@ def read_back(file: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
-    """The scalar metadata of a GGUF file, for checks."""
-    import gguf
-
-    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items() if len(field.data) == 1}
-
-
 # llama.cpp's `llama_ftype`
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
