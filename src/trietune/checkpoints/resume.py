@@ -142,7 +142,7 @@ def compare_warmup(before: int | None, now: int, step: int, allowed: Collection[
 
     Args:
         before: steps of warm-up in the run that saved the checkpoint; None if unknown.
-        step: of the checkpoint.
+        step: step of the checkpoint.
         allowed: keys whose differences the user accepts; any that decides the number of steps accepts this one.
     """
     if before is None or before == now:

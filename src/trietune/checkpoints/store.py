@@ -87,10 +87,10 @@ class CheckpointStore:
     """The checkpoints of the run in `run_directory`; hold its `RunLock` to call anything that writes.
 
     Args:
-        run_id: of this run; checkpoints that name another are shown as foreign and left alone.
+        run_id: id of this run; checkpoints that name another are shown as foreign and left alone.
         metric: the key of a checkpoint's metrics that `keep_best_n` and `best` look at.
         measured_on: what this run measures on; values measured on something else are not compared with its own.
-        details: of this run, to tell what older checkpoints were measured on.
+        details: details of this run, to tell what older checkpoints were measured on.
     """
 
     run_directory: Path

@@ -30,7 +30,7 @@ class SplitCounts:
         read: rows that were read.
         num_examples: examples in them; more than rows where each turn of a conversation is one.
         kept: examples that became sequences.
-        num_tokens, num_labels, longest: of the kept sequences; `longest` in tokens.
+        num_tokens, num_labels, longest: counts of the kept sequences; `longest` in tokens.
         overlong: longer than `max_length`; left out in training, kept in validation.
         truncated: cut to `max_length` at the left of their prompt.
         without_completion: nothing to learn but the end; left out in training, kept in validation.

@@ -33,7 +33,7 @@ class LengthRules:
     Attributes:
         overlong: None keeps them, as validation does.
         keeps_empty: whether an example without a completion stays.
-        ignored_label: of data that brings its own labels, the one that counts for nothing.
+        ignored_label: in data that brings its own labels, the one that counts for nothing.
     """
 
     max_length: int

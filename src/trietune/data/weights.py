@@ -69,7 +69,7 @@ def weigh(
     """The examples with a weight at each token, and no label where that is 0.
 
     Args:
-        of_rows: of each example's row.
+        of_rows: weight of each example's row.
         only_last: whether only the last message of a conversation has labels.
 
     Raises:

@@ -46,9 +46,9 @@ class AttentionNeeds:
 
     Attributes:
         head_size: numbers of one head.
-        dtype: of queries, keys and values.
+        dtype: dtype of queries, keys and values.
         has_soft_cap: whether scores are soft-capped.
-        num_positions: of the largest micro-batch.
+        num_positions: positions in the largest micro-batch.
     """
 
     head_size: int
@@ -66,7 +66,7 @@ class Device:
         name: for people: `CPU, 2 threads`, `NVIDIA H100`.
         reason: one line on why this one, or None if it is what was asked for.
         torch_device: where tensors are placed.
-        dtypes: that a base model may be held in.
+        dtypes: dtypes that a base model may be held in.
         attentions: ways in which a trie can attend here, best first; the last takes any model.
         refuses_attention: why one of these ways does not take a model; None if it does.
         has_static_shapes: every new tensor shape costs a compilation, so batches are padded to a few shapes, and
@@ -87,7 +87,7 @@ class Device:
         write_memory_snapshot: write what took memory until it ran out into a file; False where nothing is noted.
         synchronize: wait until what was asked of the device is done.
         end_step: what was recorded since the last call is one unit of work: begin it.
-        seed: of what is random on the device.
+        seed: sets the seed of what is random on the device.
         learning_rate: a learning rate as an optimizer's group keeps it here.
         to_device: take a tensor to the device whose first axis is the rows of a micro-batch; where several devices
             share the rows, each gets its part.

@@ -44,7 +44,7 @@ class Published:
 
     Attributes:
         flops_16, flops_32: dense products in bfloat16 and float16, and in float32 without TF32, a second.
-        bandwidth: of its memory, bytes per second.
+        bandwidth: bandwidth of its memory, in bytes per second.
         memory: bytes.
     """
 
@@ -71,7 +71,7 @@ class Speed:
     """What a training's time is made of; each from the least to the most that is likely.
 
     Attributes:
-        flops: of products, a second.
+        flops: FLOP per second in matrix products.
         bandwidth: bytes read and written a second.
         start_s: seconds to start an operation.
         exchange: bytes of gradients that processes add up a second.
@@ -145,8 +145,8 @@ def measured_speed(
 
     Args:
         rows: positions of a micro-batch.
-        width_in, width_out: of the layers' matrices.
-        num_threads: of a process, on a processor.
+        width_in, width_out: sizes of the layers' matrices.
+        num_threads: threads of a process, on a CPU.
     """
     is_card = device.kind == "cuda"
     threads = torch.get_num_threads()

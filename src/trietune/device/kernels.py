@@ -39,7 +39,7 @@ class CudaDevice:
 
     Attributes:
         capability: compute capability.
-        shared_memory_bytes: that one block of threads can ask for.
+        shared_memory_bytes: what one block of threads can ask for.
         has_flash: whether this build of PyTorch has flash attention.
         has_triton: whether what compiles FlexAttention is installed.
     """

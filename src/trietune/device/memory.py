@@ -53,7 +53,7 @@ class Widths:
     """What a position is in a network: the numbers that its layers keep of it.
 
     Attributes:
-        hidden: of the residual stream.
+        hidden: width of the residual stream.
         layers: blocks of the decoder.
         kept: numbers that all layers' products read and write a position, the residual stream left out.
         widest: numbers that the backward pass of the widest layer takes on top.
@@ -74,7 +74,7 @@ def widths_of(config: Any, network: nn.Module | None = None) -> Widths:
 
     Args:
         config: the text config of a causal model of transformers.
-        network: of that configuration, with weights or without; without it, what the configuration lacks is assumed.
+        network: a network of that configuration, with or without weights; if None, what the config lacks is assumed.
     """
     hidden = _whole(config, "hidden_size")
     intermediate = _whole(config, "intermediate_size")

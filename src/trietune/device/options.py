@@ -34,7 +34,7 @@ class Mesh:
     """Several devices in a grid.
 
     Attributes:
-        shape, axis_names: of the grid.
+        shape, axis_names: the grid.
         data_axis: whose devices split a batch; None if each sees all of it.
         shardings: the first whose pattern is found in a name decides; other weights are on every device.
     """

@@ -36,7 +36,7 @@ def evaluate_answers(
     """Score the answers of a set and measure them by `judge`; names begin with `eval/`.
 
     Args:
-        max_examples: of a larger set, a random subset of rows that depends only on `seed`; None takes all.
+        max_examples: size limit: of a larger set, a random subset of rows that depends only on `seed`; None takes all.
     """
     rows = choose_examples(sets.num_rows, max_examples, seed=seed)
     scores, counts = score_answers(

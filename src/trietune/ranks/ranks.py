@@ -27,7 +27,7 @@ class Ranks:
     Attributes:
         count: processes of this training.
         has_equal_passes: whether all ranks must compute as many passes, because they hold parts of one model.
-        waiting_share: of the step before, how much of its time a rank spent waiting for the others, on average.
+        waiting_share: share of the last step that a rank spent waiting for the others, on average.
     """
 
     count = 1

@@ -45,8 +45,8 @@ class Watch:
     """This rank's place, told to the others, and theirs.
 
     Args:
-        number, count: of the ranks.
-        host, port: of the store.
+        number, count: this rank's number, and how many there are.
+        host, port: address of the store.
         on_lost: told the sentence when somebody is lost; by default it is printed and the process ends with code 7.
 
     Attributes:

@@ -29,7 +29,7 @@ def write_batch_picture(
     Args:
         sequences: the training data.
         indices: the sequences of the batch.
-        ids: of the example that each of them belongs to.
+        ids: id of the example that each of them belongs to.
         tokenizer: a fast tokenizer of transformers.
     """
     document = describe_batch(sequences, indices, ids, tokenizer)

@@ -47,12 +47,12 @@ class Estimate:
     """What a run takes; times in seconds, each from the least to the most that is likely.
 
     Attributes:
-        step: of one optimizer step.
-        num_steps: of the run.
-        validation: of all evaluations together.
-        reference: of scoring the reference, where the objective has one.
+        step: one optimizer step.
+        num_steps: steps of the run.
+        validation: all evaluations together.
+        reference: scoring the reference, where the objective has one.
         memory: bytes of one process, at the largest micro-batch that was seen.
-        num_processes: that share each step.
+        num_processes: processes that share each step.
         flops_a_step: of all processes.
         unknown: why there is no time; None where there is one.
     """

@@ -141,7 +141,7 @@ class Learning:
 
     Attributes:
         objective: None for `sft`.
-        rows: of the training data.
+        rows: rows of the training data.
         validation: answers of the validation data; None where they are not compared, or not there.
         reference, validation_reference: float64 [sequences], scores under the reference; None without one.
     """
@@ -221,7 +221,7 @@ class Learning:
 
         Args:
             is_reference: whether the model is still its own reference, so that there are no rewards to speak of.
-            arguments: of `evaluate_answers`.
+            arguments: arguments of `evaluate_answers`.
         """
         from trietune.evaluation.preferences import evaluate_answers
 

@@ -47,8 +47,8 @@ class LoadedModel:
 
     Attributes:
         name: for people: the run, the adapter or the base model.
-        settings: of the run; for other things the defaults with what was overridden.
-        prompt_format: that the adapter or the merged model was trained with; None for a base model.
+        settings: settings of the run; for anything else, the defaults with overrides.
+        prompt_format: the format that the adapter or merged model was trained with; None for a base model.
         max_positions: most positions computed at once.
         say: takes what a user should read.
         proven: under `length`, tokens of the longest row that layers have been proven on.
@@ -133,7 +133,7 @@ def evaluate(
 
     Args:
         target: a run's folder, an adapter's folder, or a base model as in `model_name`.
-        overrides: of the run's settings, such as `dataset_id=...` or `validation_file=...`.
+        overrides: changes to the run's settings, such as `dataset_id=...` or `validation_file=...`.
         split: `train`, `validation` or `test`, as a run splits the data. None takes the validation examples of a run's
             own data, and of other data its validation split, or every row where it has none.
         max_examples: a random subset of this size; None takes all.

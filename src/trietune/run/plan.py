@@ -84,10 +84,10 @@ class ProcessesPlan:
 
     Attributes:
         count: processes.
-        examples_per_step: of all together.
+        examples_per_step: examples of all processes together.
         speed_up: over one process, by tokens: what is computed once more and uneven parts count, messages do not.
         positions_per_example: computed by all together.
-        smallest_part, largest_part: of a step's work, as shares of what all compute.
+        smallest_part, largest_part: shares of a step's work that a process computes.
         repeated: what is computed again because steps are split, as a share of the whole.
         suggestion: a larger batch size and its speed-up, where this one leaves processes idle.
     """
@@ -134,9 +134,9 @@ class Plan:
     Attributes:
         directory: the run's folder; its name is the run's.
         adapted_share: part of the weights of the base model's layers that carry adapters.
-        base_rates: of the base model's own dropout and noise, by name, as its configuration has them.
+        base_rates: rates of the base model's own dropout and noise, by name, as its configuration has them.
         keeps_dropout: whether these stay on.
-        dtype: of the base model; adapter and optimizer are fp32.
+        dtype: dtype of the base model; adapter and optimizer are fp32.
         load_in_4bit: whether its linear layers are held in 4 bits and only compute in `dtype`.
         attention: how tries attend; None for padded rows, which keep transformers' attention.
         attention_reason: why not in the device's best way; None if they do.
@@ -146,13 +146,13 @@ class Plan:
         num_steps: optimizer steps of the whole run.
         eval_max_examples: examples of a periodic validation; None takes all.
         eval_batch_size: answers generated together.
-        model_bytes: of the base model, the adapter, its gradients and its optimizer.
+        model_bytes: memory of the base model, the adapter, its gradients and its optimizer.
         position_bytes: estimate for one position of a micro-batch.
         largest_micro_batch: positions of the largest micro-batch of those that were looked at.
         objective: what is learned, in words; None for `sft`.
-        label_cost: of one label at the output head, in nodes of the layers before it.
+        label_cost: cost of one label at the output head, in nodes of the layers before it.
         processes: how a step's examples are shared; None where one process trains.
-        max_length: of an example, in tokens; `longest` is that of the training data.
+        max_length: limit of an example, in tokens; `longest` is the longest in the training data.
         defaults: which set of defaults the keys that are not set have.
     """
 

@@ -53,7 +53,7 @@ class Prepared:
     Attributes:
         learning: what is learned, before its reference has been scored.
         shape: counts of the network.
-        work: of a few steps, by all processes together.
+        work: work in a few steps, by all processes together.
         num_sampled: examples of these steps.
         start: folder of the initial adapter; None: a new one.
     """
@@ -76,8 +76,8 @@ class Chosen:
     """What one process has chosen for all that share a training: where choices follow from a measurement or the disk.
 
     Attributes:
-        directory: of the run.
-        dtype: of the base model: `float32`, `bfloat16`, `float16`.
+        directory: folder of the run.
+        dtype: dtype of the base model: `float32`, `bfloat16`, `float16`.
     """
 
     directory: Path
@@ -137,7 +137,7 @@ def prepare(
     """Find the model, read the data, choose device and layout; writes nothing but caches.
 
     Args:
-        num_processes: that will share the training.
+        num_processes: processes that will share the training.
         chosen: by another process, for this one too.
         device: to plan for, which need not be here; None chooses it by the settings.
     """

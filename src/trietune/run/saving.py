@@ -292,7 +292,7 @@ class RunFiles:
 
         Args:
             metrics: measured on exactly these weights; empty if they were not measured.
-            further_state: of this session, into `trainer_state.json`.
+            further_state: state of this session, into `trainer_state.json`.
         """
         if self.saved_step == step:
             return 0.0

@@ -71,7 +71,7 @@ class Run:
         step: optimizer steps taken in all.
         before, after: evaluation metrics of the whole validation set; empty where none was measured.
         adapter: folder of the final adapter; None if there is none.
-        exit_code: that a command should end with.
+        exit_code: what a command should exit with.
     """
 
     directory: Path
@@ -357,8 +357,8 @@ class Session:
         from trietune.model.base.randomness import silence_draws, silence_rates
         from trietune.training.loss_scale import LossScale
         from trietune.training.optimizer import build_optimizer
-        from trietune.training.schedule import learning_rate_schedule
         from trietune.training.sampler import Sampler
+        from trietune.training.schedule import learning_rate_schedule
 
         device = self.plan.device
         device.watch_memory()

@@ -40,9 +40,9 @@ class Trial:
     """One combination.
 
     Attributes:
-        values: of the keys that are swept over, as they were written.
-        name: of the run, and of its folder.
-        command: that trains it.
+        values: values of the keys that are swept over, as they were written.
+        name: name of the run, and of its folder.
+        command: command that trains it.
     """
 
     values: Mapping[str, str]
@@ -56,7 +56,7 @@ class Sweep:
     """A grid, checked, with nothing started.
 
     Attributes:
-        directory: of all trials.
+        directory: folder of all trials.
         metric, mode: what tells a better trial: `eval/loss`, `min`.
     """
 

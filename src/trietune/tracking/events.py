@@ -113,9 +113,9 @@ class Prediction:
 
     Attributes:
         is_right: None where there is no right answer.
-        probabilities: of each label by its short name.
+        probabilities: probability of each label, by its short name.
         f1: of an answer; None for labels.
-        kind: of a question: `answerable` or `unanswerable`.
+        kind: kind of a question: `answerable` or `unanswerable`.
     """
 
     id: str

@@ -26,8 +26,8 @@ class LossScale:
     """The scale of a run; holds it over steps.
 
     Args:
-        device: of the gradients.
-        state: of an earlier one, to continue from.
+        device: device of the gradients.
+        state: state of an earlier one, to continue from.
     """
 
     def __init__(self, device: torch.device, state: Mapping[str, Any] | None = None) -> None:

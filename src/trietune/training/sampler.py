@@ -18,7 +18,7 @@ class Sampler:
     Args:
         num_sequences: size of the data set.
         batch_size: examples in a batch, over all ranks.
-        seed: of the order.
+        seed: seed of the order.
         groups: shared prefixes, when examples that have one should meet; None shuffles plainly.
     """
 

@@ -257,7 +257,7 @@ class Coverage:
 
     Attributes:
         num_weights: in matrices of the layers.
-        num_adapted: of these, in matrices with an adapter or trained whole.
+        num_adapted: how many of these are in matrices with an adapter or trained whole.
         without: share of `num_weights` by group without an adapter, `mlp.experts.gate_up_proj` and the like, the
             largest first; routers are not among them.
     """

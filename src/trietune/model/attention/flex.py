@@ -55,7 +55,7 @@ class FlexLayout:
     Attributes:
         num_queries: N, without padding.
         num_nodes: T, without padding.
-        block_mask: of padded queries and padded nodes.
+        block_mask: which padded queries see which padded nodes.
     """
 
     num_queries: int

@@ -120,7 +120,7 @@ class Blocks:
     """What each block computes: its queries, and as keys some ancestors and then its own nodes.
 
     Attributes:
-        first_query, num_queries: of each block, as places in the array of querying nodes.
+        first_query, num_queries: each block's queries, as places in the array of querying nodes.
         keys: nodes, block after block.
         key_start: where each block's keys begin in `keys`, and their number at the end.
     """
@@ -224,9 +224,9 @@ class _QueryRows:
 
     Attributes:
         first_query, num_queries: as places in the array of querying nodes.
-        first_node, end_node: of the row up to its last query.
+        first_node, end_node: the row up to its last query.
         num_ancestors: nodes of its path before its first node.
-        path_start: of its path in `row_path`.
+        path_start: where its path begins in `row_path`.
     """
 
     first_query: Int64[np.ndarray, " R"]

@@ -29,15 +29,15 @@ class NetworkShape:
 
     Attributes:
         config: its text config, of transformers.
-        num_parameters: of the base model, tied ones once.
-        num_trainable: of the adapter.
-        num_in_layers: of the base model's parameters, those of linear layers below the output head.
+        num_parameters: parameters of the base model, tied ones counted once.
+        num_trainable: parameters of the adapter.
+        num_in_layers: parameters of the base model's linear layers below the output head.
         num_embeddings: rows of the input embedding.
         has_learnt_positions: whether each position has a vector of its own, so that there are no more of them.
         refusal: why tries cannot be computed, as the end of a sentence; None if they can.
-        widths: of its layers, for the estimate of memory.
+        widths: widths of its layers, for the memory estimate.
         coverage: which part of its layers carries adapters.
-        base_rates: of its own dropout and noise, by name.
+        base_rates: rates of its own dropout and noise, by name.
         adapts_parameters: whether adapters are on parameters themselves, such as stacks of experts.
     """
 

@@ -35,7 +35,7 @@ class FrozenWeight:
     Attributes:
         modules: the linear layers.
         may_pack: whether copies may be made.
-        is_part: of another one, which is multiplied in its place.
+        is_part: whether it is part of another one, which is multiplied in its place.
     """
 
     def __init__(self, *modules: nn.Linear) -> None:

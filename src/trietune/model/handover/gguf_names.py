@@ -39,7 +39,7 @@ class GgufNames:
 
     Attributes:
         architecture: as llama.cpp calls it.
-        num_heads, num_key_heads: of attention; rows of queries and keys are reordered by them.
+        num_heads, num_key_heads: heads of attention; rows of queries and keys are reordered by them.
         notes: what llama.cpp will do otherwise than transformers, in whole sentences.
     """
 

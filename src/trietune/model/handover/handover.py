@@ -77,8 +77,8 @@ class HandedOver:
     """What was written and how it was proved.
 
     Attributes:
-        agreement: of what was read back with base and adapter in fp32.
-        floor: of base and adapter in bf16 with themselves in fp32.
+        agreement: how what was read back agrees with base and adapter in fp32.
+        floor: the same for base and adapter in bf16 against themselves in fp32.
         commands: to use it, for a shell.
         notes: what a user must know, in whole sentences.
     """
@@ -108,7 +108,7 @@ def hand_over(
         adapter: an adapter's folder or a run's.
         prompts: gives the token ids of prompts to prove it with, from the tokenizer and the prompt format.
         merge: a whole model instead of an adapter.
-        quantization: of a GGUF file; by default f16 for a model and f32 for an adapter.
+        quantization: number format of a GGUF file; by default f16 for a model and f32 for an adapter.
 
     Raises:
         UserError: what the program does not take, `out` is taken, or an export that answers otherwise.

@@ -24,12 +24,12 @@ class PairedTest:
     """How much better the second is than the first.
 
     Attributes:
-        name: of what was compared, such as `accuracy`.
+        name: what was compared, such as `accuracy`.
         num_examples: answered by both.
         num_better, num_worse: examples on which the second did better, or worse.
-        difference: of the means.
+        difference: difference of the means.
         interval: 95 %, of the difference, by the bootstrap over examples.
-        p_value: of no difference, two-sided: McNemar's exact test for right and wrong, a sign-flip test for scores.
+        p_value: two-sided, of no difference: McNemar's exact test for right and wrong, a sign-flip test for scores.
     """
 
     name: str

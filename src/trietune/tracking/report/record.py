@@ -24,8 +24,8 @@ class RunRecord:
     """One run, as its files tell it.
 
     Attributes:
-        status: of its last end: `finished`, `stopped`, `failed`; `running` where the file says nothing of an end.
-        seconds: of the last end; None while it runs.
+        status: how it last ended: `finished`, `stopped`, `failed`; `running` where the file says nothing of an end.
+        seconds: how long it took until then; None while it runs.
         steps: the logged steps, as lines of `metrics.jsonl`.
         notes: (level, text) of what the run said.
         predictions: the latest ones, and whether they are from before or after training.
