@@ -202,10 +202,10 @@ def _tiny(model_type: str, **changes: Any) -> PreTrainedModel:
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "state-space": (lambda: _tiny("mamba"), "carry a state from token to token"),
+    "state-space": (lambda: _tiny("recurrent_gemma"), "carry a state from token to token"),
+    "states that are told nothing": (lambda: _tiny("mamba"), "does not tell its layers with a state (`MambaBlock`)"),
     "linear attention": (
-        lambda: _tiny("qwen3_next", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16),
-        "`linear_attention`, which carry a state",
+        lambda: _tiny("minimax", num_local_experts=2, num_experts_per_tok=1), "`linear_attention`, which carry a state",
     ),
     "own attention": (lambda: _tiny("bloom"), "computes attention in its own way"),
     "dynamic rope": (
@@ -233,7 +233,7 @@ EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 
 
 @pytest.mark.parametrize(
-    "family", ["phi3", "olmo2", "smollm3", "starcoder2", "glm", "gpt2", "mixtral", "cohere", "gpt_oss"]
+    "family", ["phi3", "olmo2", "smollm3", "starcoder2", "glm", "gpt2", "mixtral", "cohere", "gpt_oss", "lfm2"]
 )
 def test_families_beyond_the_tested_ones_are_looked_at(family: str) -> None:
     """Each of these gives on a trie the losses of plain rows, some through a lower rung of the self-check's ladder."""

@@ -245,7 +245,7 @@ def _prefill(
     ends, row_of_sequence = np.unique(end_of_sequence, return_inverse=True)
     prefill = Prefill(trie, ends, model.layout(trie), model.device)
     hidden = _hidden_states(model, micro_batch.input_ids, micro_batch.position_ids, attends=prefill)
-    decoding.join(prefill.groups, trie.position_ids[ends].astype(np.int64) + 1)
+    decoding.join(prefill, trie.position_ids[ends].astype(np.int64) + 1)
     places = place[micro_batch.sequence_indices[sequence]]
     rows = [_Row(places[row_of_sequence == number]) for number in range(len(ends))]
     at_labels = hidden[0, torch.from_numpy(micro_batch.label_index.astype(np.int64)).to(model.device)]
