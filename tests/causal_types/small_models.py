@@ -118,6 +118,8 @@ def _smaller(given: dict[str, Any], model_type: str) -> dict[str, Any]:
             made[name] = value
     if made.get("pad_token_id") is None:
         made["pad_token_id"] = 0
+    if made.get("is_decoder") is False and not made.get("is_encoder_decoder"):
+        made["is_decoder"] = True  # an encoder whose causal form this is
     return made | OF_TYPE.get(model_type, {})
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trietune.device.memory import Widths, widths_of
 from trietune.model.adapter.adapter import add_adapter
 from trietune.model.adapter.targets import Coverage, measure_coverage
-from trietune.model.architecture import check_architecture
+from trietune.model.architecture import check_architecture, longest_of_one_rope, why_whole_rows
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized
 from trietune.model.base.load import check_config
@@ -35,6 +35,8 @@ class NetworkShape:
         num_embeddings: rows of the input embedding.
         has_learnt_positions: whether each position has a vector of its own, so that there are no more of them.
         refusal: why tries cannot be computed, as the end of a sentence; None if they can.
+        why_whole_rows: why they run on whole rows, alike; None if they need not.
+        longest_in_a_trie: tokens of the longest row that tries compute as a row by itself; None if there is no end.
         widths: of its layers, for the estimate of memory.
         coverage: which part of its layers carries adapters.
         base_rates: of its own dropout and noise, by name.
@@ -49,6 +51,8 @@ class NetworkShape:
     widths: Widths
     coverage: Coverage
     base_rates: Mapping[str, float]
+    why_whole_rows: str | None = None
+    longest_in_a_trie: int | None = None
     num_embeddings: int = 0
     has_learnt_positions: bool = False
     adapts_parameters: bool = False
@@ -83,6 +87,7 @@ def describe_network(
         if not base_dropout:
             silence_rates(network)
         refusal = check_architecture(network)
+        on_rows = why_whole_rows(network)
         if base_dropout and dropped:
             name, rate = next(iter(dropped.items()))
             refusal = f"`base_dropout: True` keeps its dropout on attention weights (`{name}: {rate:g}`)"
@@ -103,6 +108,8 @@ def describe_network(
         num_trainable=num_trainable,
         num_in_layers=num_in_layers,
         refusal=refusal,
+        why_whole_rows=on_rows,
+        longest_in_a_trie=longest_of_one_rope(config),
         widths=widths,
         coverage=measure_coverage(network),
         base_rates=base_rates,
