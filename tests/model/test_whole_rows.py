@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from causal_types.small_models import small_network
 from hypothesis import given, settings
-from model.test_proof import CPU, PARITY, batch, plain_gradients, proof_of
 
+from causal_types.small_models import small_network
+from model.test_proof import CPU, PARITY, batch, plain_gradients, proof_of
 from strategies import batches, flat
 from trietune.device import choose_device
 from trietune.errors import UserError

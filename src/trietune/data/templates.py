@@ -216,11 +216,27 @@ def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
     return tuple(_read_message(item, number, column) for number, item in enumerate(value, start=1))
 
 
+def _text_of(content: Any, number: int, column: str) -> Any:
+    """The text of a message whose content is a list of parts, as models of text and images have them."""
+    if not isinstance(content, Sequence) or isinstance(content, str) or not content:
+        return content
+    texts: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            shown = f"a part of the type `{kind}`" if isinstance(kind, str) else "a part without a type"
+            raise TypeError(f"message {number} of `{column}` has {shown}: TrieTune trains on text alone")
+        if not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)
+
+
 def _read_message(item: Any, number: int, column: str) -> Message:
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
         hint = ' (it has ShareGPT\'s "from" and "value")' if isinstance(item, Mapping) and "from" in item else ""
         raise TypeError(f'message {number} of `{column}` has no "role"{hint}')
-    content = item.get("content")
+    content = _text_of(item.get("content"), number, column)
     if not isinstance(content, str):
         raise TypeError(f'"content" of message {number} of `{column}` is no text')
     if item.get("tool_calls"):

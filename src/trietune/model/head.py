@@ -33,9 +33,17 @@ class Head:
         output = self._kind_of_output(last_hidden_state=hidden_ND[None])
         before = vars(decoder).get("forward")
         decoder.forward = lambda *args, **kwargs: output
+        # Wrappers of text and images ask for more inputs in training; their own code has nothing else to do with it.
+        wrappers = [
+            module for module in (network, network.base_model) if module is not decoder and vars(module)["training"]
+        ]
         try:
+            for module in wrappers:
+                module.training = False
             logits: Tensor = network(input_ids=token, use_cache=False, return_dict=True).logits
         finally:
+            for module in wrappers:
+                module.training = True
             if before is None:
                 del decoder.forward
             else:

@@ -127,9 +127,7 @@ def positions_under_masks(settings: Settings, config: Any, dtype: Any, free_byte
     return largest_under_mask(settings, free_bytes, position_bytes)
 
 
-def positions_on_rows(
-    settings: Settings, model: TrieModel, free_bytes: int, *, gradient_checkpointing: bool
-) -> int:
+def positions_on_rows(settings: Settings, model: TrieModel, free_bytes: int, *, gradient_checkpointing: bool) -> int:
     """Positions of whole rows, padding included, that are computed at once, or that the settings ask for."""
     from trietune.device.memory import bytes_per_position, micro_batch_bound
 

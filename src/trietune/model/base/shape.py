@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from trietune.device.memory import Widths, widths_of
 from trietune.model.adapter.adapter import add_adapter
@@ -16,7 +16,7 @@ from trietune.model.adapter.targets import Coverage, measure_coverage
 from trietune.model.architecture import check_architecture, longest_of_one_rope, why_whole_rows
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized
-from trietune.model.base.load import check_config
+from trietune.model.base.load import auto_class, check_config
 from trietune.model.base.randomness import rates_in_attention, rates_of, silence_rates
 
 # GPT-2's `wpe`; `embed_positions`, `position_embeddings` and their like.
@@ -79,9 +79,7 @@ def describe_network(
     check_config(base)
     config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, trust_remote_code=False
-        )
+        network = auto_class(config.model_type).from_config(config, dtype=dtype, trust_remote_code=False)
         base_rates = rates_of(network)
         dropped = rates_in_attention(network)
         if not base_dropout:

@@ -188,7 +188,7 @@ def _refusal(model: TrieModel, family: str, failure: _NotProvenError) -> UserErr
 def _advice(network: Any) -> str | None:
     """What makes a model of this class causal, where its configuration has a word for it."""
     if getattr(network.config, "is_decoder", None) is False:
-        return "`\"is_decoder\": true` in the model's config.json makes it one that generates from left to right"
+        return '`"is_decoder": true` in the model\'s config.json makes it one that generates from left to right'
     return None
 
 

@@ -43,7 +43,8 @@ class RowIndex:
         node_of = np.zeros(is_real.shape, np.int64)
         node_of[is_real] = trie.row_path
         row_of_node = np.searchsorted(trie.row_start, np.arange(trie.num_nodes), side="right") - 1
-        place = np.arange(trie.num_nodes) - trie.row_start[row_of_node] + (lengths - np.diff(trie.row_start))[row_of_node]
+        before_own = lengths - np.diff(trie.row_start)
+        place = np.arange(trie.num_nodes) - trie.row_start[row_of_node] + before_own[row_of_node]
         tokens = np.where(is_real, trie.input_ids[node_of], 0)
         return cls(tokens, is_real, node_of, row_of_node * width + place)
 
@@ -90,7 +91,7 @@ class RowGrid:
 
 
 class _Spread(torch.autograd.Function):
-    """Nodes [T, D] to positions [P, D]; the gradient of a node is the sum over its copies, in fp32, in a fixed order."""
+    """Nodes [T, D] to positions [P, D]; a node's gradient is the sum over its copies, in fp32, in a fixed order."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, node_of: Tensor, copies: Tensor, starts: Tensor) -> Tensor:
