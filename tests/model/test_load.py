@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from model.families import FAMILIES
+from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
 from trietune.model.architecture import TESTED_FAMILIES, check_architecture, longest_of_one_rope, why_whole_rows
 from trietune.model.base import load
 from trietune.model.base.folder import ModelFolder
-from trietune.model.base.load import is_out_of_memory, load_network
+from trietune.model.base.load import load_network
 from trietune.model.base.locate import locate_model
 
 CPU = torch.device("cpu")
@@ -208,11 +209,8 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     ),
 }
 ON_WHOLE_ROWS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "state-space": (lambda: _tiny("mamba"), "carry a state from token to token"),
-    "linear attention": (
-        lambda: _tiny("qwen3_next", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16),
-        "`linear_attention`, which a trie's own attention does not know",
-    ),
+    "state-space": (lambda: _tiny("rwkv"), "carry a state from token to token"),
+    "attention under a mask of its own": (lambda: _tiny("minimax"), "`linear_attention`, which a trie's own attention"),
     "own attention": (lambda: _tiny("bloom"), "computes attention in its own way"),
     "attention that keeps what it is given to itself": (lambda: _tiny("nemotron"), "computes attention in its own way"),
 }

@@ -14,6 +14,10 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from trietune.model.decoder_layers import decoder_of
+from trietune.model.states import carries_states
+from trietune.model.states.probe import refuse_mixing
+
 # Tries give the gradients of padded rows for these; a test a family, with windows, soft-capping and grouped heads.
 TESTED_FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
@@ -56,6 +60,8 @@ def why_whole_rows(network: PreTrainedModel) -> str | None:
     """
     config = network.config.get_text_config()
     family = str(network.config.model_type)
+    if carries_states(network):
+        return refuse_mixing(network)
     layers = set(getattr(config, "layer_types", None) or ())
     if other := sorted(layers - set(_ATTENTION_LAYERS)):
         return f"`{family}` has layers of the kind `{other[0]}`, which a trie's own attention does not know"
@@ -111,7 +117,7 @@ def _attends_through_the_interface(given: PreTrainedModel) -> bool:
         tokens = torch.zeros(1, 4, dtype=torch.long)
         try:
             network.set_attn_implementation(_PROBE)
-            network.get_decoder()(
+            decoder_of(network)(
                 input_ids=tokens,
                 position_ids=tokens,
                 attention_mask=torch.zeros(1, 1, 1, 1),

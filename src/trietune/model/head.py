@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trietune.model.decoder_layers import decoder_of
+
 
 class Head:
     """Logits of hidden states, through `network` (a causal language model of transformers) without its decoder."""
@@ -19,12 +21,12 @@ class Head:
     def __init__(self, network: Any) -> None:
         self._network = network
         self._kind_of_output: Any = None
-        self._handle = network.get_decoder().register_forward_hook(self._note)
+        self._handle = decoder_of(network).register_forward_hook(self._note)
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of last hidden states [N, D], with gradients."""
         network = self._network
-        decoder = network.get_decoder()
+        decoder = decoder_of(network)
         # The token is looked at by nobody: it stands where a call must have one.
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden_ND.device)
         if self._kind_of_output is None:

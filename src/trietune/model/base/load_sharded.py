@@ -29,6 +29,7 @@ from transformers import AutoConfig, PreTrainedModel
 from trietune.errors import UserError
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.load import auto_class, check_config, check_loaded, quiet_library
+from trietune.model.decoder_layers import decoder_of
 
 WHOLE = "`--set parallelism_strategy=data_parallel` holds it whole in each process"
 
@@ -87,7 +88,7 @@ def gathering(network: nn.Module) -> Callable[[nn.Module], AbstractContextManage
 def _shard(network: Any, device: torch.device) -> None:
     """Each decoder layer is one group, and the decoder their root, so that gathers are done ahead."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    decoder = network.get_decoder()
+    decoder = decoder_of(network)
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
     rest = {parameter for parameter in network.parameters() if not isinstance(parameter, DTensor)}

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
-from trietune.model.base.load import is_out_of_memory
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.proof.forests import Places, PlainRows
 from trietune.model.proof.parts import InFullPrecision, in_full_precision, is_layer, layer_of
 from trietune.model.replaced import library_code
@@ -164,7 +165,7 @@ def record(
         torch.set_grad_enabled(bool(scope.with_gradients)),
     ):
         try:
-            network.get_decoder()(**inputs, attention_mask=rows.is_real.long(), use_cache=False)
+            decoder_of(network)(**inputs, attention_mask=rows.is_real.long(), use_cache=False)
         finally:
             for one in upcast.values():
                 one.restore()
@@ -178,15 +179,15 @@ def compare(
     places: Places,
     known: dict[str, Record],
     *,
-    needed: np.ndarray | None = None,
+    query_nodes: np.ndarray | None = None,
 ) -> dict[str, Error]:
     """How far the parts that `run` calls are from `records`; `entry` is what reaches the first layer.
 
     Args:
         places: where `run` has its nodes.
-        needed: nodes that the last layer returns, where it returns some alone.
+        query_nodes: nodes that the last layer returns, where it returns some alone.
     """
-    at = None if needed is None else torch.from_numpy(needed).to(next(iter(records.values())).input.device)
+    at = None if query_nodes is None else torch.from_numpy(query_nodes).to(next(iter(records.values())).input.device)
     errors: dict[str, Error] = {}
     leaves: dict[str, Tensor] = {}
     upcast: dict[str, InFullPrecision] = {}

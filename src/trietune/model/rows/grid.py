@@ -62,7 +62,7 @@ class RowGrid:
         num_nodes: T.
     """
 
-    def __init__(self, trie: Trie, place: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, trie: Trie, to_device: Callable[[Tensor], Tensor]) -> None:
         index = RowIndex.of(trie)
         flat, is_real = index.node_of.reshape(-1), index.is_real.reshape(-1)
         # Copies of a node side by side, so that their gradients are sums of segments.
@@ -71,12 +71,12 @@ class RowGrid:
         starts = np.searchsorted(flat[order], np.arange(trie.num_nodes))
         self.shape: tuple[int, int] = (index.tokens.shape[0], index.tokens.shape[1])
         self.num_nodes = trie.num_nodes
-        self.tokens = place(torch.from_numpy(index.tokens.astype(np.int64)))
-        self.mask = place(torch.from_numpy(index.is_real.astype(np.int64)))
-        self._owner = place(torch.from_numpy(index.owner))
-        self._node_of = place(torch.from_numpy(flat))
-        self._copies = place(torch.from_numpy(order))
-        self._copies_start = place(torch.from_numpy(starts))
+        self.tokens = to_device(torch.from_numpy(index.tokens.astype(np.int64)))
+        self.mask = to_device(torch.from_numpy(index.is_real.astype(np.int64)))
+        self._owner = to_device(torch.from_numpy(index.owner))
+        self._node_of = to_device(torch.from_numpy(flat))
+        self._copies = to_device(torch.from_numpy(order))
+        self._copies_start = to_device(torch.from_numpy(starts))
 
     def to_nodes(self, x: Tensor) -> Tensor:
         """Positions [R * W, ...] to nodes [T, ...], from the row that adds each."""

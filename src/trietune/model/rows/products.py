@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.replaced import replace_forward
 from trietune.model.rows.grid import RowGrid
 from trietune.trie import Trie
@@ -43,15 +44,15 @@ class SharedProducts:
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = self._with_grid(module._gradient_checkpointing_func)
 
-    def hidden_states(self, trie: Trie, place: Callable[[Tensor], Tensor]) -> Tensor:
+    def hidden_states(self, trie: Trie, to_device: Callable[[Tensor], Tensor]) -> Tensor:
         """Last hidden states of all nodes: [1, T, D]."""
-        grid = RowGrid(trie, place)
+        grid = RowGrid(trie, to_device)
         return grid.to_nodes(self.of_rows(grid).flatten(0, 1))[None]
 
     def of_rows(self, grid: RowGrid) -> Tensor:
         """Last hidden states of all positions of the grid: [R, W, D]."""
         with self._over(grid):
-            output = self._network.get_decoder()(input_ids=grid.tokens, attention_mask=grid.mask, use_cache=False)
+            output = decoder_of(self._network)(input_ids=grid.tokens, attention_mask=grid.mask, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -78,14 +79,14 @@ class SharedProducts:
         return checkpoint
 
     def _once_a_node(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             grid = self._grid
-            flat = None if grid is None else _flat(x, grid.shape)
+            flat = _flat(args[0], grid.shape) if grid is not None and len(args) == 1 and not kwargs else None
             if grid is None or flat is None:
-                return own(x, *args, **kwargs)
-            nodes = grid.to_nodes(flat)
+                return own(*args, **kwargs)
+            x, nodes = args[0], grid.to_nodes(flat)
             # As it was given: one row of positions, or positions alone.
-            output = own(nodes if x.dim() == 2 else nodes[None], *args, **kwargs)
+            output = own(nodes if x.dim() == 2 else nodes[None])
             first = output[0] if isinstance(output, tuple) else output
             laid = grid.to_rows(first.reshape(grid.num_nodes, -1)).view(*x.shape[:-1], -1)
             return (laid, *output[1:]) if isinstance(output, tuple) else laid
@@ -104,7 +105,7 @@ def _flat(x: Any, shape: tuple[int, int]) -> Tensor | None:
 
 def _shareable(network: Any) -> list[tuple[str, nn.Module]]:
     """The outermost modules that compute positions one by one, by name; each is called in the trial."""
-    decoder = network.get_decoder()
+    decoder = decoder_of(network)
     trial = _Trial()
     handles = [module.register_forward_hook(trial.note, with_kwargs=True) for module in decoder.modules()]
     shape = (_TRIAL_ROWS, _TRIAL_WIDTH)
