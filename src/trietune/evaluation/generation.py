@@ -40,6 +40,7 @@ from trietune.evaluation.scoring import (
     sequence_losses,
 )
 from trietune.model.causal_lm import TrieModel
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.loss import label_losses
 from trietune.trie import MicroBatch, Sequences, common_prefix_lengths, make_micro_batches, sort_sequences
 
@@ -269,7 +270,7 @@ def _decode(model: TrieModel, decoding: Decoding, tokens: list[int]) -> list[int
 def _hidden_states(
     model: TrieModel, input_ids: np.ndarray, position_ids: np.ndarray | Tensor, *, attends: Prefill | Decoding
 ) -> Tensor:
-    decoder = model.network.get_decoder()  # type: ignore[operator]  # of transformers, which is untyped
+    decoder = decoder_of(model.network)
     output = decoder(
         input_ids=torch.as_tensor(input_ids, dtype=torch.long, device=model.device),
         position_ids=torch.as_tensor(position_ids, dtype=torch.long, device=model.device),
