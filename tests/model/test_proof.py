@@ -259,6 +259,7 @@ def test_where_whole_rows_are_not_to_be_had_a_state_is_refused_and_padded_rows_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("trietune.model.causal_lm.carry_states", lambda network: 0)
+    monkeypatch.setattr("trietune.model.proof.ladder.carry_states", lambda network, layer: 0)
     model = model_of(in_dtype(lambda: odd("lfm2"), torch.float32))
     model.may_lay_out_rows = False
     with pytest.raises(UserError, match="cannot be computed as a trie: layer 0") as refused:
