@@ -107,7 +107,7 @@ def detect_format(path: Path) -> Format:
                 next_step="save the sheet as CSV (UTF-8)",
             )
         raise UserError(
-            f"`{path.name}` has a form that is not known here",
+            f"`{path.name}` has an unknown format",
             where=str(path),
             next_step=f"these can be read: {FORMATS_IN_WORDS}",
         )

@@ -23,7 +23,7 @@ def read_jsonl(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
         except (ValueError, RecursionError) as error:
             yield number, BrokenRow(_json_error(error))
             continue
-        yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is no object {...}")
+        yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is not an object {...}")
 
 
 def read_json_list(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
@@ -35,7 +35,7 @@ def read_json_list(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
         raise UserError(
             f"`{path.name}` is not a JSON list of objects",
             where=f"{path}, line 1",
-            next_step='write `[{"prompt": "...", "completion": "..."}, ...]`, or one object a line as .jsonl',
+            next_step='write `[{"prompt": "...", "completion": "..."}, ...]`, or one object per line as .jsonl',
         )
     number += text.count("\n", 0, position)
     seen = position
@@ -52,7 +52,7 @@ def read_json_list(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
         if repeated is not None:
             yield number, BrokenRow(_duplicate(repeated))
         else:
-            yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is no object {...}")
+            yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is not an object {...}")
         position = _skip_space(text, position)
         if text.startswith(",", position):
             position = _skip_space(text, position + 1)
@@ -79,13 +79,13 @@ def read_wrapped(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
         raise UserError(
             f"`{path.name}` is one JSON object, without one list of rows in it",
             where=f"{path}; its keys are {', '.join(f'`{key}`' for key in list(document)[:8])}",
-            next_step='write `{"data": [{...}, ...]}`, a list, or one object a line as .jsonl',
+            next_step='write `{"data": [{...}, ...]}`, a list, or one object per line as .jsonl',
         )
     for number, row in enumerate(items, start=1):
         if isinstance(row, RepeatedKeys):
             yield number, BrokenRow(_duplicate(row.repeated))
         else:
-            yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is no object {...}")
+            yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is not an object {...}")
 
 
 def find_list(document: Any) -> list[Any] | None:
@@ -95,7 +95,7 @@ def find_list(document: Any) -> list[Any] | None:
 
 
 def read_squad(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
-    """One row a question, counted from 1, in the columns of the hub: lines of one JSON value tell nobody anything."""
+    """One row per question, counted from 1, in the hub's columns: line numbers mean nothing inside one JSON value."""
     number = 0
     try:
         document = JsonDecoder().decode_marked(read_text(path, options))
@@ -135,7 +135,7 @@ def read_squad(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
 def _check_squad_object(value: object, name: str, path: Path) -> None:
     if isinstance(value, RepeatedKeys):
         raise UserError(
-            f"{name} has the key `{value.repeated}` twice, so nobody can tell which is meant",
+            f"{name} has the key `{value.repeated}` twice, so it is not clear which is meant",
             where=str(path),
             next_step="remove one of the two",
         )

@@ -161,7 +161,7 @@ def _check_columns(columns: list[str], path: Path) -> None:
     repeated = sorted({name for name in columns if columns.count(name) > 1})
     if repeated:
         raise UserError(
-            f"column `{repeated[0]}` stands twice in the header of `{path.name}`",
+            f"column `{repeated[0]}` appears twice in the header of `{path.name}`",
             where=f"{path}, line 1" if path.suffix.lower() != ".parquet" else str(path),
             next_step="name each column once; the first line of a TSV or CSV file is its header",
         )
