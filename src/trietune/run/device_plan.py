@@ -11,6 +11,7 @@ from trietune.device.memory import USABLE_SHARE
 from trietune.device.options import DeviceOptions, compile_option, read_mesh
 from trietune.errors import UserError
 from trietune.run.plan import StaticPlan
+from trietune.trie import UNBOUNDED
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -25,8 +26,7 @@ MESH_KEYS = ("mesh_shape", "tp_sharding_specs", "model_sharding_patterns", "inpu
 SHARDING_DEVICES = ("cpu", "cuda")
 # Batches of the first epoch that are laid out to choose shapes from, spread evenly over it.
 LAID_OUT = 64
-# Lengths that are tried as the largest, from above, until one fits into memory: a mask of all pairs grows squared.
-UNBOUNDED = 2**31
+# Lengths that are tried as the largest, from above, until one fits into memory: a mask grows with its square.
 LARGEST_LENGTHS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from trietune.data.answers import AnswerSets
 from trietune.data.cache import make_key
 from trietune.run.plan import ProcessesPlan, Sharing
+from trietune.trie import UNBOUNDED
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 GROUPING_SAVES = 0.25
 # Batches that are laid out to measure what is shared and how much memory they take.
 SAMPLED_BATCHES = 8
-# No bound: a batch is one micro-batch.
-UNBOUNDED = 2**31
 # Below this part of the processes' number, a larger batch is suggested.
 GOOD_SHARE = 0.75
 # Groups of fewer examples are found in less than a second.
