@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from trietune.model.attention.attend import check_known, trie_attention
 from trietune.model.attention.layout import TrieLayout
+from trietune.model.states.rows import RowStates
 from trietune.trie import Trie
 
 # Scores (a row times a node) whose computation takes as long as the calls that one more group costs. For nine heads of
@@ -61,10 +62,14 @@ class Prefill:
 
     Args:
         ends: int [B], the last node of each prompt, ascending.
+
+    Attributes:
+        carrier: keeps the states of layers that have some where prompts end.
     """
 
     def __init__(self, trie: Trie, ends: np.ndarray, layout: TrieLayout, device: torch.device) -> None:
         self._layout = layout
+        self.carrier = layout.states(keeps=ends)
         self.groups: list[Group] = []
         self._nodes: list[Tensor] = []
         on_path = trie.sees(ends[:, None], np.arange(trie.num_nodes)[None])
@@ -114,10 +119,15 @@ def cut_into_groups(on_path: np.ndarray) -> list[tuple[int, int]]:
 
 
 class Decoding:
-    """Rows that decode together, one token per step, and the keys and values that they see."""
+    """Rows that decode together, one token per step, and the keys and values that they see.
+
+    Attributes:
+        carrier: their states, in layers that have some.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.carrier = RowStates()
         self._groups: list[Group] = []
         self._keys: dict[int, Tensor] = {}  # of new tokens, [B, G, capacity, d] by layer
         self._values: dict[int, Tensor] = {}
@@ -137,8 +147,10 @@ class Decoding:
         """Depth of the token that each row computes next: [1, B]."""
         return self._depths[None]
 
-    def join(self, groups: list[Group], prompt_lengths: np.ndarray) -> None:
-        """Rows of `groups` decode from now on, after those that are here."""
+    def join(self, prompts: Prefill, prompt_lengths: np.ndarray) -> None:
+        """The rows of `prompts`, which have been computed, decode from now on, after those that are here."""
+        groups = prompts.groups
+        self.carrier.join(prompts.carrier)
         num_rows = sum(group.num_rows for group in groups)
         for new, of_nodes in ((self._keys, groups[0].keys), (self._values, groups[0].values)):
             for layer, like in of_nodes.items():
@@ -153,6 +165,7 @@ class Decoding:
         if is_kept.all():
             return
         rows = torch.from_numpy(np.flatnonzero(is_kept)).to(self._device)
+        self.carrier.keep(rows)
         for new in (self._keys, self._values):
             for layer, of_rows in new.items():
                 new[layer] = of_rows.index_select(0, rows)

@@ -29,6 +29,7 @@ def assemble(
     shapes: StaticShapes | None = None,
     gradient_checkpointing: bool = False,
     whole: Whole = nullcontext,
+    why_whole_rows: str | None = None,
 ) -> TrieModel:
     """Take `network` from `device.loading_device` to the device, and say how its parts run there.
 
@@ -40,6 +41,7 @@ def assemble(
         shapes: what micro-batches are padded to, on a device of static shapes.
         gradient_checkpointing: whether activations are computed again in the backward pass.
         whole: a context in which all weights of a module are here, for a network that is sharded over processes.
+        why_whole_rows: the reason why tries run on whole rows, `architecture.why_whole_rows`.
     """
     if device.place_network is not None:
         device.place_network(network)
@@ -62,4 +64,5 @@ def assemble(
         recompute=device.recompute,
         packed_bytes=packed_bytes,
         whole=whole,
+        why_whole_rows=why_whole_rows,
     )

@@ -140,6 +140,7 @@ class Plan:
         load_in_4bit: whether its linear layers are held in 4 bits and only compute in `dtype`.
         attention: how tries attend; None for padded rows, which keep transformers' attention.
         attention_reason: why not in the device's best way; None if they do.
+        why_whole_rows: why tries run on whole rows; None if they do not, or if the self-check is to find out.
         is_grouped: whether examples with a long common prefix meet in a batch.
         max_positions: most positions of a micro-batch.
         static: the shapes that micro-batches are padded to, on a device that needs such; None elsewhere.
@@ -167,6 +168,7 @@ class Plan:
     batching: Batching
     attention: AttentionKind | None
     attention_reason: str | None
+    why_whole_rows: str | None
     is_grouped: bool
     max_positions: int
     num_train: int
@@ -244,6 +246,7 @@ class Plan:
             *(self.processes.lines() if self.processes else []),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
             *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),
+            *([("attention", f"on whole rows, {self.why_whole_rows}")] if self.why_whole_rows else []),
             (
                 "sharing",
                 f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens per example "

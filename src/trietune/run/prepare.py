@@ -190,6 +190,12 @@ def prepare(
             if settings.base_dropout and "base_dropout" in shape.refusal
             else "`--set batching=padded`, which trains it on plain rows",
         )
+    if settings.batching != "padded" and shape.why_whole_rows is not None and device.has_static_shapes:
+        raise UserError(
+            f"batches of `{base.name}` cannot be computed as a trie on {device.name}: {shape.why_whole_rows}",
+            where=f"`batching: {settings.batching}` ({settings.where('batching')})",
+            next_step="`--set batching=padded`, which trains it on plain rows",
+        )
     attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
     settings = with_max_length(settings, shape.config)
 
@@ -215,6 +221,14 @@ def prepare(
         check_vocabulary(data.validation, shape.num_embeddings)
         longest = max(longest, data.counts.validation.longest)
     most = getattr(shape.config, "max_position_embeddings", None)
+    if settings.batching != "padded" and shape.longest_in_a_trie is not None and longest > shape.longest_in_a_trie:
+        raise UserError(
+            f"batches of `{base.name}` cannot be computed as a trie: an example of {longest:,} tokens is longer than "
+            f"{shape.longest_in_a_trie:,}, beyond which it rotates all rows of a call by other angles",
+            where="config.json: rope_type `longrope` or `dynamic`",
+            next_step=f"`--set max_length={shape.longest_in_a_trie}`, or `--set batching=padded`, which rotates "
+            "short rows beside long ones as transformers does",
+        )
     check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=tracker.info)
     rows = learning.rows
     num_train = rows.num_rows
@@ -231,6 +245,7 @@ def prepare(
         labels_per_position=work.labels_per_position,
         gradient_checkpointing=settings.gradient_checkpointing,
         is_fused=settings.fused_layers
+        and shape.why_whole_rows is None
         and device.runs_own_backwards
         and not settings.lora_dropout
         and not settings.use_dora
@@ -281,6 +296,7 @@ def prepare(
         batching=settings.batching,
         attention=attention,
         attention_reason=attention_reason,
+        why_whole_rows=None if settings.batching == "padded" else shape.why_whole_rows,
         is_grouped=groups is not None,
         max_positions=max_positions,
         num_train=num_train,

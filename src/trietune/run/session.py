@@ -32,7 +32,7 @@ from trietune.run.early_stopping import EarlyStopping
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
 from trietune.run.objective import reference_keys
 from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of
-from trietune.run.proving import positions_under_masks, prove_on_data, prove_on_host
+from trietune.run.proving import positions_on_rows, positions_under_masks, prove_on_data, prove_on_host
 from trietune.run.shared_files import open_run_files
 from trietune.run.signals import StopSignals
 from trietune.run.throughput import Throughput
@@ -409,6 +409,7 @@ class Session:
             shapes=self.plan.static.shapes if self.plan.static else None,
             gradient_checkpointing=self.settings.gradient_checkpointing,
             whole=gathering(network) if self.is_sharded else nullcontext,
+            why_whole_rows=self.plan.why_whole_rows,
         )
         if on_host is not None:
             self.model.needs_masks = on_host.needs_masks
@@ -515,6 +516,8 @@ class Session:
         if error.num_positions <= error.longest:
             self.ranks.once(lambda: self._raise_too_long(error))
         self.max_positions = max(error.num_positions // 2, error.longest)
+        if self.model.most_cells is not None:
+            self.model.most_cells = max(self.model.most_cells // 2, error.longest)
         redrawn = "; dropout draws new masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
         self.tracker.warn(
             f"memory ran out at a micro-batch of {error.num_positions:,} tokens: at most {self.max_positions:,} from "
@@ -712,12 +715,14 @@ class Session:
 
     def _self_check(self) -> None:
         if not self.settings.self_check or self.plan.num_steps == 0:
+            self._bound_rows()
             return
         if not self.plan.device.has_static_shapes:
             # Every rank proves what it will compute, on rows of one length; all end if one fails.
             free_bytes = min(self.ranks.gather(self.plan.device.free_memory_bytes()))
             self.ranks.together(lambda: self._prove(free_bytes))
             self.max_positions = min(self.ranks.gather(self.max_positions))
+            self._bound_rows()
             return
         from trietune.model.self_check import check_against_rows
 
@@ -748,6 +753,14 @@ class Session:
         if bound < self.max_positions:
             self.tracker.info(f"masks grow with the square of their length: micro-batches of at most {bound:,} tokens")
             self.max_positions = bound
+
+    def _bound_rows(self) -> None:
+        """Where tries run on whole rows, what is computed at once is counted in their positions."""
+        if self.model.whole_rows is None:
+            return
+        free_bytes, checkpointing = self.plan.device.free_memory_bytes(), self.settings.gradient_checkpointing
+        bound = positions_on_rows(self.settings, self.model, free_bytes, gradient_checkpointing=checkpointing)
+        self.model.most_cells = min(self.ranks.gather(bound))
 
     def _prove_on_host(self, network: Any) -> Proof | None:
         """Layers are proven before a device of static shapes takes them: there each pass would be compiled."""

@@ -15,8 +15,11 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from trietune.device.device import recompute
@@ -47,7 +50,7 @@ def load_network(
     _check_memory(folder.path, dtype, device, load_in_4bit)
     try:
         with quiet_library():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(_model_type(folder)).from_pretrained(
                 folder.path,
                 dtype=dtype,
                 use_safetensors=True,
@@ -77,11 +80,23 @@ def load_network(
     return network  # type: ignore[no-any-return]  # transformers gives a pair when it is asked for one
 
 
+def auto_class(model_type: str) -> Any:
+    """The class of transformers that loads a type: of text alone, or of text beside images and sounds."""
+    is_text = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if is_text else AutoModelForMultimodalLM
+
+
+def _model_type(folder: ModelFolder) -> str:
+    return str(json.loads((folder.path / "config.json").read_bytes())["model_type"])
+
+
 def check_config(folder: ModelFolder) -> None:
     """Raise `UserError` unless `folder` holds a causal language model that this transformers can load as it is."""
     raw: dict[str, Any] = json.loads((folder.path / "config.json").read_bytes())
     family = raw["model_type"]
-    if raw.get("use_bidirectional_attention"):
+    text = raw.get("text_config")
+    both_ways = [one.get("use_bidirectional_attention") for one in (raw, text) if isinstance(one, dict)]
+    if any(way in (True, "all") for way in both_ways):  # "vision": for images alone
         raise UserError(
             f"`{folder.name}` is not a causal language model: it attends in both directions",
             where="config.json: use_bidirectional_attention",
@@ -93,7 +108,7 @@ def check_config(folder: ModelFolder) -> None:
             f"the weights of `{folder.name}` are quantized ({method}); TrieTune trains on plain weights",
             next_step="take the model that this one was made from, often the same name without the suffix",
         )
-    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or family in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
         return
     if "auto_map" in raw:
         raise UserError(
@@ -109,7 +124,8 @@ def check_config(folder: ModelFolder) -> None:
             next_step="pip install --upgrade transformers",
         ) from None
     raise UserError(
-        f"`{folder.name}` is not a causal language model: model_type `{family}`",
+        f"`{folder.name}` is not a model that generates text: transformers has no such class for `{family}`",
+        where="config.json: model_type",
         next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
     )
 

@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 
 from trietune.model.attention.attend import attend
 from trietune.model.attention.layout import TrieLayout, visibility
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.fast.frozen_weight import Whole, keep_joined
 from trietune.model.fast.linear import FrozenLayer, JoinedLinear
 from trietune.model.replaced import replace_forward
@@ -50,7 +51,7 @@ def fuse_trie_layers(network: Any, whole: Whole = nullcontext) -> TrieLayers:
     Args:
         whole: a context in which all weights of a module are here, for a network that is sharded over processes.
     """
-    layers = getattr(network.get_decoder(), "layers", None)
+    layers = getattr(decoder_of(network), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return TrieLayers(0, False)
     attentions: list[_Attention | None] = []

@@ -178,7 +178,8 @@ class LoraLinear(torch.autograd.Function):
         out, kept = linear.forward(rows)
         context.save_for_backward(*((rows, *kept) if kept else ()))
         context.linear = linear
-        return out.view(*x.shape[:-1], -1)
+        # Not as a view: some layers change it in place (Llama 4), which autograd forbids for views made here.
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
     @staticmethod
     def backward(context: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -208,10 +209,10 @@ def fuse_linears(network: nn.Module) -> int:
 
 
 def _fused_forward(linear: JoinedLinear, library: Any) -> Any:
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not linear.is_active():
-            out: Tensor = library(x, *args, **kwargs)
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs or not linear.is_active():
+            out: Tensor = library(*args, **kwargs)
             return out
-        return linear(x)
+        return linear(args[0])
 
     return forward

@@ -99,7 +99,12 @@ def _fuse_norm(module: nn.Module, proven: dict[type, bool]) -> bool:
     # Cast, then add, as transformers does: in bf16 a sum near one keeps two or three digits of Gemma's weights.
     scale = weight.detach().to(adapter_dtype(weight.dtype)) + offset
 
-    def forward(x: Tensor) -> Tensor:
+    library: Callable[..., Tensor] = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs:
+            return library(*args, **kwargs)
+        x: Tensor = args[0]
         fused: Tensor = RmsNorm.apply(x, scale, epsilon)  # type: ignore[no-untyped-call]
         return fused
 
@@ -178,11 +183,12 @@ def _fuse_mlp(module: Any) -> bool:
 
 
 def _mlp_forward(
-    module: Any, linear: JoinedLinear, activation: Activation, library: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        if not linear.is_active():
-            return library(x)
+    module: Any, linear: JoinedLinear, activation: Activation, library: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs or not linear.is_active():
+            return library(*args, **kwargs)
+        x: Tensor = args[0]
         hidden = GatedMlp.apply(x, linear, activation, *linear.adapters)  # type: ignore[no-untyped-call]
         out: Tensor = module.down_proj(hidden)
         return out
