@@ -20,6 +20,7 @@ import numpy as np
 from trietune.config import load_config
 from trietune.config.settings import Settings
 from trietune.errors import UserError
+from trietune.io.adapter_place import adapter_in
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
 from trietune.run.fitting import check_ids, check_vocabulary, with_max_length
@@ -299,7 +300,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound, widths_of
 
     path = Path(target).expanduser()
-    adapter = _find_adapter(path)
+    adapter = adapter_in(path)
     run = path if (path / "config.yaml").is_file() else None
     if path.is_dir() and adapter is None and run is not None:
         raise UserError(
@@ -387,13 +388,6 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
         max_positions=max_positions,
         say=tracker.info,
     )
-
-
-def _find_adapter(path: Path) -> Path | None:
-    for folder in (path, path / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    return None
 
 
 def _names_data(opened: LoadedModel, target: str | Path, overrides: Sequence[str] | Mapping[str, Any]) -> bool:
