@@ -65,8 +65,8 @@ def check_against_rows(
     difference = abs(checked.loss - checked.loss_of_rows) / (1 + abs(checked.loss_of_rows))
     if not difference <= TOLERANCES[dtype]:
         raise UserError(
-            f"as `{batching}` batches, `{family}` has a loss of {checked.loss:.6g}; on plain rows through transformers "
-            f"alone, {checked.loss_of_rows:.6g}",
+            f"as `{batching}` batches, `{family}` has a loss of {checked.loss:.6g}; on plain rows through "
+            f"transformers, {checked.loss_of_rows:.6g}",
             where=f"self-check of {len(chosen)} examples with attention `{model.attention}`; "
             f"relative difference {difference:.1e}, allowed {TOLERANCES[dtype]:.0e} in {dtype}",
             next_step="please report the family"
