@@ -33,7 +33,7 @@ T4 = CudaDevice(capability=(7, 5), shared_memory_bytes=64 * 1024)
 BF16_TOLERANCE, FP16_TOLERANCE = 2e-2, 5e-3
 
 
-def describe(card: Card, **changes: Any) -> Device:
+def describe(card: CudaDevice, **changes: Any) -> Device:
     return replace(
         describe_cpu(),
         kind="cuda",
