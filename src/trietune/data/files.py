@@ -4,7 +4,7 @@
     a fine film<TAB>1              (2, {"sentence": "a fine film", "label": "1"})
     dull                           (3, BrokenRow("1 column instead of 2"))
 
-A row that cannot be read is a value and not an exception: whoever reads the whole file can then say how many there
+A row that cannot be read is a value and not an exception: the reader of the whole file can then say how many there
 are, and where. In JSON, an object with a key twice is such a row, and so is whatever follows the end. Tab-separated
 files are read without quoting, as GLUE writes them: a quote in a sentence is text.
 """
@@ -207,7 +207,7 @@ def _read_json_list(path: Path) -> Iterator[NumberedRow]:
         if text.startswith(",", position):
             position = _skip_space(text, position + 1)
         elif not text.startswith("]", position):
-            yield number, BrokenRow("the list does not go on with `,` or end with `]` after this item")
+            yield number, BrokenRow("the list does not continue with `,` or end with `]` after this item")
             return
     end = position + 1
     beyond = _skip_space(text, end)

@@ -180,7 +180,7 @@ def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
     """What of a row format or prompt format decides tokens.
 
     Names of columns do only where templates mean others than they meant when only identifiers were columns; a
-    checkpoint of that time then goes on with the same fingerprint.
+    checkpoint of that time then resumes with the same fingerprint.
     """
     fields = asdict(words)
     columns = fields.pop("template_columns")

@@ -35,7 +35,7 @@ SQUAD_TASK = Task(kind="answers")
 
 FORMAT_VERSION = 1
 _BRACES = re.compile(r"\{\{([^{}\r\n]+)\}\}|\{([^{}\r\n]+)\}")
-# What somebody means as a column, right or wrong: `Review Text`, and what Python's own templates allow behind a name.
+# What is meant as a column, right or wrong: `Review Text`, and what Python's own templates allow behind a name.
 _NAME = re.compile(r"(?=.*\w)[\w \t-]+(![a-z])?(:[^\"']*)?")
 # What adapters without `template_columns` were trained with: identifiers are columns, everything else is text.
 _IDENTIFIERS = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}")

@@ -10,10 +10,10 @@ def open_ranks(*, may_use_cuda: bool = True) -> Ranks:
     """The ranks of this training, connected; `ALONE` if this is the one process. No torch is loaded for that.
 
     Args:
-        may_use_cuda: whether CUDA cards are used where there are some; each process then takes its own.
+        may_use_cuda: whether CUDA devices are used where there are some; each process then uses its own.
 
     Raises:
-        UserError: the launcher's variables are incomplete, or there are fewer cards than processes on this machine.
+        UserError: the launcher's variables are incomplete, or there are fewer GPUs than processes on this machine.
     """
     launched = read_launched()
     if launched.count == 1:

@@ -1,4 +1,4 @@
-"""Several processes as one training, over torch.distributed: gloo on the host, NCCL between CUDA cards.
+"""Several processes as one training, over torch.distributed: gloo on the host, NCCL between GPUs.
 
 The step's one message, in the dtype of the gradients:
 
@@ -37,7 +37,7 @@ class Together(Ranks):
     """One of several ranks.
 
     Raises:
-        UserError: there are fewer cards than processes on this machine.
+        UserError: there are fewer GPUs than processes on this machine.
     """
 
     def __init__(self, launched: Launched, *, may_use_cuda: bool = True) -> None:
@@ -164,7 +164,7 @@ class Together(Ranks):
         failed = [number for number, other in enumerate(found) if other is not None]
         if not failed:
             return
-        # A stop is nobody's failure; of several failures, the first rank's is said.
+        # A stop is not a failure; of several failures, the first rank's is said.
         first = min(failed, key=lambda number: (found[number]["kind"] == "stop", number))  # type: ignore[index]
         if error is not None and (first == self.number or found[first]["kind"] == "stop"):  # type: ignore[index]
             raise error
@@ -239,7 +239,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _take_card(launched: Launched) -> None:
-    """Let this process use its own card, before anything is placed on one."""
+    """Let this process use its own GPU, before anything is placed on one."""
     count = torch.cuda.device_count()
     if count < launched.local_count:
         raise UserError(

@@ -809,7 +809,7 @@ class Session:
         self.throughput.leave_out(seconds)
 
     def _further_state(self) -> dict[str, Any]:
-        """What free memory and fp16 made of this session, for one that goes on from here."""
+        """What free memory and fp16 made of this session, for one that resumes from here."""
         state: dict[str, Any] = {"max_positions": self.max_positions, "packed_bytes": self.model.packed_bytes}
         if self.patience.patience is not None:
             state["early_stopping"] = self.patience.state()

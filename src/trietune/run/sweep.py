@@ -6,8 +6,8 @@
     runs/sst2-sweep/learning_rate=1e-4,lora_r=8/      ...
     runs/sst2-sweep/comparison.html
 
-Each trial is a process of its own, started with `--resume`: the same command goes on where it was interrupted, and what
-has finished is not trained again. What a trial left behind is read from its folder, never remembered elsewhere.
+Each trial is a process of its own, started with `--resume`: the same command continues where it was interrupted, and
+what has finished is not trained again. What a trial left behind is read from its folder, never remembered elsewhere.
 """
 
 from __future__ import annotations

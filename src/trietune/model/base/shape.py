@@ -1,4 +1,4 @@
-"""What a model will be, from its config alone: no weight is read, so mistakes are found before the slow part."""
+"""What a model will be, from its config only: no weight is read, so mistakes are found before the slow part."""
 
 from __future__ import annotations
 

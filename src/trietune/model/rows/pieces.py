@@ -15,7 +15,7 @@ UNBOUNDED = 2**31
 
 
 def cut_by_cells(micro_batches: Sequence[MicroBatch], most_cells: int) -> list[MicroBatch]:
-    """The same labels in micro-batches whose grids have at most `most_cells` positions; a row alone may have more."""
+    """The same labels in micro-batches whose grids have at most `most_cells` positions; a single row may have more."""
     cut: list[MicroBatch] = []
     for micro_batch in micro_batches:
         trie = micro_batch.trie

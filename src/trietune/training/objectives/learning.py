@@ -21,7 +21,7 @@ class Work:
     Attributes:
         rows: rows of the data, in the order drawn; int64 [rows of the step].
         micro_batches: micro-batches that hold their sequences.
-        reseed: begins the step's random draws (dropout) anew.
+        reseed: begins the step's random draws (dropout) again.
         loss_scale: scale of the gradients; None leaves them as they are.
         divisor: labels of the whole step, where other processes hold the rest of it; None: those of `micro_batches`.
         fillers: micro-batches whose labels weigh nothing, computed after the others so that all processes compute as
