@@ -164,7 +164,7 @@ def _settings(folder: Path, dtype: str, batching: str) -> Any:
 def _try(way: str, folder: Path, dtype: str) -> tuple[dict[str, Any], Any]:
     from trietune.errors import UserError
     from trietune.io.safetensors import parse
-    from trietune.run.session import train
+    from trietune.run.train import train
     from trietune.tracking.tracker import Tracker
 
     try:
@@ -188,7 +188,8 @@ def _loop(folder: Path, dtype: str) -> dict[str, Any]:
     from trietune.model.adapter.adapter import adapter_tensors, add_adapter
     from trietune.model.base.folder import ModelFolder
     from trietune.model.base.load import load_network
-    from trietune.run.prepare import adapter_arguments, prepare
+    from trietune.run.describing import adapter_arguments
+    from trietune.run.prepare import prepare
     from trietune.tracking.tracker import Tracker
 
     settings = _settings(folder, dtype, "padded")

@@ -17,7 +17,7 @@ from trietune.io.outputs import check_output, write_output
 from trietune.run.signals import StopSignals
 
 if TYPE_CHECKING:
-    from trietune.run.opened import LoadedModel
+    from trietune.run.loaded import LoadedModel
 
 
 def predict(

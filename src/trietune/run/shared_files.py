@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from trietune.evaluation.evaluate import Evaluation
-    from trietune.run.prepare import Prepared
+    from trietune.run.prepared import Prepared
     from trietune.tracking.tracker import Tracker
 
 

@@ -26,7 +26,6 @@ from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
 from trietune.ranks.launch import Processes, signal_name
 
 if TYPE_CHECKING:
-    from trietune.config.settings import Settings
     from trietune.tracking.report.record import RunRecord
 
 # Keys that a sweep sets for each trial, or that would make trials of one run.
