@@ -18,8 +18,9 @@ from trietune.model.base.randomness import silence_draws, silence_rates
 from trietune.run.describing import adapter_arguments
 from trietune.run.proving import prove_before_device
 from trietune.run.wording import few
-from trietune.training.optimizer import build_optimizer, learning_rate_schedule
+from trietune.training.optimizer import build_optimizer
 from trietune.training.sampler import Sampler
+from trietune.training.schedule import learning_rate_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ def build(prepared: Prepared, tracker: Tracker, ranks: Ranks) -> Built:
     if not settings.base_dropout:
         silence_rates(network)
         if drawing := silence_draws(network):
-            tracker.info(f"kept from drawing random numbers: {few(drawing)}")
+            tracker.info(f"stopped from drawing random numbers: {few(drawing)}")
     peft_model = _add_adapter(prepared, network, tracker, ranks, is_sharded=is_sharded)
     on_host = prove_before_device(prepared, network, tracker)
     model = assemble(
@@ -80,6 +81,7 @@ def build(prepared: Prepared, tracker: Tracker, ranks: Ranks) -> Built:
         shapes=plan.static.shapes if plan.static else None,
         gradient_checkpointing=settings.gradient_checkpointing,
         whole=gathering(network) if is_sharded else nullcontext,
+        why_whole_rows=plan.why_whole_rows,
     )
     if on_host is not None:
         model.needs_masks = on_host.needs_masks
@@ -124,7 +126,7 @@ def _add_adapter(
         ranks.on_first(lambda: check_reread(peft_model, twin, lambda model: adapter_files(model, base)))
     elif is_trained:
         tracker.info(
-            "not tried before training: whether plain PEFT reads the adapter as the model that is trained, since "
+            "not checked before training: whether plain PEFT reads the adapter as the trained model, since "
             "no process holds the whole base model"
         )
     if prepared.start is not None:

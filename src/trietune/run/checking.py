@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trietune.model.self_check import check_against_rows
-from trietune.run.proving import positions_under_masks, prove_training
+from trietune.run.proving import positions_on_rows, positions_under_masks, prove_training
 
 if TYPE_CHECKING:
     from trietune.model.causal_lm import TrieModel
@@ -27,12 +27,14 @@ def check_built(
     """
     settings, plan = prepared.settings, prepared.plan
     if not settings.self_check or plan.num_steps == 0:
+        _bound_rows(prepared, built.model, ranks)
         return
     if not plan.device.has_static_shapes:
         # Every rank proves what it will compute, on rows of one length; all end if one fails.
         free_bytes = min(ranks.gather(plan.device.free_memory_bytes()))
         ranks.together(lambda: _prove_and_bound(prepared, built.model, bound, free_bytes, tracker))
         bound.max_positions = min(ranks.gather(bound.max_positions))
+        _bound_rows(prepared, built.model, ranks)
         return
     checked = check_against_rows(
         built.model,
@@ -59,5 +61,14 @@ def _prove_and_bound(
         prepared.settings, model.config, plan.dtype, plan.device.free_memory_bytes(), trains=True
     )
     if under_masks < bound.max_positions:
-        tracker.info(f"a mask grows squared: micro-batches of at most {under_masks:,} tokens")
+        tracker.info(f"masks grow with the square of their length: micro-batches of at most {under_masks:,} tokens")
         bound.max_positions = under_masks
+
+
+def _bound_rows(prepared: Prepared, model: TrieModel, ranks: Ranks) -> None:
+    """Where tries run on whole rows, what is computed at once is counted in their positions."""
+    if model.whole_rows is None:
+        return
+    settings, free_bytes = prepared.settings, prepared.plan.device.free_memory_bytes()
+    bound = positions_on_rows(settings, model, free_bytes, gradient_checkpointing=settings.gradient_checkpointing)
+    model.most_cells = min(ranks.gather(bound))

@@ -16,6 +16,7 @@ from trietune.run.device_plan import check_sharding
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
+    from trietune.device import Device
     from trietune.run.opening import Opened
 
 
@@ -46,6 +47,36 @@ def check_trie(settings: Settings, name: str, shape: NetworkShape) -> None:
         if settings.base_dropout and "base_dropout" in shape.refusal
         else "`--set batching=padded`, which trains it on plain rows",
     )
+
+
+def check_trie_on(settings: Settings, name: str, shape: NetworkShape, device: Device) -> None:
+    """Refuse tries that run on whole rows, on a device of static shapes.
+
+    Raises:
+        UserError: naming why they do.
+    """
+    if settings.batching != "padded" and shape.why_whole_rows is not None and device.has_static_shapes:
+        raise UserError(
+            f"batches of `{name}` cannot be computed as a trie on {device.name}: {shape.why_whole_rows}",
+            where=f"`batching: {settings.batching}` ({settings.where('batching')})",
+            next_step="`--set batching=padded`, which trains it on plain rows",
+        )
+
+
+def check_longest(settings: Settings, name: str, shape: NetworkShape, longest: int) -> None:
+    """Refuse examples so long that the model rotates all rows of a call by other angles.
+
+    Raises:
+        UserError: naming how long they may be.
+    """
+    if settings.batching != "padded" and shape.longest_in_a_trie is not None and longest > shape.longest_in_a_trie:
+        raise UserError(
+            f"batches of `{name}` cannot be computed as a trie: an example of {longest:,} tokens is longer than "
+            f"{shape.longest_in_a_trie:,}, beyond which it rotates all rows of a call by other angles",
+            where="config.json: rope_type `longrope` or `dynamic`",
+            next_step=f"`--set max_length={shape.longest_in_a_trie}`, or `--set batching=padded`, which rotates "
+            "short rows beside long ones as transformers does",
+        )
 
 
 def find_start(settings: Settings) -> Path | None:
@@ -85,7 +116,5 @@ def uncovered(settings: Settings, coverage: Coverage) -> list[str]:
         experts = [name.rpartition(".")[2] for name, _ in coverage.without if ".experts." in name]
         if experts and settings.lora_target_parameters == "auto":
             advice = f"; `lora_target_parameters: [{', '.join(dict.fromkeys(experts))}]` adapts the experts"
-        sentences.append(
-            f"adapters are on {coverage.share:.0%} of the layers' weights; without one are {shown}{advice}"
-        )
+        sentences.append(f"adapters cover {coverage.share:.0%} of the layers' weights; not covered: {shown}{advice}")
     return sentences

@@ -37,7 +37,7 @@ class Ending:
             return None
         trained, place = finished
         directory = self.prepared.plan.directory
-        self.tracker.info(f"{directory.name} has finished: its adapter is in {place}; nothing was changed")
+        self.tracker.info(f"{directory.name} has already finished: its adapter is in {place}; nothing was changed")
         adapter = directory / "adapter"
         return Run(directory, "finished", trained, adapter=adapter if adapter.is_dir() else None)
 
@@ -64,12 +64,12 @@ class Ending:
         )
 
     def stopped(self, stop: StopRequested, step: int, first_step: int) -> Run:
-        """What was learnt has been saved; no final adapter is written."""
-        commands = ["the same command with `--resume` goes on from here"] if step > 0 else []
+        """What was learned has been saved; no final adapter is written."""
+        commands = ["run the same command with `--resume` to continue"] if step > 0 else []
         self.files.finish_uploads(is_final=False, must_leave=self.stop.must_leave)
         self.tracker.info(f"stopped by {stop.signal_name} after step {step:,}")
         if stop.signal_name == "max_time" and step == first_step:
-            self.tracker.warn("no step was taken: `max_time` is shorter than what comes before the first")
+            self.tracker.warn("no step was taken: `max_time` ran out before the first one")
         self._tell("stopped", step, {}, commands)
         return Run(self.prepared.plan.directory, "stopped", step, exit_code=stop.exit_code)
 

@@ -18,16 +18,24 @@ from trietune.config.settings import Settings
 from trietune.data import make_encoder, make_plain_format
 from trietune.data.templates import PromptFormat
 from trietune.device import bytes_per_position, micro_batch_bound, widths_of
+from trietune.errors import UserError
 from trietune.model.adapter.adapter import load_adapter
 from trietune.model.adapter.export import base_name_of
 from trietune.model.adapter.folder import MAX_TEXT_BYTES, PROMPT_FILE, read_listed, read_plain_file
-from trietune.model.architecture import check_architecture
+from trietune.model.architecture import check_architecture, longest_of_one_rope, why_whole_rows
 from trietune.model.assemble import assemble
 from trietune.model.base.load import load_network
 from trietune.model.base.randomness import silence_rates
 from trietune.run.device_plan import check_device, largest_under_mask, shapes_for_any_data
 from trietune.run.opening import Machine, choose_attention, open_base
-from trietune.run.proving import length_to_prove, positions_under_masks, prove_for_length, prove_on_data, prove_on_host
+from trietune.run.proving import (
+    length_to_prove,
+    positions_on_rows,
+    positions_under_masks,
+    prove_for_length,
+    prove_on_data,
+    prove_on_host,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +55,8 @@ class LoadedModel:
 
     Attributes:
         name: for people: the run, the adapter or the base model.
-        settings: of the run; for other things the defaults with what was overridden.
-        prompt_format: that the adapter or the merged model was trained with; None for a base model.
+        settings: settings of the run; for anything else, the defaults with overrides.
+        prompt_format: the format that the adapter or merged model was trained with; None for a base model.
         max_positions: most positions computed at once.
         say: takes what a user should read.
         proven: under `length`, tokens of the longest row that layers have been proven on.
@@ -108,10 +116,21 @@ class LoadedModel:
 
     def _prove(self, longest: int, prove: Callable[[], object]) -> int:
         length = length_to_prove(self.model.config, longest)
+        most = longest_of_one_rope(self.model.config)
+        if self.model.attention is not None and most is not None and longest > most:
+            raise UserError(
+                f"rows of {longest:,} tokens are longer than {most:,}, beyond which this model rotates all rows of a "
+                "call by other angles (`rope_type`), so a trie is not what a row by itself is",
+                next_step="`--set batching=padded`, or shorter texts",
+            )
         # On static shapes the layers were proven on the host, when the model was opened.
         if self.settings.self_check and self.model.shapes is None and length > self.proven.get("length", 0):
             prove()
             self.proven["length"] = length
+        if self.model.whole_rows is not None:
+            self.model.most_cells = positions_on_rows(
+                self.settings, self.model, self.device.free_memory_bytes(), gradient_checkpointing=True
+            )
         if not self.model.needs_masks:
             return self.max_positions
         free_bytes, dtype = self.device.free_memory_bytes(), self.model.network.dtype
@@ -138,6 +157,9 @@ def load_model(name: str, adapter: Path | None, settings: Settings, machine: Mac
     silence_rates(network)  # nothing is drawn in evaluation; what is left would have tries refused
     prompt_format = None
     refusal = check_architecture(network)
+    on_rows = why_whole_rows(network)
+    if device.has_static_shapes:
+        refusal, on_rows = refusal or on_rows, None
     widths = widths_of(network.config.get_text_config(), network)
     if adapter is not None:
         load_adapter(network, adapter, listed=listed)
@@ -173,6 +195,7 @@ def load_model(name: str, adapter: Path | None, settings: Settings, machine: Mac
         fused_layers=settings.fused_layers,
         pack_weights=settings.pack_weights,
         shapes=shapes,
+        why_whole_rows=on_rows,
     )
     if on_host is not None:
         model.needs_masks = on_host.needs_masks

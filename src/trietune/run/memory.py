@@ -45,7 +45,7 @@ class MicroBatchBound:
             if self.max_positions < before:
                 self._tracker.info(
                     f"less memory is free than before: micro-batches of at most {self.max_positions:,} tokens instead "
-                    f"of {before:,}; a batch that is cut in another way has the same gradients up to rounding"
+                    f"of {before:,}; a batch that is cut differently has the same gradients up to rounding"
                 )
             self.max_positions = min(self.max_positions, before)
         if self._is_sharded or self._settings.pack_weights != "auto" or not isinstance(packed, int):
@@ -62,7 +62,7 @@ class MicroBatchBound:
         """For a checkpoint."""
         return {"max_positions": self.max_positions, "packed_bytes": model.packed_bytes}
 
-    def halve(self, error: MicroBatchTooLargeError, number: int) -> None:
+    def halve(self, error: MicroBatchTooLargeError, number: int, model: TrieModel) -> None:
         """Memory ran out in step `number`: half as much at once from here on, in validations too.
 
         Raises:
@@ -79,8 +79,10 @@ class MicroBatchBound:
         if error.num_positions <= error.longest:
             self._ranks.once(lambda: self._raise_too_long(error, where))
         self.max_positions = max(error.num_positions // 2, error.longest)
+        if model.most_cells is not None:
+            model.most_cells = max(model.most_cells // 2, error.longest)
         draws = self._settings.lora_dropout or self._settings.base_dropout
-        redrawn = "; dropout draws other masks" if draws else ""
+        redrawn = "; dropout draws new masks" if draws else ""
         self._tracker.warn(
             f"memory ran out at a micro-batch of {error.num_positions:,} tokens: at most {self.max_positions:,} from "
             f"here on, and step {number:,} begins again{redrawn}"
@@ -92,7 +94,7 @@ class MicroBatchBound:
             where=where,
             next_step="`--set gradient_checkpointing=True`"
             if not self._settings.gradient_checkpointing
-            else f"leave longer examples out: `--set max_length={max(error.longest // 2, 1)}`, or take a smaller "
+            else f"drop longer examples with `--set max_length={max(error.longest // 2, 1)}`, or use a smaller "
             "base model",
         ) from error
 
@@ -103,7 +105,7 @@ class MicroBatchBound:
         def write() -> None:
             try:
                 if not path.exists() and self._plan.device.write_memory_snapshot(path):
-                    self._tracker.info(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
+                    self._tracker.info(f"{path} shows what used the memory; open it at https://pytorch.org/memory_viz")
             except OSError as error:
                 self._tracker.warn(f"no memory snapshot: {error}")
 

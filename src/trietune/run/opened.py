@@ -56,7 +56,7 @@ def evaluate(
 
     Args:
         target: a run's folder, an adapter's folder, or a base model as in `model_name`.
-        overrides: of the run's settings, such as `dataset_id=...` or `validation_file=...`.
+        overrides: changes to the run's settings, such as `dataset_id=...` or `validation_file=...`.
         split: `train`, `validation` or `test`, as a run splits the data. None takes the validation examples of a run's
             own data, and of other data its validation split, or every row where it has none.
         max_examples: a random subset of this size; None takes all.
@@ -72,7 +72,7 @@ def evaluate(
         opened = open_model(target, overrides, tracker)
         if not _names_data(opened, target, overrides):
             raise UserError(
-                f"`{target}` is a model without a run, so the data to evaluate it on must be named",
+                f"`{target}` belongs to no run, so name the data to evaluate it on",
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
             )
         if split is None and not _overridden_data(overrides):

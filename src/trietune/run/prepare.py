@@ -37,7 +37,7 @@ FEWEST_VALIDATED = 32
 DEFAULT_EVAL_BATCH = 32
 # Of a parameter of the adapter, in fp32: itself, its gradient, and two moments of the optimizer.
 BYTES_PER_TRAINED_PARAMETER = 16
-# Ways to attend whose kernels compute probabilities again in the backward.
+# Ways to attend whose kernels compute probabilities again in the backward pass.
 KEEP_NO_SCORES = ("varlen", "flex")
 
 
@@ -72,7 +72,7 @@ def prepare_together(settings: Settings, tracker: Tracker, check_stop: Callable[
                 "the validation data": prepared.data.validation_fingerprint,
                 "the base model": prepared.base.digest or sampled_digest(prepared.base.path),
                 "the converted base model": prepared.base.weights_digest,
-                "the adapter to begin with": start_adapter(prepared),
+                "the initial adapter": start_adapter(prepared),
                 "the kind of device": plan.device.kind,
                 "the number of steps": plan.num_steps,
                 "the grouping of examples": plan.is_grouped,
@@ -94,7 +94,7 @@ def prepare(
     """Find the model, read the data, choose device and layout; writes nothing but caches.
 
     Args:
-        num_processes: that will share the training.
+        num_processes: processes that will share the training.
         chosen: by another process, for this one too.
         device: to plan for, which need not be here; None chooses it by the settings.
     """
@@ -105,7 +105,7 @@ def prepare(
         )
     machine = open_machine(settings, tracker, num_processes=num_processes, device=device)
     # Now that the device has been chosen: transformers starts XLA devices when it is imported.
-    from trietune.run.describing import check_trie, describe, find_start, uncovered
+    from trietune.run.describing import check_longest, check_trie, check_trie_on, describe, find_start, uncovered
 
     opened = open_base(machine, settings, settings.model_name, tracker, dtype=None if chosen is None else chosen.dtype)
     device, dtype, base, tokenizer = opened.device, opened.dtype, opened.base, opened.tokenizer
@@ -114,6 +114,7 @@ def prepare(
     for sentence in uncovered(settings, shape.coverage):
         tracker.warn(sentence)
     check_trie(settings, base.name, shape)
+    check_trie_on(settings, base.name, shape, device)
     keeps_dropout = settings.base_dropout and bool(shape.base_rates)
     attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
     settings = with_max_length(settings, shape.config)
@@ -141,6 +142,7 @@ def prepare(
         longest = max(longest, data.counts.validation.longest)
     most = getattr(shape.config, "max_position_embeddings", None)
     check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=tracker.info)
+    check_longest(settings, base.name, shape, longest)
     rows = learning.rows
     num_train = rows.num_rows
     groups, work = choose_groups(settings, data, rows, kept, tracker)
@@ -157,6 +159,7 @@ def prepare(
         gradient_checkpointing=settings.gradient_checkpointing,
         is_fused=settings.fused_layers
         and device.runs_own_backwards
+        and shape.why_whole_rows is None
         and not settings.lora_dropout
         and not settings.use_dora
         and not settings.load_in_4bit
@@ -206,6 +209,7 @@ def prepare(
         batching=settings.batching,
         attention=attention,
         attention_reason=attention_reason,
+        why_whole_rows=None if settings.batching == "padded" else shape.why_whole_rows,
         is_grouped=groups is not None,
         max_positions=max_positions,
         num_train=num_train,
@@ -233,7 +237,7 @@ def prepare(
 
 
 def _plan_learning(settings: Settings, data: Data, tokenizer: Any) -> tuple[Learning, Data]:
-    """What is learnt from the data; ranking may find that it is a task with labels."""
+    """What is learned from the data; ranking may find that it is a task with labels."""
     objective = make_objective(settings)
     if settings.objective == "rank":
         rows, data = rows_to_rank(data, tokenizer)

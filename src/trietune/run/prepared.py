@@ -24,11 +24,11 @@ class Prepared:
     """A plan and all that was read to make it.
 
     Attributes:
-        learning: what is learnt, before its reference has been scored.
+        learning: what is learned, before its reference has been scored.
         shape: counts of the network.
-        work: of a few steps, by all processes together.
+        work: work in a few steps, by all processes together.
         num_sampled: examples of these steps.
-        start: folder of the adapter to begin with; None begins with a new one.
+        start: folder of the initial adapter; None: a new one.
     """
 
     settings: Settings
@@ -49,8 +49,8 @@ class Chosen:
     """What one process has chosen for all that share a training: where choices follow from a measurement or the disk.
 
     Attributes:
-        directory: of the run.
-        dtype: of the base model: `float32`, `bfloat16`, `float16`.
+        directory: folder of the run.
+        dtype: dtype of the base model: `float32`, `bfloat16`, `float16`.
     """
 
     directory: Path

@@ -20,7 +20,7 @@ class Run:
         step: optimizer steps taken in all.
         before, after: evaluation metrics of the whole validation set; empty where none was measured.
         adapter: folder of the final adapter; None if there is none.
-        exit_code: that a command should end with.
+        exit_code: what a command should exit with.
     """
 
     directory: Path

@@ -107,7 +107,7 @@ def _check_no_adapter(record: Record) -> None:
             return
         reason = "it is not whole, as `trietune verify` shows"
     elif info.run_id != record.run_id:
-        reason = f"it is of another run ({info.run_id[:12]})"
+        reason = f"it belongs to another run ({info.run_id[:12]})"
     else:
         reason = f"it was trained for {_trained_steps(info)} steps, the plan has {record.prepared.plan.num_steps:,}"
     raise messages.adapter_without_checkpoint(place, reason)
@@ -146,7 +146,7 @@ def find_checkpoint(record: Record, allowed_changes: frozenset[str]) -> LoadedCh
     ]
     check_differences(differences, loaded.path)
     if differences:
-        record.tracker.warn("this is not as it was at the checkpoint:")
+        record.tracker.warn("settings have changed since the checkpoint:")
         for line in table_lines(differences):
             record.tracker.info(f"  {line}")
     return loaded
@@ -155,7 +155,7 @@ def find_checkpoint(record: Record, allowed_changes: frozenset[str]) -> LoadedCh
 def _schedule_differences(
     record: Record, loaded: LoadedCheckpoint, allowed_changes: frozenset[str]
 ) -> list[Difference]:
-    """Steps of warm-up are no setting: they follow from others and from the number of examples."""
+    """Steps of warm-up are not a setting: they follow from others and from the number of examples."""
     state = json.loads(loaded.contents[STATE_FILE]) if STATE_FILE in loaded.contents else {}
     before = state.get("num_warmup_steps")
     if before is None:
@@ -172,7 +172,7 @@ def _warmup_before(record: Record, loaded: LoadedCheckpoint, state: Mapping[str,
     return then.num_warmup_steps(num_steps_of(then, record.prepared.plan.num_train)[1])
 
 
-def why_moments_start_anew(record: Record, resumed: LoadedCheckpoint) -> str | None:
+def why_moments_start_from_zero(record: Record, resumed: LoadedCheckpoint) -> str | None:
     if OPTIMIZER_FILE in resumed.left_out:
         return "their file is damaged"
     if OPTIMIZER_FILE not in resumed.contents:

@@ -57,7 +57,7 @@ def run_session(
     stop: TimedStop,
     allowed_changes: frozenset[str] = frozenset(),
 ) -> Run:
-    """Run what was prepared, to its end; how it ended is told to every listener whatever happens.
+    """Run what was prepared, to its end; its final status is reported, also after an error.
 
     Args:
         allowed_changes: keys that may differ from those of the checkpoint that is resumed.
@@ -193,7 +193,7 @@ class Session:
             self.loss_scale = LossScale(self.plan.device.torch_device, state["loss_scale"])
         if state.get("reference", (digest := self.learning.reference_digest())) != digest:
             self.tracker.warn(
-                "the scores of the reference were computed anew: the same numbers up to rounding, not the same bits",
+                "the reference's scores were computed again: the same numbers up to rounding, not the same bits",
             )
         if not self.files.is_comparable(resumed) or not self.patience.restore(state.get("early_stopping")):
             self.patience.begin_anew(self.tracker.info)
@@ -271,7 +271,7 @@ class Session:
         )
 
     def _cut_smaller(self, error: MicroBatchTooLargeError) -> None:
-        self.bound.halve(error, self.position.step + 1)
+        self.bound.halve(error, self.position.step + 1, self.built.model)
 
     def _after_step(self, step: Step) -> None:
         """Log, validate, save, and stop if it is time to."""
@@ -311,7 +311,7 @@ class Session:
         return not self.folder.is_in_place()
 
     def _check_folder(self, step: Step, *, must_know: bool) -> None:
-        """Stop when the folder was moved or removed; what was learnt is saved where it is now.
+        """Stop when the folder was moved or removed; what was learned is saved where it is now.
 
         Of several ranks, the one that holds the folder told with the step's numbers if it was lost by then.
 

@@ -86,7 +86,7 @@ def draw_first_batch(prepared: Prepared, learning: Learning, sampler: Sampler, t
     try:
         write_batch_picture(plan.directory, rows, indices, ids, prepared.tokenizer)
     except OSError as error:
-        tracker.warn(f"no picture of a batch for the report: {error}")
+        tracker.warn(f"the report has no picture of a batch: {error}")
 
 
 class GradientWatch:
@@ -111,8 +111,8 @@ class GradientWatch:
         if without:
             layers = list(dict.fromkeys(name.removeprefix("base_model.model.").split(".lora_")[0] for name in without))
             self._tracker.warn(
-                f"{len(without)} of the adapter's {len(trained)} tensors took no part in the first step, on "
-                f"{few(layers)}: they stay as they are unless later examples reach them"
+                f"{len(without)} of the adapter's {len(trained)} tensors got no gradient in the first step, on "
+                f"{few(layers)}: they stay unchanged unless later examples reach them"
             )
 
     def _emit_histograms(self, step: int) -> None:

@@ -19,7 +19,7 @@ class TimedStop:
     """A stop by signal, or because `max_time` is nearly over.
 
     Attributes:
-        max_time: seconds from `began`; None is no limit.
+        max_time: seconds from `began`; None: no limit.
         began: when the command began, by `time.monotonic`.
     """
 

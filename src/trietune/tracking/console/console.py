@@ -21,6 +21,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from trietune.io.columns import columns
 from trietune.tracking import wording
 from trietune.tracking.console import result
 from trietune.tracking.console.progress import Progress, progress_lines
@@ -130,7 +131,7 @@ class ConsoleListener:
 
     def _write_plan(self, event: RunStarted) -> None:
         self._write(f"{event.name}: {event.directory}", "strong")
-        for line in result.columns([(f"  {name}", value) for name, value in event.plan]):
+        for line in columns([(f"  {name}", value) for name, value in event.plan]):
             self._write(line)
 
     def _write_example(self, example: MarkedExample) -> None:
