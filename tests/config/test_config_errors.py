@@ -22,7 +22,7 @@ FILES: Mapping[str, str | bytes] = {
     "a batch size per device": "per_device_train_batch_size: 8\n",
     "a rank by another tool's name": "lora_rank: 16\n",
     "an interval by another tool's name": "save_steps: 500\n",
-    "labels on prompts, which are never learnt": "train_on_inputs: false\n",
+    "labels on prompts, which are never learned": "train_on_inputs: false\n",
     "a secret in the file": "hf_token: hf_abcdefghijklmnopqrstuvwxyz\n",
     "repeated key": "seed: 1\nlora_r: 4\nseed: 2\n",
     "tag": "seed: !!python/object:os.system 3\n",
@@ -135,7 +135,7 @@ def test_foreign_names_are_none_of_ours_and_point_to_ours() -> None:
         (["warmup_steps=10", "max_steps=10"], ["warmup_steps", "max_steps"]),
         (["batching=padded", "attention=rows"], ["attention", "batching"]),
         (["batching=packed", "group_by_prefix=true"], ["group_by_prefix", "batching"]),
-        (["max_tokens_per_micro_batch=16"], ["max_tokens_per_micro_batch", "max_length"]),
+        (["max_tokens_per_micro_batch=16", "max_length=32"], ["max_tokens_per_micro_batch", "max_length"]),
         (["use_wandb=false", "tracker=wandb"], ["tracker", "use_wandb"]),
         (["use_wandb=false", "model_to_wandb=true"], ["model_to_wandb", "use_wandb"]),
         (

@@ -46,6 +46,7 @@ def contradictions(settings: Settings) -> list[Problem]:
         *_batching(settings),
         *_trackers(settings),
         *_checkpoints(settings),
+        *_early_stopping(settings),
         *_storage(settings),
         *_devices(settings),
     ]
@@ -55,7 +56,7 @@ def without_effect(settings: Settings) -> list[str]:
     """Settings that change nothing beside the others, one line each: no mistake, but worth a word."""
     notes = []
     if settings.load_from_storage and not settings.resume_from_checkpoint:
-        notes.append("`load_from_storage` matters to a resume alone: add `--resume`, or `resume_from_checkpoint: auto`")
+        notes.append("`load_from_storage` is only for resuming: add `--resume`, or `resume_from_checkpoint: auto`")
     if settings.remote_path and not (settings.sync_to_storage or settings.load_from_storage):
         notes.append("`remote_path` is not used: `sync_to_storage` and `load_from_storage` are False")
     if settings.tracker not in {"auto", "wandb"} and settings.use_wandb:
@@ -66,14 +67,16 @@ def without_effect(settings: Settings) -> list[str]:
 
 
 def _data(settings: Settings) -> Iterator[Problem]:
-    if settings.dataset_id is None and settings.train_file is None:
+    # Data that nobody named at all is asked for when it is read: to ask a model needs none.
+    is_only_cleared = settings.model_fields_set & {"dataset_id", "train_file"} == {"dataset_id"}
+    if settings.dataset_id is None and settings.train_file is None and is_only_cleared:
         yield _clash(settings, "dataset_id", "train_file", "needs", "write `train_file: data.jsonl`")
     if settings.learns_preferences:
         if settings.completion_template is not None:
             why = "preferences bring their answers in columns: `chosen` and `rejected`, or others"
             yield _clash(settings, "completion_template", "objective", "does not fit", "remove it", why)
     elif settings.prompt_template is not None and settings.completion_template is None:
-        yield _clash(settings, "prompt_template", "completion_template", "needs", "write what the model shall answer")
+        yield _clash(settings, "prompt_template", "completion_template", "needs", "write what the model should answer")
     if settings.completion_template is not None and settings.prompt_template is None:
         yield _clash(settings, "completion_template", "prompt_template", "needs", "write what the model is given")
     if settings.chat_template is not None and settings.prompt_template is not None:
@@ -91,7 +94,7 @@ def _objective(settings: Settings) -> Iterator[Problem]:
         remedy = "remove `sft_checkpoint_path`"
         yield _clash(settings, "sft_checkpoint_path", "init_adapter", "means the same as", remedy)
     if settings.kto_desirable_weight == 0 and settings.kto_undesirable_weight == 0:
-        why = "nothing would be learnt"
+        why = "nothing would be learned"
         remedy = "write `kto_desirable_weight: 1`"
         yield _clash(settings, "kto_desirable_weight", "kto_undesirable_weight", "does not fit", remedy, why)
 
@@ -113,7 +116,7 @@ def _steps(settings: Settings) -> Iterator[Problem]:
         why = "the learning rate would never reach its value"
         yield _clash(settings, "warmup_steps", "max_steps", "does not fit", "write fewer warm-up steps", why)
     if settings.num_epochs == 0 and settings.max_steps is not None:
-        why = "no epoch means evaluation alone"
+        why = "zero epochs means evaluation only"
         yield _clash(settings, "max_steps", "num_epochs", "does not fit", "write `num_epochs: 1`, or remove it", why)
 
 
@@ -125,7 +128,7 @@ def _batching(settings: Settings) -> Iterator[Problem]:
         why = "only a trie shares a beginning"
         yield _clash(settings, "group_by_prefix", "batching", "does not fit", "write `group_by_prefix: auto`", why)
     bound = settings.max_tokens_per_micro_batch
-    if bound != "auto" and bound < settings.max_length:
+    if bound != "auto" and settings.max_length != "auto" and bound < settings.max_length:
         why = "an example of full length would not fit into a micro-batch"
         remedy = f"write `max_tokens_per_micro_batch: {settings.max_length}` or more"
         yield _clash(settings, "max_tokens_per_micro_batch", "max_length", "is below", remedy, why)
@@ -136,7 +139,7 @@ def _trackers(settings: Settings) -> Iterator[Problem]:
         yield _clash(settings, "tracker", "use_wandb", "does not fit", "write `use_wandb: True`, or `tracker: auto`")
     if settings.model_to_wandb and not settings.use_wandb:
         why = "nothing can be uploaded to W&B without W&B"
-        yield _clash(settings, "model_to_wandb", "use_wandb", "needs", "write `model_to_wandb: False`", why)
+        yield _clash(settings, "model_to_wandb", "use_wandb", "needs", "write `use_wandb: True`", why)
 
 
 def _checkpoints(settings: Settings) -> Iterator[Problem]:
@@ -150,6 +153,12 @@ def _checkpoints(settings: Settings) -> Iterator[Problem]:
         why = "the worst checkpoints would be kept as the best"
         remedy = f"write `checkpoint_metric_mode: {right}`"
         yield _clash(settings, "checkpoint_metric_mode", "checkpoint_metric", "does not fit", remedy, why)
+
+
+def _early_stopping(settings: Settings) -> Iterator[Problem]:
+    if settings.early_stopping_threshold and settings.early_stopping_patience is None:
+        remedy = "write `early_stopping_patience: 3`, the evaluations to wait"
+        yield _clash(settings, "early_stopping_threshold", "early_stopping_patience", "needs", remedy)
 
 
 def _storage(settings: Settings) -> Iterator[Problem]:
@@ -172,7 +181,7 @@ def _devices(settings: Settings) -> Iterator[Problem]:
         why = "float16 overflows without a gradient scaler, which only CUDA has"
         yield _clash(settings, "dtype", "device", "does not fit", "write `dtype: bfloat16`", why)
     if settings.optim.endswith("_8bit") and settings.device not in {"auto", "cuda"}:
-        why = "bitsandbytes keeps its 8-bit states on CUDA alone"
+        why = "bitsandbytes keeps its 8-bit states only on CUDA"
         yield _clash(settings, "optim", "device", "does not fit", "write `optim: adamw_torch`", why)
     shape, names = settings.mesh_shape, settings.mesh_axis_names
     if shape is not None and names is not None and len(shape) != len(names):

@@ -40,7 +40,7 @@ _PROCESSES = (
     "`parallelism_strategy: fsdp` shards the base model over them"
 )
 _PER_DEVICE = "it counts one device, `batch_size` all of them before accumulation: multiply by the number of devices"
-_ALWAYS_COMPLETIONS = "labels are on completions alone, always"
+_ALWAYS_COMPLETIONS = "labels are always on completions only"
 _NO_PACKING = "nothing is padded here: a trie computes each shared beginning once"
 _REVISION = '`model_name: "owner/name@{text}"`'
 _AFTER_NAME = "a revision follows the model's name after `@`"
@@ -49,6 +49,9 @@ _WHOLE_LENGTH = "`max_length` bounds prompt and answer together"
 _NO_SECRETS = "a configuration is kept and shared, and a secret is not"
 _DTYPE_HERE = "the base model's number format is one key here, and the adapter is float32 in any case"
 _FOUR_BITS = "the base model's layers are held in `dtype` or, with `load_in_4bit: True`, in 4 bits"
+
+_PATIENCE = "early_stopping_patience"
+_COUNTS_EVALUATIONS = "it counts evaluations without a better `checkpoint_metric`; `val_steps_freq` says how often"
 
 FOREIGN_NAMES: Mapping[str, ForeignName] = {
     # model
@@ -69,7 +72,7 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "quantization_bit": ForeignName(FACTORY, ("load_in_4bit",), None, _FOUR_BITS),
     # data
     "dataset_name": _same(HF, "dataset_id"),
-    "datasets": ForeignName(AXOLOTL, ("dataset_id", "train_file"), "`train_file: data.jsonl`", "one data set a run"),
+    "datasets": ForeignName(AXOLOTL, ("dataset_id", "train_file"), "`train_file: data.jsonl`", "one data set per run"),
     "dataset": _same(FACTORY, "dataset_id", "a local file goes under `train_file`"),
     "dataset_dir": _same(FACTORY, "train_file", "a folder of `train` and `validation` files is read as it is"),
     "data": _same(MLX, "train_file", "a folder of `train.jsonl` and `valid.jsonl` is read as it is"),
@@ -208,6 +211,19 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
         "`resume_from_checkpoint: True`, `resume_option: path` and `checkpoint_path: {value}`",
     ),
     "auto_resume_from_checkpoints": ForeignName(AXOLOTL, ("resume_from_checkpoint",), "`resume_from_checkpoint: auto`"),
+    # early stopping
+    "early_stopping": ForeignName("several tools", (_PATIENCE,), f"`{_PATIENCE}: 3`", _COUNTS_EVALUATIONS),
+    "early_stop": ForeignName("Ludwig", (_PATIENCE,), f"`{_PATIENCE}: 3`", _COUNTS_EVALUATIONS),
+    "use_early_stopping": ForeignName("Simple Transformers", (_PATIENCE,), f"`{_PATIENCE}: 3`", _COUNTS_EVALUATIONS),
+    "early_stopping_steps": _same(FACTORY, _PATIENCE, _COUNTS_EVALUATIONS),
+    "early_stopping_epochs": _same("several tools", _PATIENCE, _COUNTS_EVALUATIONS),
+    "early_stopping_rounds": _same("XGBoost, LightGBM", _PATIENCE, _COUNTS_EVALUATIONS),
+    "patience": _same("Keras, Lightning", _PATIENCE, _COUNTS_EVALUATIONS),
+    "early_stopping_delta": _same("Simple Transformers", "early_stopping_threshold"),
+    "early_stopping_min_delta": _same("several tools", "early_stopping_threshold"),
+    "min_delta": _same("Keras, Lightning", "early_stopping_threshold"),
+    "early_stopping_metric": _same("several tools", "checkpoint_metric", "our metrics begin with `eval/`"),
+    "monitor": _same("Keras, Lightning", "checkpoint_metric", "our metrics begin with `eval/`"),
     # trackers
     "report_to": _same(f"{HF}, {FACTORY}, {MLX}", "tracker"),
     "run_name": _same(HF, "wandb_run_name"),

@@ -28,10 +28,11 @@ from trietune.io.files import make_folders, remove_tree
 from trietune.io.metric_names import kind_of
 from trietune.ranks.opening import open_ranks
 from trietune.ranks.ranks import ALONE, Ranks
+from trietune.run.early_stopping import EarlyStopping
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
 from trietune.run.objective import reference_keys
 from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of
-from trietune.run.proving import positions_under_masks, prove_on_data, prove_on_host
+from trietune.run.proving import positions_on_rows, positions_under_masks, prove_on_data, prove_on_host
 from trietune.run.shared_files import open_run_files
 from trietune.run.signals import StopSignals
 from trietune.run.throughput import Throughput
@@ -70,7 +71,7 @@ class Run:
         step: optimizer steps taken in all.
         before, after: evaluation metrics of the whole validation set; empty where none was measured.
         adapter: folder of the final adapter; None if there is none.
-        exit_code: that a command should end with.
+        exit_code: what a command should exit with.
     """
 
     directory: Path
@@ -138,7 +139,7 @@ class TimedStop:
     """A stop by signal, or because `max_time` is nearly over; for long work between steps.
 
     Attributes:
-        max_time: seconds from `began`; None is no limit.
+        max_time: seconds from `began`; None: no limit.
         began: when the command began, by `time.monotonic`.
     """
 
@@ -212,6 +213,7 @@ class Session:
         self.epoch = 0.0
         self.measured: dict[str, float] = {}
         self.measured_step: int | None = None
+        self.patience = EarlyStopping.of(self.settings)
         self.max_positions = self.plan.max_positions
         self.files = open_run_files(prepared, tracker, ranks)
         self.throughput = Throughput()
@@ -222,7 +224,7 @@ class Session:
     # The run, in the order in which things happen
 
     def run(self) -> Run:
-        """From the first line to the last; the run's status is told to every listener whatever happens."""
+        """Run to the end and report the final status, also after an error."""
         if (finished := self._already_finished()) is not None:
             return finished
         resumed = self.files.find_checkpoint(self.allowed_changes)
@@ -248,22 +250,35 @@ class Session:
         self._self_check()
         self.ranks.on_first(self._draw_batch)
         before = self._evaluate("before", max_examples=None) if resumed is None else None
+        if before is not None and self.plan.num_steps:
+            self.patience.check(before.metrics)
         if self.plan.num_steps == 0:
             return self._finished(before, None, adapter=None)
         try:
             with closing(self._steps()) as steps:
-                for step in steps:
+                # A run may have been killed between the end of its patience and its adapter.
+                for step in () if self.patience.is_over else steps:
                     self._after_step(step)
+                    if self.patience.is_over:
+                        break
         except LossNotFiniteError as error:
             # Every rank knows; one says it.
             not_finite = error
             self.ranks.once(lambda: self._raise_not_finite(not_finite))
+        if self.patience.is_over and self.step < self.plan.num_steps:
+            self.tracker.info(f"training ends early, after step {self.step:,}: {self.patience.sentence}")
         with self._best_weights() as step_of_adapter:
             after = self._evaluate("after", max_examples=None, weights_step=step_of_adapter)
             if not self.ranks.once(self._is_in_place):
                 self.ranks.once(lambda: self._raise_folder_lost(None))
             adapter = self.files.write_adapter(
-                step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
+                step_of_adapter,
+                self.peft_model,
+                before,
+                after,
+                self.encoder,
+                trained_steps=self.step,
+                is_stopped_early=self.patience.is_over,
             )
         return self._finished(before, after, adapter=adapter)
 
@@ -276,8 +291,10 @@ class Session:
             self.loss_scale = LossScale(self.plan.device.torch_device, state["loss_scale"])
         if state.get("reference", (digest := self.learning.reference_digest())) != digest:
             self.tracker.warn(
-                "the scores of the reference were computed anew: the same numbers up to rounding, not the same bits",
+                "the reference's scores were computed again: the same numbers up to rounding, not the same bits",
             )
+        if not self.files.is_comparable(resumed) or not self.patience.restore(state.get("early_stopping")):
+            self.patience.begin_anew(self.tracker.info)
         self._take_over_memory(state)
 
     def _take_over_memory(self, state: Mapping[str, Any]) -> None:
@@ -289,7 +306,7 @@ class Session:
             if self.max_positions < before:
                 self.tracker.info(
                     f"less memory is free than before: micro-batches of at most {self.max_positions:,} tokens instead "
-                    f"of {before:,}; a batch that is cut in another way has the same gradients up to rounding"
+                    f"of {before:,}; a batch that is cut differently has the same gradients up to rounding"
                 )
             self.max_positions = min(self.max_positions, before)
         if self.is_sharded:
@@ -339,8 +356,9 @@ class Session:
         from trietune.model.base.load import load_network
         from trietune.model.base.randomness import silence_draws, silence_rates
         from trietune.training.loss_scale import LossScale
-        from trietune.training.optimizer import build_optimizer, learning_rate_schedule
+        from trietune.training.optimizer import build_optimizer
         from trietune.training.sampler import Sampler
+        from trietune.training.schedule import learning_rate_schedule
 
         device = self.plan.device
         device.watch_memory()
@@ -363,7 +381,7 @@ class Session:
         if not self.settings.base_dropout:
             silence_rates(network)
             if drawing := silence_draws(network):
-                self.tracker.info(f"kept from drawing random numbers: {_few(drawing)}")
+                self.tracker.info(f"stopped from drawing random numbers: {_few(drawing)}")
         twin = twin_of(network) if self.plan.num_steps > 0 and not self.is_sharded else None
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         if twin is not None:
@@ -374,7 +392,7 @@ class Session:
             del twin
         elif self.is_sharded and self.plan.num_steps > 0:
             self.tracker.info(
-                "not tried before training: whether plain PEFT reads the adapter as the model that is trained, since "
+                "not checked before training: whether plain PEFT reads the adapter as the trained model, since "
                 "no process holds the whole base model"
             )
         if self.start is not None:
@@ -391,6 +409,7 @@ class Session:
             shapes=self.plan.static.shapes if self.plan.static else None,
             gradient_checkpointing=self.settings.gradient_checkpointing,
             whole=gathering(network) if self.is_sharded else nullcontext,
+            why_whole_rows=self.plan.why_whole_rows,
         )
         if on_host is not None:
             self.model.needs_masks = on_host.needs_masks
@@ -453,7 +472,7 @@ class Session:
     def _deal(self, indices: Any) -> Any:
         from trietune.trie.dealing import deal_step
 
-        # What several processes learn from has one sequence a row.
+        # What several processes learn from has one sequence per row.
         return deal_step(
             self.data.train,
             indices,
@@ -497,7 +516,9 @@ class Session:
         if error.num_positions <= error.longest:
             self.ranks.once(lambda: self._raise_too_long(error))
         self.max_positions = max(error.num_positions // 2, error.longest)
-        redrawn = "; dropout draws other masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
+        if self.model.most_cells is not None:
+            self.model.most_cells = max(self.model.most_cells // 2, error.longest)
+        redrawn = "; dropout draws new masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
         self.tracker.warn(
             f"memory ran out at a micro-batch of {error.num_positions:,} tokens: at most {self.max_positions:,} from "
             f"here on, and step {self.step + 1:,} begins again{redrawn}",
@@ -509,7 +530,7 @@ class Session:
             where=f"step {self.step + 1}, on {self.plan.device.name}; checkpoints of earlier steps are whole",
             next_step="`--set gradient_checkpointing=True`"
             if not self.settings.gradient_checkpointing
-            else f"leave longer examples out: `--set max_length={max(error.longest // 2, 1)}`, or take a smaller "
+            else f"drop longer examples with `--set max_length={max(error.longest // 2, 1)}`, or use a smaller "
             "base model",
         ) from error
 
@@ -520,7 +541,7 @@ class Session:
         def write() -> None:
             try:
                 if not path.exists() and self.plan.device.write_memory_snapshot(path):
-                    self.tracker.info(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
+                    self.tracker.info(f"{path} shows what used the memory; open it at https://pytorch.org/memory_viz")
             except OSError as error:
                 self.tracker.warn(f"no memory snapshot: {error}")
 
@@ -546,10 +567,11 @@ class Session:
         self._check_folder(step, must_know=is_saved)
         if step.number % self.settings.val_steps_freq == 0 or is_saved or is_last:
             self._validate()
-        if is_saved:
+        is_over = is_last or self.patience.is_over
+        if is_saved or self._is_save_due(step.number, is_over):
             self._save()
         self.files.tell_uploads()
-        if not is_last:
+        if not is_over:
             self.ranks.stop_together(self._check_stop, step.num_stopping)
 
     def _check_stop(self) -> None:
@@ -568,7 +590,7 @@ class Session:
         return not self._is_in_place()
 
     def _check_folder(self, step: Step, *, must_know: bool) -> None:
-        """Stop when the folder was moved or removed; what was learnt is saved where it is now.
+        """Stop when the folder was moved or removed; what was learned is saved where it is now.
 
         Of several ranks, the one that holds the folder told with the step's numbers if it was lost by then.
 
@@ -620,6 +642,7 @@ class Session:
         evaluation = self._evaluate("during", max_examples=self.plan.eval_max_examples)
         if evaluation is not None:
             self.measured, self.measured_step = dict(evaluation.metrics), self.step
+            self.patience.note(self.step, evaluation.metrics)
 
     def _evaluate(
         self, when: Literal["before", "during", "after"], *, max_examples: int | None, weights_step: int | None = None
@@ -692,12 +715,14 @@ class Session:
 
     def _self_check(self) -> None:
         if not self.settings.self_check or self.plan.num_steps == 0:
+            self._bound_rows()
             return
         if not self.plan.device.has_static_shapes:
             # Every rank proves what it will compute, on rows of one length; all end if one fails.
             free_bytes = min(self.ranks.gather(self.plan.device.free_memory_bytes()))
             self.ranks.together(lambda: self._prove(free_bytes))
             self.max_positions = min(self.ranks.gather(self.max_positions))
+            self._bound_rows()
             return
         from trietune.model.self_check import check_against_rows
 
@@ -726,8 +751,16 @@ class Session:
             trains=True,
         )
         if bound < self.max_positions:
-            self.tracker.info(f"a mask grows squared: micro-batches of at most {bound:,} tokens")
+            self.tracker.info(f"masks grow with the square of their length: micro-batches of at most {bound:,} tokens")
             self.max_positions = bound
+
+    def _bound_rows(self) -> None:
+        """Where tries run on whole rows, what is computed at once is counted in their positions."""
+        if self.model.whole_rows is None:
+            return
+        free_bytes, checkpointing = self.plan.device.free_memory_bytes(), self.settings.gradient_checkpointing
+        bound = positions_on_rows(self.settings, self.model, free_bytes, gradient_checkpointing=checkpointing)
+        self.model.most_cells = min(self.ranks.gather(bound))
 
     def _prove_on_host(self, network: Any) -> Proof | None:
         """Layers are proven before a device of static shapes takes them: there each pass would be compiled."""
@@ -760,7 +793,7 @@ class Session:
         try:
             write_batch_picture(self.plan.directory, rows, indices, ids, self.tokenizer)
         except OSError as error:
-            self.tracker.warn(f"no picture of a batch for the report: {error}")
+            self.tracker.warn(f"the report has no picture of a batch: {error}")
 
     def _save(self, *, must_succeed: bool = False) -> None:
         metrics = self.measured if self.measured_step == self.step else {}
@@ -778,6 +811,8 @@ class Session:
     def _further_state(self) -> dict[str, Any]:
         """What free memory and fp16 made of this session, for one that goes on from here."""
         state: dict[str, Any] = {"max_positions": self.max_positions, "packed_bytes": self.model.packed_bytes}
+        if self.patience.patience is not None:
+            state["early_stopping"] = self.patience.state()
         if (digest := self.learning.reference_digest()) is not None:
             state["reference"] = digest
         return state if self.loss_scale is None else {**state, "loss_scale": dict(self.loss_scale.state())}
@@ -817,8 +852,8 @@ class Session:
         if without:
             layers = list(dict.fromkeys(name.removeprefix("base_model.model.").split(".lora_")[0] for name in without))
             self.tracker.warn(
-                f"{len(without)} of the adapter's {len(trained)} tensors took no part in the first step, on "
-                f"{_few(layers)}: they stay as they are unless later examples reach them",
+                f"{len(without)} of the adapter's {len(trained)} tensors got no gradient in the first step, on "
+                f"{_few(layers)}: they stay unchanged unless later examples reach them",
             )
 
     def _emit_histograms(self, step: int) -> None:
@@ -841,7 +876,8 @@ class Session:
         if finished is None:
             return None
         trained, place = finished
-        self.tracker.info(f"{self.plan.directory.name} has finished: its adapter is in {place}; nothing was changed")
+        name = self.plan.directory.name
+        self.tracker.info(f"{name} has already finished: its adapter is in {place}; nothing was changed")
         adapter = self.plan.directory / "adapter"
         return Run(self.plan.directory, "finished", trained, adapter=adapter if adapter.is_dir() else None)
 
@@ -869,15 +905,15 @@ class Session:
         )
 
     def _stopped(self, reason: str, exit_code: int) -> Run:
-        """Save what has been learnt; no final adapter is written."""
+        """Save what has been learned; no final adapter is written."""
         commands: list[str] = []
         if self.step > 0:
             self._save(must_succeed=True)
-            commands = ["the same command with `--resume` goes on from here"]
+            commands = ["run the same command with `--resume` to continue"]
         self.files.finish_uploads(is_final=False, must_leave=self._must_leave)
         self.tracker.info(f"stopped by {reason} after step {self.step:,}")
         if reason == "max_time" and self.step == self.first_step:
-            self.tracker.warn("no step was taken: `max_time` is shorter than what comes before the first")
+            self.tracker.warn("no step was taken: `max_time` ran out before the first one")
         self._finish("stopped", {}, commands)
         return Run(self.plan.directory, "stopped", self.step, exit_code=exit_code)
 

@@ -30,7 +30,7 @@ class ScanCost:
     """What a scan costs, in the time of one step.
 
     Attributes:
-        start: a segment that starts from a state, which is copied, read and kept for the backward.
+        start: a segment that starts from a state, which is copied, read and kept for the backward pass.
         call: one call of the scan, forward and backward.
         multiple: a segment takes as many steps as if it were this long, or a multiple of it: chunks of the scan.
     """

@@ -155,9 +155,6 @@ class TrieLayout:
 
 
 def visibility(trie: Trie, window: int | None = None) -> Bool[np.ndarray, "T T"]:
-    """`[i, j]` is True when node `i` sees node `j`: `j <= i < subtree_end[j]`, and within the window by depth."""
+    """`[i, j]` is True when node `i` sees node `j`."""
     node = np.arange(trie.num_nodes)
-    sees: np.ndarray = (node[None] <= node[:, None]) & (node[:, None] < trie.subtree_end[None])
-    if window is not None:
-        sees &= trie.position_ids[:, None] - trie.position_ids[None] < window
-    return sees
+    return trie.sees(node[:, None], node[None], window)
