@@ -87,7 +87,7 @@ def check_run(family: str, folder: Any, overrides: dict[str, object], **more: ob
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         assert (ours[name] - weight).norm() <= SAME_ADAPTER * (1e-3 + weight.norm()), name
-    again = evaluate(run.directory)
+    again = evaluate(run.directory, tracker=Heard().tracker)
     assert again.metrics["eval/loss"] == pytest.approx(run.after["eval/loss"], rel=1e-5)
     opened = open_model(run.directory, [], Heard().tracker)
     [answer] = predict(opened, [{"sentence": "a good film"}])
