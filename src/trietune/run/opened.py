@@ -150,7 +150,7 @@ def predict(
     )
     new_tokens = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     max_positions = opened.prove_for(longest_prompt(encoder, inputs) + new_tokens)
-    if encoder.prompt_format.task.kind == "labels":
+    if encoder.prompt_format.task.kind == "labels" and opened.settings.task in ("auto", "labels"):
         labels = predict_labels(
             opened.model,
             encoder,
