@@ -12,7 +12,7 @@ from trietune.device.options import DeviceOptions, compile_option, read_mesh
 from trietune.errors import UserError
 from trietune.run.plan import StaticPlan
 from trietune.training.sampler import Sampler
-from trietune.trie import make_micro_batches
+from trietune.trie import UNBOUNDED, make_micro_batches
 from trietune.trie.static_shapes import LABEL_STEP, LONG_STEP, StaticShape, StaticShapes, choose_shapes, rounded_length
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ MESH_KEYS = ("mesh_shape", "tp_sharding_specs", "model_sharding_patterns", "inpu
 SHARDING_DEVICES = ("cpu", "cuda")
 # Batches of the first epoch that are laid out to choose shapes from, spread evenly over it.
 LAID_OUT = 64
-# Lengths that are tried as the largest, from above, until one fits into memory: a mask of all pairs grows squared.
-UNBOUNDED = 2**31
+# Lengths that are tried as the largest, from above, until one fits into memory: a mask grows with its square.
 LARGEST_LENGTHS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256)
 
 

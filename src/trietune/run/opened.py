@@ -25,6 +25,7 @@ from trietune.evaluation.predict import (
     predict_text,
 )
 from trietune.io import files
+from trietune.io.adapter_place import adapter_in
 from trietune.io.cache_folder import cache_folder
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.fitting import check_ids, check_vocabulary, with_max_length
@@ -181,7 +182,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     """
     refuse_several_processes()
     path = Path(target).expanduser()
-    adapter = _find_adapter(path)
+    adapter = adapter_in(path)
     run = path if (path / "config.yaml").is_file() else None
     if path.is_dir() and adapter is None and run is not None:
         raise UserError(
@@ -195,13 +196,6 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.run.loaded import load_model
 
     return load_model(str(target), adapter, settings, machine, tracker)
-
-
-def _find_adapter(path: Path) -> Path | None:
-    for folder in (path, path / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    return None
 
 
 def _names_data(opened: LoadedModel, target: str | Path, overrides: Sequence[str] | Mapping[str, Any]) -> bool:

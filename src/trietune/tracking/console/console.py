@@ -3,7 +3,7 @@
 Progress, counts and warnings go to stderr; the result goes to stdout, so `trietune train > result.txt` keeps it. On a
 terminal one bar moves at the bottom while lines pass above it:
 
-    training  ━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━  120/400  30 %  epoch 0.48  2:10 left
+    training  ━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━  120/400  30%  epoch 0.48  2:10 left
               loss 0.4123   eval 0.3911   8.5 examples/s   360 distinct tokens/s   sharing 4.1x   1.3 GB
 
 Anywhere else (a file, a pipe, `TERM=dumb`) the same numbers come as plain lines, no more than one every few seconds.
