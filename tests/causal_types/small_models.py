@@ -107,7 +107,7 @@ def small_config(model_type: str, **changes: Any) -> Any:
 def _smaller(given: dict[str, Any], model_type: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in given.items():
-        if name in ("transformers_version", "model_type", "architectures", "dtype", "torch_dtype"):
+        if name in ("transformers_version", "model_type", "architectures", "dtype", "torch_dtype", "hybrid_layer_ids"):
             continue
         if isinstance(value, dict) and name.endswith("_config") and "model_type" in value:
             made[name] = _smaller(value, value["model_type"]) | {"model_type": value["model_type"]}
@@ -115,6 +115,9 @@ def _smaller(given: dict[str, Any], model_type: str) -> dict[str, Any]:
             made[name] = [SIZE_OF[name]] * LAYERS if isinstance(value, list | tuple) else SIZE_OF[name]
         elif name.endswith("_token_id") and isinstance(value, int):
             made[name] = {"pad": 0, "bos": 1, "eos": 2}.get(name.split("_")[0], 3)
+        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict) and "mrope_section" in value:
+            pairs = int(8 * value.get("partial_rotary_factor", given.get("partial_rotary_factor") or 1.0)) // 2
+            made[name] = value | {"mrope_section": [pairs - 2 * (pairs // 4), pairs // 4, pairs // 4]}
         elif name in _NAMED_BUT_NOT_GIVEN and value is None:
             made[name] = SIZE_OF[name]
         elif name in ("layer_types", "layers_block_type", "mlp_layer_types") and isinstance(value, list):

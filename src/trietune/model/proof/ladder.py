@@ -245,6 +245,10 @@ class _Prover:
 
     def prove(self) -> Proof:
         if unseen := [name for name in self.layers if name not in self.of_short]:
+            if self._sees_the_future():
+                raise self._failure(
+                    "it is not a causal language model: tokens change the logits of those before them", is_final=True
+                )
             raise self._failure(
                 f"layer {unseen[0]} (`{self._class(unseen[0])}`) is given something else than the hidden states of "
                 "the tokens, so it cannot be compared",
