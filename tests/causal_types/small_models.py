@@ -11,6 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from trietune.model.base.few_layers import randomize
 from trietune.model.base.load import auto_class
 
 VOCABULARY = 120
@@ -140,19 +141,3 @@ def small_network(model_type: str, *, seed: int = 20, **changes: Any) -> PreTrai
     network: PreTrainedModel = auto_class(model_type).from_config(small_config(model_type, **changes)).float()
     randomize(network, seed)
     return network.eval()
-
-
-def randomize(network: torch.nn.Module, seed: int = 20) -> None:
-    """Matrices keep the scale of their input; norms and biases are off their neutral values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() < 2:
-                parameter.add_(0.2 * noise)
-            elif any(word in name for word in ("embed", "wte", "wpe", "embd")):
-                parameter.copy_(0.3 * noise)
-            elif "conv" in name:
-                parameter.copy_(0.5 * noise)
-            else:
-                parameter.copy_(1.3 * min(parameter.shape[-2:]) ** -0.5 * noise)

@@ -605,7 +605,11 @@ def _run(model: TrieModel, forest: Forest, layout: Any) -> object:
 
 def _run_whole_rows(model: TrieModel, forest: Forest) -> object:
     assert model.whole_rows is not None
-    return model.whole_rows.of_rows(RowGrid(forest.trie, model.to_device))
+    grid = RowGrid(forest.trie, model.to_device)
+    rows = model.whole_rows.of_rows(grid)
+    if not torch.equal(grid.to_nodes(rows.flatten(0, 1)), forest.rows.nodes(rows)):
+        raise RuntimeError("nodes are taken from other positions of the rows than those that compute them")
+    return rows
 
 
 def _run_padded(model: TrieModel, forest: Forest) -> object:
