@@ -204,3 +204,22 @@ def test_joined_measurements_carry_the_prefix() -> None:
     joined = metrics.join([metrics.measure_loss([1.0, 2.0], [1, 1]), metrics.measure_accuracy([True])], prefix="eval/")
     assert list(joined.metrics) == ["eval/loss", "eval/perplexity", "eval/accuracy"]
     assert joined.intervals["eval/accuracy"] == metrics.wilson_interval(1, 1)
+
+
+# --- ROUGE-L ----------------------------------------------------------------------------------------------------------
+
+LONG = "one two three four five six seven eight nine ten"
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
+    # Five words of the ten in order, nothing else: precision 1, recall 1/2.
+    gold = [[LONG], [LONG.upper() + " eleven twelve", LONG]]
+    measured = metrics.measure_overlap(["one three five seven nine", LONG], gold)
+    assert measured.metrics["rouge_l"] == pytest.approx((2 / 3 + 1) / 2)
+    low, high = measured.intervals["rouge_l"]
+    assert 0 <= low <= measured.metrics["rouge_l"] <= high <= 1
+
+
+@pytest.mark.parametrize("gold", [[["four words of gold"]], [[]], []])
+def test_short_answers_and_no_answers_have_no_rouge_l(gold: list[list[str]]) -> None:
+    assert metrics.measure_overlap(["x"] * len(gold), gold) == metrics.Measured()

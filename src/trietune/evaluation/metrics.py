@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trietune.data.templates import UNANSWERABLE
+from trietune.errors import UserError
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5% point
 BOOTSTRAP_RESAMPLES = 10_000
@@ -91,6 +92,34 @@ def measure_answers(predictions: Sequence[str], gold_answers: Sequence[Sequence[
                 metrics[prefix + name] = math.fsum(scores) / len(scores)
                 intervals[prefix + name] = mean_interval(scores, seed=seed)
     return Measured(metrics, intervals)
+
+
+# Answers of so many words on the average are long: a single other word makes them no exact match.
+LONG_ANSWER_WORDS = 8
+
+
+def measure_overlap(predictions: Sequence[str], gold_answers: Sequence[Sequence[str]], *, seed: int = 0) -> Measured:
+    """ROUGE-L (F-measure of the longest common subsequence, without stemming) by `rouge-score`, if answers are long.
+
+    The best over the gold answers of each example (Lin 2004). Empty where answers are short, or there are none.
+
+    Raises:
+        UserError: `rouge-score` is not installed.
+    """
+    answerable = [(said, gold) for said, gold in zip(predictions, gold_answers, strict=True) if gold]
+    words = [len(one.split()) for _, gold in answerable for one in gold]
+    if not words or sum(words) < LONG_ANSWER_WORDS * len(words):
+        return Measured()
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise UserError(
+            "long answers are measured by ROUGE-L, and the package `rouge-score` is not installed",
+            next_step="pip install rouge-score     (or task: text)",
+        ) from None
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scores = np.array([scorer.score_multi(list(gold), said)["rougeL"].fmeasure for said, gold in answerable])
+    return Measured({"rouge_l": float(scores.mean())}, {"rouge_l": mean_interval(scores, seed=seed)})
 
 
 def prediction_text(text: str) -> str:

@@ -11,7 +11,9 @@ from trietune.device.memory import USABLE_SHARE
 from trietune.device.options import DeviceOptions, compile_option, read_mesh
 from trietune.errors import UserError
 from trietune.run.plan import StaticPlan
-from trietune.trie import UNBOUNDED
+from trietune.training.sampler import Sampler
+from trietune.trie import UNBOUNDED, make_micro_batches
+from trietune.trie.static_shapes import LABEL_STEP, LONG_STEP, StaticShape, StaticShapes, choose_shapes, rounded_length
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -177,10 +179,6 @@ def plan_shapes(
         free_bytes: left for a micro-batch.
         position_bytes: what a position takes when it attends `scores_per_position` others.
     """
-    from trietune.training.sampler import Sampler
-    from trietune.trie import make_micro_batches
-    from trietune.trie.static_shapes import choose_shapes, rounded_length
-
     sampler = Sampler(sequences.num_rows, batch_size=settings.batch_size, seed=settings.seed, groups=groups)
     last = sampler.batches_per_epoch - 1
     numbers = np.unique(np.linspace(0, last, min(LAID_OUT, last + 1)).astype(int)).tolist()
@@ -225,9 +223,7 @@ def largest_under_mask(settings: Settings, free_bytes: int, position_bytes: Call
 
 
 def shapes_for_any_data(max_positions: int, *, deepest: int, num_rows: int) -> StaticShapes:
-    """Lengths that double up to `max_positions`, for a model whose prompts are not known in advance."""
-    from trietune.trie.static_shapes import LABEL_STEP, LONG_STEP, StaticShape, StaticShapes
-
+    """Lengths that double up to `max_positions`, for a model that is asked things nobody knows before."""
     lengths = {max_positions}
     while (length := LONG_STEP * 2 ** (len(lengths) - 1)) < max_positions:
         lengths.add(length)

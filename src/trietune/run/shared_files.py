@@ -15,7 +15,7 @@ from trietune.ranks.ranks import ALONE, Ranks
 from trietune.run.saving import RunFiles
 
 if TYPE_CHECKING:
-    from trietune.run.prepare import Prepared
+    from trietune.run.prepared import Prepared
     from trietune.tracking.tracker import Tracker
 
 P = ParamSpec("P")

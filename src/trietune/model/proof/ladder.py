@@ -245,6 +245,10 @@ class _Prover:
 
     def prove(self) -> Proof:
         if unseen := [name for name in self.layers if name not in self.of_short]:
+            if self._sees_the_future():
+                raise self._failure(
+                    "it is not a causal language model: tokens change the logits of those before them", is_final=True
+                )
             raise self._failure(
                 f"layer {unseen[0]} (`{self._class(unseen[0])}`) is given something other than the hidden states of "
                 "the tokens, so it cannot be compared",
@@ -602,7 +606,11 @@ def _run(model: TrieModel, forest: Forest, layout: Any) -> object:
 
 def _run_whole_rows(model: TrieModel, forest: Forest) -> object:
     assert model.whole_rows is not None
-    return model.whole_rows.of_rows(RowGrid(forest.trie, model.to_device))
+    grid = RowGrid(forest.trie, model.to_device)
+    rows = model.whole_rows.of_rows(grid)
+    if not torch.equal(grid.to_nodes(rows.flatten(0, 1)), forest.rows.nodes(rows)):
+        raise RuntimeError("nodes are taken from other positions of the rows than those that compute them")
+    return rows
 
 
 def _run_padded(model: TrieModel, forest: Forest) -> object:
