@@ -249,7 +249,7 @@ def _gold_answers(example: Example, encoder: Encoder) -> tuple[str, ...]:
     if example.answers:
         return example.answers
     answer = example.completion
-    if example.messages:  # what is generated is the first answer that is learnt
+    if example.messages:  # what is generated is the first answer that is learned
         answer = next((one.content for one in encoder.answers(example) if one.weight), "")
     return () if answer.strip() == UNANSWERABLE else (answer.strip(),)
 

@@ -223,7 +223,7 @@ def largest_under_mask(settings: Settings, free_bytes: int, position_bytes: Call
 
 
 def shapes_for_any_data(max_positions: int, *, deepest: int, num_rows: int) -> StaticShapes:
-    """Lengths that double up to `max_positions`, for a model that is asked things nobody knows before."""
+    """Lengths that double up to `max_positions`, for a model whose prompts are not known in advance."""
     lengths = {max_positions}
     while (length := LONG_STEP * 2 ** (len(lengths) - 1)) < max_positions:
         lengths.add(length)

@@ -81,7 +81,7 @@ def _config_of(name: str, kept: Path, report: Callable[[str], None]) -> ModelFol
         raise UserError(f"`{name}`: its config.json is not JSON: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("model_type"), str):
         raise UserError(
-            f"`{name}`: its config.json names no `model_type`, so nobody can tell what model it is",
+            f"`{name}`: its config.json names no `model_type`, so it is not clear what model it is",
             next_step="take config.json from the page that the weights come from",
         )
     (kept / "config.json").write_bytes(data)

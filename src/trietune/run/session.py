@@ -142,7 +142,7 @@ class Session:
         )
 
     def run(self) -> Run:
-        """To the end; a stop saves what was learnt."""
+        """To the end; a stop saves what was learned."""
         try:
             return self._run()
         except StopRequested as stop:
@@ -343,7 +343,7 @@ class Session:
         self.throughput.leave_out(seconds)
 
     def _further_state(self) -> Mapping[str, object]:
-        """What free memory, fp16 and patience made of this session, for one that goes on from here."""
+        """What free memory, fp16 and patience made of this session, for one that resumes from here."""
         state = self.bound.state(self.built.model)
         if self.patience.patience is not None:
             state["early_stopping"] = self.patience.state()

@@ -8,10 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from trietune.model.rows.grid import num_cells
-from trietune.trie import MicroBatch, Trie, make_micro_batches
-
-IGNORED_LABEL = -100
-UNBOUNDED = 2**31
+from trietune.trie import IGNORED_LABEL, UNBOUNDED, MicroBatch, Trie, make_micro_batches
 
 
 def cut_by_cells(micro_batches: Sequence[MicroBatch], most_cells: int) -> list[MicroBatch]:
