@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from trietune.config import load_config
 from trietune.device.doctor import Examination, Finding
 from trietune.errors import UserError
-from trietune.run.prepare import adapter_arguments, uncovered
+from trietune.run.describing import adapter_arguments
+from trietune.run.prepare import uncovered
 
 if TYPE_CHECKING:
     from trietune.model.base.folder import ModelFolder
