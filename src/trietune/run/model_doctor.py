@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trietune.config import load_config
 from trietune.device.doctor import Examination, Finding
 from trietune.errors import UserError
-from trietune.run.describing import adapter_arguments
-from trietune.run.prepare import uncovered
+from trietune.run.describing import adapter_arguments, uncovered
 
 if TYPE_CHECKING:
     from trietune.model.base.folder import ModelFolder
