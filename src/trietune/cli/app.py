@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from trietune.cli.commands import Commands
+from trietune.cli.keys import CommandWithKeys, complete_set
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
 from trietune.io.outputs import check_output, write_output
 from trietune.ranks.launched import command_began, refuse_several_processes
@@ -34,6 +36,7 @@ _began = time.monotonic()
 
 app = typer.Typer(
     name="trietune",
+    cls=Commands,
     help="Exact LoRA fine-tuning that computes every shared prefix once.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -42,7 +45,10 @@ app = typer.Typer(
 
 # typer reads these annotations at run time, so they are written as it understands them on every Python.
 MaybePath = Optional[Path]  # noqa: UP045
-Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.", autocompletion=complete_set),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Target = Annotated[str, typer.Argument(help="A run's folder, an adapter's folder, or a base model.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
@@ -58,7 +64,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=CommandWithKeys)
 def train(
     config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
@@ -80,17 +86,12 @@ def train(
         int, typer.Option("--restarts", min=0, help="With --nproc: how often to go on after a lost process.")
     ] = 0,
 ) -> None:
-    """Train an adapter from one YAML file."""
-    from trietune.config import load_config
+    """Train an adapter: from a YAML file, from `--model` and `--data`, or as a sample run."""
     from trietune.config import show_config as describe
-    from trietune.demo import demo_config
 
     if resume:
         overrides = [*overrides, "resume_from_checkpoint=auto"]
-    settings = load_config(config or demo_config(), overrides)
-    keys = {override.partition("=")[0].strip() for override in overrides}
-    if config is None and settings.learns_preferences and not keys & {"dataset_id", "train_file"}:
-        settings = load_config(demo_config(learns_preferences=True), overrides)
+    settings = _settings_to_train(config, overrides)
     if show_config:
         _say(describe(settings))
         return
@@ -115,7 +116,7 @@ def train(
     raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change), began=began).exit_code)
 
 
-@app.command()
+@app.command(cls=CommandWithKeys)
 def estimate(
     config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
     overrides: Overrides = [],  # noqa: B006
@@ -132,12 +133,10 @@ def estimate(
 ) -> None:
     """Say how long a run would take, how much memory, and at what cost."""
     from trietune.cli.estimating import estimate_command
-    from trietune.config import load_config
-    from trietune.demo import demo_config
     from trietune.tracking.console.result import columns
 
     refuse_several_processes()
-    settings = load_config(config or demo_config(), overrides)
+    settings = _settings_to_train(config, overrides)
     with _console() as hub:
         lines, document = estimate_command(settings, hub, device=device, num_processes=nproc, price=price)
     if as_json:
@@ -147,10 +146,13 @@ def estimate(
         _say(line)
 
 
-@app.command()
+@app.command(cls=CommandWithKeys)
 def evaluate(
     target: Target,
-    dataset: Annotated[Optional[str], typer.Option(help="Hub id, file or folder; default: the run's data.")] = None,  # noqa: UP045
+    dataset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--dataset", "--data", help="Hub id, file or folder; default: the run's data."),
+    ] = None,
     split: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="train, validation or test; default: validation, or every row of --dataset without one."),
@@ -198,10 +200,11 @@ def evaluate(
         raise typer.Exit(EXIT_THRESHOLD_MISSED)
 
 
-@app.command()
+@app.command(cls=CommandWithKeys)
 def predict(
     target: Target,
-    text: Annotated[list[str], typer.Option(help="What to ask; may be repeated.")] = [],  # noqa: B006
+    texts: Annotated[list[str], typer.Argument(help="What to ask; several are asked one by one.")] = [],  # noqa: B006
+    text: Annotated[list[str], typer.Option(help="The same as an option; may be repeated.")] = [],  # noqa: B006
     input_file: Annotated[
         MaybePath, typer.Option("--input", help="Texts, one a line, or .jsonl with columns; `-` is stdin.")
     ] = None,
@@ -215,6 +218,7 @@ def predict(
     from trietune.run.opened import predict as ask
     from trietune.run.signals import StopSignals
 
+    text = [*_texts_to_ask(texts), *text]
     if output_file is not None and str(output_file) == "-":
         output_file, writes_lines = None, True
     else:
@@ -546,6 +550,21 @@ def _number_of_processes(nproc: str | None) -> int:
     return int(nproc)
 
 
+def _settings_to_train(config: Path | None, overrides: list[str]) -> Settings:
+    """Of a file; without one, of the data that is named, or of the sample run."""
+    from trietune.config import load_config
+    from trietune.demo import demo_config
+
+    if config is not None:
+        return load_config(config, overrides)
+    typed = load_config(None, overrides)
+    data = typed.train_file or typed.dataset_id
+    # The sample run goes on being one with another of the samples.
+    if data is not None and not (isinstance(data, str) and data.startswith("demo/")):
+        return typed
+    return load_config(demo_config(learns_preferences=typed.learns_preferences and data is None), overrides)
+
+
 def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) -> None:
     from trietune.ranks.launch import as_one_of
     from trietune.run.prepare import prepare
@@ -609,6 +628,17 @@ def _evaluation_lines(found: Evaluation) -> list[str]:
         rows.append((wording.metric_name(name), wording.metric_value(name, value), interval))
     lines = columns(rows)
     return [*lines, "(95 % intervals in parentheses)"] if found.intervals else lines
+
+
+def _texts_to_ask(words: Sequence[str]) -> Sequence[str]:
+    for word in words:
+        is_short = len(word) < 200 and "\n" not in word
+        if is_short and Path(word).is_file():
+            raise UserError(
+                f"`{word}` is a file",
+                next_step=f"`--input {word}` asks what it holds; `--text {word}` asks these words",
+            )
+    return words
 
 
 def _read_inputs(path: Path | None, *, has_text: bool) -> Iterator[Any]:

@@ -55,9 +55,7 @@ def _run(
     return run_trials_on_ray(sweep, address=address, cpus_per_trial=cpus_per_trial, say=say)
 
 
-def _compare(
-    sweep: Sweep, outcomes: Sequence[Outcome], say: Callable[[str], None], show: Callable[[str], None]
-) -> int:
+def _compare(sweep: Sweep, outcomes: Sequence[Outcome], say: Callable[[str], None], show: Callable[[str], None]) -> int:
     from trietune.tracking.console.result import columns
 
     for line in columns(comparison_table(sweep, outcomes)):

@@ -95,6 +95,19 @@ def load_config(
     return settings
 
 
+def overrides_of_file(path: Path) -> list[str]:
+    """The keys of a file as `key=value`, for settings that it is laid over.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    problems: list[Problem] = []
+    given = _from_file(path, problems)
+    if problems:
+        raise as_user_error(problems, source=str(path), command=f"`trietune train {path} --dry-run`")
+    return [f"{key}={write_value(item.value)}" for key, item in given.items()]
+
+
 def show_config(settings: Settings) -> str:
     """Each key with its value and where that comes from, one a line: what `--show-config` prints."""
     rows = [(f"{key}: {write_value(value)}", settings.where(key)) for key, value in settings.dump_public().items()]

@@ -169,7 +169,9 @@ def comparison_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[st
         note = "" if outcome.exit_code == EXIT_DONE else f"exit code {outcome.exit_code}"
         if name == best:
             note = f"best {wording.metric_name(sweep.metric)}" + (f", {note}" if note else "")
-        table.append((*(values[key] for key in keys), *cells, "-" if seconds is None else wording.duration(seconds), note))
+        table.append(
+            (*(values[key] for key in keys), *cells, "-" if seconds is None else wording.duration(seconds), note)
+        )
     return table
 
 
