@@ -147,6 +147,11 @@ class Settings(BaseModel):
     """Chat template (Jinja text, or a file that holds it) for data with `messages`. Without it, the tokenizer's own is
     used."""
 
+    add_bos: bool | Auto = "auto"
+    """Whether every sequence begins with the tokenizer's beginning-of-sequence token, once. `auto` puts it there if the
+    tokenizer has one and does not say `add_bos_token: false`. The adapter's `prompt_format.json` keeps what was done,
+    and `evaluate` and `predict` follow it; a chat template may write the token itself."""
+
     ignored_index: int = -100
     """Label that counts for nothing, in data that brings labels of its own."""
 

