@@ -39,11 +39,6 @@ ELSEWHERE: Mapping[str, Refusal] = {
     "prompt_format": Refusal(
         _is_set, "the text of a prompt is given itself here", "write `prompt_template` or `chat_template`"
     ),
-    "chat_system_prompt": Refusal(
-        _is_set,
-        "a system message is a part of the data here",
-        "put it into `prompt_template`, or in front of each example's `messages`",
-    ),
     "unfreeze_embeddings": Refusal(
         _is_set, "modules that are trained whole have names here", 'write `modules_to_save: ["embed_tokens"]`'
     ),

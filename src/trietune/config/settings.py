@@ -532,7 +532,8 @@ class Settings(BaseModel):
     """Prompt style by name. Here `prompt_template` or `chat_template` give the text itself."""
 
     chat_system_prompt: str | None = None
-    """System message in front of each example. Here it is a part of `prompt_template`, or the first of `messages`."""
+    """System message that is put before conversations which have none, in training and in use. Without it, a system
+    message that all training conversations share is kept with the adapter, and `predict` asks with it."""
 
     unfreeze_embeddings: bool = False
     """Whether the embeddings are trained, too. Here `modules_to_save` names them."""

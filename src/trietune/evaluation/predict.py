@@ -20,6 +20,7 @@ from trietune.data.messages import read_messages, read_tools
 from trietune.data.templates import PromptFormat, fill_template, find_half_character
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
+from trietune.evaluation.sampling import Sampling
 from trietune.evaluation.scoring import (
     CheckStop,
     FlatSequences,
@@ -90,8 +91,9 @@ def predict_text(
     batch_size: int,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """What the model says to each input, greedily; spaces at both ends are left out.
+    """What the model says to each input, greedily unless `sampling` draws; spaces at both ends are left out.
 
     Raises:
         UserError: an input does not have what the prompt template asks for, or is empty.
@@ -102,7 +104,13 @@ def predict_text(
             raise UserError(
                 f"input {number} is empty, and a model needs something to go on from", next_step="give it a text"
             )
-    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=batch_size)
+    limits = _limits(
+        encoder,
+        max_new_tokens=max_new_tokens,
+        max_positions=max_positions,
+        batch_size=batch_size,
+        sampling=sampling,
+    )
     answers = generate(model, prompts, limits, check_stop=check_stop)
     return [encoder.decode_completion(tokens).strip() for tokens in answers]
 
@@ -116,6 +124,7 @@ def answer_turn(
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
     on_text: Callable[[str], None] | None = None,
+    sampling: Sampling | None = None,
 ) -> Message:
     """The assistant's next turn in a conversation.
 
@@ -129,7 +138,9 @@ def answer_turn(
     conversation = _conversation(messages)
     _check_text(conversation, "the conversation")
     prompt = encode_prompt(encoder, conversation)
-    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=1)
+    limits = _limits(
+        encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=1, sampling=sampling
+    )
     stream = _TextStream(encoder, on_text or (lambda piece: None))
     [answer] = generate(model, [prompt], limits, check_stop=check_stop, on_token=lambda _, token: stream.add(token))
     text = encoder.decode_completion(answer).strip()
@@ -246,12 +257,15 @@ def _sample_row(columns: Sequence[str]) -> str:
     return "{" + ", ".join(f'"{column}": "..."' for column in columns) + "}"
 
 
-def _limits(encoder: Encoder, *, max_new_tokens: int, max_positions: int, batch_size: int) -> GenerationLimits:
+def _limits(
+    encoder: Encoder, *, max_new_tokens: int, max_positions: int, batch_size: int, sampling: Sampling | None
+) -> GenerationLimits:
     return GenerationLimits(
         stop_ids=frozenset(encoder.prompt_format.stop_ids),
         max_new_tokens=max_new_tokens,
         max_positions=max_positions,
         batch_size=batch_size,
+        sampling=sampling,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trietune.data.templates import PromptFormat
     from trietune.device import Device
     from trietune.evaluation.evaluate import Evaluation
+    from trietune.evaluation.sampling import Sampling
     from trietune.model.base.folder import ModelFolder
     from trietune.model.causal_lm import TrieModel
     from trietune.tracking.tracker import Tracker
@@ -76,6 +77,20 @@ class LoadedModel:
         from trietune.data import make_encoder, make_plain_format
 
         return make_encoder(self.tokenizer, prompt_format or self.prompt_format or make_plain_format(self.tokenizer))
+
+    def with_system_prompt(self, text: str) -> LoadedModel:
+        """The same model, asked with another system prompt; an empty text is none.
+
+        Raises:
+            UserError: it takes no conversations.
+        """
+        prompt_format = self.encoder().prompt_format
+        if prompt_format.kind != "chat":
+            raise UserError(
+                f"`{self.name}` takes no conversations, so it has no system prompt",
+                next_step="leave out `--system`, and write it into the text",
+            )
+        return replace(self, prompt_format=replace(prompt_format, system_prompt=text))
 
     def prove_on(self, sequences: Sequences) -> int:
         """Prove the model on a data set, once, unless `self_check` is off.
@@ -227,6 +242,7 @@ def predict(
     *,
     max_new_tokens: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
+    sampling: Sampling | None = None,
 ) -> list[dict[str, Any]]:
     """What the model says to each input: `{"label", "probabilities"}` for a task with labels, else `{"text"}`."""
     from trietune.evaluation.predict import (
@@ -262,6 +278,7 @@ def predict(
         batch_size=ANSWERS_AT_ONCE,
         max_new_tokens=new_tokens,
         check_stop=check_stop,
+        sampling=sampling,
     )
     return [{"text": text} for text in texts]
 
