@@ -46,7 +46,8 @@ def read(*words: str, command: str = "train") -> tuple[list[str], list[str]]:
         ("--lora_target_modules q_proj v_proj --seed 3", ["lora_target_modules=q_proj,v_proj", "seed=3"]),
         ("--lora-target-modules all-linear", ["lora_target_modules=all-linear"]),
         ("lora_r=1 --lora-r 2 --set lora_r=3 lora_r=4", ["lora_r=1", "lora_r=2", "lora_r=3", "lora_r=4"]),
-        ("--model x --data owner/name", ["train_file=null", "validation_file=null", "model_name=x", "dataset_id=owner/name"]),
+        ("--data owner/name", ["train_file=null", "validation_file=null", "dataset_id=owner/name"]),
+        ("--model owner/name", ["model_name=owner/name"]),
         ("--data missing.jsonl", ["dataset_id=null", "validation_file=null", "train_file=missing.jsonl"]),
         ("--data ./missing", ["dataset_id=null", "validation_file=null", "train_file=./missing"]),
         ("--lr 3 --bf16", ["lr=3", "bf16=True"]),
@@ -70,9 +71,9 @@ def test_a_text_to_ask_is_a_key_only_if_it_names_one() -> None:
 @pytest.mark.parametrize(
     ("typed", "what", "step"),
     [
-        ("--learnin-rate 3", "there is no option `--learnin-rate`", "`--learning-rate`"),
-        ("--dryrun", "there is no option `--dryrun`", "`--dry-run`"),
-        ("--qqqq", "there is no option `--qqqq`", "trietune train --help"),
+        ("--learnin-rate 3", "No such option: `--learnin-rate`", "`--learning-rate`"),
+        ("--dryrun", "No such option: `--dryrun`", "`--dry-run`"),
+        ("--qqqq", "No such option: `--qqqq`", "trietune train --help"),
         ("--learning-rate", "`--learning-rate` needs a value", "trietune train --help"),
         ("--learning-rate --seed 3", "`--learning-rate` needs a value", "trietune train --help"),
         ("--no-use-dora=True", "`--no-use-dora=True` takes no value", "--no-use-dora"),

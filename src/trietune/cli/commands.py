@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _CHAT = "trietune predict {run}     (at a terminal, without a text, it is a conversation)"
 _SERVERS = "trietune export {run} OUT --merge --to vllm     (or ollama, gguf, mlx; the last lines say how to start it)"
+_INIT = "trietune init     (or `trietune train` for the sample run)"
+_LIST = "trietune report {run} --text     (`trietune checkpoints {run}` lists checkpoints)"
 _MERGE = "trietune export {run} OUT --merge"
 _TRAIN = "trietune train {file}"
 _PREDICT = 'trietune predict {run} "a text"     (or --input FILE)'
@@ -32,8 +34,8 @@ ANSWERS: Mapping[str, str] = {
     **dict.fromkeys(("preprocess", "prepare", "validate", "plan", "preview"), "trietune train {file} --dry-run"),
     "resume": "trietune train {file} --resume",
     "config": "trietune train {file} --show-config     (`trietune init` writes a file)",
-    **dict.fromkeys(("new", "create", "setup", "quickstart", "template"), "trietune init     (or `trietune train` for the sample run)"),
-    **dict.fromkeys(("ls", "list", "status", "runs"), "trietune report {run} --text     (`trietune checkpoints {run}` lists checkpoints)"),
+    **dict.fromkeys(("new", "create", "setup", "quickstart", "template"), _INIT),
+    **dict.fromkeys(("ls", "list", "status", "runs"), _LIST),
     **dict.fromkeys(("webui", "ui", "studio", "dashboard", "show", "view", "plot"), "trietune report {run} --serve"),
     **dict.fromkeys(("env", "info", "check", "diagnose"), "trietune doctor"),
     "version": "trietune --version",

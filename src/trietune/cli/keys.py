@@ -188,7 +188,7 @@ class _Reader:
         key = nearest_key(name.replace("-", "_"))
         suggestion = near[0] if near else f"--{_dashed(key)}" if key else None
         step = f"did you mean `{suggestion}`?" if suggestion else f"`trietune {self.command} --help` lists them"
-        return UserError(f"there is no option `--{typed}`", next_step=step)
+        return UserError(f"No such option: `--{typed}`", next_step=step)
 
 
 def complete_set(incomplete: str) -> list[tuple[str, str]]:

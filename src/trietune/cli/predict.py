@@ -40,7 +40,6 @@ def predict(
 ) -> None:
     """Ask a model: a text, a file, a pipe; at a terminal without text, a conversation."""
     from trietune.cli.chat import Chat
-    from trietune.evaluation.sampling import make_sampling
     from trietune.run.opened import open_model
     from trietune.run.opened import predict as ask
 
@@ -57,6 +56,9 @@ def predict(
         opened = open_model(target, overrides, tracker)
         if system is not None:
             opened = opened.with_system_prompt(system)
+    # Not before a device has been chosen: it loads torch.
+    from trietune.evaluation.sampling import make_sampling
+
     sampling = make_sampling(temperature, top_p)
     if is_chat:
         Chat(opened, max_new_tokens, temperature, top_p, answer_line=_answer_line).run()
