@@ -86,18 +86,12 @@ def test_a_wrong_command_line_would_be_noticed() -> None:
         CLI.commands["train"].make_context("train", ["--dry"])
 
 
-def options_of_keys() -> set[str]:
-    names = {key.replace("_", "-") for key in Settings.model_fields}
-    return {f"--{name}" for name in names} | {f"--no-{name}" for name in names} | {"--learning"}
-
-
 @pytest.mark.parametrize("name", sorted(CLI.commands))
 def test_every_command_and_option_is_documented(name: str) -> None:
     text = section(COMMANDS_PAGE, name)
     documented = set(re.findall(r"--[a-z][a-z-]*", text))
     assert options_of(CLI.commands[name]) <= documented
     others = {"--resume", "--dry-run", "--merge"}  # named in a sentence about another command
-    others |= {*options_of_keys(), "--config", "--model", "--data"}
     assert documented - options_of(CLI.commands[name]) <= others
     assert re.search(rf"^\| \[`{name}`\]\(#{name}\)", COMMANDS_PAGE.read_text("utf-8"), re.MULTILINE)
 

@@ -55,7 +55,7 @@ def train(
         raise UserError("`--restarts` watches the processes of `--nproc`", next_step="--nproc 2 --restarts 3")
     count = _number_of_processes(nproc)
     if dry_run:
-        _print_plan(settings, as_json=as_json, num_processes=count)
+        _print_plan(settings, prints_json=as_json, num_processes=count)
         return
     if count > 1:
         from trietune.ranks.launch import launch
@@ -98,7 +98,8 @@ def _number_of_processes(nproc: str | None) -> int:
     return int(nproc)
 
 
-def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) -> None:
+def _print_plan(settings: Settings, *, prints_json: bool, num_processes: int = 1) -> None:
+    from trietune.cli.look import as_json, look_at
     from trietune.ranks.launch import as_one_of
     from trietune.run.prepare import prepare
     from trietune.run.signals import StopSignals
@@ -107,10 +108,19 @@ def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) ->
     refuse_several_processes()
     with console() as tracker, StopSignals() as signals, as_one_of(num_processes):
         prepared = prepare(settings, tracker, signals.check, num_processes=num_processes)
-    if as_json:
-        print_json({"plan": dict(prepared.plan.lines()), "num_steps": prepared.plan.num_steps})
+    shown = look_at(prepared)
+    if prints_json:
+        print_json(
+            {
+                "plan": dict(prepared.plan.lines()),
+                "num_steps": prepared.plan.num_steps,
+                "left_out": shown.left_out,
+                "examples": [as_json(preview) for preview in shown.examples],
+                "longest": None if shown.longest is None else as_json(shown.longest),
+            }
+        )
         return
-    for line in columns(prepared.plan.lines()):
+    for line in [*columns(prepared.plan.lines()), *shown.lines()]:
         say(line)
 
 
