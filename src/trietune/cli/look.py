@@ -1,4 +1,4 @@
-"""What `--dry-run` shows of the data: what was left out and why, a few examples as the model reads them, the longest."""
+"""What `--dry-run` shows of the data: what was left out and why, a few examples as they are read, and the longest."""
 
 from __future__ import annotations
 

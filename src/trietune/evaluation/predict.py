@@ -26,6 +26,7 @@ from trietune.evaluation.scoring import (
     FlatSequences,
     label_log_probabilities,
     label_probabilities,
+    no_progress,
     no_stop,
 )
 from trietune.model.causal_lm import TrieModel
@@ -74,6 +75,7 @@ def predict_labels(
             batching=batching,
             max_positions=max_positions,
             check_stop=check_stop,
+            progress=no_progress,
         )
     )
     return [
