@@ -39,8 +39,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order in which `--help` lists them.
-for command in (train, estimate, evaluate, predict):
-    app.command(cls=CommandWithKeys)(command)
+for command_with_keys in (train, estimate, evaluate, predict):
+    app.command(cls=CommandWithKeys)(command_with_keys)
 for command in (export, report, compare, checkpoints, verify, sync, init, doctor):
     app.command()(command)
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trietune.cli.printing import say
@@ -119,9 +119,9 @@ class Chat:
         except ValueError:
             say(f"`{text}` is not a number", err=True)
             return
-        tried = replace(self, **{name: value})
-        sampling = make_sampling(tried.temperature, tried.top_p)
-        self.temperature, self.top_p = tried.temperature, tried.top_p
+        temperature, top_p = (value, self.top_p) if name == "temperature" else (self.temperature, value)
+        sampling = make_sampling(temperature, top_p)
+        self.temperature, self.top_p = temperature, top_p
         how = (
             "the likeliest token"
             if sampling is None

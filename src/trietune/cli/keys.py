@@ -231,7 +231,7 @@ def _key_options(*, takes_data: bool) -> list[Parameter]:
     options = [param for param in typer.main.get_command(made).params if param.name != "help"]
     for option in options:
         option.expose_value = False
-    return options  # type: ignore[return-value]
+    return options
 
 
 def _key_parameter(key: str, panel: str) -> inspect.Parameter:

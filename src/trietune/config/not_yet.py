@@ -48,9 +48,6 @@ ELSEWHERE: Mapping[str, Refusal] = {
     "adapter_bottleneck_dim": Refusal(
         _is_set, "there are no bottleneck adapters here, only LoRA", "remove it; `lora_r` is the width of LoRA"
     ),
-    "run_decode_example": Refusal(
-        _is_set, "examples are generated after training by another key here", "write `print_examples: True`"
-    ),
     "test_config": Refusal(
         _is_set, "the original's test harness is not a part of this", "remove it; `max_steps` bounds a run"
     ),

@@ -101,7 +101,10 @@ def load_data(
         check_stop,
         watch,
     )
-    held_out = None if sources.validation is not None else draw_held_out(sources.train.count())
+    if not settings.do_validation:
+        sources = replace(sources, validation=None)
+    has_own = sources.validation is not None or not settings.do_validation
+    held_out = None if has_own else draw_held_out(sources.train.count())
     if held_out is not None:
         report(describe_held_out(sources.train, held_out))
     train, train_counts, train_key = loading.load(

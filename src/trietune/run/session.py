@@ -327,7 +327,7 @@ class Session:
         elif resumed.metrics:
             # On other data, and so no figure to compare with; the checkpoint keeps the one that it was ranked by.
             self._validate()
-        elif resumed.step % self.settings.val_steps_freq == 0 and self.data.validation is not None:
+        elif self.settings.is_validation_due(resumed.step) and self.data.validation is not None:
             self._validate()
             self.files.saved_step = None
             self._save()
@@ -417,6 +417,8 @@ class Session:
             [p for p in network.parameters() if p.requires_grad],
             learning_rate=self.settings.learning_rate,
             weight_decay=self.settings.weight_decay,
+            betas=(self.settings.adam_beta1, self.settings.adam_beta2),
+            eps=self.settings.adam_eps,
             device=device,
         )
         self.loss_scale = LossScale(device.torch_device) if self.plan.has_loss_scale else None
@@ -495,7 +497,7 @@ class Session:
         """Whether anybody asks for the loss of step `number`, or acts on it."""
         return (
             self._is_logged(number)
-            or number % self.settings.val_steps_freq == 0
+            or self.settings.is_validation_due(number)
             or self._is_save_due(number, number == self.plan.num_steps)
         )
 
@@ -561,7 +563,7 @@ class Session:
         )
         is_saved = self._is_save_due(step.number, is_last)
         self._check_folder(step, must_know=is_saved)
-        if step.number % self.settings.val_steps_freq == 0 or is_saved or is_last:
+        if self.settings.is_validation_due(step.number) or is_saved or is_last:
             self._validate()
         is_over = is_last or self.patience.is_over
         if is_saved or self._is_save_due(step.number, is_over):
