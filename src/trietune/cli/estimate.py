@@ -37,7 +37,7 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Say how long a run would take, how much memory, and at what cost."""
-    from trietune.tracking.console.result import columns
+    from trietune.io.columns import columns
 
     refuse_several_processes()
     settings = settings_to_train(config, overrides)

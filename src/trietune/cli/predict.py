@@ -22,7 +22,7 @@ def predict(
     texts: Annotated[list[str], typer.Argument(help="What to ask; several are asked one by one.")] = [],  # noqa: B006
     text: Annotated[list[str], typer.Option(help="The same as an option; may be repeated.")] = [],  # noqa: B006
     input_file: Annotated[
-        MaybePath, typer.Option("--input", help="Texts, one a line, or .jsonl with columns; `-` is stdin.")
+        MaybePath, typer.Option("--input", help="Texts, one per line, or .jsonl with columns; `-` is stdin.")
     ] = None,
     output_file: Annotated[MaybePath, typer.Option("--output", help="JSONL; `-` is stdout.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,

@@ -40,7 +40,7 @@ def sweep_command(
     try:
         outcomes = _run(sweep, address, use_ray, cpus_per_trial, say)
     except SweepStopped as stopped:
-        say(f"stopped after {stopped.num_done} of {stopped.num_trials} trials\nnext:  the same command goes on")
+        say(f"stopped after {stopped.num_done} of {stopped.num_trials} trials\nnext:  run the same command to continue")
         return stopped.exit_code
     return _compare(sweep, outcomes, say, show)
 
@@ -56,7 +56,7 @@ def _run(
 
 
 def _compare(sweep: Sweep, outcomes: Sequence[Outcome], say: Callable[[str], None], show: Callable[[str], None]) -> int:
-    from trietune.tracking.console.result import columns
+    from trietune.io.columns import columns
 
     for line in columns(comparison_table(sweep, outcomes)):
         show(line)

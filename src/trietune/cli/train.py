@@ -25,10 +25,12 @@ def train(
     config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+        bool, typer.Option("--resume", help="Resume from the newest checkpoint, if there is one.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and where it is from.")] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print each value and where it comes from.")
+    ] = False,
     allow_change: Annotated[
         list[str],
         typer.Option("--allow-change", metavar="KEY", help="Accept a difference, or `optimizer_state`, when resuming."),
@@ -39,7 +41,7 @@ def train(
         typer.Option("--nproc", metavar="N|auto", help="Processes on this machine that share each step."),
     ] = None,
     restarts: Annotated[
-        int, typer.Option("--restarts", min=0, help="With --nproc: how often to go on after a lost process.")
+        int, typer.Option("--restarts", min=0, help="With --nproc: how many times to restart after a lost process.")
     ] = 0,
 ) -> None:
     """Train an adapter: from a YAML file, from `--model` and `--data`, or as a sample run."""
@@ -52,7 +54,7 @@ def train(
         say(describe(settings))
         return
     if restarts and nproc is None:
-        raise UserError("`--restarts` watches the processes of `--nproc`", next_step="--nproc 2 --restarts 3")
+        raise UserError("`--restarts` needs `--nproc`", next_step="--nproc 2 --restarts 3")
     count = _number_of_processes(nproc)
     if dry_run:
         _print_plan(settings, prints_json=as_json, num_processes=count)
@@ -100,10 +102,10 @@ def _number_of_processes(nproc: str | None) -> int:
 
 def _print_plan(settings: Settings, *, prints_json: bool, num_processes: int = 1) -> None:
     from trietune.cli.look import as_json, look_at
+    from trietune.io.columns import columns
     from trietune.ranks.launch import as_one_of
     from trietune.run.prepare import prepare
     from trietune.run.signals import StopSignals
-    from trietune.tracking.console.result import columns
 
     refuse_several_processes()
     with console() as tracker, StopSignals() as signals, as_one_of(num_processes):

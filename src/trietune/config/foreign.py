@@ -42,7 +42,7 @@ _PROCESSES = (
     "`parallelism_strategy: fsdp` shards the base model over them"
 )
 _PER_DEVICE = "it counts one device, `batch_size` all of them before accumulation: multiply by the number of devices"
-_ALWAYS_COMPLETIONS = "labels are on completions alone, always"
+_ALWAYS_COMPLETIONS = "labels are always on completions only"
 _NO_PACKING = "nothing is padded here: a trie computes each shared beginning once"
 _REVISION = '`model_name: "owner/name@{text}"`'
 _AFTER_NAME = "a revision follows the model's name after `@`"

@@ -50,8 +50,9 @@ class PromptFormat:
     Attributes:
         kind: `template`: a prompt and a completion; `chat`: messages through `chat_template`; `tokens`: the data
             brought its own token ids.
-        prompt_template: of a `template`; empty if the data holds whole prompts or none.
-        completion_template: of a `template`, empty for the built-in tasks, whose completions are not one template.
+        prompt_template: the prompt's part of a `template`; empty if the data holds whole prompts or none.
+        completion_template: the completion's part of a `template`; empty for the built-in tasks, which have
+            no single one.
         chat_template: Jinja source of a `chat`.
         parses_special_tokens: whether the text of a special token, such as `<eos>`, becomes that token. Only where a
             template, or data that was rendered elsewhere, may mean it; a review that says `<eos>` stays text.
@@ -175,7 +176,7 @@ def split_template(template: str, columns: Collection[str] | None = None) -> tup
 
 
 def to_text(value: Any, column: str) -> str:
-    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is no text.
+    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is not text.
 
     None is empty, and so is NaN, which tables of numbers write where a value is missing.
     """

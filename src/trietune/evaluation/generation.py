@@ -42,6 +42,7 @@ from trietune.evaluation.scoring import (
     sequence_losses,
 )
 from trietune.model.causal_lm import TrieModel
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.loss import label_losses
 from trietune.trie import MicroBatch, Sequences, common_prefix_lengths, make_micro_batches, sort_sequences
 
@@ -249,7 +250,7 @@ def _prefill(
     ends, row_of_sequence = np.unique(end_of_sequence, return_inverse=True)
     prefill = Prefill(trie, ends, model.layout(trie), model.device)
     hidden = _hidden_states(model, micro_batch.input_ids, micro_batch.position_ids, attends=prefill)
-    decoding.join(prefill.groups, trie.position_ids[ends].astype(np.int64) + 1)
+    decoding.join(prefill, trie.position_ids[ends].astype(np.int64) + 1)
     places = place[micro_batch.sequence_indices[sequence]]
     rows = [_Row(places[row_of_sequence == number]) for number in range(len(ends))]
     at_labels = hidden[0, torch.from_numpy(micro_batch.label_index.astype(np.int64)).to(model.device)]
@@ -273,11 +274,11 @@ def _decode(model: TrieModel, decoding: Decoding, tokens: list[int], sampling: S
 def _hidden_states(
     model: TrieModel, input_ids: np.ndarray, position_ids: np.ndarray | Tensor, *, attends: Prefill | Decoding
 ) -> Tensor:
-    decoder = model.network.get_decoder()  # type: ignore[operator]  # of transformers, which is untyped
+    decoder = decoder_of(model.network)
     output = decoder(
         input_ids=torch.as_tensor(input_ids, dtype=torch.long, device=model.device),
         position_ids=torch.as_tensor(position_ids, dtype=torch.long, device=model.device),
-        # A mask with four axes is passed through by the library as it is: `attends` says what is seen.
+        # A mask with four axes is passed through by transformers as it is: `attends` says what is seen.
         attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
         use_cache=False,
         attends=attends,

@@ -26,7 +26,6 @@ from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
 from trietune.ranks.launch import Processes, signal_name
 
 if TYPE_CHECKING:
-    from trietune.config.settings import Settings
     from trietune.tracking.report.record import RunRecord
 
 # Keys that a sweep sets for each trial, or that would make trials of one run.
@@ -41,9 +40,9 @@ class Trial:
     """One combination.
 
     Attributes:
-        values: of the keys that are swept over, as they were written.
-        name: of the run, and of its folder.
-        command: that trains it.
+        values: values of the keys that are swept over, as they were written.
+        name: name of the run, and of its folder.
+        command: command that trains it.
     """
 
     values: Mapping[str, str]
@@ -57,7 +56,7 @@ class Sweep:
     """A grid, checked, with nothing started.
 
     Attributes:
-        directory: of all trials.
+        directory: folder of all trials.
         metric, mode: what tells a better trial: `eval/loss`, `min`.
     """
 
@@ -234,7 +233,7 @@ def _read_grid(over: Sequence[str], taken: Sequence[str]) -> dict[str, list[str]
 
 
 def _name_of(values: Mapping[str, str]) -> str:
-    """`learning_rate=1e-4,lora_r=8`; a digest where that is no plain name for a folder."""
+    """`learning_rate=1e-4,lora_r=8`; a digest where that is not a plain name for a folder."""
     name = ",".join(f"{key}={value}" for key, value in values.items())
     if _PLAIN.fullmatch(name):
         return name

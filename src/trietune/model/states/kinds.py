@@ -132,7 +132,7 @@ def _delta_rule(library: Function, carrier: Carrier, place: Place) -> Function:
 
 
 def _mamba2(library: Function, carrier: Carrier, place: Place) -> Function:
-    """Zeros are neutral once dt is what the scan sees: after bias, softplus and limits, which are taken at the nodes."""
+    """Zeros are neutral once dt is what the scan sees: after bias, softplus and limits, taken at the nodes."""
 
     def chunk_scan(
         hidden_states: Tensor,
