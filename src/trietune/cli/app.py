@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import trietune
+from trietune.cli.cache import cache
 from trietune.cli.checkpoints import checkpoints, sync, verify
 from trietune.cli.commands import Commands
 from trietune.cli.estimate import estimate
@@ -41,7 +42,7 @@ app = typer.Typer(
 # In the order in which `--help` lists them.
 for command_with_keys in (train, estimate, evaluate, predict):
     app.command(cls=CommandWithKeys)(command_with_keys)
-for command in (export, report, compare, checkpoints, verify, sync, init, doctor):
+for command in (export, report, compare, checkpoints, verify, sync, init, doctor, cache):
     app.command()(command)
 
 

@@ -320,7 +320,7 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "special_tokens": ForeignName(AXOLOTL, (), None, "the tokenizer's own are used"),
     "roles_to_train": ForeignName(AXOLOTL, (), None, 'all answers are learnt; `"weight": 0` leaves one out'),
     "enable_thinking": ForeignName(FACTORY, ("chat_template",), None, "the template gets `reasoning_content` as it is"),
-    "max_new_tokens": ForeignName("several tools", (), None, "`trietune predict RUN --max-new-tokens N`"),
+    "max_new_tokens": ForeignName("several tools", (), None, "`trietune predict` has `--max-new-tokens`"),
     **{name: ForeignName(HF, (), None, _NO_WORKERS) for name in _WORKERS},
     **{name: ForeignName(HF, ("parallelism_strategy",), None, _PROCESSES) for name in _DDP},
 }  # fmt: skip

@@ -23,6 +23,7 @@ from trietune.data.cache import make_key
 from trietune.data.examples import Task, TokenSequences
 from trietune.errors import UserError
 from trietune.io import files
+from trietune.io.cache_folder import mark_used
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -194,6 +195,7 @@ class Learning:
         def scores(sets: AnswerSets, key: str) -> np.ndarray:
             path = cache_folder / "reference" / f"{key}.npz"
             found = _read(path, len(sets))
+            mark_used(path)
             if found is None:
                 from trietune.evaluation.preferences import score_answers
 

@@ -19,7 +19,9 @@ import numpy as np
 
 from trietune.config import load_config
 from trietune.config.settings import Settings
+from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
+from trietune.io.run_folders import is_mistyped_run, which_run
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
 from trietune.run.fitting import check_ids, check_vocabulary, with_max_length
@@ -324,6 +326,8 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
             next_step="`trietune train ... --resume` finishes it, or name one of its checkpoints: "
             f"{path}/checkpoints/step-...",
         )
+    if str(target).lower() != DEMO_MODEL and is_mistyped_run(path):
+        raise UserError(f"there is no run `{target}`, and no folder", next_step=which_run(path))
     settings = load_config(run / "config.yaml" if run else None, overrides)
     if settings.deterministic:
         make_deterministic()
