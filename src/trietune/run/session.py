@@ -89,6 +89,7 @@ def train(
     tracker: Tracker | None = None,
     allowed_changes: frozenset[str] = frozenset(),
     began: float | None = None,
+    in_python: bool = False,
 ) -> Run:
     """Train the adapter that `settings` describe; of several processes that a launcher started, each its part.
 
@@ -97,6 +98,7 @@ def train(
             name.
         allowed_changes: keys that may differ from those of the checkpoint that is resumed.
         began: when the command began, as `time.monotonic` tells it, for `max_time`; None: now.
+        in_python: whether what to do next is said in Python's words.
 
     Raises:
         UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or a process
@@ -112,7 +114,7 @@ def train(
         signals = stack.enter_context(StopSignals())
         ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"))
         stack.callback(ranks.close)
-        tracker = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
+        tracker = ranks.first_of(lambda: tracker or _open_tracker(settings, in_python=in_python), Tracker)
         stack.callback(tracker.close)
         stop = TimedStop(signals, settings.max_time, began)
         prepared = prepare_together(settings, tracker, stop.check, ranks)
@@ -123,7 +125,7 @@ def train(
         return Session(prepared, tracker, signals, lock, began, allowed_changes, ranks).run()
 
 
-def _open_tracker(settings: Settings) -> Tracker:
+def _open_tracker(settings: Settings, *, in_python: bool) -> Tracker:
     return open_tracker(
         tracker=settings.tracker,
         use_wandb=settings.use_wandb,
@@ -131,6 +133,7 @@ def _open_tracker(settings: Settings) -> Tracker:
         run_name=settings.wandb_run_name,
         tags=settings.wandb_tags,
         model_to_wandb=settings.model_to_wandb,
+        in_python=in_python,
     )
 
 
