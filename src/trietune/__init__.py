@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trietune.errors import UserError
     from trietune.evaluation.evaluate import Evaluation
     from trietune.run.python import evaluate, export, load_config, predict, train
-    from trietune.run.session import Run
+    from trietune.run.result import Run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 # Loaded on first use, so that `import trietune` costs nothing and loads no torch.
 _HOMES = {
     "Evaluation": "trietune.evaluation.evaluate",
-    "Run": "trietune.run.session",
+    "Run": "trietune.run.result",
     "Settings": "trietune.config",
     "UserError": "trietune.errors",
     "evaluate": "trietune.run.python",

@@ -18,7 +18,8 @@ from trietune.data.examples import Example, Message
 from trietune.data.system_prompt import common_system_prompt, with_system_prompt
 from trietune.data.templates import PromptFormat
 from trietune.evaluation.sampling import Sampling, make_sampling
-from trietune.run.opened import LoadedModel, open_model, predict
+from trietune.run.loaded import LoadedModel
+from trietune.run.opened import open_model, predict
 from trietune.tracking.tracker import Tracker
 
 TEMPLATE = (

@@ -15,7 +15,7 @@ from trietune.errors import UserError
 if TYPE_CHECKING:
     from trietune.data.examples import Message
     from trietune.evaluation.sampling import Sampling
-    from trietune.run.opened import LoadedModel
+    from trietune.run.loaded import LoadedModel
 
 _HELP = {
     "/system [TEXT]": "show or replace the system prompt (`/system none`: without one); begins anew",

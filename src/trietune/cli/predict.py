@@ -22,7 +22,7 @@ def predict(
     texts: Annotated[list[str], typer.Argument(help="What to ask; several are asked one by one.")] = [],  # noqa: B006
     text: Annotated[list[str], typer.Option(help="The same as an option; may be repeated.")] = [],  # noqa: B006
     input_file: Annotated[
-        MaybePath, typer.Option("--input", help="Texts, one per line, or .jsonl with columns; `-` is stdin.")
+        MaybePath, typer.Option("--input", help="A file in any form that training reads; `-` is stdin.")
     ] = None,
     output_file: Annotated[MaybePath, typer.Option("--output", help="JSONL; `-` is stdout.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -51,7 +51,7 @@ def predict(
     if output_file is not None:
         check_output(output_file, "--output")
     is_chat = not text and input_file is None and sys.stdin.isatty()
-    inputs = [] if is_chat else [*text, *_read_inputs(input_file, has_text=bool(text))]
+    inputs = [] if is_chat else [*text, *_read_inputs(input_file, overrides, has_text=bool(text))]
     with console() as tracker:
         opened = open_model(target, overrides, tracker)
         if system is not None:
@@ -91,34 +91,17 @@ def _texts_to_ask(words: Sequence[str]) -> Sequence[str]:
     return words
 
 
-def _read_inputs(path: Path | None, *, has_text: bool) -> Iterator[Any]:
-    from trietune.data.json_text import JsonDecoder, RepeatedKeyError
+def _read_inputs(path: Path | None, overrides: Sequence[str], *, has_text: bool) -> Iterator[Any]:
+    from trietune.config import load_config
+    from trietune.data.inputs import read_inputs, read_piped
+    from trietune.data.sources import file_options
 
-    if path is None and (has_text or sys.stdin.isatty()):
-        return
-    is_stdin = path is None or str(path) == "-"
-    try:
-        text = sys.stdin.read() if is_stdin else path.read_text("utf-8-sig")  # type: ignore[union-attr]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`--input {path}` cannot be read: {error}", next_step="check the path") from error
-    # Not `splitlines`: a text may hold the other separators that it knows.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    is_json = (path is not None and path.suffix.lower() in (".jsonl", ".ndjson")) or (
-        is_stdin and bool(lines) and lines[0].startswith("{")
-    )
-    decoder = JsonDecoder()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield decoder.decode(line) if is_json else line
-        except RepeatedKeyError as error:
-            raise UserError(
-                f"{path or 'stdin'}:{number} has a {error}", next_step="remove one of the two values"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise UserError(f"{path or 'stdin'}:{number} is not JSON: {what}") from None
+    if path is not None and str(path) != "-":
+        keys = ("file_encoding", "csv_separator", "txt_unit")
+        own = [one for one in overrides if one.partition("=")[0].strip() in keys]
+        yield from read_inputs(path, file_options(load_config(None, own)))
+    elif path is not None or not (has_text or sys.stdin.isatty()):
+        yield from read_piped(sys.stdin.read())
 
 
 def _answer_line(record: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from trietune.run.signals import is_interactive
 if TYPE_CHECKING:
     from trietune.config import Settings
     from trietune.evaluation.evaluate import Evaluation
-    from trietune.run.session import Run
+    from trietune.run.result import Run
     from trietune.tracking.tracker import Tracker
 
 P = ParamSpec("P")
@@ -75,7 +75,7 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
         KeyboardInterrupt: in a notebook or at Python's prompt, after an interrupted run has been saved and has ended.
         StopRequested: another signal came before there was anything to save.
     """
-    from trietune.run.session import train as run_training
+    from trietune.run.train import train as run_training
 
     try:
         run = run_training(settings, tracker=tracker, allowed_changes=allowed_changes, in_python=True)
