@@ -12,6 +12,7 @@ import typer
 
 from trietune.cli.options import MaybePath, MaybeText, Overrides
 from trietune.cli.printing import console, print_json, say
+from trietune.cli.settings import settings_to_train
 from trietune.errors import UserError
 from trietune.ranks.launched import command_began, refuse_several_processes
 
@@ -43,17 +44,12 @@ def train(
         int, typer.Option("--restarts", min=0, help="With --nproc: how many times to restart after a lost process.")
     ] = 0,
 ) -> None:
-    """Train an adapter from one YAML file."""
-    from trietune.config import load_config
+    """Train an adapter: from a YAML file, from `--model` and `--data`, or as a sample run."""
     from trietune.config import show_config as describe
-    from trietune.demo import demo_config
 
     if resume:
         overrides = [*overrides, "resume_from_checkpoint=auto"]
-    settings = load_config(config or demo_config(), overrides)
-    keys = {override.partition("=")[0].strip() for override in overrides}
-    if config is None and settings.learns_preferences and not keys & {"dataset_id", "train_file"}:
-        settings = load_config(demo_config(learns_preferences=True), overrides)
+    settings = settings_to_train(config, overrides)
     if show_config:
         say(describe(settings))
         return
@@ -61,7 +57,7 @@ def train(
         raise UserError("`--restarts` needs `--nproc`", next_step="--nproc 2 --restarts 3")
     count = _number_of_processes(nproc)
     if dry_run:
-        _print_plan(settings, as_json=as_json, num_processes=count)
+        _print_plan(settings, prints_json=as_json, num_processes=count)
         return
     if count > 1:
         from trietune.ranks.launch import launch
@@ -104,7 +100,8 @@ def _number_of_processes(nproc: str | None) -> int:
     return int(nproc)
 
 
-def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) -> None:
+def _print_plan(settings: Settings, *, prints_json: bool, num_processes: int = 1) -> None:
+    from trietune.cli.look import as_json, look_at
     from trietune.io.columns import columns
     from trietune.ranks.launch import as_one_of
     from trietune.run.prepare import prepare
@@ -113,10 +110,19 @@ def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) ->
     refuse_several_processes()
     with console() as tracker, StopSignals() as signals, as_one_of(num_processes):
         prepared = prepare(settings, tracker, signals.check, num_processes=num_processes)
-    if as_json:
-        print_json({"plan": dict(prepared.plan.lines()), "num_steps": prepared.plan.num_steps})
+    shown = look_at(prepared)
+    if prints_json:
+        print_json(
+            {
+                "plan": dict(prepared.plan.lines()),
+                "num_steps": prepared.plan.num_steps,
+                "left_out": shown.left_out,
+                "examples": [as_json(preview) for preview in shown.examples],
+                "longest": None if shown.longest is None else as_json(shown.longest),
+            }
+        )
         return
-    for line in columns(prepared.plan.lines()):
+    for line in [*columns(prepared.plan.lines()), *shown.lines()]:
         say(line)
 
 

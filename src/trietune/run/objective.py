@@ -26,6 +26,7 @@ from trietune.data.examples import Task, TokenSequences
 from trietune.errors import UserError
 from trietune.evaluation.preferences import evaluate_answers, joined, measure_share, score_answers
 from trietune.io import files
+from trietune.io.cache_folder import mark_used
 from trietune.training.objectives.answers import answers_of
 from trietune.training.objectives.by_scores import LearnByScores, describe
 from trietune.training.objectives.dpo import Dpo
@@ -194,6 +195,7 @@ class Learning:
         def scores(sets: AnswerSets, key: str) -> np.ndarray:
             path = cache_folder / "reference" / f"{key}.npz"
             found = _read(path, len(sets))
+            mark_used(path)
             if found is None:
                 found, _ = score_answers(
                     model,

@@ -30,6 +30,7 @@ def train(
     tracker: Tracker | None = None,
     allowed_changes: frozenset[str] = frozenset(),
     began: float | None = None,
+    in_python: bool = False,
 ) -> Run:
     """Train the adapter that `settings` describe; of several processes that a launcher started, each its part.
 
@@ -38,6 +39,7 @@ def train(
             name.
         allowed_changes: keys that may differ from those of the checkpoint that is resumed.
         began: when the command began, as `time.monotonic` tells it, for `max_time`; None: now.
+        in_python: whether what to do next is said in Python's words.
 
     Raises:
         UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or a process
@@ -53,7 +55,7 @@ def train(
         signals = stack.enter_context(StopSignals())
         ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"))
         stack.callback(ranks.close)
-        listeners = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
+        listeners = ranks.first_of(lambda: tracker or _open_tracker(settings, in_python=in_python), Tracker)
         stack.callback(listeners.close)
         stop = TimedStop(signals, settings.max_time, began)
         prepared = prepare_together(settings, listeners, stop.check, ranks)
@@ -67,7 +69,7 @@ def train(
         return run_session(prepared, listeners, ranks, folder, stop, allowed_changes)
 
 
-def _open_tracker(settings: Settings) -> Tracker:
+def _open_tracker(settings: Settings, *, in_python: bool) -> Tracker:
     return open_tracker(
         tracker=settings.tracker,
         use_wandb=settings.use_wandb,
@@ -75,4 +77,5 @@ def _open_tracker(settings: Settings) -> Tracker:
         run_name=settings.wandb_run_name,
         tags=settings.wandb_tags,
         model_to_wandb=settings.model_to_wandb,
+        in_python=in_python,
     )
