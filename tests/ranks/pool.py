@@ -41,6 +41,7 @@ class Pool:
             environment = {
                 "RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": count,
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                **{name: os.environ[name] for name in ("TRIETUNE_CACHE",) if name in os.environ},
             }  # fmt: skip
             connection.send(({name: str(value) for name, value in environment.items()}, job, arguments, named))
         results = []

@@ -77,8 +77,21 @@ def train(
         typer.Option("--nproc", metavar="N|auto", help="Processes on this machine that share each step."),
     ] = None,
     restarts: Annotated[
-        int, typer.Option("--restarts", min=0, help="With --nproc: how often to go on after a lost process.")
+        int, typer.Option("--restarts", min=0, help="With --nproc or --ray: how often to go on after a lost process.")
     ] = 0,
+    use_ray: Annotated[bool, typer.Option("--ray", help="Train with the workers of a Ray cluster.")] = False,
+    num_workers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--num-workers", metavar="N|MIN,MAX", help="With --ray: workers; with a range it may shrink."),
+    ] = None,
+    cpus_per_worker: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--cpus-per-worker", min=1, help="With --ray: cores of each worker."),
+    ] = None,
+    address: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--address", help="With --ray: a cluster that runs; default: one of this machine."),
+    ] = None,
 ) -> None:
     """Train an adapter from one YAML file."""
     from trietune.config import load_config
@@ -94,17 +107,51 @@ def train(
     if show_config:
         _say(describe(settings))
         return
-    if restarts and nproc is None:
-        raise UserError("`--restarts` watches the processes of `--nproc`", next_step="--nproc 2 --restarts 3")
+    if restarts and nproc is None and not use_ray:
+        raise UserError(
+            "`--restarts` watches the processes of `--nproc` or `--ray`", next_step="--nproc 2 --restarts 3"
+        )
+    given = {"--num-workers": num_workers, "--cpus-per-worker": cpus_per_worker, "--address": address}
+    for option, value in given.items():
+        if value is not None and not use_ray:
+            raise UserError(f"`{option}` is for `--ray`", next_step=f"--ray {option} {value}")
+    if use_ray and nproc is not None:
+        raise UserError("`--nproc` and `--ray` both start processes", next_step="--ray --num-workers N")
     count = _number_of_processes(nproc)
+    if use_ray:
+        from trietune.run.on_ray import read_workers
+
+        refuse_several_processes()
+        workers = read_workers(num_workers, cpus_per_worker)
+        count = workers.most if workers else 1
     if dry_run:
         _print_plan(settings, as_json=as_json, num_processes=count)
         return
+    if use_ray:
+        from trietune.run.on_ray import train_on_ray
+
+        _set_log_level(settings.log_level)
+        raise typer.Exit(
+            train_on_ray(
+                settings,
+                workers=workers,
+                address=address,
+                restarts=restarts,
+                allowed_changes=frozenset(allow_change),
+                began=_began,
+                say=functools.partial(_say, err=True),
+            )
+        )
     if count > 1:
         from trietune.ranks.launch import launch
 
         options = [f"--set={override}" for override in overrides]
         options += [f"--allow-change={key}" for key in allow_change]
+        if restarts and not settings.resume_from_checkpoint:
+            from trietune.run.prepare import run_directory
+
+            # The folder of the first attempt, by name: `--resume` would take an older run's, where this one is `-2`.
+            options.append(f"--set=wandb_run_name={run_directory(settings).name}")
         command = [sys.executable, "-m", "trietune", "train", *([] if config is None else [str(config)]), *options]
         say = functools.partial(_say, err=True)
         raise typer.Exit(launch(command, count, restarts=restarts, began=_began, say=say))
@@ -145,6 +192,43 @@ def estimate(
         return
     for line in columns(lines):
         _say(line)
+
+
+@app.command()
+def sweep(
+    config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
+    over: Annotated[
+        list[str], typer.Option("--over", metavar="KEY=A,B", help="Values of a key to try; may be repeated.")
+    ] = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
+    use_ray: Annotated[bool, typer.Option("--ray", help="Trials are tasks of a Ray cluster.")] = False,
+    address: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--address", help="With --ray: a cluster that runs; default: one of this machine."),
+    ] = None,
+    cpus_per_trial: Annotated[
+        int, typer.Option("--cpus-per-trial", min=1, help="With --ray: cores of each trial.")
+    ] = 1,
+) -> None:
+    """Train a grid of settings, one run a trial, and compare them."""
+    from trietune.cli.sweeping import sweep_command
+    from trietune.demo import demo_config
+
+    refuse_several_processes()
+    if address is not None and not use_ray:
+        raise UserError("`--address` is for `--ray`", next_step=f"--ray --address {address}")
+    raise typer.Exit(
+        sweep_command(
+            config or demo_config(),
+            over,
+            overrides,
+            address=address,
+            use_ray=use_ray,
+            cpus_per_trial=cpus_per_trial,
+            say=functools.partial(_say, err=True),
+            show=_say,
+        )
+    )
 
 
 @app.command()

@@ -55,9 +55,7 @@ def _run(
     return run_trials_on_ray(sweep, address=address, cpus_per_trial=cpus_per_trial, say=say)
 
 
-def _compare(
-    sweep: Sweep, outcomes: Sequence[Outcome], say: Callable[[str], None], show: Callable[[str], None]
-) -> int:
+def _compare(sweep: Sweep, outcomes: Sequence[Outcome], say: Callable[[str], None], show: Callable[[str], None]) -> int:
     from trietune.tracking.console.result import columns
 
     for line in columns(comparison_table(sweep, outcomes)):
@@ -67,7 +65,7 @@ def _compare(
         show(str(page))
     failed = [outcome for outcome in outcomes if outcome.exit_code != EXIT_DONE]
     if failed:
-        names = ", ".join(f"`{outcome.trial.name}`" for outcome in failed)
+        names = ", ".join(f"`{outcome.trial.title}`" for outcome in failed)
         say(f"error: {len(failed)} of {len(outcomes)} trials did not end well: {names}")
         say("next:  the same command tries them again; those that have finished are not trained twice")
         return failed[0].exit_code

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from trietune.device.device import Device
-from trietune.device.kernels import Card, card_refuses
+from trietune.device.kernels import CudaDevice, unsupported_reason
 from trietune.device.precision import DTYPES
 from trietune.errors import UserError
 
@@ -111,12 +111,12 @@ def imagine(name: str) -> tuple[Device, Published]:
         torch_device=torch.device("meta"),
         dtypes=tuple(DTYPES.values()),
         attentions=("varlen", "flex", "mask", "rows"),
-        refuses_attention=partial(card_refuses, Card(card.capability, card.shared_memory_bytes)),
+        refuses_attention=partial(unsupported_reason, CudaDevice(card.capability, card.shared_memory_bytes)),
         free_memory_bytes=lambda: int(USABLE_MEMORY * card.memory),
         used_memory_bytes=lambda: 0,
         fastest_dtype=lambda: torch.bfloat16,
         runs_bitsandbytes=True,
-        synchronise=refuse,
+        synchronize=refuse,
     ), card
 
 
@@ -201,12 +201,12 @@ def _measure_copies(device: Device) -> float:
 def _seconds(device: Device, compute: Callable[[], object]) -> float:
     """The shortest time of a call: what others do on the machine meanwhile is not its own speed."""
     compute()
-    device.synchronise()
+    device.synchronize()
     taken: list[float] = []
     end = time.perf_counter() + MEASURE_S
     while time.perf_counter() < end or len(taken) < 3:
         begin = time.perf_counter()
         compute()
-        device.synchronise()
+        device.synchronize()
         taken.append(time.perf_counter() - begin)
     return min(taken)

@@ -207,7 +207,7 @@ def _validation(prepared: Prepared, model: _Model, num_processes: int) -> Range:
         [
             micro_batch
             for part in rows.parts_of(chosen)
-            for micro_batch in make_micro_batches(rows, part, batching=plan.batching, max_nodes=plan.max_positions)
+            for micro_batch in make_micro_batches(rows, part, batching=plan.batching, max_positions=plan.max_positions)
         ]
     )
     task = prepared.data.task

@@ -130,7 +130,7 @@ def plan_processes(
             for deal in deals
             for part in deal.parts
             for apart in rows.apart(part)
-            for micro_batch in make_micro_batches(rows, apart, batching=settings.batching, max_nodes=max_positions)
+            for micro_batch in make_micro_batches(rows, apart, batching=settings.batching, max_positions=max_positions)
         ]
     )
     shares = np.array([deal.costs / max(float(deal.costs.sum()), 1e-9) for deal in deals])

@@ -23,6 +23,7 @@ from trietune.data.cache import make_key
 from trietune.data.examples import Task, TokenSequences
 from trietune.errors import UserError
 from trietune.io import files
+from trietune.ranks.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -181,11 +182,15 @@ class Learning:
         max_positions: int,
         check_stop: Callable[[], None],
         progress: Callable[[str, int, int | None], None],
+        ranks: Ranks = ALONE,
+        shares_scoring: bool = True,
     ) -> Learning:
         """The same with the scores of the reference, which `model` must be at this moment.
 
         Args:
             keys: names in the cache for the training and the validation answers.
+            ranks: that all call this and get the same scores; what rank 0 finds in its cache is sent to the others.
+            shares_scoring: whether each rank scores a part; otherwise each scores all.
         """
         if self.objective is None or not self.objective.needs_reference:
             return self
@@ -193,20 +198,22 @@ class Learning:
 
         def scores(sets: AnswerSets, key: str) -> np.ndarray:
             path = cache_folder / "reference" / f"{key}.npz"
-            found = _read(path, len(sets))
-            if found is None:
-                from trietune.evaluation.preferences import score_answers
+            kept = ranks.once(lambda: _bytes_of(_read(path, len(sets))))
+            if kept is not None:
+                return np.frombuffer(kept).copy()
+            from trietune.evaluation.preferences import score_answers
 
-                found, _ = score_answers(
-                    model,
-                    sets,
-                    np.arange(len(sets)),
-                    batching=plan.batching,
-                    max_positions=max_positions,
-                    check_stop=check_stop,
-                    progress=lambda phase, done, total: progress("scores of the reference", done, total),
-                )
-                _write(path, found)
+            found, _ = score_answers(
+                model,
+                sets,
+                np.arange(len(sets)),
+                batching=plan.batching,
+                max_positions=max_positions,
+                check_stop=check_stop,
+                progress=lambda phase, done, total: progress("scores of the reference", done, total),
+                ranks=ranks if shares_scoring else ALONE,
+            )
+            ranks.once(lambda: _write(path, found))
             return found
 
         validation = self.validation
@@ -329,6 +336,10 @@ def _read(path: Path, num_sequences: int) -> np.ndarray | None:
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return scores if scores.shape == (num_sequences,) and scores.dtype == np.float64 else None
+
+
+def _bytes_of(scores: np.ndarray | None) -> bytes | None:
+    return None if scores is None else scores.tobytes()
 
 
 def _write(path: Path, scores: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +88,9 @@ def train(
     tracker: Tracker | None = None,
     allowed_changes: frozenset[str] = frozenset(),
     began: float | None = None,
+    followers: Tracker | None = None,
+    signals: StopSignals | None = None,
+    on_lost: Callable[[UserError], None] | None = None,
 ) -> Run:
     """Train the adapter that `settings` describe; of several processes that a launcher started, each its part.
 
@@ -96,6 +99,9 @@ def train(
             name.
         allowed_changes: keys that may differ from those of the checkpoint that is resumed.
         began: when the command began, as `time.monotonic` tells it, for `max_time`; None: now.
+        followers: who hears of the events of other processes than the first; by default nobody.
+        signals: what asks to stop; by default the signals of this process.
+        on_lost: told which process was lost, and ends this one; by default the sentence is printed.
 
     Raises:
         UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or a process
@@ -108,10 +114,10 @@ def train(
             hand_back_freed_memory()
         elif keep_freed_memory():
             stack.callback(give_back_freed_memory)
-        signals = stack.enter_context(StopSignals())
-        ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"))
+        signals = stack.enter_context(signals or StopSignals())
+        ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"), on_lost=on_lost)
         stack.callback(ranks.close)
-        tracker = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
+        tracker = ranks.first_of(lambda: tracker or _open_tracker(settings), lambda: followers or Tracker())
         stack.callback(tracker.close)
         stop = TimedStop(signals, settings.max_time, began)
         prepared = prepare_together(settings, tracker, stop.check, ranks)
@@ -423,8 +429,11 @@ class Session:
             cache_folder() / "data",
             plan=self.plan,
             max_positions=self.max_positions,
-            check_stop=self.signals.check,
+            # Sharded, every rank computes the same passes of everything, and none may leave them.
+            check_stop=(lambda: None) if self.is_sharded else self.signals.check,
             progress=progress_of(self.tracker, "answers"),
+            ranks=self.ranks,
+            shares_scoring=not self.is_sharded,
         )
 
     def _steps(self) -> Any:
@@ -447,28 +456,32 @@ class Session:
             learn=self.learning.learn,
             ranks=self.ranks,
             deal=None if self.ranks is ALONE else self._deal,
+            make_part=lambda sequences: self._lay_out(self.learning.rows.apart(sequences)),
             wants_stop=self._wants_stop,
         )
 
     def _deal(self, indices: Any) -> Any:
         from trietune.trie.dealing import deal_step
 
-        # What several processes learn from has one sequence a row.
+        rows = self.learning.rows
         return deal_step(
-            self.data.train,
-            indices,
+            rows,
+            rows.sequences_of(indices),
             self.ranks.count,
             batching=self.plan.batching,
             label_cost=self.plan.label_cost,
         )
 
     def _micro_batches(self, indices: Any) -> Any:
+        return self._lay_out(self.learning.rows.parts_of(indices))
+
+    def _lay_out(self, parts: Any) -> Any:
         from trietune.trie import make_micro_batches
 
         rows = self.learning.rows
         return [
             micro_batch
-            for part in rows.parts_of(indices)
+            for part in parts
             for micro_batch in self.model.pad_to_shapes(
                 make_micro_batches(rows, part, batching=self.plan.batching, max_positions=self.max_positions)
             )
@@ -640,7 +653,12 @@ class Session:
             "progress": progress_of(self.tracker, "examples"),
         }
         if self.learning.validation is not None:
-            evaluation = self.learning.evaluate(self.model, is_reference=when == "before", **common)
+            evaluation = self.learning.evaluate(
+                self.model,
+                is_reference=when == "before",
+                ranks=ALONE if self.is_sharded else self.ranks,
+                **common,
+            )
         else:
             evaluation = evaluate_model(
                 self.model,
