@@ -70,6 +70,7 @@ class Job:
                 offsets=workload.sequences.offsets,
                 batches=np.concatenate(workload.batches),
                 batch_ends=np.cumsum([len(batch) for batch in workload.batches]),
+                **({} if workload.row_start is None else {"row_start": workload.row_start}),
             )
 
     @staticmethod
@@ -80,6 +81,7 @@ class Job:
                 **settings["workload"],
                 sequences=Sequences(arrays["input_ids"], arrays["labels"], arrays["offsets"]),
                 batches=np.split(arrays["batches"], arrays["batch_ends"][:-1]),
+                row_start=arrays.get("row_start"),
             )
         model = settings["model"]
         if isinstance(model["lora_targets"], list):

@@ -20,8 +20,7 @@ from trietune.device import Device, choose_device
 from trietune.device.device import AttentionNeeds
 from trietune.device.kernels import choose_backend
 from trietune.model.assemble import assemble
-from trietune.training.loop import StepRange
-from trietune.training.loop import train as train_steps
+from trietune.training.loop import StepRange, training_steps
 from trietune.training.optimizer import build_optimizer
 from trietune.trie import make_micro_batches
 
@@ -76,7 +75,7 @@ def train(job: Job, device: torch.device, gate: Gate) -> None:
         device=place,
     )
     workload = job.workload
-    steps = train_steps(
+    steps = training_steps(
         model,
         optimizer,
         GivenBatches(workload.batches),  # type: ignore[arg-type]

@@ -15,8 +15,8 @@ import pytest
 
 from trietune.data import Data, load_data, load_split, preview_examples
 from trietune.data.examples import IGNORED_LABEL, Message
-from trietune.data.load import draw_held_out
-from trietune.data.sources import FileRows
+from trietune.data.held_out import draw_held_out
+from trietune.data.rows import FileRows
 from trietune.errors import StopRequested, UserError
 
 Load = Callable[..., Data]

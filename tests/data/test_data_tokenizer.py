@@ -224,6 +224,17 @@ def test_a_tokenizer_that_declines_bos_gets_none(make_settings: Any) -> None:
     assert encoder_for(tokenizer, make_settings).prompt_format.bos_id is None
 
 
+def test_whoever_sets_the_beginning_decides_it(make_settings: Any) -> None:
+    tokenizer = gpt2()
+    assert make_prompt_format(make_settings(add_bos=False), tokenizer, RowFormat("columns")).bos_id is None
+    tokenizer.init_kwargs["add_bos_token"] = False
+    wanted = make_prompt_format(make_settings(add_bos=True), tokenizer, RowFormat("columns"))
+    assert wanted.bos_id == tokenizer.bos_token_id
+    tokenizer.bos_token = None
+    with pytest.raises(UserError, match="no beginning-of-sequence token"):
+        make_prompt_format(make_settings(add_bos=True), tokenizer, RowFormat("columns"))
+
+
 def test_a_base_model_is_asked_as_its_tokenizer_says(family: Family) -> None:
     plain = make_plain_format(family.tokenizer)
     assert (plain.kind == "chat") is (family.tokenizer.chat_template is not None)

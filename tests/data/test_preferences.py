@@ -236,8 +236,8 @@ def test_a_cut_prompt_stays_the_same_in_all_answers(load: Loader) -> None:
         ({"chosen": [USER, says("a")], "rejected": [{**USER, "content": "ho"}, says("b")]}, {}, "before their last"),
         ({"chosen": [says("a"), USER], "rejected": [says("b"), USER]}, {}, "differ before"),
         ({"prompt": [USER], "chosen": [USER], "rejected": [says("b")]}, {}, "not `assistant`"),
-        ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")], "tools": [{}]}, {}, "tools"),
-        ({"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}], "rejected": [says("b")]}, {}, "ShareGPT"),
+        ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")], "tools": {}}, {}, "tools"),
+        ({"prompt": "q", "chosen": [{"from": "who", "value": "a"}], "rejected": [says("b")]}, {}, "from `who`"),
         ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")]}, {"prompt_template": "{x}"}, "messages"),
     ],
 )

@@ -257,7 +257,7 @@ def test_inputs_of_which_a_part_would_be_dropped_are_refused(
 
 
 def test_one_line_of_input_is_one_input_whatever_separators_are_in_it(tmp_path: Path) -> None:
-    from trietune.cli.app import _read_inputs
+    from trietune.cli.predict import _read_inputs
 
     path = tmp_path / "in.txt"
     path.write_bytes("\ufeffa fine\u2028film\r\n\nbad\x85music".encode())

@@ -44,6 +44,8 @@ _WARNED = {
     "enable_trace": _ROUNDING,
     "fused_layers": _ROUNDING,
     "device": _ROUNDING,
+    "early_stopping_patience": "training may end at another step",
+    "early_stopping_threshold": "training may end at another step",
     "eval_batch_size": _ROUNDING,
     "eval_max_examples": _REPORTED,
     "gradient_checkpointing": _ROUNDING,

@@ -2,7 +2,8 @@
 
 The keys are flat and keep the spelling of the original experiment. The first sentence below a key is the short
 phrase that messages use ("`lora_r` (rank of the adapter)"); the rest says what changes. The reference in
-`docs/configuration.md`, the comments of `trietune init` and the JSON Schema are all made from here.
+`docs/configuration.md`, the comments of `trietune init`, the options of `trietune train` and the JSON Schema are all
+made from here. The defaults are TrieTune's own; those of the original's files are in `defaults.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
+    ValidationInfo,
     model_validator,
 )
 
 from trietune.config import normalize
+from trietune.config.defaults import ORIGINAL_DEFAULTS, RUN_NAME, run_name_from
 from trietune.config.secrets import without_secrets
 
 Count = Annotated[int, Field(ge=0), BeforeValidator(normalize.whole_number)]
@@ -72,17 +75,25 @@ def _check_warmup_steps(steps: float) -> float:
     return steps
 
 
-def _implied_values(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of keys that nobody wrote, where another key decides them.
+def _implied_values(written: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of keys that nobody wrote, where the file or another key decides them.
 
     A value says everything: a run's `config.yaml` holds every key, and no later reader can ask which of them were
     defaults.
     """
     implied: dict[str, Any] = {}
+    if context.get("is_original"):
+        implied |= {key: value for key, value in ORIGINAL_DEFAULTS.items() if key not in written}
+    elif "wandb_run_name" not in written:
+        data = written.get("train_file") or written.get("dataset_id")
+        named_by = context.get("file") or (data[0] if isinstance(data, list | tuple) and data else data)
+        implied["wandb_run_name"] = run_name_from(str(named_by)) if named_by else RUN_NAME
     if "dataset_id" not in written and written.get("train_file") is not None:
         implied["dataset_id"] = None
-    if "use_wandb" not in written and written.get("tracker", "auto") not in ("auto", "wandb"):
-        implied["use_wandb"] = False
+    if "use_wandb" not in written and written.get("tracker", "auto") != "auto":
+        implied["use_wandb"] = written["tracker"] == "wandb"
+    if "use_tt" not in written and written.get("device") == "tt":
+        implied["use_tt"] = True
     return implied
 
 
@@ -95,7 +106,7 @@ class Settings(BaseModel):
 
     # Data
 
-    dataset_id: NonEmpty | None = "stanfordnlp/sst2"
+    dataset_id: NonEmpty | None = None
     """Data set that is trained on. `stanfordnlp/sst2` (also `sst2`, `glue/sst2`, `nyu-mll/glue`) and
     `rajpurkar/squad_v2` (also `squad_v2`, `squadv2`) bring their prompts. Any other hub id (`name:config@revision`),
     file or folder is read by its columns, or by the templates below. Beside `train_file` it only names the task, and is
@@ -115,9 +126,10 @@ class Settings(BaseModel):
     max_train_examples: Positive | None = None
     """Number of training examples that are used, the first ones of the data. Without it, all are."""
 
-    max_length: Annotated[int, Field(ge=2), BeforeValidator(normalize.whole_number)] = 32
+    max_length: Annotated[int, Field(ge=2), BeforeValidator(normalize.whole_number)] | Auto = "auto"
     """Longest sequence in tokens, begin and end tokens included. Longer examples follow `overlong`. Nothing is padded
-    to this length, so a large value costs nothing by itself."""
+    to this length, so a large value costs nothing by itself. `auto` leaves out only what is longer than the model has
+    positions; the plan says how long the data is."""
 
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
     """Fate of training examples longer than `max_length`: dropped and counted, prompt shortened from the left, or an
@@ -135,6 +147,11 @@ class Settings(BaseModel):
     """Chat template (Jinja text, or a file that holds it) for data with `messages`. Without it, the tokenizer's own is
     used."""
 
+    add_bos: bool | Auto = "auto"
+    """Whether every sequence begins with the tokenizer's beginning-of-sequence token, once. `auto` puts it there if the
+    tokenizer has one and does not say `add_bos_token: false`. The adapter's `prompt_format.json` keeps what was done,
+    and `evaluate` and `predict` follow it; a chat template may write the token itself."""
+
     ignored_index: int = -100
     """Label that counts for nothing, in data that brings labels of its own."""
 
@@ -148,11 +165,11 @@ class Settings(BaseModel):
 
     # Base model
 
-    model_name: Annotated[NonEmpty, BeforeValidator(normalize.published_model)] = "google/gemma-1.1-2b-it"
+    model_name: Annotated[NonEmpty, BeforeValidator(normalize.published_model)] = "smollm2-135m-instruct"
     """Base model: a hub id (a revision may follow after `@`), a folder, a `.gguf` file, or `smollm2-135m-instruct`, the
     sample model."""
 
-    dtype: Annotated[Literal["auto", "bfloat16", "float32", "float16"], BeforeValidator(normalize.dtype)] = "bfloat16"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32", "float16"], BeforeValidator(normalize.dtype)] = "auto"
     """Number format of the base model's weights. The adapter and the optimizer keep float32 in any case. `auto` takes
     what this device multiplies fastest; `float16` needs CUDA."""
 
@@ -171,10 +188,10 @@ class Settings(BaseModel):
     training_model_type: Literal["lora"] = "lora"
     """Later name of `training_type`."""
 
-    lora_r: Positive = 4
+    lora_r: Positive = 8
     """Rank of the adapter. More rank can learn more, and the adapter's size grows with it."""
 
-    lora_alpha: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] = 8
+    lora_alpha: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] = 16
     """Strength of the adapter: its output is scaled by `lora_alpha / lora_r`."""
 
     lora_target_modules: Annotated[
@@ -264,10 +281,10 @@ class Settings(BaseModel):
 
     # Optimization
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 6e-5
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
     """Step size of the optimizer. Constant, unless `lr_scheduler_type` says otherwise."""
 
-    batch_size: Positive = 4
+    batch_size: Positive = 16
     """Examples in a batch, over all devices. The last, smaller batch of an epoch is kept. A pair, or a set of ranked
     answers, is one example."""
 
@@ -368,7 +385,7 @@ class Settings(BaseModel):
     steps_freq: Positive = 10
     """Steps between two entries of training metrics. With `save_strategy: step`, also between two checkpoints."""
 
-    use_wandb: bool = True
+    use_wandb: bool = False
     """Whether Weights & Biases is told. If it is not installed, not logged in or not reachable, one line says so and
     the run goes on without it."""
 
@@ -376,14 +393,14 @@ class Settings(BaseModel):
     """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value decides
     alone."""
 
-    wandb_project: NonEmpty = "gemma11-finetuning"
+    wandb_project: NonEmpty = "trietune"
     """Project that the run belongs to in the tracker."""
 
-    wandb_run_name: Annotated[str, AfterValidator(_check_run_name)] = "tt-gemma11-sst2"
-    """Name of the run, in the tracker and as its folder. If the folder exists, `-2`, `-3` is added, unless the run is
-    resumed."""
+    wandb_run_name: Annotated[str, AfterValidator(_check_run_name)] = RUN_NAME
+    """Name of the run, in the tracker and as its folder. Without it, the YAML file's name, else that of the data. If
+    the folder exists, `-2`, `-3` is added, unless the run is resumed."""
 
-    wandb_tags: Names = ("test",)
+    wandb_tags: Names = ()
     """Tags of the run in the tracker."""
 
     wandb_watch_mode: Literal["all", "gradients", "parameters"] | None = "all"
@@ -397,7 +414,7 @@ class Settings(BaseModel):
 
     # Checkpoints
 
-    project_dir: NonEmpty = "blacksmith/experiments/torch/gemma11"
+    project_dir: NonEmpty = "runs"
     """Folder that holds the folders of runs."""
 
     save_strategy: Literal["epoch", "step", "no"] = "epoch"
@@ -424,6 +441,14 @@ class Settings(BaseModel):
 
     checkpoint_metric_mode: Literal["min", "max"] = "min"
     """Direction in which `checkpoint_metric` is better."""
+
+    early_stopping_patience: Positive | None = None
+    """Evaluations without a better `checkpoint_metric` after which training ends. The last evaluation and the choice of
+    the final adapter follow as usual; `val_steps_freq` says how often it is evaluated. Without it, training goes on to
+    the end."""
+
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """Amount by which an evaluation must be better to count as better for `early_stopping_patience`."""
 
     on_save_error: Literal["continue", "stop"] = "continue"
     """Reaction to a checkpoint that cannot be written: go on and try again at the next one, or stop."""
@@ -459,7 +484,7 @@ class Settings(BaseModel):
 
     # Devices
 
-    use_tt: bool = True
+    use_tt: bool = False
     """Whether a Tenstorrent device comes first. If there is none, CUDA is used, else the CPU, and one line says so."""
 
     device: Literal["auto", "cpu", "cuda", "mps", "tt", "xla"] = "auto"
@@ -526,13 +551,16 @@ class Settings(BaseModel):
 
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
     _notes: tuple[str, ...] = PrivateAttr(default=())
+    _has_original_defaults: bool = PrivateAttr(default=False)
 
     @model_validator(mode="wrap")
     @classmethod
-    def _note_replacements(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        implied = _implied_values(values) if isinstance(values, Mapping) else {}
+    def _fill_in(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        context = info.context or {}
+        implied = _implied_values(values, context) if isinstance(values, Mapping) else {}
         settings = handler({**values, **implied} if implied else values)
         settings.__pydantic_fields_set__.difference_update(implied)
+        settings._has_original_defaults = bool(context.get("is_original"))
         given = values.get("model_name") if isinstance(values, Mapping) else None
         if isinstance(given, str) and normalize.published_model(given) != given:
             settings._notes = (f"`{given}` was never published; `{settings.model_name}` is used instead",)
@@ -548,6 +576,11 @@ class Settings(BaseModel):
     def notes(self) -> tuple[str, ...]:
         """What a user should be told once about these settings, one line each."""
         return self._notes
+
+    @property
+    def has_original_defaults(self) -> bool:
+        """Whether keys that nobody wrote are as the original experiment had them, and not TrieTune's own."""
+        return self._has_original_defaults
 
     @property
     def tracker_name(self) -> Literal["wandb", "tensorboard", "trackio", "none"]:

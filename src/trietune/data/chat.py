@@ -15,15 +15,20 @@ share once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from trietune.data.columns import WrongRow
-from trietune.data.examples import Message
+from trietune.data.examples import Example, Message
 
-Segment = tuple[str, bool]  # text, and whether it is to be learnt
+Segment = tuple[
+    str, bool
+]  # text, and whether the assistant says it: whether it is to be learnt, unless its weight is 0
 
 _PROBE = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
 
@@ -32,8 +37,26 @@ class RewrittenTurnError(WrongRow):
     """An answer does not stand in the text of the whole conversation as it was given."""
 
 
-def rewrites_turns(tokenizer: Any, chat_template: str) -> bool:
-    """Whether the template writes earlier answers anew as a conversation goes on."""
+def rewrites_turns(tokenizer: Any, chat_template: str, conversations: Sequence[Example] = ()) -> bool:
+    """Whether the template writes earlier answers anew as a conversation goes on.
+
+    Args:
+        conversations: some of the data; those that think or call tools are tried, for templates that only rewrite such.
+    """
+    for one in conversations:
+        if any(message.more or "</think>" in message.content for message in one.messages):
+            try:
+                split_turns(
+                    one.messages,
+                    tokenizer=tokenizer,
+                    chat_template=chat_template,
+                    add_generation_prompt=False,
+                    tools=one.tools,
+                )
+            except RewrittenTurnError:
+                return True
+            except WrongRow:
+                continue
     # Some templates want a system message; what refuses both will be told by real conversations.
     for probe in (_PROBE, (Message("system", "s"), *_PROBE)):
         try:
@@ -47,9 +70,9 @@ def rewrites_turns(tokenizer: Any, chat_template: str) -> bool:
 
 
 def split_turns(
-    messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool
+    messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool, tools: str = ""
 ) -> list[Segment]:
-    """The rendered conversation as alternating segments, text that is given and text that is to be learnt.
+    """The rendered conversation as alternating segments, text that is given and text that the assistant says.
 
     With `add_generation_prompt` the last segment asks for the next answer; without it, the last one is an answer.
 
@@ -57,15 +80,16 @@ def split_turns(
         WrongRow: the template refuses the conversation.
         RewrittenTurnError: it writes earlier turns anew as it goes on.
     """
-    full = _render(messages, tokenizer, chat_template, add_generation_prompt)
+    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools)
+    full = render(messages, asks=add_generation_prompt)
     segments: list[Segment] = []
     end = 0
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        given = _render(messages[:index], tokenizer, chat_template, True)
+        given = render(messages[:index], asks=True)
         is_last = index == len(messages) - 1 and not add_generation_prompt
-        said = full if is_last else _render(messages[: index + 1], tokenizer, chat_template, False)
+        said = full if is_last else render(messages[: index + 1], asks=False)
         if not (full.startswith(said) and said.startswith(given) and len(given) >= end):
             raise RewrittenTurnError(f"the chat template writes message {index + 1} anew once others follow")
         segments += [(full[end : len(given)], False), (_without_space_behind(full[len(given) : len(said)]), True)]
@@ -76,7 +100,7 @@ def split_turns(
 
 
 def split_last_turn(
-    messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool
+    messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool, tools: str = ""
 ) -> list[Segment]:
     """The rendered conversation as what was given and, unless another answer is asked for, the last answer.
 
@@ -84,10 +108,11 @@ def split_last_turn(
         WrongRow: the template refuses the conversation.
         RewrittenTurnError: what it writes for an answer does not follow what it asks it with.
     """
+    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools)
     if add_generation_prompt:
-        return [(_render(messages, tokenizer, chat_template, True), False)]
-    given = _render(messages[:-1], tokenizer, chat_template, True)
-    full = _render(messages, tokenizer, chat_template, False)
+        return [(render(messages, asks=True), False)]
+    given = render(messages[:-1], asks=True)
+    full = render(messages, asks=False)
     if not full.startswith(given):
         raise RewrittenTurnError(
             "what the chat template asks for an answer with is not what it writes before that answer"
@@ -100,19 +125,99 @@ def _without_space_behind(text: str) -> str:
     return text.rstrip()
 
 
-def _render(messages: Sequence[Message], tokenizer: Any, chat_template: str, add_generation_prompt: bool) -> str:
+def _render(messages: Sequence[Message], *, tokenizer: Any, chat_template: str, tools: str, asks: bool) -> str:
     if not messages:
         raise WrongRow("the conversation begins with the assistant, and nothing asks for that answer")
+    fields = [message.fields for message in messages]
+    if any("tool_calls" in one for one in fields):
+        form = _find_call_form(tokenizer, chat_template)
+        fields = [_in_form(one, form) for one in fields]
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
-                chat_template=chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        )
+        return _apply(fields, json.loads(tools) if tools else None, tokenizer, chat_template, asks=asks)
     except Exception as error:  # a template is a program of somebody else's: it may raise anything
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         line = f" (line {error.lineno} of the template)" if isinstance(error, TemplateSyntaxError) else ""
         raise WrongRow(f"the chat template refuses it: {kind}{error}{line}") from None
+
+
+def _apply(
+    fields: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any, chat_template: str, *, asks: bool
+) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            list(fields), tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=asks
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _CallForm:
+    """How a template wants a call of a tool: its arguments as text or as an object, no content as null or as text."""
+
+    has_text_arguments: bool = False
+    has_null_content: bool = True
+
+
+_PROBED_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {
+            "type": "object",
+            "properties": {"k": {"type": "string", "description": "d"}},
+            "required": ["k"],
+        },
+    },
+}
+
+
+@lru_cache(maxsize=16)
+def _find_call_form(tokenizer: Any, chat_template: str) -> _CallForm:
+    """What a template makes of a small call tells how it wants one: data have arguments in either form.
+
+    Taken is the first form that neither raises nor writes Python's `{'k': 'v'}`, `None` or `null` into the text.
+    """
+    last: _CallForm | None = None
+    for has_text_arguments in (False, True):
+        for has_null_content in (True, False):
+            form = _CallForm(has_text_arguments, has_null_content)
+            arguments = json.dumps({"k": "v"}) if has_text_arguments else {"k": "v"}
+            call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            asked = [{"role": "user", "content": "a"}]
+            said = {"role": "assistant", "content": None if has_null_content else "", "tool_calls": [call]}
+            for before in (asked, [{"role": "system", "content": "s"}, *asked]):
+                try:
+                    given = _apply(before, [_PROBED_TOOL], tokenizer, chat_template, asks=True)
+                    text = _apply([*before, said], [_PROBED_TOOL], tokenizer, chat_template, asks=False)
+                except Exception:  # noqa: S112  (it may raise anything, and then wants another form)
+                    continue
+                said_text = text.removeprefix(given)
+                if "None" in said_text or "null" in said_text:
+                    continue
+                last = last or form
+                if "{'k'" not in said_text and '{\\"k\\"' not in said_text:
+                    return form
+    return last or _CallForm()
+
+
+def _in_form(fields: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+    if "tool_calls" not in fields:
+        return fields
+    content = "" if fields["content"] is None and not form.has_null_content else fields["content"]
+    return {**fields, "content": content, "tool_calls": [_call_in_form(one, form) for one in fields["tool_calls"]]}
+
+
+def _call_in_form(call: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call_in_form(call["function"], form)}
+    arguments = call.get("arguments")
+    if form.has_text_arguments and isinstance(arguments, dict):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    if not form.has_text_arguments and isinstance(arguments, str):
+        try:
+            decoded = json.loads(arguments)
+        except ValueError:
+            return call
+        return {**call, "arguments": decoded} if isinstance(decoded, dict) else call
+    return call

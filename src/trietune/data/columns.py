@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Literal
 
 from trietune.data.examples import Example, Task
+from trietune.data.messages import read_messages, read_tools
 from trietune.data.templates import (
     SQUAD_PROMPT,
     SQUAD_TASK,
@@ -31,7 +32,6 @@ from trietune.data.templates import (
     fill_template,
     find_columns,
     find_unknown_names,
-    read_messages,
     to_text,
 )
 from trietune.errors import UserError
@@ -56,7 +56,11 @@ _SST2_LABEL_OF: dict[object, int] = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, 
 
 # Columns of preferences, ranked answers and verdicts; `data/preferences.py` reads them.
 _OF_PREFERENCES = ("prompt", "chosen", "rejected", "completions", "completion", "scores", "ranking", "label", "tools")
-_ALSO_USED: dict[RowFormatKind, tuple[str, ...]] = {"tokens": ("attention_mask",), "squad": ("id",)}
+_ALSO_USED: dict[RowFormatKind, tuple[str, ...]] = {
+    "tokens": ("attention_mask",),
+    "squad": ("id",),
+    "messages": ("tools",),
+}
 
 
 class WrongRow(Exception):  # noqa: N818  (a value of the data, counted and located)
@@ -282,15 +286,17 @@ def _read_answers(value: Any) -> tuple[str, ...]:
 
 def _make_conversation(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
     try:
-        messages = read_messages(row.get("messages"))
+        messages, tools = read_messages(row.get("messages")), read_tools(row.get("tools"))
     except TypeError as error:
         raise WrongRow(str(error)) from None
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
     if last is None:
-        raise WrongRow("no message has the role `assistant`, so there is nothing to learn")
+        roles = ", ".join(f"`{role}`" for role in dict.fromkeys(message.role for message in messages))
+        raise WrongRow(f"no message has the role `assistant`, so there is nothing to learn (there are {roles})")
     # What follows the last answer carries no label and changes nothing.
     messages = messages[: last + 1]
-    return Example(id=example_id, prompt="", completion=messages[-1].content, messages=messages)
+    completion = messages[-1].content or messages[-1].more
+    return Example(id=example_id, prompt="", completion=completion, messages=messages, tools=tools)
 
 
 def _make_pair(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:

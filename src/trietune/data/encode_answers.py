@@ -16,12 +16,14 @@ from trietune.data.answers import flat_ranges
 from trietune.data.cache import CacheWriter
 from trietune.data.columns import WrongRow
 from trietune.data.counts import Count, SplitCounts
-from trietune.data.encode_rows import ROWS_PER_BLOCK, LengthRules, Problems
+from trietune.data.encode_rows import ROWS_PER_BLOCK
 from trietune.data.encoder import EncodedExamples, Encoder
 from trietune.data.examples import IGNORED_LABEL
 from trietune.data.files import BrokenRow
 from trietune.data.preferences import AnswerForm, AnswerRow, answer_reader
-from trietune.data.sources import PlacedRow
+from trietune.data.read_row import LengthRules
+from trietune.data.rows import PlacedRow
+from trietune.data.tally import Problems
 
 
 def tokenize_answers(

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,11 +22,23 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; `weight` multiplies the losses of its labels."""
+    """One turn of a conversation.
+
+    Attributes:
+        weight: multiplies the losses of its labels; at 0 it has none.
+        more: its other keys for the chat template, as a JSON object; `"content": null` in it takes the place of an
+            empty content.
+    """
 
     role: str
     content: str
     weight: float = 1.0
+    more: str = ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a chat template sees of it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,7 @@ class Example:
     """One training or validation example as text.
 
     `messages` is set instead of `prompt` and `completion` for conversations; then labels are on every assistant turn.
+    `tools` are those that the conversation may call, as JSON text of a list; empty if there are none.
     `answers` are all gold answers of a question (empty for an unanswerable one), for exact match and F1.
     `id` is unique within a split and names the place in the source: `train.tsv:17`, or the data set's own id. Answers
     that are compared share the id of their row.
@@ -43,6 +57,7 @@ class Example:
     completion: str
     answers: tuple[str, ...] = ()
     messages: tuple[Message, ...] = ()
+    tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Example, Message
-from trietune.data.templates import fill_template, find_columns, read_messages, to_text
+from trietune.data.messages import read_messages, read_tools
+from trietune.data.templates import fill_template, find_columns, to_text
 from trietune.errors import UserError
 
 FormKind = Literal["pairs", "ranked", "judged"]
@@ -116,12 +117,12 @@ def answer_reader(form: AnswerForm) -> Callable[[Mapping[str, Any], str], list[A
     read = readers[form.kind]
 
     def answers(row: Mapping[str, Any], place: str) -> list[AnswerRow]:
-        if form.is_chat and row.get("tools"):
-            raise WrongRow("it has `tools`, which are not supported in preferences")
         try:
-            return read(form, row, place)
+            found = read(form, row, place)
+            tools = read_tools(row.get("tools")) if form.is_chat else ""
         except TypeError as error:
             raise WrongRow(str(error)) from None
+        return [AnswerRow(tuple(replace(one, tools=tools) for one in row.examples), row.grades) for row in found]
 
     return answers
 
@@ -268,11 +269,11 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 def _conversation(messages: tuple[Message, ...], column: str, place: str) -> Example:
     if messages[-1].role != "assistant":
         raise WrongRow(f"the last message of `{column}` has the role `{messages[-1].role}`, not `assistant`")
-    return Example(place, "", messages[-1].content, messages=messages)
+    return Example(place, "", messages[-1].content or messages[-1].more, messages=messages)
 
 
 def _renamed(example: Example, name: str) -> Example:
-    return Example(name, example.prompt, example.completion, messages=example.messages)
+    return replace(example, id=name)
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

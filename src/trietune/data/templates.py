@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
 
-from trietune.data.examples import Message, Task
-from trietune.data.json_text import RepeatedKeyError, decode_json
+from trietune.data.examples import Task
+from trietune.data.json_text import decode_json
 from trietune.errors import UserError
 
 SST2_PROMPT = "Review: {sentence}\nOutput:"
@@ -195,42 +195,3 @@ def find_half_character(*texts: str) -> str | None:
         except UnicodeEncodeError as error:
             return f"\\u{ord(text[error.start]):04x}"
     return None
-
-
-def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
-    """Messages of a conversation: a list of {"role": ..., "content": ...}.
-
-    Raises:
-        TypeError: it is something else; the text says what.
-    """
-    # Parquet and CSV have no lists of objects of mixed kind: some data sets keep them as JSON text.
-    if isinstance(value, str):
-        try:
-            value = decode_json(value)
-        except RepeatedKeyError as error:
-            raise TypeError(f"column `{column}` holds an object with a {error}") from None
-        except (ValueError, RecursionError):
-            raise TypeError(f"column `{column}` holds text that is no JSON list of messages") from None
-    if not isinstance(value, Sequence) or not value:
-        raise TypeError(f"column `{column}` is no list of messages, or an empty one")
-    return tuple(_read_message(item, number, column) for number, item in enumerate(value, start=1))
-
-
-def _read_message(item: Any, number: int, column: str) -> Message:
-    if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
-        hint = ' (it has ShareGPT\'s "from" and "value")' if isinstance(item, Mapping) and "from" in item else ""
-        raise TypeError(f'message {number} of `{column}` has no "role"{hint}')
-    content = item.get("content")
-    if not isinstance(content, str):
-        raise TypeError(f'"content" of message {number} of `{column}` is no text')
-    if item.get("tool_calls"):
-        raise TypeError(f"message {number} of `{column}` calls tools, which is not supported")
-    weight = item.get("weight")
-    if weight is not None and not is_weight(weight):
-        raise TypeError(f'"weight" of message {number} of `{column}` is no number')
-    return Message(item["role"], content, 1.0 if weight is None else float(weight))
-
-
-def is_weight(value: Any) -> bool:
-    """Whether a value can multiply losses: any number that is finite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -16,7 +16,8 @@ import numpy as np
 from trietune.data.columns import WrongRow
 from trietune.data.encoder import Encoder
 from trietune.data.examples import Example, Message
-from trietune.data.templates import PromptFormat, fill_template, find_half_character, read_messages
+from trietune.data.messages import read_messages, read_tools
+from trietune.data.templates import PromptFormat, fill_template, find_half_character
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
 from trietune.evaluation.scoring import (
@@ -24,6 +25,7 @@ from trietune.evaluation.scoring import (
     FlatSequences,
     label_log_probabilities,
     label_probabilities,
+    no_progress,
     no_stop,
 )
 from trietune.model.causal_lm import TrieModel
@@ -72,6 +74,7 @@ def predict_labels(
             batching=batching,
             max_positions=max_positions,
             check_stop=check_stop,
+            progress=no_progress,
         )
     )
     return [
@@ -176,7 +179,7 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
             return _conversation([Message("user", value)])
         if isinstance(value, Mapping) and "messages" in value:
             try:
-                return _conversation(read_messages(value["messages"]))
+                return _conversation(read_messages(value["messages"]), read_tools(value.get("tools")))
             except TypeError as error:
                 raise UserError(f"{name} cannot be read: {error}", next_step=_ADVICE_MESSAGES) from None
         raise UserError(f"{name} has no `messages`, and this adapter was trained on chats", next_step=_ADVICE_MESSAGES)
@@ -233,8 +236,8 @@ def encode_prompt(encoder: Encoder, example: Example) -> list[int]:
         ) from None
 
 
-def _conversation(messages: Sequence[Message]) -> Example:
-    return Example(id="", prompt="", completion="", messages=tuple(messages))
+def _conversation(messages: Sequence[Message], tools: str = "") -> Example:
+    return Example(id="", prompt="", completion="", messages=tuple(messages), tools=tools)
 
 
 def _named(columns: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from trietune.config.settings import Settings
 from trietune.errors import UserError
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
-from trietune.run.fitting import check_ids, check_vocabulary
+from trietune.run.fitting import check_ids, check_vocabulary, with_max_length
 from trietune.run.objective import evaluate_preferences
 from trietune.run.prepare import choose_attention, locate_base, make_deterministic, progress_of
 from trietune.run.proving import length_to_prove, positions_under_masks, prove_for_length, prove_on_data, prove_on_host
@@ -152,7 +152,7 @@ def evaluate(
         raise UserError(f"there is no split `{split}`", next_step="--split validation   (or train, or test)")
     with StopSignals() as signals:
         opened = open_model(target, overrides, tracker)
-        if opened.prompt_format is not None and not _names_data(opened, target, overrides):
+        if not _names_data(opened, target, overrides):
             raise UserError(
                 f"`{target}` is a model without a run, so the data to evaluate it on must be named",
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
@@ -163,6 +163,7 @@ def evaluate(
         if _overridden_data(overrides) == {"validation_file"} and not _is_run(target):
             # Nothing else is to be looked up, least of all the default data set.
             settings = settings.model_copy(update={"train_file": settings.validation_file, "dataset_id": None})
+        settings = with_max_length(settings, opened.model.config)
         sequences, prompt_format = load_split(
             settings,
             opened.tokenizer,

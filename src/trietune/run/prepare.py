@@ -14,10 +14,10 @@ from trietune.data.examples import TokenSequences
 from trietune.errors import UserError
 from trietune.run.device_plan import check_device, check_processes, check_sharding, device_options, plan_shapes
 from trietune.run.environment import PACKAGES, installed_version, sampled_digest, start_adapter
-from trietune.run.fitting import check_positions, check_vocabulary
+from trietune.run.fitting import check_positions, check_vocabulary, with_max_length
 from trietune.run.grouping import choose_groups, measure_batches, num_sampled_of, plan_processes, sharing_of
 from trietune.run.objective import Learning, make_objective, rows_of, rows_to_rank
-from trietune.run.plan import Plan, num_steps_of
+from trietune.run.plan import Plan, describe_defaults, num_steps_of
 from trietune.tracking.events import PhaseProgress
 
 if TYPE_CHECKING:
@@ -147,6 +147,11 @@ def prepare(
     from trietune.io.cache_folder import cache_folder
     from trietune.model.base.four_bits import check_four_bits
 
+    if settings.dataset_id is None and settings.train_file is None:
+        raise UserError(
+            "nothing says what to train on: `train_file` and `dataset_id` are not set",
+            next_step="write `train_file: data.jsonl`, or type `--data data.jsonl` (or a hub id)",
+        )
     for note in settings.notes:
         tracker.warn(note)
     if settings.deterministic:
@@ -186,6 +191,7 @@ def prepare(
             else "`--set batching=padded`, which trains it on plain rows",
         )
     attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
+    settings = with_max_length(settings, shape.config)
 
     kept = cache_folder() / "data"
     data = load_data(
@@ -196,6 +202,12 @@ def prepare(
         progress=progress_of(tracker, "examples"),
         check_stop=check_stop,
     )
+    if settings.early_stopping_patience is not None and data.validation is None:
+        raise UserError(
+            "`early_stopping_patience` waits for evaluations, and there is no validation data",
+            where=settings.where("early_stopping_patience"),
+            next_step="write `validation_file: valid.jsonl`, or remove the key",
+        )
     learning, data = _plan_learning(settings, data, tokenizer)
     check_vocabulary(data.train, shape.num_embeddings)
     longest = data.counts.train.longest
@@ -288,6 +300,9 @@ def prepare(
         objective=_describe_objective(settings, learning),
         label_cost=label_cost,
         processes=processes,
+        max_length=cast("int", settings.max_length),
+        longest=data.counts.train.longest,
+        defaults=describe_defaults(settings),
     )
     return Prepared(settings, plan, base, tokenizer, data, groups, learning, shape, work, num_sampled, start)
 

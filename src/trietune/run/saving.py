@@ -51,7 +51,9 @@ if TYPE_CHECKING:
 
 STATE_FILE, PROMPT_FILE, CARD_FILE = "trainer_state.json", "prompt_format.json", "README.md"
 # A longer or shorter plan is told apart by its steps; the key is the adapter's own.
-STEPS_KEYS = ("trained_steps", "num_epochs", "max_steps")
+STEPS_KEYS = (
+    "trained_steps", "num_epochs", "max_steps", "stopped_early", "early_stopping_patience", "early_stopping_threshold",
+)  # fmt: skip
 # One formula in three kernels, whose state is the same.
 SAME_STATE = {"adamw", "adamw_torch", "adamw_torch_fused"}
 # Shown in the model card.
@@ -105,7 +107,7 @@ class RunFiles:
         trained = _trained_steps(info)
         if info is None or trained is None or info.run_id != self.run_id:
             return None
-        if trained < self.prepared.plan.num_steps:
+        if trained < self.prepared.plan.num_steps and not self._was_stopped_early(info):
             return None
         before, now = (
             {key: value for key, value in details.items() if key not in STEPS_KEYS}
@@ -113,6 +115,11 @@ class RunFiles:
         )
         check_differences(compare(before, now, allowed_changes), Path(place))
         return trained, place
+
+    def _was_stopped_early(self, info: ManifestInfo) -> bool:
+        """Whether patience ended that run, and would end it again."""
+        asked = (self.settings.early_stopping_patience, self.settings.early_stopping_threshold)
+        return info.details.get("stopped_early") == list(asked)
 
     def _adapter_info(self) -> tuple[ManifestInfo | None, str]:
         """What the final adapter says of itself, here or in the storage, and where it lies; None if none is whole."""
@@ -344,6 +351,7 @@ class RunFiles:
         encoder: Any,
         *,
         trained_steps: int,
+        is_stopped_early: bool = False,
     ) -> Path:
         """Write `adapter/` whole, with its model card and prompt format; its weights are those of `step`."""
         from trietune.model.adapter.adapter import adapter_files
@@ -360,6 +368,8 @@ class RunFiles:
         if template := self.prepared.data.prompt_format.chat_template:
             contents[CHAT_TEMPLATE] = template.encode()
         details = {**self.details(), "trained_steps": trained_steps}
+        if is_stopped_early:
+            details["stopped_early"] = [self.settings.early_stopping_patience, self.settings.early_stopping_threshold]
         info = ManifestInfo(self.run_id, step, metrics, kind="adapter", details=details)
         write_directory(target, contents, info=info)
         self.tracker.emit(events.Saved("adapter", step, target, metrics, time.monotonic() - begin))

@@ -28,6 +28,7 @@ from trietune.io.files import make_folders, remove_tree
 from trietune.io.metric_names import kind_of
 from trietune.ranks.opening import open_ranks
 from trietune.ranks.ranks import ALONE, Ranks
+from trietune.run.early_stopping import EarlyStopping
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
 from trietune.run.objective import reference_keys
 from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of
@@ -218,6 +219,7 @@ class Session:
         self.epoch = 0.0
         self.measured: dict[str, float] = {}
         self.measured_step: int | None = None
+        self.patience = EarlyStopping.of(self.settings)
         self.max_positions = self.plan.max_positions
         self.files = open_run_files(prepared, tracker, ranks)
         self.throughput = Throughput()
@@ -254,22 +256,35 @@ class Session:
         self._self_check()
         self.ranks.on_first(self._draw_batch)
         before = self._evaluate("before", max_examples=None) if resumed is None else None
+        if before is not None and self.plan.num_steps:
+            self.patience.check(before.metrics)
         if self.plan.num_steps == 0:
             return self._finished(before, None, adapter=None)
         try:
             with closing(self._steps()) as steps:
-                for step in steps:
+                # A run may have been killed between the end of its patience and its adapter.
+                for step in () if self.patience.is_over else steps:
                     self._after_step(step)
+                    if self.patience.is_over:
+                        break
         except LossNotFiniteError as error:
             # Every rank knows; one says it.
             not_finite = error
             self.ranks.once(lambda: self._raise_not_finite(not_finite))
+        if self.patience.is_over and self.step < self.plan.num_steps:
+            self.tracker.info(f"training ends early, after step {self.step:,}: {self.patience.sentence}")
         with self._best_weights() as step_of_adapter:
             after = self._evaluate("after", max_examples=None, weights_step=step_of_adapter)
             if not self.ranks.once(self._is_in_place):
                 self.ranks.once(lambda: self._raise_folder_lost(None))
             adapter = self.files.write_adapter(
-                step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
+                step_of_adapter,
+                self.peft_model,
+                before,
+                after,
+                self.encoder,
+                trained_steps=self.step,
+                is_stopped_early=self.patience.is_over,
             )
         return self._finished(before, after, adapter=adapter)
 
@@ -284,6 +299,8 @@ class Session:
             self.tracker.warn(
                 "the scores of the reference were computed anew: the same numbers up to rounding, not the same bits",
             )
+        if not self.files.is_comparable(resumed) or not self.patience.restore(state.get("early_stopping")):
+            self.patience.begin_anew(self.tracker.info)
         self._take_over_memory(state)
 
     def _take_over_memory(self, state: Mapping[str, Any]) -> None:
@@ -559,10 +576,11 @@ class Session:
         self._check_folder(step, must_know=is_saved)
         if step.number % self.settings.val_steps_freq == 0 or is_saved or is_last:
             self._validate()
-        if is_saved:
+        is_over = is_last or self.patience.is_over
+        if is_saved or self._is_save_due(step.number, is_over):
             self._save()
         self.files.tell_uploads()
-        if not is_last:
+        if not is_over:
             self.ranks.stop_together(self._check_stop, step.num_stopping)
 
     def _check_stop(self) -> None:
@@ -633,6 +651,7 @@ class Session:
         evaluation = self._evaluate("during", max_examples=self.plan.eval_max_examples)
         if evaluation is not None:
             self.measured, self.measured_step = dict(evaluation.metrics), self.step
+            self.patience.note(self.step, evaluation.metrics)
 
     def _evaluate(
         self, when: Literal["before", "during", "after"], *, max_examples: int | None, weights_step: int | None = None
@@ -796,6 +815,8 @@ class Session:
     def _further_state(self) -> dict[str, Any]:
         """What free memory and fp16 made of this session, for one that goes on from here."""
         state: dict[str, Any] = {"max_positions": self.max_positions, "packed_bytes": self.model.packed_bytes}
+        if self.patience.patience is not None:
+            state["early_stopping"] = self.patience.state()
         if (digest := self.learning.reference_digest()) is not None:
             state["reference"] = digest
         return state if self.loss_scale is None else {**state, "loss_scale": dict(self.loss_scale.state())}

@@ -132,11 +132,18 @@ class SharedRunFiles(RunFiles):
         encoder: Any,
         *,
         trained_steps: int,
+        is_stopped_early: bool = False,
     ) -> Path:
         self.ranks.at("saving", step)
         return self.ranks.once(
             lambda: super(SharedRunFiles, self).write_adapter(
-                step, peft_model, before, after, encoder, trained_steps=trained_steps
+                step,
+                peft_model,
+                before,
+                after,
+                encoder,
+                trained_steps=trained_steps,
+                is_stopped_early=is_stopped_early,
             )
         )
 

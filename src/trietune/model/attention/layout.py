@@ -102,7 +102,7 @@ class TrieLayout:
         """The same, anew; `keeps` as in `TrieStates`."""
         forced: dict[str, list[int] | None] = {"none": [], "all": branch_points(self._trie), "cheapest": None}
         cuts = None if self._forced is None else forced[self._forced.cuts]
-        return TrieStates(self._trie, device=self._device, place=self._place, cuts=cuts, keeps=keeps)
+        return TrieStates(self._trie, device=self._device, place=self._to_device, cuts=cuts, keeps=keeps)
 
     def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, is_pruned: bool = False) -> RowLayout:
         """The buckets for a layer.

@@ -8,7 +8,7 @@ Such a layer mixes positions in one or two functions of its file; projections, g
 position each and run as they are, once a node. So only what these functions are given is laid out anew.
 """
 
-from trietune.model.states.hand_on import carries_states, carry_states
+from trietune.model.states.hand_on import carries_states, carry_states, scans_states
 from trietune.model.states.kinds import Carrier, Place, Run
 
-__all__ = ["Carrier", "Place", "Run", "carries_states", "carry_states"]
+__all__ = ["Carrier", "Place", "Run", "carries_states", "carry_states", "scans_states"]

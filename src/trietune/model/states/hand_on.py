@@ -22,7 +22,7 @@ from torch import nn
 
 from trietune.model.decoder_layers import decoder_layers
 from trietune.model.replaced import FORWARD_BEFORE, replace_forward
-from trietune.model.states.kinds import Carrier, Function, Kind, Place, kind_of
+from trietune.model.states.kinds import Carrier, Function, Kind, Place, is_scan, kind_of
 
 # What a decoder layer is told: by `TrieModel`, by `evaluation.decoding`.
 _TOLD_BY = ("trie_layout", "attends")
@@ -60,6 +60,11 @@ def carry_states(network: Any, only: nn.Module | None = None) -> int:
             replace_forward(mixer, _mixer_forward(mixer, kinds, bound, (index, place)))
         replace_forward(layer, _layer_forward(layer, bound))
     return number
+
+
+def scans_states(part: nn.Module) -> bool:
+    """Whether some module of a part carries a state of any length, and not a window alone."""
+    return any(is_scan(kind) for mixer in mixers_in(part) for kind in _kinds_in(mixer).values())
 
 
 def mixers_in(layer: nn.Module) -> list[nn.Module]:

@@ -72,6 +72,11 @@ def kind_of(function: Function) -> Kind | None:
     return None
 
 
+def is_scan(kind: Kind) -> bool:
+    """Whether a function of this kind carries a state, which a window does not."""
+    return kind not in (_window, _shortcut)
+
+
 def chunk_for(length: int, default: int) -> int:
     """The chunk in which a segment of `length` steps is scanned."""
     fitting = 1 << (length - 1).bit_length()
