@@ -405,7 +405,7 @@ def memory_of_layers(folder: str) -> dict[str, int]:
         ranks.close()
 
 
-def train_folder(folder: str, *, is_sharded: bool, num_steps: int = 8) -> dict[str, Any]:
+def train_folder(folder: str, *, is_sharded: bool, num_steps: int = 8, objective: str = "") -> dict[str, Any]:
     """The adapter after some steps in fp64 on the base model in `folder`, whole in one process or sharded over all."""
     from contextlib import nullcontext
 
@@ -431,19 +431,37 @@ def train_folder(folder: str, *, is_sharded: bool, num_steps: int = 8) -> dict[s
         optimizer = build_optimizer(
             "adamw", trained.values(), learning_rate=2e-3, weight_decay=0.01, device=describe_cpu()
         )
-        data = question_batch(np.random.default_rng(0), vocabulary=100, paragraphs=5, questions=4)
+        data: Any = question_batch(np.random.default_rng(0), vocabulary=100, paragraphs=5, questions=4)
+        learn: Learn = learn_labels
+        num_rows = len(data)
+        if objective:
+            data, learn = answers_to_learn(objective)
+            num_rows = data.num_rows
+
+        def cut(sequences: np.ndarray) -> Any:
+            return [
+                micro_batch
+                for part in (data.apart(sequences) if objective else [sequences])
+                for micro_batch in make_micro_batches(data, part, batching="trie", max_positions=50)
+            ]
+
+        def sequences_of(indices: np.ndarray) -> np.ndarray:
+            return data.sequences_of(indices) if objective else indices
+
         rate = learning_rate_schedule("constant", peak=2e-3, num_steps=num_steps, num_warmup_steps=0)
         steps = training_steps(
             model,
             optimizer,
-            Sampler(len(data), batch_size=5, seed=3),
+            Sampler(num_rows, batch_size=5, seed=3),
             StepRange(num_steps, 0, 1, rate),
-            lambda indices: make_micro_batches(data, indices, batching="trie", max_positions=50),
+            lambda indices: cut(sequences_of(indices)),
             seed=5,
+            learn=learn,
             ranks=ranks,
             deal=None
             if ranks is ALONE
-            else lambda indices: deal_step(data, indices, ranks.count, batching="trie", label_cost=0.26),
+            else lambda indices: deal_step(data, sequences_of(indices), ranks.count, batching="trie", label_cost=0.26),
+            make_part=cut,
         )
         losses = [float(step.loss or 0) for step in steps]
         layers = list(network.get_decoder().layers.named_parameters())
