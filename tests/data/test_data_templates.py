@@ -95,9 +95,9 @@ def test_what_follows_the_last_answer_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([], "no list of messages"),
-        (None, "no list of messages"),
-        ("hello", "no JSON list"),
+        ([], "not a list of messages"),
+        (None, "not a list of messages"),
+        ("hello", "not a JSON list"),
         ([{"role": "user", "content": "Hi"}], "no message has the role `assistant`"),
         ([{"from": "narrator", "value": "Hi"}], "from `narrator`"),
         ([{"role": "assistant", "content": None}], "no text"),

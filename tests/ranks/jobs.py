@@ -35,8 +35,9 @@ from trietune.training.objectives.rank import Rank
 from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
 from trietune.training.objectives.simpo import Simpo
 from trietune.training.objectives.with_chosen import WithChosen
-from trietune.training.optimizer import build_optimizer, learning_rate_schedule
+from trietune.training.optimizer import build_optimizer
 from trietune.training.sampler import Sampler
+from trietune.training.schedule import learning_rate_schedule
 from trietune.trie import make_micro_batches
 from trietune.trie.dealing import deal_step
 

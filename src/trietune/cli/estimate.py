@@ -38,7 +38,7 @@ def estimate(
     """Say how long a run would take, how much memory, and at what cost."""
     from trietune.config import load_config
     from trietune.demo import demo_config
-    from trietune.tracking.console.result import columns
+    from trietune.io.columns import columns
 
     refuse_several_processes()
     settings = load_config(config or demo_config(), overrides)

@@ -32,7 +32,7 @@ def init(
     check_output(schema, "init")
     write_output(target, render_template(kind).encode(), "--out")
     write_output(schema, (json.dumps(json_schema(), indent=1) + "\n").encode(), "init")
-    say(f"{target}: every line has its meaning beside it")
+    say(f"{target}: each key is explained beside it")
     say(f"next:  trietune train {target} --dry-run")
 
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 def predict(
     target: Target,
-    text: Annotated[list[str], typer.Option(help="What to ask; may be repeated.")] = [],  # noqa: B006
+    text: Annotated[list[str], typer.Option(help="A prompt; may be repeated.")] = [],  # noqa: B006
     input_file: Annotated[
-        MaybePath, typer.Option("--input", help="Texts, one a line, or .jsonl with columns; `-` is stdin.")
+        MaybePath, typer.Option("--input", help="Texts, one per line, or .jsonl with columns; `-` is stdin.")
     ] = None,
     output_file: Annotated[MaybePath, typer.Option("--output", help="JSONL; `-` is stdout.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -110,7 +110,7 @@ def _chat(opened: LoadedModel, max_new_tokens: int) -> None:
 
     encoder = opened.encoder()
     is_chat = encoder.prompt_format.kind == "chat"
-    say(f"{opened.name}: write a line; Ctrl-D ends" + ("; `/new` begins anew" if is_chat else ""), err=True)
+    say(f"{opened.name}: type a message; Ctrl-D quits" + ("; `/new` starts over" if is_chat else ""), err=True)
     messages: list[Message] = []
     while True:
         try:

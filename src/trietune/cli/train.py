@@ -24,10 +24,12 @@ def train(
     config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
     overrides: Overrides = [],  # noqa: B006  (typer copies it)
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+        bool, typer.Option("--resume", help="Resume from the newest checkpoint, if there is one.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    show_config: Annotated[bool, typer.Option("--show-config", help="Print each value and where it is from.")] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print each value and where it comes from.")
+    ] = False,
     allow_change: Annotated[
         list[str],
         typer.Option("--allow-change", metavar="KEY", help="Accept a difference, or `optimizer_state`, when resuming."),
@@ -38,7 +40,7 @@ def train(
         typer.Option("--nproc", metavar="N|auto", help="Processes on this machine that share each step."),
     ] = None,
     restarts: Annotated[
-        int, typer.Option("--restarts", min=0, help="With --nproc or --ray: how often to go on after a lost process.")
+        int, typer.Option("--restarts", min=0, help="With --nproc or --ray: restarts after a lost process.")
     ] = 0,
     use_ray: Annotated[bool, typer.Option("--ray", help="Train with the workers of a Ray cluster.")] = False,
     num_workers: Annotated[
@@ -148,10 +150,10 @@ def _number_of_processes(nproc: str | None) -> int:
 
 
 def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) -> None:
+    from trietune.io.columns import columns
     from trietune.ranks.launch import as_one_of
     from trietune.run.prepare import prepare
     from trietune.run.signals import StopSignals
-    from trietune.tracking.console.result import columns
 
     refuse_several_processes()
     with console() as tracker, StopSignals() as signals, as_one_of(num_processes):

@@ -8,7 +8,7 @@
 A turn begins where the template, given all that went before, asks for an answer. So what the model is given in training
 is, character for character, what it is given in use.
 
-Some templates write an answer anew once others follow it: those of reasoning models drop its thoughts. Then no single
+Some templates rewrite an answer once others follow it: those of reasoning models drop its thoughts. Then no single
 text holds all answers as they were given, and each turn becomes an example of its own. The trie computes what they
 share once.
 """
@@ -28,7 +28,7 @@ from trietune.data.examples import Example, Message
 
 Segment = tuple[
     str, bool
-]  # text, and whether the assistant says it: whether it is to be learnt, unless its weight is 0
+]  # text, and whether the assistant says it: whether it is to be learned, unless its weight is 0
 
 _PROBE = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
 
@@ -38,7 +38,7 @@ class RewrittenTurnError(WrongRow):
 
 
 def rewrites_turns(tokenizer: Any, chat_template: str, conversations: Sequence[Example] = ()) -> bool:
-    """Whether the template writes earlier answers anew as a conversation goes on.
+    """Whether the template rewrites earlier answers as a conversation goes on.
 
     Args:
         conversations: some of the data; those that think or call tools are tried, for templates that only rewrite such.
@@ -78,7 +78,7 @@ def split_turns(
 
     Raises:
         WrongRow: the template refuses the conversation.
-        RewrittenTurnError: it writes earlier turns anew as it goes on.
+        RewrittenTurnError: it rewrites earlier turns as it continues.
     """
     render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools)
     full = render(messages, asks=add_generation_prompt)
@@ -91,7 +91,7 @@ def split_turns(
         is_last = index == len(messages) - 1 and not add_generation_prompt
         said = full if is_last else render(messages[: index + 1], asks=False)
         if not (full.startswith(said) and said.startswith(given) and len(given) >= end):
-            raise RewrittenTurnError(f"the chat template writes message {index + 1} anew once others follow")
+            raise RewrittenTurnError(f"the chat template rewrites message {index + 1} once others follow")
         segments += [(full[end : len(given)], False), (_without_space_behind(full[len(given) : len(said)]), True)]
         end = len(given) + len(segments[-1][0])
     if add_generation_prompt:

@@ -5,10 +5,10 @@ applied to each row of it. The first of these that fits is taken:
 
     prompt_template, completion_template     the user's own words
     the name or the file's form              SST-2: sentence, label; SQuAD v2: context, question, answers
-    input_ids, labels                        tokens that somebody else made
+    input_ids, labels                        tokens made elsewhere
     messages                                 a conversation
     prompt, completion                       text as it is
-    text                                     text as it is, learnt from its first token on
+    text                                     text as it is, learned from its first token on
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _from_templates(columns: Sequence[str], prompt_template: str, completion_tem
 
 
 def _instead_of(name: str, columns: Sequence[str]) -> str:
-    """What to write in place of a name that is no column: the nearest one, whatever its case and its spaces."""
+    """What to write in place of a name that is not a column: the nearest one, whatever its case and its spaces."""
     simple = {" ".join(column.lower().replace("_", " ").split()): column for column in reversed(columns)}
     wanted = " ".join(re.split("[!:]", name)[0].lower().replace("_", " ").split())
     near = get_close_matches(wanted, list(simple), n=1)
@@ -279,7 +279,7 @@ def _read_answers(value: Any) -> tuple[str, ...]:
     for item in value:
         text = item.get("text") if isinstance(item, Mapping) else item
         if not isinstance(text, str):
-            raise WrongRow("`answers` holds something that is no text")
+            raise WrongRow("`answers` holds something that is not text")
         texts.append(text)
     return tuple(texts)
 

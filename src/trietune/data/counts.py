@@ -30,7 +30,7 @@ class SplitCounts:
         read: rows that were read.
         num_examples: examples in them; more than rows where each turn of a conversation is one.
         kept: examples that became sequences.
-        num_tokens, num_labels, longest: of the kept sequences; `longest` in tokens.
+        num_tokens, num_labels, longest: counts of the kept sequences; `longest` in tokens.
         overlong: longer than `max_length`; left out in training, kept in validation.
         truncated: cut to `max_length` at the left of their prompt.
         without_completion: nothing to learn but the end; left out in training, kept in validation.
@@ -39,7 +39,7 @@ class SplitCounts:
         without_prompt: a column of the prompt is empty; kept.
         duplicates: equal to an earlier example; kept.
         without_weight: whose weight is 0 everywhere; left out (validation knows no weights of rows).
-        unlearnt: answers of conversations that are not learnt, because their weight is 0.
+        unlearnt: answers of conversations that are not learned, because their weight is 0.
         cut_reasoning, cut_text: answers of which the chat template leaves out reasoning, or other text.
         unseen_messages: messages to the assistant that the chat template does not write.
         unused_keys: keys of messages that the chat template does not take, and the messages that have them.
@@ -108,7 +108,7 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
         (counts.without_prompt, "with an empty text in the prompt, kept"),
         (counts.duplicates, "equal to an earlier one, kept"),
         (counts.without_weight, "of weight 0, left out"),
-        (counts.unlearnt, "of the answers not learnt, as their `weight`, `loss` or `train` says"),
+        (counts.unlearnt, "of the answers not learned, as their `weight`, `loss` or `train` says"),
         (counts.cut_reasoning, "of the answers without their reasoning, which the chat template leaves out"),
         (counts.cut_text, "of the answers not written by the chat template as they are"),
         (counts.unseen_messages, "of the other messages not written by the chat template, or not as they are"),

@@ -64,7 +64,7 @@ class _Tally:
     counts: SplitCounts
     seen: int = 0
     problems: Problems = field(
-        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped in silence")
+        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped silently")
     )
     too_long: Problems = field(
         default_factory=lambda: Problems(

@@ -4,8 +4,8 @@
            -100..  labels      label
 
 Prompt and completion are tokenized apart, so that the prompt's tokens in training are those in use, whatever follows.
-Some tokenizers put a space before every text that they are given (Llama 2's does). A completion is no beginning, so it
-is tokenized without that space: decoding the whole gives prompt and completion, character for character.
+Some tokenizers put a space before every text that they are given (Llama 2's does). A completion does not begin a
+text, so it is tokenized without that space: decoding the whole gives prompt and completion, character for character.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _ends_of_calls(encoder: Encoder, conversations: Sequence[Example]) -> list[i
 
 
 def _up_to(example: Example, index: int) -> Example:
-    """The conversation up to one of its answers, all of which are learnt."""
+    """The conversation up to one of its answers, all of which are learned."""
     return replace(example, messages=tuple(replace(one, weight=1.0) for one in example.messages[: index + 1]))
 
 
@@ -173,7 +173,7 @@ class EncodedExamples:
 
     Attributes:
         input_ids: int32 [tokens].
-        labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learnt.
+        labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learned.
         lengths: int64 [examples], tokens of each.
         weights: float64 [tokens], what multiplies the loss of each label; None where that is 1 everywhere.
     """
@@ -215,7 +215,7 @@ class Encoder:
             pieces.append([self.prompt_format.eos_id])
             are_labels.append(False)
             are_labels += (is_label for _, is_label in one)
-            are_labels.append(one[-1][1])  # the end is learnt with what it ends
+            are_labels.append(one[-1][1])  # the end is learned with what it ends
         sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
         input_ids = np.fromiter(chain.from_iterable(pieces), np.int32, int(sizes.sum()))
         labels = np.where(np.repeat(np.array(are_labels, bool), sizes), input_ids, np.int32(IGNORED_LABEL))
@@ -254,7 +254,7 @@ class Encoder:
         return str(decoded[len(self.beginning.decode(anchor, skip_special_tokens=True)) :])
 
     def segments(self, example: Example) -> list[Segment]:
-        """An example as the texts that are tokenized apart, each with whether it is to be learnt."""
+        """An example as the texts that are tokenized apart, each with whether it is to be learned."""
         if example.messages:
             return self.learnt(example, self.said(example))
         if not example.prompt:

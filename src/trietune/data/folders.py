@@ -76,7 +76,7 @@ def _splits_of_folder(folder: Path, report: Callable[[str], None]) -> dict[str, 
 def _settle(
     name: str, similar: list[Path], files: dict[str, list[Path]], folder: Path, report: Callable[[str], None]
 ) -> None:
-    """`train_backup.jsonl` is no part of `train.jsonl`; a single `train_v2.jsonl` is the split where nothing else is.
+    """`train_backup.jsonl` is not part of `train.jsonl`; a single `train_v2.jsonl` is the split where nothing else is.
 
     Raises:
         UserError: several could be the split.

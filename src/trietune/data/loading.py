@@ -127,7 +127,7 @@ class Loading:
             self.report(line)
         if not len(sequences):
             raise _nothing_left(counts, rules.max_length)
-        # Checkpoints of the first version name data by `key` alone, and such rows gave other sequences then.
+        # Checkpoints of the first version name data only by `key`, and such rows gave other sequences then.
         has_unlearnt = (counts.unlearnt.number or counts.without_weight.number) and weighting is None
         if counts.without_labels.number or counts.padded.number or counts.num_with_more or has_unlearnt:
             key = make_key(fingerprint=key, reading_version=2)
@@ -179,7 +179,7 @@ class Loading:
 def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
     """What of a row format or prompt format decides tokens.
 
-    Names of columns do only where templates mean others than they meant when identifiers alone were columns; a
+    Names of columns do only where templates mean others than they meant when only identifiers were columns; a
     checkpoint of that time then goes on with the same fingerprint.
     """
     fields = asdict(words)
@@ -200,7 +200,7 @@ def _last_row(held_out: np.ndarray | None, limit: int | None) -> int | None:
 
 def _changed_meanwhile(rows: Rows) -> UserError:
     return UserError(
-        f"`{rows.name}` was written to while it was read, so nobody can tell what was read of it",
+        f"`{rows.name}` changed while it was being read, so it is not clear what was read",
         where="nothing was kept",
         next_step="wait until the file is complete, then run the same command again",
     )
@@ -234,7 +234,7 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
             next_step="check `labels` (and `ignored_index`) of the data",
         )
     return UserError(
-        f"none of the {counts.read:,} rows of `{counts.source}` can be learnt from: their completions are empty",
+        f"none of the {counts.read:,} rows of `{counts.source}` can be learned from: their completions are empty",
         where=name_places(counts.without_completion.samples, counts.without_completion.number),
         next_step="check `completion_template` and the columns of the file",
     )

@@ -1,11 +1,11 @@
 """Conversations as chat services and other tools write them.
 
-    {"role": "assistant", "content": "Hello!", "weight": 0}                 an answer that is not learnt
+    {"role": "assistant", "content": "Hello!", "weight": 0}                 an answer that is not learned
     {"role": "assistant", "content": null, "tool_calls": [...]}             a call of tools
     {"role": "user", "content": [{"type": "text", "text": "Hi"}]}           parts of text, joined
     {"from": "gpt", "value": "Hello!"}                                      ShareGPT's words for the same
 
-`weight`, `loss` and `train` say whether an answer is learnt. Every other key goes to the chat template.
+`weight`, `loss` and `train` say whether an answer is learned. Every other key goes to the chat template.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
     # Parquet and CSV have no lists of objects of mixed kind: some data sets keep them as JSON text.
     value = _decoded(value, column, "messages")
     if not isinstance(value, Sequence) or not value:
-        raise TypeError(f"column `{column}` is no list of messages, or an empty one")
+        raise TypeError(f"column `{column}` is not a list of messages, or is empty")
     return tuple(_read_message(item, f"message {number} of `{column}`") for number, item in enumerate(value, start=1))
 
 
@@ -80,7 +80,7 @@ def _decoded(value: Any, column: str, what: str) -> Any:
     except RepeatedKeyError as error:
         raise TypeError(f"column `{column}` holds an object with a {error}") from None
     except (ValueError, RecursionError):
-        raise TypeError(f"column `{column}` holds text that is no JSON list of {what}") from None
+        raise TypeError(f"column `{column}` holds text that is not a JSON list of {what}") from None
 
 
 def _read_message(item: Any, where: str) -> Message:
@@ -96,7 +96,7 @@ def _read_message(item: Any, where: str) -> Message:
     content = _text_of(item.get("content"), where)
     if content is None:
         if "tool_calls" not in more and not any(more.get(key) for key in REASONING_KEYS):
-            raise TypeError(f'"content" of {where} is no text')
+            raise TypeError(f'"content" of {where} is not text')
         more = {"content": None, **more}
     return Message(item["role"], content or "", _read_weight(item, where), _as_json(more) if more else "")
 
@@ -131,7 +131,7 @@ def _text_of(content: Any, where: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise TypeError(f'"content" of {where} is no text')
+        raise TypeError(f'"content" of {where} is not text')
     texts: list[str] = []
     for part in content:
         if isinstance(part, str):
@@ -139,7 +139,7 @@ def _text_of(content: Any, where: str) -> str | None:
             continue
         kind = part.get("type") or "text" if isinstance(part, Mapping) else type(part).__name__
         if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise TypeError(f'"content" of {where} has a part of the type `{kind}`, and only text can be learnt from')
+            raise TypeError(f'"content" of {where} has a part of the type `{kind}`, and only text can be learned from')
         texts.append(part["text"])
     return "".join(texts) if texts else None
 
@@ -147,7 +147,7 @@ def _text_of(content: Any, where: str) -> str | None:
 def _read_weight(item: Mapping[str, Any], where: str) -> float:
     weight = item.get("weight")
     if weight is not None and not is_weight(weight):
-        raise TypeError(f'"weight" of {where} is no number')
+        raise TypeError(f'"weight" of {where} is not a number')
     for key in _SWITCHES:
         switch = item.get(key)
         if switch is None:
@@ -155,7 +155,7 @@ def _read_weight(item: Mapping[str, Any], where: str) -> float:
         if switch not in (True, False):
             raise TypeError(f'"{key}" of {where} is `{switch}`, neither true nor false')
         if weight is not None and bool(weight) != bool(switch):
-            raise TypeError(f"{where} says both that it is learnt and that it is not")
+            raise TypeError(f"{where} says both that it is learned and that it is not")
         weight = weight if switch and weight is not None else float(switch)
     return 1.0 if weight is None else float(weight)
 

@@ -200,11 +200,11 @@ def _read_chats(form: AnswerForm, row: Mapping[str, Any], place: str) -> tuple[E
 def _read_ranked(form: AnswerForm, row: Mapping[str, Any], place: str) -> list[AnswerRow]:
     completions = row.get("completions")
     if not isinstance(completions, Sequence) or isinstance(completions, str):
-        raise WrongRow("`completions` is no list")
+        raise WrongRow("`completions` is not a list")
     column = "scores" if row.get("scores") is not None else "ranking"
     values = row.get(column)
     if not isinstance(values, Sequence) or isinstance(values, str) or not all(_is_number(one) for one in values):
-        raise WrongRow(f"`{column}` is no list of numbers")
+        raise WrongRow(f"`{column}` is not a list of numbers")
     if len(values) != len(completions):
         raise WrongRow(f"{len(completions)} `completions` and {len(values)} `{column}`")
     sign = 1.0 if column == "scores" else -1.0

@@ -40,7 +40,7 @@ def make_prompt_format(
         prompt_template=row_format.prompt_template,
         completion_template=row_format.completion_template,
         chat_template=chat_template,
-        # Of answers that are compared, the last one alone is learnt.
+        # Of answers that are compared, only the last one is learned.
         is_turn_by_turn=row_format.kind == "answer_messages"
         or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template, conversations)),
         parses_special_tokens=may_mean_them or spells_them,

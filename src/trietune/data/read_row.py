@@ -33,7 +33,7 @@ class LengthRules:
     Attributes:
         overlong: None keeps them, as validation does.
         keeps_empty: whether an example without a completion stays.
-        ignored_label: of data that brings its own labels, the one that counts for nothing.
+        ignored_label: in data that brings its own labels, the one that counts for nothing.
     """
 
     max_length: int
@@ -58,7 +58,7 @@ class ReadExample:
 
     @property
     def is_unlearnt(self) -> bool:
-        """Whether a conversation says that none of its answers is learnt."""
+        """Whether a conversation says that none of its answers is learned."""
         return self.num_unlearnt > 0 and not any(is_learnt for _, is_learnt in self.segments)
 
 
@@ -150,7 +150,7 @@ def _turns(example: Example) -> list[Example]:
 
 
 def _read_tokens(row: Row, place: str, encoder: Encoder, rules: LengthRules) -> ReadExample:
-    """Data that somebody else tokenized: kept as it is, checked, and decoded to have a text to show."""
+    """Data tokenized elsewhere: kept as it is, checked, and decoded to have a text to show."""
     input_ids, labels, mask = (_read_numbers(row, name) for name in ("input_ids", "labels", "attention_mask"))
     if len(input_ids) != len(labels):
         raise WrongRow(f"{len(input_ids)} `input_ids` and {len(labels)} `labels`")

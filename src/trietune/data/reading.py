@@ -75,7 +75,7 @@ def in_words_of(prompt_format: PromptFormat, row_format: RowFormat, source: str)
 def find_row_format(
     settings: Settings, sources: Sources, trained_with: PromptFormat | None = None
 ) -> tuple[RowFormat, AnswerForm | None]:
-    """How rows become examples, and, where preferences are learnt, how they become answers that are compared.
+    """How rows become examples, and, where preferences are learned, how they become answers that are compared.
 
     What an adapter was trained with says more about the rows than their columns.
     """

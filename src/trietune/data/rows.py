@@ -116,7 +116,7 @@ class HubRows:
         return self.name.partition(" ")[0]
 
     def fingerprint(self) -> str:
-        # Not the library's own: that is another one offline, and after an upgrade.
+        # Not datasets' own: that is another one offline, and after an upgrade.
         digest = hashlib.sha256(f"{self.split}\0{len(self.dataset)}\0".encode())
         for cached in self.dataset.cache_files:
             with Path(cached["filename"]).open("rb") as file:

@@ -63,7 +63,7 @@ class Tally:
     num_examples: int = 0
     counts: SplitCounts = field(default_factory=lambda: SplitCounts(source=""))
     problems: Problems = field(
-        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped in silence")
+        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped silently")
     )
     too_long: Problems = field(
         default_factory=lambda: Problems(

@@ -50,8 +50,9 @@ class PromptFormat:
     Attributes:
         kind: `template`: a prompt and a completion; `chat`: messages through `chat_template`; `tokens`: the data
             brought its own token ids.
-        prompt_template: of a `template`; empty if the data holds whole prompts or none.
-        completion_template: of a `template`, empty for the built-in tasks, whose completions are not one template.
+        prompt_template: the prompt's part of a `template`; empty if the data holds whole prompts or none.
+        completion_template: the completion's part of a `template`; empty for the built-in tasks, which have
+            no single one.
         chat_template: Jinja source of a `chat`.
         parses_special_tokens: whether the text of a special token, such as `<eos>`, becomes that token. Only where a
             template, or data that was rendered elsewhere, may mean it; a review that says `<eos>` stays text.
@@ -60,9 +61,9 @@ class PromptFormat:
         stop_ids: generation ends at any of them.
         task: what a right answer is.
         tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.encoder.hash_tokenizer`.
-        is_turn_by_turn: of a `chat`, whether each answer is an example of its own, because the template writes earlier
-            answers anew; else all answers of a conversation are learnt in one.
-        template_columns: of a `template`, the columns that both templates may name; None takes identifiers alone, as
+        is_turn_by_turn: for a `chat`, whether each answer is an example of its own, because the template writes earlier
+            answers anew; else all answers of a conversation are learned in one.
+        template_columns: for a `template`, the columns that both templates may name; None takes only identifiers, as
             the first adapters did.
     """
 
@@ -172,7 +173,7 @@ def split_template(template: str, columns: Collection[str] | None = None) -> tup
 
 
 def to_text(value: Any, column: str) -> str:
-    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is no text.
+    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is not text.
 
     None is empty, and so is NaN, which tables of numbers write where a value is missing.
     """

@@ -51,7 +51,7 @@ def find_weighting(rows: Rows, row_format: RowFormat) -> Weighting | None:
 
 
 def row_weight(row: Mapping[str, Any]) -> float:
-    """The weight of a row. Raises `WrongRow` if it is no number."""
+    """The weight of a row. Raises `WrongRow` if it is not a number."""
     value = row.get(COLUMN)
     # Tables hold text.
     if isinstance(value, str):
@@ -69,7 +69,7 @@ def weigh(
     """The examples with a weight at each token, and no label where that is 0.
 
     Args:
-        of_rows: of each example's row.
+        of_rows: weight of each example's row.
         only_last: whether only the last message of a conversation has labels.
 
     Raises:

@@ -102,7 +102,7 @@ def predict_text(
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise UserError(
-                f"input {number} is empty, and a model needs something to go on from", next_step="give it a text"
+                f"input {number} is empty, and a model needs a text to continue", next_step="give it a text"
             )
     limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=batch_size)
     answers = generate(model, prompts, limits, check_stop=check_stop)
@@ -203,7 +203,7 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
     missing = [column for column in columns if column not in value]
     if missing:
         raise UserError(
-            f"{name} has no {_named(missing)}, which the prompt of this adapter asks for",
+            f"{name} has no {_named(missing)}, which this adapter's prompt uses",
             where=f"it has {_named(list(value)) or 'no columns'}",
             next_step=f"give JSON with all of them: {_sample_row(columns)}",
         )
@@ -232,7 +232,7 @@ def encode_prompt(encoder: Encoder, example: Example) -> list[int]:
         return encoder.encode_prompt(example)
     except WrongRow as error:
         raise UserError(
-            f"this conversation cannot go on: {error}", next_step="begin a new one, with the user's turn"
+            f"this conversation cannot continue: {error}", next_step="start a new one with the user's turn"
         ) from None
 
 

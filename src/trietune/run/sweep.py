@@ -42,9 +42,9 @@ class Trial:
     """One combination.
 
     Attributes:
-        values: of the keys that are swept over, as they were written.
-        name: of the run, and of its folder.
-        command: that trains it.
+        values: values of the keys that are swept over, as they were written.
+        name: name of the run, and of its folder.
+        command: command that trains it.
     """
 
     values: Mapping[str, str]
@@ -63,7 +63,7 @@ class Sweep:
     """A grid, checked, with nothing started.
 
     Attributes:
-        directory: of all trials.
+        directory: folder of all trials.
         metric, mode: what tells a better trial: `eval/loss`, `min`.
     """
 
@@ -251,7 +251,7 @@ def _read_grid(over: Sequence[str], taken: Sequence[str]) -> dict[str, list[str]
 
 
 def _name_of(values: Mapping[str, str]) -> str:
-    """`learning_rate=1e-4,lora_r=8`; a digest where that is no plain name for a folder."""
+    """`learning_rate=1e-4,lora_r=8`; a digest where that is not a plain name for a folder."""
     name = ",".join(f"{key}={value}" for key, value in values.items())
     if _PLAIN.fullmatch(name):
         return name
