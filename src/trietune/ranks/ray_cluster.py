@@ -19,7 +19,8 @@ QUIET = {
     # Ray ends workers when a machine's memory is nearly full, for others' sake; a run cuts smaller micro-batches.
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
+    # A training is no background work.
+    "RAY_worker_niceness": "0",
 }
 OBJECT_STORE_BYTES = 128 * 2**20
 
