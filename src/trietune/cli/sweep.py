@@ -57,8 +57,8 @@ def _run(planned: Sweep, address: str | None, cpus_per_trial: int, *, use_ray: b
 
 def _compare(planned: Sweep, outcomes: Sequence[Outcome]) -> int:
     """Show the comparison; returns the exit code of the first trial that failed."""
-    from trietune.run.sweep import comparison_table, write_comparison
     from trietune.io.columns import columns
+    from trietune.run.sweep import comparison_table, write_comparison
 
     for line in columns(comparison_table(planned, outcomes)):
         say(line)
