@@ -130,7 +130,7 @@ def train_once(
 
 
 def compare(results: Sequence[dict[str, Any]], learning_rate: float, values: Sequence[str]) -> dict[str, Any]:
-    """Mean accuracy of each value and, over seeds that have both, the last minus the first with its 95 % interval."""
+    """Mean accuracy of each value and, over seeds that have both, the last minus the first with its 95% interval."""
     found: dict[str, dict[int, float]] = {value: {} for value in values}
     for result in results:
         if result["learning_rate"] == learning_rate:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from trietune.errors import UserError
     from trietune.evaluation.evaluate import Evaluation
     from trietune.run.opened import evaluate
-    from trietune.run.session import Run, train
+    from trietune.run.result import Run
+    from trietune.run.train import train
 
 __version__ = "0.1.0"
 __all__ = ["Evaluation", "Run", "Settings", "UserError", "__version__", "evaluate", "load_config", "train"]
@@ -23,12 +24,12 @@ __all__ = ["Evaluation", "Run", "Settings", "UserError", "__version__", "evaluat
 # Loaded on first use, so that `import trietune` costs nothing and loads no torch.
 _HOMES = {
     "Evaluation": "trietune.evaluation.evaluate",
-    "Run": "trietune.run.session",
+    "Run": "trietune.run.result",
     "Settings": "trietune.config",
     "UserError": "trietune.errors",
     "evaluate": "trietune.run.opened",
     "load_config": "trietune.config",
-    "train": "trietune.run.session",
+    "train": "trietune.run.train",
 }
 
 

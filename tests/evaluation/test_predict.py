@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from trietune.evaluation.evaluate_model import evaluate_model
 
 from trietune.data.examples import Example, Message, Task
 from trietune.data.templates import SQUAD_PROMPT, SQUAD_TASK, SST2_PROMPT, SST2_TASK
 from trietune.errors import UserError
+from trietune.evaluation.evaluate import evaluate_model
 from trietune.evaluation.predict import answer_turn, make_examples, predict_labels, predict_text
 from trietune.model.causal_lm import TrieModel
 

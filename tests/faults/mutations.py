@@ -65,17 +65,17 @@ MUTATIONS = [
         "of a streamed file, the first piece alone hashed", "io/directory.py",
         "            digest.update(piece)\n            size +=",
         "            if not size:\n                digest.update(piece)\n            size +=",
-        ("tests/checkpoints/test_directory.py",),
+        ("tests/io/test_directory.py",),
     ),
     Mutation(
         "of a streamed file, the size not compared with the promise", "io/directory.py",
-        "    if size != _size_of(content):\n", "    if False:\n", ("tests/checkpoints/test_directory.py",),
+        "    if size != _size_of(content):\n", "    if False:\n", ("tests/io/test_directory.py",),
     ),
     Mutation(
         "no staging: written under its final name", "io/directory.py",
         '    staging = files.hidden_sibling("staging", target)\n    try:\n        files.make_folder(staging)\n        entries',  # noqa: E501
         "    staging = target\n    try:\n        files.make_folder(staging)\n        entries",
-        (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut", "tests/checkpoints/test_directory.py"),
+        (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut", "tests/io/test_directory.py"),
     ),
     Mutation(
         "removal without hiding first", "io/directory.py",
@@ -97,7 +97,7 @@ MUTATIONS = [
     Mutation(
         "the manifest's own digest not compared", "io/manifest.py",
         '    if _with_digest({**document, "digest": ""}) != data:\n', "    if False:\n",
-        ("tests/checkpoints/test_directory.py::test_every_flipped_bit_of_a_manifest_is_damage",),
+        ("tests/io/test_directory.py::test_every_flipped_bit_of_a_manifest_is_damage",),
     ),
     Mutation(
         "links followed", "io/directory.py",
@@ -119,14 +119,14 @@ MUTATIONS = [
         "            write(descriptor, piece)\n        flush(descriptor)\n",
         "            write(descriptor, piece)\n        try:\n            flush(descriptor)\n"
         "        except OSError:\n            pass\n",
-        ("tests/checkpoints/test_directory.py", "tests/checkpoints/test_store.py"),
+        ("tests/io/test_directory.py", "tests/checkpoints/test_store.py"),
     ),
     Mutation(
         "a failed flush tried again", "io/files.py",
         "            write(descriptor, piece)\n        flush(descriptor)\n",
         "            write(descriptor, piece)\n        try:\n            flush(descriptor)\n"
         "        except OSError:\n            flush(descriptor)\n",
-        ("tests/checkpoints/test_directory.py",),
+        ("tests/io/test_directory.py",),
     ),
     Mutation(
         "the last whole one may go", "checkpoints/retention.py",
@@ -284,7 +284,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gaps between tensors allowed", "io/safetensors.py",
-        "    _check_no_gaps(entries, num_data_bytes)\n", "", ("tests/checkpoints/test_tensors.py",),
+        "    _check_no_gaps(entries, num_data_bytes)\n", "", ("tests/io/test_tensors.py",),
     ),
     Mutation(
         "a key may stand twice", "io/strict_json.py",

@@ -295,7 +295,7 @@ SEAM: dict[str, Callable[[Any, int], Any]] = {
 def whole_run(settings: dict[str, Any], *, react: str = "", allowed_changes: tuple[str, ...] = ()) -> dict[str, Any]:
     """`trietune.train` on this rank, and what it said."""
     from trietune import load_config
-    from trietune.run.session import train as train_run
+    from trietune.run.train import train as train_run
     from trietune.tracking.jsonl import FilesListener
     from trietune.tracking.tracker import Tracker
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.device.figures import Range, Speed
     from trietune.run.estimate import Estimate
-    from trietune.run.prepare import Prepared
+    from trietune.run.prepared import Prepared
     from trietune.tracking.tracker import Tracker
 
 NOT_COUNTED = "loading model and data, saving, uploads, and machines that others use too"

@@ -95,4 +95,4 @@ def _evaluation_lines(found: Evaluation) -> list[str]:
         interval = f"({wording.interval(name, *found.intervals[name])})" if name in found.intervals else ""
         rows.append((wording.metric_name(name), wording.metric_value(name, value), interval))
     lines = columns(rows)
-    return [*lines, "(95 % intervals in parentheses)"] if found.intervals else lines
+    return [*lines, "(95% intervals in parentheses)"] if found.intervals else lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,14 +17,14 @@ from trietune.io.outputs import check_output, write_output
 from trietune.run.signals import StopSignals
 
 if TYPE_CHECKING:
-    from trietune.run.opened import LoadedModel
+    from trietune.run.loaded import LoadedModel
 
 
 def predict(
     target: Target,
     text: Annotated[list[str], typer.Option(help="A prompt; may be repeated.")] = [],  # noqa: B006
     input_file: Annotated[
-        MaybePath, typer.Option("--input", help="Texts, one per line, or .jsonl with columns; `-` is stdin.")
+        MaybePath, typer.Option("--input", help="A file in any form that training reads; `-` is stdin.")
     ] = None,
     output_file: Annotated[MaybePath, typer.Option("--output", help="JSONL; `-` is stdout.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
@@ -42,7 +42,7 @@ def predict(
     if output_file is not None:
         check_output(output_file, "--output")
     is_chat = not text and input_file is None and sys.stdin.isatty()
-    inputs = [] if is_chat else [*text, *_read_inputs(input_file, has_text=bool(text))]
+    inputs = [] if is_chat else [*text, *_read_inputs(input_file, overrides, has_text=bool(text))]
     with console() as tracker:
         opened = open_model(target, overrides, tracker)
     if is_chat:
@@ -65,34 +65,17 @@ def predict(
             say(_answer_line(record))
 
 
-def _read_inputs(path: Path | None, *, has_text: bool) -> Iterator[Any]:
-    from trietune.data.json_text import JsonDecoder, RepeatedKeyError
+def _read_inputs(path: Path | None, overrides: Sequence[str], *, has_text: bool) -> Iterator[Any]:
+    from trietune.config import load_config
+    from trietune.data.inputs import read_inputs, read_piped
+    from trietune.data.sources import file_options
 
-    if path is None and (has_text or sys.stdin.isatty()):
-        return
-    is_stdin = path is None or str(path) == "-"
-    try:
-        text = sys.stdin.read() if is_stdin else path.read_text("utf-8-sig")  # type: ignore[union-attr]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`--input {path}` cannot be read: {error}", next_step="check the path") from error
-    # Not `splitlines`: a text may hold the other separators that it knows.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    is_json = (path is not None and path.suffix.lower() in (".jsonl", ".ndjson")) or (
-        is_stdin and bool(lines) and lines[0].startswith("{")
-    )
-    decoder = JsonDecoder()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield decoder.decode(line) if is_json else line
-        except RepeatedKeyError as error:
-            raise UserError(
-                f"{path or 'stdin'}:{number} has a {error}", next_step="remove one of the two values"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise UserError(f"{path or 'stdin'}:{number} is not JSON: {what}") from None
+    if path is not None and str(path) != "-":
+        keys = ("file_encoding", "csv_separator", "txt_unit")
+        own = [one for one in overrides if one.partition("=")[0].strip() in keys]
+        yield from read_inputs(path, file_options(load_config(None, own)))
+    elif path is not None or not (has_text or sys.stdin.isatty()):
+        yield from read_piped(sys.stdin.read())
 
 
 def _answer_line(record: dict[str, Any]) -> str:

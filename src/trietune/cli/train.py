@@ -117,7 +117,7 @@ def train(
         command = [sys.executable, "-m", "trietune", "train", *([] if config is None else [str(config)]), *options]
         raise typer.Exit(launch(command, count, restarts=restarts, began=_began_of(context), say=to_stderr))
     _set_log_level(settings.log_level)
-    from trietune.run.session import train as run_training
+    from trietune.run.train import train as run_training
 
     began = command_began() or _began_of(context)
     raise typer.Exit(run_training(settings, allowed_changes=frozenset(allow_change), began=began).exit_code)

@@ -209,8 +209,7 @@ def _clash(settings: Settings, key: str, other: str, relation: str, remedy: str,
     if relation == "needs" and value in ("", None):
         return Problem(f"{first} needs `{other}`, which is empty ({settings.where(other)})", why, remedy, (key, other))
     second = f"`{other}: {_shown(settings, other)}` ({settings.where(other)})"
-    verb = "does not fit" if relation == "does not fit" else relation
-    return Problem(f"{first} {verb} {second}", why, remedy, (key, other))
+    return Problem(f"{first} {relation} {second}", why, remedy, (key, other))
 
 
 def _shown(settings: Settings, key: str) -> str:

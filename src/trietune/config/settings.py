@@ -63,6 +63,14 @@ def _check_metric(name: str) -> str:
     return name
 
 
+def _check_encoding(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, UnicodeError) as error:
+        raise ValueError("Python knows no encoding of text of that name") from error
+    return name
+
+
 def _check_repository(name: str | None) -> str | None:
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name):
         raise ValueError("a repository of the hub is `OWNER/NAME`")
@@ -120,6 +128,15 @@ class Settings(BaseModel):
     """Local validation data, in the same formats. Without it, the data set's own validation split is used; where there
     is none, a part of the training data is held out."""
 
+    file_encoding: Annotated[NonEmpty, AfterValidator(_check_encoding)] = "utf-8"
+    """Encoding of text files, as Python names it: `cp1252`, `utf-16`, `latin-1`, ..."""
+
+    csv_separator: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    """Character between the columns of `.csv` files, such as `;`."""
+
+    txt_unit: Literal["line", "file"] = "line"
+    """Part of `.txt` files that is one text: each line, or each file."""
+
     dataset_split: NonEmpty | None = None
     """Split that is trained on, `train` unless set, or a part of it: `train[:10%]`. Validation keeps its own split."""
 
@@ -151,6 +168,11 @@ class Settings(BaseModel):
     """Whether every sequence begins with the tokenizer's beginning-of-sequence token, once. `auto` puts it there if the
     tokenizer has one and does not say `add_bos_token: false`. The adapter's `prompt_format.json` keeps what was done,
     and `evaluate` and `predict` follow it; a chat template may write the token itself."""
+
+    task: Literal["auto", "labels", "answers", "text"] = "auto"
+    """What a right answer is, and so what is measured beside the loss: `labels` scores every label and counts accuracy,
+    `answers` generates and compares (exact match, token F1, ROUGE-L where answers are long), `text` measures the loss
+    only. `auto` takes labels where completions are few, short and seen often, and says why."""
 
     ignored_index: int = -100
     """Label that counts for nothing, in data that brings labels of its own."""

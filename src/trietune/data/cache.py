@@ -233,8 +233,11 @@ def _to_line(example: Example) -> bytes:
     if example.answers or example.messages:
         fields.append(example.answers)
     if example.messages:
-        # Weights are in the arrays; what has none of them is written as it always was.
-        parts = [(one.role, one.content, *((one.weight, one.more) if one.more else ())) for one in example.messages]
+        # What has neither weight nor further keys is written as it always was.
+        parts = [
+            (one.role, one.content, *((one.weight, one.more) if one.more or one.weight != 1 else ()))
+            for one in example.messages
+        ]
         fields.append(parts)
     if example.tools:
         fields.append(example.tools)

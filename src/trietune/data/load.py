@@ -21,10 +21,11 @@ from trietune.data.loading import CheckStop, Loading, Progress, Report, Watch, w
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.reading import find_row_format, first_conversations, in_words_of, weighting_of
 from trietune.data.sources import Sources, find_sources
-from trietune.data.task import find_label_task
+from trietune.data.task import find_task
 from trietune.data.templates import PromptFormat, find_columns
 from trietune.data.weights import COLUMN
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
+from trietune.errors import UserError
 
 DEMO_DATA = (DEMO_REVIEWS, DEMO_QUESTIONS)
 
@@ -114,13 +115,16 @@ def load_data(
         )
     if validation is not None:
         report_shared_rows(train, validation, report)
-    task = row_format.task
-    if row_format.kind in ("templates", "columns"):
-        task = find_label_task(train_counts, validation_counts)
-    if task.kind == "labels" and task != row_format.task:
-        report(
-            f"completions take {len(task.labels)} values ({', '.join(task.label_names)}): accuracy is measured on them"
-        )
+    if settings.learns_preferences:
+        if settings.task != "auto":
+            raise UserError(
+                f"`task: {settings.task}` has no meaning under `objective: {settings.objective}`, which measures how "
+                "often the better answer wins",
+                next_step="task: auto",
+            )
+        task = row_format.task
+    else:
+        task = find_task(settings.task, row_format.kind, train_counts, validation_counts, report)
     return Data(
         train=train,
         validation=validation,
@@ -182,8 +186,9 @@ def load_split(
     rows, held_out = rows_of_split(sources, split, report)
     is_rest = split == "train" and held_out is not None
     sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out, is_rest=is_rest)
-    if prompt_format is None and row_format.kind in ("templates", "columns"):
-        used_format = replace(used_format, task=find_label_task(counts, None))
+    is_asked = prompt_format is None or settings.task not in ("auto", used_format.task.kind)
+    if is_asked and not settings.learns_preferences:
+        used_format = replace(used_format, task=find_task(settings.task, row_format.kind, counts, None, report))
     return sequences, used_format
 
 

@@ -25,8 +25,10 @@ from trietune.evaluation.scoring import (
     FlatSequences,
     label_log_probabilities,
     label_probabilities,
+    names_of,
     no_progress,
     no_stop,
+    sum_by_name,
 )
 from trietune.model.causal_lm import TrieModel
 from trietune.trie import Batching
@@ -54,15 +56,16 @@ def predict_labels(
     max_positions: int,
     check_stop: CheckStop = no_stop,
 ) -> list[LabelPrediction]:
-    """The label of each input, for a prompt format whose task has labels.
+    """The label of each input, for a prompt format whose task has labels; an empty prompt has none.
 
     Raises:
         UserError: an input does not have what the prompt template asks for.
     """
     task = encoder.prompt_format.task
-    prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
+    all_prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
+    prompts = [prompt for prompt in all_prompts if prompt]
     if not prompts:
-        return []
+        return [LabelPrediction("", {}) for _ in all_prompts]
     lengths = np.array([len(prompt) for prompt in prompts])
     input_ids = np.concatenate([np.array(prompt, np.int32) for prompt in prompts])
     probabilities = label_probabilities(
@@ -77,10 +80,12 @@ def predict_labels(
             progress=no_progress,
         )
     )
-    return [
-        LabelPrediction(task.label_names[int(row.argmax())], dict(zip(task.label_names, row.tolist(), strict=True)))
-        for row in probabilities
-    ]
+    names, group = names_of(task)
+    found = (
+        LabelPrediction(names[int(row.argmax())], dict(zip(names, row.tolist(), strict=True)))
+        for row in sum_by_name(probabilities, group, len(names))
+    )
+    return [next(found) if prompt else LabelPrediction("", {}) for prompt in all_prompts]
 
 
 def predict_text(
@@ -93,20 +98,16 @@ def predict_text(
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
 ) -> list[str]:
-    """What the model says to each input, greedily; spaces at both ends are left out.
+    """What the model says to each input, greedily; spaces at both ends are left out. An empty prompt has no answer.
 
     Raises:
-        UserError: an input does not have what the prompt template asks for, or is empty.
+        UserError: an input does not have what the prompt template asks for.
     """
     prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt:
-            raise UserError(
-                f"input {number} is empty, and a model needs a text to continue", next_step="give it a text"
-            )
     limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=batch_size)
-    answers = generate(model, prompts, limits, check_stop=check_stop)
-    return [encoder.decode_completion(tokens).strip() for tokens in answers]
+    answers = iter(generate(model, [prompt for prompt in prompts if prompt], limits, check_stop=check_stop))
+    # Without a single token, not even BOS, a model has nothing to go on from.
+    return [encoder.decode_completion(next(answers)).strip() if prompt else "" for prompt in prompts]
 
 
 def answer_turn(

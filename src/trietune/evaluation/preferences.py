@@ -87,7 +87,7 @@ def score_answers(
 
 
 def measure_share(name: str, is_right: np.ndarray, row: np.ndarray) -> Measured:
-    """Share of pairs in which the better answer won, with its 95 % interval; empty without pairs.
+    """Share of pairs in which the better answer won, with its 95% interval; empty without pairs.
 
     Rows are what was drawn. With one pair per row the interval is Wilson's; pairs of one row stand and fall together,
     so otherwise it is that of a ratio of two means over the rows, by the delta method.

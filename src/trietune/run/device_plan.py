@@ -11,6 +11,9 @@ from trietune.device.memory import USABLE_SHARE
 from trietune.device.options import DeviceOptions, compile_option, read_mesh
 from trietune.errors import UserError
 from trietune.run.plan import StaticPlan
+from trietune.training.sampler import Sampler
+from trietune.trie import UNBOUNDED, make_micro_batches
+from trietune.trie.static_shapes import LABEL_STEP, LONG_STEP, StaticShape, StaticShapes, choose_shapes, rounded_length
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -25,8 +28,7 @@ MESH_KEYS = ("mesh_shape", "tp_sharding_specs", "model_sharding_patterns", "inpu
 SHARDING_DEVICES = ("cpu", "cuda")
 # Batches of the first epoch that are laid out to choose shapes from, spread evenly over it.
 LAID_OUT = 64
-# Lengths that are tried as the largest, from above, until one fits into memory: a mask of all pairs grows squared.
-UNBOUNDED = 2**31
+# Lengths that are tried as the largest, from above, until one fits into memory: a mask grows with its square.
 LARGEST_LENGTHS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256)
 
 
@@ -169,10 +171,6 @@ def plan_shapes(
         free_bytes: left for a micro-batch.
         position_bytes: what a position takes when it attends `scores_per_position` others.
     """
-    from trietune.training.sampler import Sampler
-    from trietune.trie import make_micro_batches
-    from trietune.trie.static_shapes import choose_shapes, rounded_length
-
     sampler = Sampler(sequences.num_rows, batch_size=settings.batch_size, seed=settings.seed, groups=groups)
     last = sampler.batches_per_epoch - 1
     numbers = np.unique(np.linspace(0, last, min(LAID_OUT, last + 1)).astype(int)).tolist()
@@ -218,8 +216,6 @@ def largest_under_mask(settings: Settings, free_bytes: int, position_bytes: Call
 
 def shapes_for_any_data(max_positions: int, *, deepest: int, num_rows: int) -> StaticShapes:
     """Lengths that double up to `max_positions`, for a model that is asked things nobody knows before."""
-    from trietune.trie.static_shapes import LABEL_STEP, LONG_STEP, StaticShape, StaticShapes
-
     lengths = {max_positions}
     while (length := LONG_STEP * 2 ** (len(lengths) - 1)) < max_positions:
         lengths.add(length)

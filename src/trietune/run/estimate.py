@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trietune.io.metric_names import kind_of
-from trietune.run.prepare import Prepared
+from trietune.run.prepared import Prepared
 from trietune.trie import make_micro_batches
 from trietune.trie.batch_stats import Work, measure_work
 

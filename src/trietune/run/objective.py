@@ -17,13 +17,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from trietune.data.answers import AnswerSets, with_every_label, with_other_completions
 from trietune.data.cache import make_key
+from trietune.data.encoder import make_encoder
 from trietune.data.examples import Task, TokenSequences
 from trietune.errors import UserError
+from trietune.evaluation.preferences import evaluate_answers, joined, measure_share, score_answers
 from trietune.io import files
 from trietune.ranks.ranks import ALONE, Ranks
+from trietune.training.objectives.answers import answers_of
+from trietune.training.objectives.by_scores import LearnByScores, describe
+from trietune.training.objectives.dpo import Dpo
+from trietune.training.objectives.ipo import Ipo
+from trietune.training.objectives.kto import Kto
+from trietune.training.objectives.orpo import Orpo
+from trietune.training.objectives.rank import Rank
+from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
+from trietune.training.objectives.simpo import Simpo
+from trietune.training.objectives.with_chosen import WithChosen
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -41,14 +54,6 @@ MOST_LABELS = 1000
 
 def make_objective(settings: Settings) -> Objective | None:
     """The objective that the settings name; None for `sft`, which needs no scores."""
-    from trietune.training.objectives.dpo import Dpo
-    from trietune.training.objectives.ipo import Ipo
-    from trietune.training.objectives.kto import Kto
-    from trietune.training.objectives.orpo import Orpo
-    from trietune.training.objectives.rank import Rank
-    from trietune.training.objectives.simpo import Simpo
-    from trietune.training.objectives.with_chosen import WithChosen
-
     makers: dict[str, Callable[[], Objective]] = {
         "dpo": lambda: Dpo(settings.dpo_beta, settings.dpo_label_smoothing),
         "ipo": lambda: Ipo(settings.dpo_beta),
@@ -88,8 +93,6 @@ def rows_to_rank(data: Data, tokenizer: Any) -> tuple[AnswerSets, Data]:
     Raises:
         UserError: the completions are not labels.
     """
-    from trietune.data.encoder import make_encoder
-
     if data.task.kind != "labels":
         task = _task_of(data)
         data = replace(data, task=task, prompt_format=replace(data.prompt_format, task=task))
@@ -157,9 +160,6 @@ class Learning:
     @property
     def learn(self) -> Learn:
         """What the loop is given."""
-        from trietune.training.objectives.by_scores import LearnByScores
-        from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
-
         if self.objective is None:
             weights = self.rows.weights if isinstance(self.rows, TokenSequences) else None
             return learn_labels if weights is None else LearnWeightedLabels.of(self.rows, weights)
@@ -201,8 +201,6 @@ class Learning:
             kept = ranks.once(lambda: _bytes_of(_read(path, len(sets))))
             if kept is not None:
                 return np.frombuffer(kept).copy()
-            from trietune.evaluation.preferences import score_answers
-
             found, _ = score_answers(
                 model,
                 sets,
@@ -230,8 +228,6 @@ class Learning:
             is_reference: whether the model is still its own reference, so that there are no rewards to speak of.
             arguments: arguments of `evaluate_answers`.
         """
-        from trietune.evaluation.preferences import evaluate_answers
-
         assert self.objective is not None
         assert self.validation is not None
         sets = self.validation
@@ -297,12 +293,6 @@ def measure(
     `preference_accuracy` is the share of pairs whose better answer has the greater score: the sum of its label
     log-probabilities, or their mean under an objective of means. `rewards/accuracies` compares with the reference.
     """
-    import torch
-
-    from trietune.evaluation.preferences import joined, measure_share
-    from trietune.training.objectives.answers import answers_of
-    from trietune.training.objectives.by_scores import describe
-
     objective = make_objective(settings)
     assert objective is not None
     lacks_reference = objective.needs_reference and reference is None

@@ -284,7 +284,7 @@ def _train_here(config: dict[str, Any], tell: Callable[[str, Any], None], lose: 
     import ray.train
 
     from trietune.config import load_config
-    from trietune.run.session import train
+    from trietune.run.train import train
 
     is_first = ray.train.get_context().get_world_rank() == 0
     if is_first:

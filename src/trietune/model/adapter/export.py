@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trietune.errors import UserError
 from trietune.io import strict_json
+from trietune.io.adapter_place import adapter_in
 from trietune.io.directory import DamagedDirectory, read_manifest
 from trietune.io.safetensors import RawTensor, from_numpy, parse, serialize
 from trietune.io.whole_folder import whole_folder
@@ -64,9 +65,8 @@ class Exported:
 
 def find_adapter(path: Path) -> Path:
     """The adapter's folder: `path` itself, or `adapter/` in a run. Raises `UserError` if there is none."""
-    for folder in (path, path / "adapter"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
+    if (found := adapter_in(path)) is not None:
+        return found
     raise UserError(
         f"`{path}` holds no adapter" if path.exists() else f"`{path}` does not exist",
         where=f"looked for {CONFIG_FILE} there and in its `adapter` folder",

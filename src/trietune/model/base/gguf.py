@@ -5,7 +5,7 @@ moves is not converted again and one that changes is never mistaken for its form
 are kept with it and compared at each use: a folder that has changed since is made again.
 
 Weights are stored in bfloat16, except those of a file that is itself fp32 or fp16. A block format such as Q4_1 is off
-the original weights by several per cent; rounding its values to bfloat16 adds 0.14 % (measured on SmolLM2-135M,
+the original weights by several per cent; rounding its values to bfloat16 adds 0.14% (measured on SmolLM2-135M,
 relative norm, worst tensor). In return the folder is half as large, and it is mapped into memory in the dtype that
 training uses, without a conversion.
 """

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from trietune.errors import UserError
@@ -108,8 +109,6 @@ def check_tensors(written: Mapping[str, Any], meant: Mapping[str, Any], *, toler
         written, meant: NumPy arrays in float32, by name.
         tolerance: relative, by norm.
     """
-    import numpy as np
-
     for name in meant.keys() | written.keys():
         if name not in written or name not in meant:
             raise _wrong(what, f"`{name}` is {'missing' if name not in written else 'too much'}")

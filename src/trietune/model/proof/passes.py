@@ -128,6 +128,9 @@ def record(
         # What makes angles or masks for the layers takes hidden states too, for their dtype.
         if found is None or grid is None or name in records or (mixes and layer_of(name) == "end"):
             return None
+        if found[1].dim() == 4 and not mixes and not is_layer(name):
+            # Norms of heads and of streams look at the last axis alone; they are proven with what they stand in.
+            return None
         table = rows.nodes(grid.detach())
         records[name] = Record(table, not is_layer(name) and mixes)
         leaf = rows.lay(table)

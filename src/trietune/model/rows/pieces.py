@@ -45,7 +45,7 @@ def _pieces(micro_batch: MicroBatch, trie: Trie, most_cells: int) -> list[MicroB
             if wider * (row_of[order[last]] - row_of[order[first]] + 1) > most_cells:
                 break
             widest, last = wider, last + 1
-        for piece in make_micro_batches(sequences, order[first:last], batching="trie", max_nodes=UNBOUNDED):
+        for piece in make_micro_batches(sequences, order[first:last], batching="trie", max_positions=UNBOUNDED):
             chosen = micro_batch.sequence_indices[present[piece.sequence_indices]]
             pieces.append(replace(piece, sequence_indices=chosen))
         first = last

@@ -65,7 +65,7 @@ class SharedProducts:
             self._grid = before
 
     def _with_grid(self, recompute: Callable[..., Any]) -> Callable[..., Any]:
-        """Checkpointed layers run again in the backward, when another grid may be there."""
+        """Checkpointed layers run again in the backward pass, when another grid may be there."""
 
         def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             grid = self._grid

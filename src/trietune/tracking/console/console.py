@@ -3,7 +3,7 @@
 Progress, counts and warnings go to stderr; the result goes to stdout, so `trietune train > result.txt` keeps it. On a
 terminal one bar moves at the bottom while lines pass above it:
 
-    training  ━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━  120/400  30 %  epoch 0.48  2:10 left
+    training  ━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━  120/400  30%  epoch 0.48  2:10 left
               loss 0.4123   eval 0.3911   8.5 examples/s   360 distinct tokens/s   sharing 4.1x   1.3 GB
 
 Anywhere else (a file, a pipe, `TERM=dumb`) the same numbers come as plain lines, no more than one every few seconds.
@@ -16,6 +16,10 @@ import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
 
 from trietune.io.columns import columns
 from trietune.tracking import wording
@@ -172,8 +176,6 @@ def evaluation_line(event: Evaluated) -> str:
 
 def marked_text(example: MarkedExample) -> Text:
     """The example as it reads, each label token in brackets (and in color where there is any)."""
-    from rich.text import Text
-
     text = Text()
     for piece, is_label in example.pieces:
         shown = wording.visible(piece)
@@ -192,8 +194,6 @@ class _Screen:
     _STYLES = {"info": "", "warning": "yellow", "strong": "bold", "quiet": "dim"}  # noqa: RUF012  (never changed)
 
     def __init__(self, stream: TextIO, frame: Callable[[int], list[Text]]) -> None:
-        from rich.console import Console
-
         self._stream = stream
         self._console: Console = Console(file=stream, highlight=False, markup=False, emoji=False)
         self._frame = frame
@@ -207,8 +207,6 @@ class _Screen:
         """Begin to draw the frame; nothing happens if it is drawn already."""
         if self._live is not None:
             return
-        from rich.live import Live
-
         # stdout is left alone: it carries data, and may go to a file.
         self._live = Live(
             console=self._console,
@@ -239,6 +237,4 @@ class _Screen:
             self._live.refresh()  # else the frame of before the line stays for a moment
 
     def _render(self) -> RenderableType:
-        from rich.console import Group
-
         return Group(*self._frame(self._console.width))
