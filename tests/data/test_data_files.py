@@ -97,7 +97,7 @@ def test_a_csv_cell_may_span_lines(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n[1]\n', 2, "not an object"),
         ("a.json", '[{"a": 1},\n{"a" 2}]', 2, "not JSON"),
         ("a.json", '[{"a": 1},\n3]', 2, "not an object"),
-        ("a.json", '[{"a": 1}\n{"a": 2}]', 1, "does not go on"),
+        ("a.json", '[{"a": 1}\n{"a": 2}]', 1, "does not continue"),
         ("a.json", '[{"a": 1},', 1, "not JSON"),
         ("a.json", '[{"a": 1}]\n[{"a": 2}]', 2, "the list has ended, and 10 more characters follow"),
         ("a.json", '[]\n\n{"a": 2}\n', 3, "the list has ended"),

@@ -153,7 +153,7 @@ def test_wilson_interval_stays_inside_zero_and_one_and_is_not_empty(num_right: i
 def test_bootstrap_interval_agrees_with_the_normal_one_on_many_scores() -> None:
     scores = np.random.default_rng(5).choice([0.0, 0.25, 0.4, 2 / 3, 1.0], size=2000, p=[0.3, 0.2, 0.1, 0.1, 0.3])
     half = metrics.Z_95 * scores.std() / math.sqrt(len(scores))
-    # Ten thousand resamples give each end to about 3 % of the half width.
+    # Ten thousand resamples give each end to about 3% of the half width.
     expected = (scores.mean() - half, scores.mean() + half)
     assert metrics.mean_interval(scores, seed=1) == pytest.approx(expected, abs=half / 10)
     assert metrics.mean_interval(scores, seed=1) == metrics.mean_interval(scores, seed=1)

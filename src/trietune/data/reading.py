@@ -31,7 +31,7 @@ from trietune.data.templates import PromptFormat
 from trietune.data.weights import COLUMN, Weighting, find_weighting
 from trietune.errors import UserError
 
-# Whether a template writes reasoning anew, and how it ends a call, is tried on so many conversations.
+# Whether a template rewrites reasoning, and how it ends a call, is tried on so many conversations.
 CONVERSATIONS_TRIED = 100
 
 
