@@ -61,7 +61,7 @@ def test_last_falls_back_and_says_so(tmp_path: Path) -> None:
         "step-00000150 is not whole: adapter_model.safetensors does not hold the bytes that were written "
         "(its SHA-256 differs); resuming from step-00000050",
         "step-00000100 is not whole: optimizer.safetensors is missing; resuming from step-00000050 "
-        "(`--allow-change optimizer_state` would go on from step-00000100 with a fresh optimizer)",
+        "(`--allow-change optimizer_state` would resume from step-00000100 with a fresh optimizer)",
     )
 
 
