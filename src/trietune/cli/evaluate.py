@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def evaluate(
     target: Target,
-    dataset: Annotated[MaybeText, typer.Option(help="Hub id, file or folder; default: the run's data.")] = None,
+    dataset: Annotated[
+        MaybeText, typer.Option("--dataset", "--data", help="Hub id, file or folder; default: the run's data.")
+    ] = None,
     split: Annotated[
         MaybeText,
         typer.Option(help="train, validation or test; default: validation, or every row of --dataset without one."),

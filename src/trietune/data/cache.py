@@ -27,6 +27,7 @@ import numpy as np
 
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import Example, Message, TokenSequences
+from trietune.io.cache_folder import mark_used
 
 LAYOUT_VERSION = 1
 _BUILDING = ".building-"
@@ -53,6 +54,7 @@ def open_cached(cache_folder: Path, key: str) -> tuple[TokenSequences, dict[str,
         for name, recorded in meta["files"].items():
             if (folder / name).stat().st_size != recorded["size"] or _sha256(folder / name) != recorded["sha256"]:
                 raise ValueError(name)
+        mark_used(folder)
         return _open(folder), meta["notes"]
     except FileNotFoundError:
         if not folder.exists():

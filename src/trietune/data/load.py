@@ -21,6 +21,7 @@ from trietune.data.loading import CheckStop, Loading, Progress, Report, Watch, w
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.reading import find_row_format, first_conversations, in_words_of, weighting_of
 from trietune.data.sources import Sources, find_sources
+from trietune.data.system_prompt import common_system_prompt
 from trietune.data.task import find_task
 from trietune.data.templates import PromptFormat, find_columns
 from trietune.data.weights import COLUMN
@@ -101,7 +102,10 @@ def load_data(
         check_stop,
         watch,
     )
-    held_out = None if sources.validation is not None else draw_held_out(sources.train.count())
+    if not settings.do_validation:
+        sources = replace(sources, validation=None)
+    has_own = sources.validation is not None or not settings.do_validation
+    held_out = None if has_own else draw_held_out(sources.train.count())
     if held_out is not None:
         report(describe_held_out(sources.train, held_out))
     train, train_counts, train_key = loading.load(
@@ -125,11 +129,14 @@ def load_data(
         task = row_format.task
     else:
         task = find_task(settings.task, row_format.kind, train_counts, validation_counts, report)
+    system_prompt = prompt_format.system_prompt
+    if prompt_format.kind == "chat" and not system_prompt:
+        system_prompt = common_system_prompt(train.examples[index] for index in range(len(train.examples)))
     return Data(
         train=train,
         validation=validation,
         task=task,
-        prompt_format=replace(prompt_format, task=task),
+        prompt_format=replace(prompt_format, task=task, system_prompt=system_prompt),
         fingerprint=make_key(train=train_key, validation=validation_key),
         train_fingerprint=train_key,
         validation_fingerprint=validation_key,

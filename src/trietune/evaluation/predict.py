@@ -20,6 +20,7 @@ from trietune.data.messages import read_messages, read_tools
 from trietune.data.templates import PromptFormat, fill_template, find_half_character
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
+from trietune.evaluation.sampling import Sampling
 from trietune.evaluation.scoring import (
     CheckStop,
     FlatSequences,
@@ -97,14 +98,23 @@ def predict_text(
     batch_size: int,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """What the model says to each input, greedily; spaces at both ends are left out. An empty prompt has no answer.
+    """What the model says to each input, greedily unless `sampling` draws; spaces at both ends are left out.
+
+    An empty prompt has no answer.
 
     Raises:
         UserError: an input does not have what the prompt template asks for.
     """
     prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
-    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=batch_size)
+    limits = _limits(
+        encoder,
+        max_new_tokens=max_new_tokens,
+        max_positions=max_positions,
+        batch_size=batch_size,
+        sampling=sampling,
+    )
     answers = iter(generate(model, [prompt for prompt in prompts if prompt], limits, check_stop=check_stop))
     # Without a single token, not even BOS, a model has nothing to go on from.
     return [encoder.decode_completion(next(answers)).strip() if prompt else "" for prompt in prompts]
@@ -119,6 +129,7 @@ def answer_turn(
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
     on_text: Callable[[str], None] | None = None,
+    sampling: Sampling | None = None,
 ) -> Message:
     """The assistant's next turn in a conversation.
 
@@ -132,7 +143,9 @@ def answer_turn(
     conversation = _conversation(messages)
     _check_text(conversation, "the conversation")
     prompt = encode_prompt(encoder, conversation)
-    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=1)
+    limits = _limits(
+        encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=1, sampling=sampling
+    )
     stream = _TextStream(encoder, on_text or (lambda piece: None))
     [answer] = generate(model, [prompt], limits, check_stop=check_stop, on_token=lambda _, token: stream.add(token))
     text = encoder.decode_completion(answer).strip()
@@ -249,12 +262,15 @@ def _sample_row(columns: Sequence[str]) -> str:
     return "{" + ", ".join(f'"{column}": "..."' for column in columns) + "}"
 
 
-def _limits(encoder: Encoder, *, max_new_tokens: int, max_positions: int, batch_size: int) -> GenerationLimits:
+def _limits(
+    encoder: Encoder, *, max_new_tokens: int, max_positions: int, batch_size: int, sampling: Sampling | None
+) -> GenerationLimits:
     return GenerationLimits(
         stop_ids=frozenset(encoder.prompt_format.stop_ids),
         max_new_tokens=max_new_tokens,
         max_positions=max_positions,
         batch_size=batch_size,
+        sampling=sampling,
     )
 
 

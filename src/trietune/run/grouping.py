@@ -14,6 +14,7 @@ import numpy as np
 
 from trietune.data.answers import AnswerSets
 from trietune.data.cache import make_key
+from trietune.io.cache_folder import mark_used
 from trietune.run.plan import ProcessesPlan, Sharing
 from trietune.training.sampler import Sampler
 from trietune.trie import UNBOUNDED, make_micro_batches
@@ -73,6 +74,7 @@ def find_groups(data: Data, sequences: Rows, batch_size: int, cache_folder: Path
     key = make_key(train=data.train_fingerprint, batch_size=batch_size, rules=[SHARED_PART, SHORT_RUN])
     path = cache_folder / "groups" / f"{key}.npz"
     groups = _read(path, len(data.train))
+    mark_used(path)
     if groups is None:
         groups = find_prefix_groups(data.train, batch_size=batch_size)
         _write(path, groups)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trietune.config import load_config
 from trietune.data.load import load_split
+from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
 from trietune.evaluation.evaluate import evaluate_model
 from trietune.evaluation.predict import (
@@ -27,6 +28,7 @@ from trietune.evaluation.predict import (
 from trietune.io import files
 from trietune.io.adapter_place import adapter_in
 from trietune.io.cache_folder import cache_folder
+from trietune.io.run_folders import is_mistyped_run, which_run
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.fitting import check_ids, check_vocabulary, with_max_length
 from trietune.run.objective import evaluate_preferences
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from trietune.data.encoder import Encoder
     from trietune.data.examples import TokenSequences
     from trietune.evaluation.evaluate import Evaluation
+    from trietune.evaluation.sampling import Sampling
     from trietune.run.loaded import LoadedModel
 
 ANSWERS_AT_ONCE = 32
@@ -143,6 +146,7 @@ def predict(
     *,
     max_new_tokens: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
+    sampling: Sampling | None = None,
 ) -> list[dict[str, Any]]:
     """What the model says to each input: `{"label", "probabilities"}` for a task with labels, else `{"text"}`."""
     encoder = opened.encoder()
@@ -169,6 +173,7 @@ def predict(
         batch_size=ANSWERS_AT_ONCE,
         max_new_tokens=new_tokens,
         check_stop=check_stop,
+        sampling=sampling,
     )
     return [{"text": text} for text in texts]
 
@@ -190,6 +195,8 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
             next_step="`trietune train ... --resume` finishes it, or name one of its checkpoints: "
             f"{path}/checkpoints/step-...",
         )
+    if str(target).lower() != DEMO_MODEL and is_mistyped_run(path):
+        raise UserError(f"there is no run `{target}`, and no folder", next_step=which_run(path))
     settings = load_config(run / "config.yaml" if run else None, overrides)
     machine = open_machine(settings, tracker)
     # Now that the device has been chosen: transformers starts XLA devices when it is imported.

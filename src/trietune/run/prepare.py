@@ -277,7 +277,10 @@ def validation_bound(settings: Settings, data: Data) -> int | None:
     """Examples of a periodic validation; None takes all."""
     if settings.eval_max_examples != "auto":
         return settings.eval_max_examples
-    between = settings.val_steps_freq * settings.batch_size * settings.gradient_accumulation_steps
+    # Without periodic validation, that of checkpoints is the only one.
+    between = (
+        (settings.val_steps_freq or settings.steps_freq) * settings.batch_size * settings.gradient_accumulation_steps
+    )
     bound = max(FEWEST_VALIDATED, int(3 * VALIDATION_SHARE * between))
     return None if data.validation is None or bound >= data.validation.num_rows else bound
 

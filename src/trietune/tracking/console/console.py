@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console, Group
@@ -22,8 +23,10 @@ from rich.live import Live
 from rich.text import Text
 
 from trietune.io.columns import columns
+from trietune.io.python_words import as_python
 from trietune.tracking import wording
 from trietune.tracking.console import result
+from trietune.tracking.console.notebook import NotebookScreen, is_notebook
 from trietune.tracking.console.progress import Progress, progress_lines
 from trietune.tracking.events import (
     Evaluated,
@@ -62,7 +65,12 @@ class ConsoleListener:
     name = "console"
 
     def __init__(
-        self, out: TextIO | None = None, err: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        in_python: bool = False,
     ) -> None:
         self._out = out or sys.stdout
         self._err = err or sys.stderr
@@ -70,7 +78,12 @@ class ConsoleListener:
         self._progress = Progress()
         self._result = result.Result()
         self._last_line_s: float | None = None
-        self._screen = _Screen(self._err, self._frame) if can_show_bars(self._err) else None
+        self._in_python = in_python
+        self._screen: _Screen | NotebookScreen | None = None
+        if out is None and err is None and is_notebook():
+            self._screen = NotebookScreen(self._frame, clock=clock)
+        elif can_show_bars(self._err):
+            self._screen = _Screen(self._err, self._frame)
 
     def handle(self, event: Event) -> None:
         """Show `event`; what the result needs is remembered until the run ends."""
@@ -96,6 +109,8 @@ class ConsoleListener:
             case Removed():
                 self._write(f"removed {event.directory.name}", "quiet")
             case RunFinished():
+                if self._in_python:
+                    event = replace(event, next_commands=tuple(map(as_python, event.next_commands)))
                 self._stop_screen()
                 self._write_result(event)
             case PredictionsShown():
