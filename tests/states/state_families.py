@@ -1,7 +1,7 @@
 """Tiny random models whose layers carry a state: each kind of state, with its odd sizes and one attention at least.
 
-    with in_double():                      # transformers' own casts to fp32 are to fp64
-        network = build("lfm2").double()
+with in_double():                      # transformers' own casts to fp32 are to fp64
+    network = build("lfm2").double()
 """
 
 from __future__ import annotations

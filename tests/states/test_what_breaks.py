@@ -25,7 +25,10 @@ from trietune.trie.segments import Context, branch_points, context_of, make_segm
 
 Patch = pytest.MonkeyPatch
 DELTA, MAMBA2 = "qwen3_5_text", "bamba"
-SMALL = {"lfm2": {"layer_types": ["conv", "full_attention"]}, DELTA: {"layer_types": ["linear_attention", "full_attention"]}}
+SMALL = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    DELTA: {"layer_types": ["linear_attention", "full_attention"]},
+}
 
 
 def forks(patch: Patch) -> None:

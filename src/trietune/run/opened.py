@@ -322,6 +322,8 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.model.base.four_bits import check_four_bits
     from trietune.model.base.load import load_network
     from trietune.model.base.randomness import silence_rates
+    from trietune.model.states import carries_states
+    from trietune.model.states.memory import with_scans
 
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
     if settings.load_in_4bit:
@@ -337,7 +339,9 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     on_rows = why_whole_rows(network)
     if device.has_static_shapes:
         refusal, on_rows = refusal or on_rows, None
-    widths = widths_of(network.config.get_text_config(), network)
+        if refusal is None and carries_states(network):
+            refusal = "its layers carry a state, which is scanned in segments of many lengths"
+    widths = with_scans(widths_of(network.config.get_text_config(), network), network)
     if adapter is not None:
         load_adapter(network, adapter, listed=listed)
     # A merged model has it beside its weights.

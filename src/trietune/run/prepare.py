@@ -196,6 +196,13 @@ def prepare(
             where=f"`batching: {settings.batching}` ({settings.where('batching')})",
             next_step="`--set batching=padded`, which trains it on plain rows",
         )
+    if settings.batching != "padded" and shape.carries_states and device.has_static_shapes:
+        raise UserError(
+            f"batches of `{base.name}` cannot be computed as a trie on {device.name}: its layers carry a state, which "
+            "is scanned in segments of many lengths",
+            where=f"`batching: {settings.batching}` ({settings.where('batching')})",
+            next_step="`--set batching=padded`, which trains it on plain rows",
+        )
     attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
     settings = with_max_length(settings, shape.config)
 
