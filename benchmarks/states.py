@@ -2,8 +2,8 @@
 
     python benchmarks/states.py [qwen3.5] [lfm2] [--work squad chat] [--rounds 2] [--out FOLDER]
 
-What: seconds and memory of one optimizer step, without the optimizer, of random weights in the shapes of Qwen 3.5 0.8B
-(Gated DeltaNet, attention with gates) and LFM2 350M (short convolutions), a few layers of each; all linear layers carry
+What: seconds and memory of forward and backward of one step, of random weights in the shapes of Qwen 3.5 0.8B (Gated
+DeltaNet, attention with gates) and LFM2 350M (short convolutions), a few layers of each; all linear layers carry
 adapters of rank 4. `strongest` sorts rows by length, pads them, runs transformers with SDPA and no mask, and the head at
 label positions only (`peers/strongest.py`). `trietune` is one trie in bf16 with its adapter in fp32. Each takes its turn
 in a process of its own, in the other order from round to round; losses of both are compared.
@@ -47,11 +47,11 @@ VOCABULARY = 32_768
 # Sums in bf16 in another order, relative to a loss.
 SAME_LOSS = 2e-2
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3.5": ("qwen3_5_text", dict(
+    "qwen3.5": ("qwen3_5_text", dict(  # noqa: C408
         hidden_size=1024, intermediate_size=3584, num_attention_heads=8, num_key_value_heads=2, head_dim=256,
         linear_num_key_heads=16, linear_num_value_heads=16, linear_key_head_dim=128, linear_value_head_dim=128,
         num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])),
-    "lfm2": ("lfm2", dict(
+    "lfm2": ("lfm2", dict(  # noqa: C408
         hidden_size=1024, intermediate_size=6656, num_attention_heads=16, num_key_value_heads=8, num_hidden_layers=3,
         layer_types=["conv", "conv", "full_attention"])),
 }  # fmt: skip
@@ -126,7 +126,7 @@ def workload(name: str) -> Sequences:
     else:
         system = words(500)
         pairs = [(system + words(draw.integers(20, 80)), words(draw.integers(20, 120))) for _ in range(16)]
-    return flatten([(prompt + answer, [-100] * len(prompt) + answer) for prompt, answer in pairs])
+    return flatten(pairs)
 
 
 def build(name: str, *, adapter_in_fp32: bool) -> Any:
