@@ -137,7 +137,7 @@ def test_without_restarts_a_killed_worker_ends_with_7_and_a_next_step(own: dict[
     workers_of(child)[0].kill()
     text = end(child, 7)
     assert text.count("error:") == 1
-    assert "`--resume` goes on from the newest whole checkpoint" in text
+    assert "`--resume` resumes from the newest whole checkpoint" in text
     assert "Traceback" not in text
 
 
@@ -153,7 +153,7 @@ def test_ctrl_c_saves_and_any_number_goes_on(undisturbed: tuple[Path, str], own:
     text = end(
         start("train", "--nproc", "2", "--resume", *settings(own, max_steps=step + 2, lr_scheduler_type="constant"))
     )
-    assert f"going on from step {step}" in text
+    assert f"resuming from step {step}" in text
 
 
 def test_a_lost_node_is_gone_on_without(undisturbed: tuple[Path, str], own: dict[str, object]) -> None:
