@@ -259,6 +259,7 @@ def test_where_whole_rows_are_not_to_be_had_a_state_is_refused_and_padded_rows_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("trietune.model.causal_lm.carry_states", lambda network: 0)
+    monkeypatch.setattr("trietune.model.proof.ladder.carry_states", lambda network, layer: 0)
     model = model_of(in_dtype(lambda: odd("lfm2"), torch.float32))
     model.may_lay_out_rows = False
     with pytest.raises(UserError, match="cannot be computed as a trie: layer 0") as refused:
@@ -285,9 +286,12 @@ def batch() -> FlatSequences:
     return FlatSequences(np.concatenate(rows).astype(np.int32), np.concatenate(labels).astype(np.int32), offsets)
 
 
-def plain_gradients(network: Any, sequences: FlatSequences) -> tuple[float, dict[str, torch.Tensor]]:
-    """A row an example, through transformers alone."""
-    network.set_attn_implementation("eager")
+def plain_gradients(
+    network: Any, sequences: FlatSequences, attention: str | None = "eager"
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """A row an example, through transformers alone; `attention` None leaves the one that the network came with."""
+    if attention is not None:
+        network.set_attn_implementation(attention)
     total, weight = torch.zeros(()), 0
     for begin, end in zip(sequences.offsets[:-1], sequences.offsets[1:], strict=True):
         tokens = torch.from_numpy(sequences.input_ids[begin:end].astype(np.int64))[None]

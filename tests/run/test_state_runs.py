@@ -16,7 +16,7 @@ from trietune.config import load_config
 from trietune.config.settings import Settings
 from trietune.model.adapter import adapter as adapter_module
 from trietune.run.opened import evaluate, open_model, predict
-from trietune.run.session import train
+from trietune.run.train import train
 from trietune.tracking import events
 from trietune.tracking.jsonl import FilesListener
 from trietune.tracking.tracker import Tracker

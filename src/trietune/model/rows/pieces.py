@@ -8,14 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from trietune.model.rows.grid import num_cells
-from trietune.trie import MicroBatch, Trie, make_micro_batches
-
-IGNORED_LABEL = -100
-UNBOUNDED = 2**31
+from trietune.trie import IGNORED_LABEL, UNBOUNDED, MicroBatch, Trie, make_micro_batches
 
 
 def cut_by_cells(micro_batches: Sequence[MicroBatch], most_cells: int) -> list[MicroBatch]:
-    """The same labels in micro-batches whose grids have at most `most_cells` positions; a row alone may have more."""
+    """The same labels in micro-batches whose grids have at most `most_cells` positions; a single row may have more."""
     cut: list[MicroBatch] = []
     for micro_batch in micro_batches:
         trie = micro_batch.trie
@@ -45,7 +42,7 @@ def _pieces(micro_batch: MicroBatch, trie: Trie, most_cells: int) -> list[MicroB
             if wider * (row_of[order[last]] - row_of[order[first]] + 1) > most_cells:
                 break
             widest, last = wider, last + 1
-        for piece in make_micro_batches(sequences, order[first:last], batching="trie", max_nodes=UNBOUNDED):
+        for piece in make_micro_batches(sequences, order[first:last], batching="trie", max_positions=UNBOUNDED):
             chosen = micro_batch.sequence_indices[present[piece.sequence_indices]]
             pieces.append(replace(piece, sequence_indices=chosen))
         first = last

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Chunks of a scan change its rounding alone. In a longer chunk a short segment pays for steps that it has not, and in
+# Chunks of a scan change only its rounding. In a longer chunk a short segment pays for steps that it has not, and in
 # shorter ones a scan in plain PyTorch takes more time a step.
 SHORTEST_CHUNK, LONGEST_CHUNK = 16, 64
 
@@ -132,7 +132,7 @@ def _delta_rule(library: Function, carrier: Carrier, place: Place) -> Function:
 
 
 def _mamba2(library: Function, carrier: Carrier, place: Place) -> Function:
-    """Zeros are neutral once dt is what the scan sees: after bias, softplus and limits, all taken at the nodes."""
+    """Zeros are neutral once dt is what the scan sees: after bias, softplus and limits, taken at the nodes."""
 
     def chunk_scan(
         hidden_states: Tensor,

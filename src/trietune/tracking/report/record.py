@@ -11,7 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from trietune.errors import UserError
+from trietune.io.run_folders import which_run
 from trietune.tracking.events import Evaluated, Prediction
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS
 
@@ -71,7 +75,7 @@ def read_run(directory: Path) -> RunRecord:
     if not path.is_file():
         raise UserError(
             f"`{directory}` is not a run: it has no {METRICS}",
-            next_step=f"name a run's folder: {_near_runs(directory)}",
+            next_step=which_run(directory),
         )
     lines, num_unreadable = _read_lines(path)
     of_kind: dict[str, list[dict[str, Any]]] = {}
@@ -195,9 +199,6 @@ def _without_repeats(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text())
     except (OSError, YAMLError, UnicodeDecodeError):
@@ -211,12 +212,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _near_runs(directory: Path) -> str:
-    """Runs below `directory`, or beside it: what was probably meant."""
-    for parent in (directory, directory.parent):
-        found = sorted(path.parent for path in parent.glob(f"*/{METRICS}")) if parent.is_dir() else []
-        if found:
-            return ", ".join(f"`{path}`" for path in found[-3:])
-    return "the one that `trietune train` printed"
