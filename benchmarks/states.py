@@ -5,8 +5,8 @@
 What: seconds and memory of forward and backward of one step, of random weights in the shapes of Qwen 3.5 0.8B (Gated
 DeltaNet, attention with gates) and LFM2 350M (short convolutions), a few layers of each; all linear layers carry
 adapters of rank 4. `strongest` sorts rows by length, pads them, runs transformers with SDPA and no mask, and the head
-at label positions only (`peers/strongest.py`). `trietune` is one trie in bf16, its adapter in fp32. Each takes its turn
-in a process of its own, in the other order from round to round; losses of both are compared.
+at label positions only (`peers/strongest.py`). `trietune` is one trie in bf16 with its adapter in fp32. Each takes its
+turn in a process of its own, in the other order from round to round; losses of both are compared.
 
     squad    32 examples: whole paragraphs of about 150 tokens with 8 questions each
     chat     16 conversations behind a system prompt of 500 tokens

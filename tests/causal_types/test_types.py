@@ -33,7 +33,9 @@ def fails(row: dict[str, Any]) -> list[str]:
         for way in ("trie", "padded", "bf16", "heads")
         if row.get(way, {}).get("status") in ("WRONG", "crashed", "proven")
     ]
-    return found + [f"{row['type']}: a broken {name} is missed" for name, x in row.get("caught", {}).items() if x == "MISSED"]
+    return found + [
+        f"{row['type']}: a broken {name} is missed" for name, x in row.get("caught", {}).items() if x == "MISSED"
+    ]
 
 
 @pytest.mark.parametrize("model_type", [*TRIED, *(pytest.param(name, marks=pytest.mark.slow) for name in TRIED_SLOWLY)])

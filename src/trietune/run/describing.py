@@ -12,7 +12,7 @@ from trietune.errors import UserError
 from trietune.model.adapter.export import find_adapter
 from trietune.model.adapter.targets import SMALLEST_NAMED, Coverage
 from trietune.model.base.shape import NetworkShape, describe_network
-from trietune.model.states import SCANS_IN_SEGMENTS
+from trietune.model.states.memory import STATES_HAVE_MANY_LENGTHS
 from trietune.run.device_plan import check_sharding
 
 if TYPE_CHECKING:
@@ -54,14 +54,10 @@ def check_trie_on(settings: Settings, name: str, shape: NetworkShape, device: De
     """Refuse tries that run on whole rows or carry states, on a device of static shapes.
 
     Raises:
-        UserError: naming why they do.
+        UserError: naming why.
     """
-    if settings.batching == "padded" or not device.has_static_shapes:
-        return
-    why = shape.why_whole_rows
-    if why is None and shape.carries_states:
-        why = SCANS_IN_SEGMENTS
-    if why is not None:
+    why = STATES_HAVE_MANY_LENGTHS if shape.carries_states else shape.why_whole_rows
+    if settings.batching != "padded" and why is not None and device.has_static_shapes:
         raise UserError(
             f"batches of `{name}` cannot be computed as a trie on {device.name}: {why}",
             where=f"`batching: {settings.batching}` ({settings.where('batching')})",

@@ -11,7 +11,4 @@ position each and run as they are, once per node. So only what these functions a
 from trietune.model.states.hand_on import carries_states, carry_states, scans_states
 from trietune.model.states.kinds import Carrier, Place, Run
 
-# Why a device that compiles a program per shape does not take them.
-SCANS_IN_SEGMENTS = "its layers carry a state, which is scanned in segments of many lengths"
-
-__all__ = ["SCANS_IN_SEGMENTS", "Carrier", "Place", "Run", "carries_states", "carry_states", "scans_states"]
+__all__ = ["Carrier", "Place", "Run", "carries_states", "carry_states", "scans_states"]

@@ -19,6 +19,8 @@ from trietune.model.decoder_layers import decoder_layers
 from trietune.model.states.hand_on import carries_states, mixers_in, scans_states
 from trietune.model.states.kinds import LONGEST_CHUNK
 
+# Why tries of such networks are not computed on devices of static shapes, as the end of a sentence.
+STATES_HAVE_MANY_LENGTHS = "its layers carry a state, which is scanned in segments of many lengths"
 # Steps scanned a node: padding, chunks and what is scanned twice. 1.3 to 1.5 on SQuAD and on conversations.
 STEPS_PER_NODE = 1.5
 
