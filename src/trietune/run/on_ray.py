@@ -109,7 +109,11 @@ def train_on_ray(
         make_folders(directory.parent)
         storage = directory.parent / RAY_FOLDER
         name = f"{directory.name}-{uuid.uuid4().hex[:8]}"
-        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # On the command's own node: any other one may be lost.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
         config = {
             "settings": {
                 **settings.model_dump(mode="json"),
