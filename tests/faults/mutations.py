@@ -165,7 +165,8 @@ MUTATIONS = [
     ),
     Mutation(
         "lines beyond the checkpoint left in the log", "checkpoints/resume.py",
-        'isinstance(step := event.get("step"), int) and step > after_step:', "False:",
+        'is_beyond = event is not None and isinstance(step := event.get("step"), int) and step > after_step\n',
+        "is_beyond = False\n",
         ("tests/checkpoints/test_resume.py",),
     ),
     Mutation(
@@ -218,12 +219,12 @@ MUTATIONS = [
         (BIT_EQUAL,),
     ),
     Mutation(
-        "a damaged optimizer left out without being asked", "run/saving.py",
+        "a damaged optimizer left out without being asked", "run/resuming.py",
         "{OPTIMIZER_FILE} if OPTIMIZER_STATE in allowed_changes else set()", "{OPTIMIZER_FILE}",
         (f"{TRAINER}::test_a_damaged_optimizer_is_done_without_only_when_allowed",),
     ),
     Mutation(
-        "another optimizer's state restored", "run/saving.py",
+        "another optimizer's state restored", "run/resuming.py",
         "kinds <= SAME_STATE else", "True else",
         (f"{TRAINER}::test_another_optimizer_that_was_allowed_begins_with_its_own_state",),
     ),
@@ -252,25 +253,27 @@ MUTATIONS = [
     ),
     Mutation(
         "schedule begins anew", "training/loop.py",
-        "schedules.learning_rate(number)", "schedules.learning_rate(number - schedules.first_step)", (BIT_EQUAL,),
+        "self.step_range.learning_rate(number)", "self.step_range.learning_rate(number - self.step_range.first_step)",
+        (BIT_EQUAL,),
     ),
     Mutation(
         "data order begins anew", "training/loop.py",
-        "divmod(number, steps_per_epoch)", "divmod(number - schedules.first_step, steps_per_epoch)", (BIT_EQUAL,),
+        "divmod(number, steps_per_epoch)", "divmod(number - step_range.first_step, steps_per_epoch)", (BIT_EQUAL,),
     ),
     Mutation(
-        "signals not polled in evaluation", "run/session.py",
-        '"check_stop": (lambda: None) if self.is_sharded else self.stop.check,', '"check_stop": lambda: None,',
+        "signals not polled in evaluation", "run/evaluating.py",
+        '"check_stop": (lambda: None) if built.is_sharded else self.stop.check,', '"check_stop": lambda: None,',
         (f"{TRAINER}::test_a_signal_in_evaluation_stops_it_and_saves",),
     ),
     Mutation(
-        "a run without checkpoints never has finished", "run/saving.py",
-        "        if trained < self.prepared.plan.num_steps:\n", "        if not self.store.has_traces():\n",
+        "a run without checkpoints never has finished", "run/resuming.py",
+        "    if trained < record.prepared.plan.num_steps and not _was_stopped_early(record, info):\n",
+        "    if not record.store.has_traces():\n",
         ("tests/run/test_finished.py",),
     ),
     Mutation(
-        "the best weights stay in the model after a stop", "run/session.py",
-        "            overwrite_tensors(live, last)\n", "            pass\n", ("tests/run/test_best_weights.py",),
+        "the best weights stay in the model after a stop", "run/best_weights.py",
+        "        overwrite_tensors(live, last)\n", "        pass\n", ("tests/run/test_best_weights.py",),
     ),
     Mutation(
         "ranked across other validation data", "checkpoints/retention.py",

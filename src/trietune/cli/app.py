@@ -25,6 +25,7 @@ from trietune.cli.keys import CommandWithKeys
 from trietune.cli.predict import predict
 from trietune.cli.printing import say
 from trietune.cli.report import compare, report
+from trietune.cli.sweep import sweep
 from trietune.cli.train import train
 from trietune.errors import EXIT_BUG, EXIT_DONE, StopRequested, UserError
 from trietune.ranks.messages import FailedElsewhere
@@ -40,7 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order in which `--help` lists them.
-for command_with_keys in (train, estimate, evaluate, predict):
+for command_with_keys in (train, estimate, sweep, evaluate, predict):
     app.command(cls=CommandWithKeys)(command_with_keys)
 for command in (export, report, compare, checkpoints, verify, sync, init, doctor, cache):
     app.command()(command)

@@ -6,7 +6,7 @@ import functools
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -41,8 +41,20 @@ def train(
         typer.Option("--nproc", metavar="N|auto", help="Processes on this machine that share each step."),
     ] = None,
     restarts: Annotated[
-        int, typer.Option("--restarts", min=0, help="With --nproc: how many times to restart after a lost process.")
+        int, typer.Option("--restarts", min=0, help="With --nproc or --ray: restarts after a lost process.")
     ] = 0,
+    use_ray: Annotated[bool, typer.Option("--ray", help="Train with the workers of a Ray cluster.")] = False,
+    num_workers: Annotated[
+        MaybeText,
+        typer.Option("--num-workers", metavar="N|MIN,MAX", help="With --ray: workers; with a range it may shrink."),
+    ] = None,
+    cpus_per_worker: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--cpus-per-worker", min=1, help="With --ray: cores of each worker."),
+    ] = None,
+    address: Annotated[
+        MaybeText, typer.Option("--address", help="With --ray: a cluster that runs; default: one of this machine.")
+    ] = None,
 ) -> None:
     """Train an adapter: from a YAML file, from `--model` and `--data`, or as a sample run."""
     from trietune.config import show_config as describe
@@ -53,19 +65,52 @@ def train(
     if show_config:
         say(describe(settings))
         return
-    if restarts and nproc is None:
-        raise UserError("`--restarts` needs `--nproc`", next_step="--nproc 2 --restarts 3")
+    if restarts and nproc is None and not use_ray:
+        raise UserError("`--restarts` needs `--nproc` or `--ray`", next_step="--nproc 2 --restarts 3")
+    given = {"--num-workers": num_workers, "--cpus-per-worker": cpus_per_worker, "--address": address}
+    for option, value in given.items():
+        if value is not None and not use_ray:
+            raise UserError(f"`{option}` is for `--ray`", next_step=f"--ray {option} {value}")
+    if use_ray and nproc is not None:
+        raise UserError("`--nproc` and `--ray` both start processes", next_step="--ray --num-workers N")
     count = _number_of_processes(nproc)
+    workers = None
+    if use_ray:
+        from trietune.run.on_ray import read_workers
+
+        refuse_several_processes()
+        workers = read_workers(num_workers, cpus_per_worker)
+        count = workers.most if workers else 1
     if dry_run:
         _print_plan(settings, prints_json=as_json, num_processes=count)
         return
+    to_stderr = functools.partial(say, err=True)
+    if use_ray:
+        from trietune.run.on_ray import train_on_ray
+
+        _set_log_level(settings.log_level)
+        raise typer.Exit(
+            train_on_ray(
+                settings,
+                workers=workers,
+                address=address,
+                restarts=restarts,
+                allowed_changes=frozenset(allow_change),
+                began=_began_of(context),
+                say=to_stderr,
+            )
+        )
     if count > 1:
         from trietune.ranks.launch import launch
 
         options = [f"--set={override}" for override in overrides]
         options += [f"--allow-change={key}" for key in allow_change]
+        if restarts and not settings.resume_from_checkpoint:
+            from trietune.run.prepare import run_directory
+
+            # The folder of the first attempt, by name: `--resume` would take an older run's, where this one is `-2`.
+            options.append(f"--set=wandb_run_name={run_directory(settings).name}")
         command = [sys.executable, "-m", "trietune", "train", *([] if config is None else [str(config)]), *options]
-        to_stderr = functools.partial(say, err=True)
         raise typer.Exit(launch(command, count, restarts=restarts, began=_began_of(context), say=to_stderr))
     _set_log_level(settings.log_level)
     from trietune.run.train import train as run_training

@@ -69,7 +69,7 @@ def without_effect(settings: Settings) -> list[str]:
 
 
 def _data(settings: Settings) -> Iterator[Problem]:
-    # Data that nobody named at all is asked for when it is read: to ask a model needs none.
+    # Data that is not named at all is asked for when it is read: to ask a model needs none.
     is_only_cleared = settings.model_fields_set & {"dataset_id", "train_file"} == {"dataset_id"}
     if settings.dataset_id is None and settings.train_file is None and is_only_cleared:
         yield _clash(settings, "dataset_id", "train_file", "needs", "write `train_file: data.jsonl`")

@@ -73,7 +73,7 @@ def load_config(
         overrides: `key=value` texts as after `--set`, or a mapping of keys to Python values.
         environ: where `TRIETUNE_<KEY>` variables are looked up.
 
-    Keys that nobody wrote are as the original experiment had them if the file writes both `framework` and `use_tt`, or
+    Keys that are not set are as the original experiment had them if the file writes both `framework` and `use_tt`, or
     `TRIETUNE_DEFAULTS` is `original`, as the original's command has it.
 
     Raises:

@@ -490,8 +490,8 @@ class Settings(BaseModel):
 
     early_stopping_patience: Positive | None = None
     """Evaluations without a better `checkpoint_metric` after which training ends. The last evaluation and the choice of
-    the final adapter follow as usual; `val_steps_freq` says how often it is evaluated. Without it, training goes on to
-    the end."""
+    the final adapter follow as usual; `val_steps_freq` says how often it is evaluated. Without it, training runs to the
+    end."""
 
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     """Amount by which an evaluation must be better to count as better for `early_stopping_patience`."""
@@ -525,8 +525,8 @@ class Settings(BaseModel):
     """Whether a resume reads `remote_path`, so that an empty machine can resume."""
 
     push_to_hub: Annotated[NonEmpty | None, AfterValidator(_check_repository)] = None
-    """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to. Its card and prompt format go along,
-    in one commit; a repository that does not exist yet is private."""
+    """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to, in one commit with its card and
+    prompt format; a repository that does not exist yet is private."""
 
     # Devices
 

@@ -34,7 +34,7 @@ _BUILDING = ".building-"
 _ROW_FILES = ("row_sizes.npy", "grades.npy")
 _WEIGHTS = "weights.npy"
 _FILES = ("input_ids.npy", "labels.npy", "offsets.npy", "examples.jsonl", "example_ends.npy")
-# Whoever was killed while building left a folder; nobody builds for as long as this.
+# A process killed while building left a folder; no build takes as long as this.
 _ABANDONED_AFTER_S = 7 * 24 * 3600
 # NumPy's header of a flat array has this size whatever its length is, so it can be written last.
 _NPY_HEADER_BYTES = 128

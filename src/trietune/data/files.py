@@ -4,7 +4,7 @@
     a fine film<TAB>1              (2, {"sentence": "a fine film", "label": "1"})
     dull                           (3, BrokenRow("1 column instead of 2"))
 
-A row that cannot be read is a value and not an exception: whoever reads the whole file can then say how many there
+A row that cannot be read is a value and not an exception: the reader of the whole file can then say how many there
 are, and where. In JSON, an object with a key twice is such a row, and so is whatever follows the end. Tab-separated
 files are read without quoting, as GLUE writes them: a quote in a sentence is text. A file may be packed by gzip.
 """

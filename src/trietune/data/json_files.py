@@ -1,4 +1,4 @@
-"""Rows of JSON files: one object a line, a list of objects, a list under a key, or SQuAD's nested form."""
+"""Rows of JSON files: one object per line, a list of objects, a list under a key, or SQuAD's nested form."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read_json_list(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
         if text.startswith(",", position):
             position = _skip_space(text, position + 1)
         elif not text.startswith("]", position):
-            yield number, BrokenRow("the list does not go on with `,` or end with `]` after this item")
+            yield number, BrokenRow("the list does not continue with `,` or end with `]` after this item")
             return
     end = position + 1
     beyond = _skip_space(text, end)

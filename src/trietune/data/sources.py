@@ -37,7 +37,7 @@ _SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\
 class Sources:
     """`validation` is None where the data has none: then a part of the training rows is held out.
 
-    `is_task_certain` is false where `task_name` may be an old default that nobody wrote.
+    `is_task_certain` is false where `task_name` may be an old default that was not set.
     """
 
     train: Rows

@@ -68,7 +68,7 @@ def find_task(
         if reason is not None:
             if is_tallied and len(seen) <= train.kept / 2:
                 report(
-                    f"task: text, so the loss is measured alone; completions repeat, but are no labels ({reason}): "
+                    f"task: text, so only the loss is measured; completions repeat, but are not labels ({reason}): "
                     "`task: labels` measures accuracy, `task: answers` exact match and F1"
                 )
             return Task("text")
@@ -115,7 +115,7 @@ def _why_no_labels(seen: Counter[str]) -> str | None:
 def _report_odd(
     seen: Counter[str], train: SplitCounts, validation: SplitCounts | None, report: Callable[[str], None]
 ) -> None:
-    """Rare labels, labels that differ in spaces, and labels that are never learnt."""
+    """Rare labels, labels that differ in spaces, and labels that are never learned."""
     names = _by_name(seen)
     rare = {name: count for name, count in names.items() if count < SEEN_AT_LEAST}
     if rare:

@@ -44,7 +44,7 @@ from trietune.evaluation.scoring import (
 )
 from trietune.model.causal_lm import TrieModel
 from trietune.ranks.ranks import ALONE, Ranks
-from trietune.trie import Batching
+from trietune.trie import Batching, Sequences
 from trietune.trie.dealing import deal_step
 
 
@@ -108,7 +108,7 @@ def evaluate_model(
         ranks: processes that share the work; all call this function.
     """
     indices = choose_examples(len(sequences), max_examples, seed=seed)
-    mine = _own_places(sequences, indices, ranks, batching)
+    mine = own_places(sequences, indices, ranks, batching)
     own = indices[mine]
     how: Any = {"max_positions": max_positions, "check_stop": check_stop, "progress": progress}
     predictions: list[Prediction] = []
@@ -118,7 +118,7 @@ def evaluate_model(
         scores = ranks.together(
             lambda: label_log_probabilities(model, sequences, own, completions, batching=batching, **how)
         )
-        log_probabilities = _put_together(ranks, mine, scores, len(indices))
+        log_probabilities = put_together(ranks, mine, scores, len(indices))
         gold = find_labels(sequences, indices, completions)
         measured = _measure_labels(log_probabilities, gold, completions, task)
         predictions = _label_predictions(sequences, indices, task, log_probabilities, gold)
@@ -132,8 +132,8 @@ def evaluate_model(
         own_answers, own_losses, own_weights = ranks.together(
             lambda: generate_and_score(model, sequences, own, limits, check_stop=check_stop, progress=progress)
         )
-        losses = _put_together(ranks, mine, own_losses, len(indices))
-        weights = _put_together(ranks, mine, own_weights, len(indices))
+        losses = put_together(ranks, mine, own_losses, len(indices))
+        weights = put_together(ranks, mine, own_weights, len(indices))
         answers: list[list[int]] = [[] for _ in range(len(indices))]
         for places, part in ranks.gather((mine.tolist(), own_answers)):
             for place, answer in zip(places, part, strict=True):
@@ -146,14 +146,14 @@ def evaluate_model(
         own_losses, own_weights = ranks.together(
             lambda: sequence_losses(model, sequences, own, batching=batching, **how)
         )
-        losses = _put_together(ranks, mine, own_losses, len(indices))
-        weights = _put_together(ranks, mine, own_weights, len(indices))
+        losses = put_together(ranks, mine, own_losses, len(indices))
+        weights = put_together(ranks, mine, own_weights, len(indices))
         measured = [measure_loss(losses, weights)]
     joined = join(measured, prefix="eval/")
     return Evaluation(joined.metrics, joined.intervals, len(indices), predictions)
 
 
-def _own_places(sequences: TokenSequences, indices: np.ndarray, ranks: Ranks, batching: Batching) -> np.ndarray:
+def own_places(sequences: Sequences, indices: np.ndarray, ranks: Ranks, batching: Batching) -> np.ndarray:
     """Places in `indices` of what this rank computes, ascending: all of them in one process."""
     everything = np.arange(len(indices))
     if ranks.count == 1:
@@ -165,7 +165,7 @@ def _own_places(sequences: TokenSequences, indices: np.ndarray, ranks: Ranks, ba
     return np.sort(ranks.mine([np.append(places[0], unlabeled), *places[1:]]))
 
 
-def _put_together(ranks: Ranks, mine: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+def put_together(ranks: Ranks, mine: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     """The values of all ranks' places, float64 [count, ...] in the order of the examples."""
     if ranks.count == 1:
         return values
@@ -249,7 +249,7 @@ def _gold_answers(example: Example, encoder: Encoder) -> tuple[str, ...]:
     if example.answers:
         return example.answers
     answer = example.completion
-    if example.messages:  # what is generated is the first answer that is learnt
+    if example.messages:  # what is generated is the first answer that is learned
         answer = next((one.content for one in encoder.answers(example) if one.weight), "")
     return () if answer.strip() == UNANSWERABLE else (answer.strip(),)
 

@@ -40,7 +40,7 @@ class Built:
 
     Attributes:
         peft_model: the network with its adapter, as PEFT knows it; `model` computes with the same modules.
-        learning_rate: of step `n`, counted from 0.
+        learning_rate: rate of step `n`, counted from 0.
         is_sharded: whether each process holds a part of every layer.
     """
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trietune.config import load_config
 from trietune.device.doctor import Examination, Finding
 from trietune.errors import UserError
-from trietune.run.prepare import adapter_arguments, uncovered
+from trietune.run.describing import adapter_arguments, uncovered
 
 if TYPE_CHECKING:
     from trietune.model.base.folder import ModelFolder
@@ -45,12 +45,14 @@ def examine_model(
         base = _config_of(name, Path(kept), report)
         import torch
 
+        from trietune.model.base.load import quiet_library
         from trietune.model.base.shape import describe_network
 
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
-        shape = describe_network(
-            base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout
-        )
+        with quiet_library():
+            shape = describe_network(
+                base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout
+            )
         findings = [
             Finding("model", f"{name}: `{shape.config.model_type}`, {shape.num_parameters / 1e6:,.0f} M parameters"),
             *_ways(base, shape, settings),
@@ -81,7 +83,7 @@ def _config_of(name: str, kept: Path, report: Callable[[str], None]) -> ModelFol
         raise UserError(f"`{name}`: its config.json is not JSON: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("model_type"), str):
         raise UserError(
-            f"`{name}`: its config.json names no `model_type`, so nobody can tell what model it is",
+            f"`{name}`: its config.json names no `model_type`, so it is not clear what model it is",
             next_step="take config.json from the page that the weights come from",
         )
     (kept / "config.json").write_bytes(data)
@@ -172,10 +174,7 @@ def _limits(shape: NetworkShape) -> list[Finding]:
 def _adapters(shape: NetworkShape, settings: Any) -> list[Finding]:
     text = f"{shape.num_trainable:,} parameters on {shape.coverage.share:.0%} of the layers' weights"
     notes = [Finding("adapter", sentence, "note") for sentence in uncovered(settings, shape.coverage)]
-    routers = (
-        [Finding("adapter", f"none on routers: {', '.join(shape.coverage.routers)}")] if shape.coverage.routers else []
-    )
-    return [Finding("adapter", f"rank {settings.lora_r}: {text}"), *notes, *routers]
+    return [Finding("adapter", f"rank {settings.lora_r}: {text}"), *notes]
 
 
 def _memory(shape: NetworkShape, dtype: Any) -> Finding:

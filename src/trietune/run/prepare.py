@@ -172,7 +172,7 @@ def prepare(
         base_bytes -= shape.num_in_layers * dtype.itemsize * (num_processes - 1) // num_processes
     model_bytes = base_bytes + BYTES_PER_TRAINED_PARAMETER * shape.num_trainable
     if num_processes > 1 and chosen is None:
-        # Now, while nobody has loaded anything: later each process would see what the others have taken.
+        # Now, while nothing has been loaded: later each process would see what the others have taken.
         _check_base_fits(base.name, base_bytes, device, num_processes)
     free_bytes = device.free_memory_bytes() - model_bytes
     max_positions = settings.max_tokens_per_micro_batch
@@ -262,7 +262,7 @@ def _describe_objective(settings: Settings, learning: Learning) -> str | None:
 
 
 def _check_base_fits(name: str, base_bytes: int, device: Device, num_processes: int) -> None:
-    """Refuse several whole base models where their weights alone do not fit."""
+    """Refuse several whole base models where even their weights do not fit."""
     free_bytes = device.free_memory_bytes()
     if base_bytes > free_bytes:
         raise UserError(

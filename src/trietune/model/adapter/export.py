@@ -160,7 +160,7 @@ def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
     """The same adapter with its scale inside `lora_B`, so that a reader who takes `alpha / r` for 1 is right.
 
     Raises:
-        UserError: DoRA, modules trained whole, biases, or ranks that differ by module: not LoRA alone.
+        UserError: DoRA, modules trained whole, biases, or ranks that differ by module: not only LoRA.
     """
     config = parse_config(files[CONFIG_FILE], where=f"{where}/{CONFIG_FILE}")
     obstacles = {

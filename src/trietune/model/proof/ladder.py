@@ -62,9 +62,9 @@ SCAN_BOUND, SCAN_BOUND_OF_GRADIENTS = 5e-4, 2e-3
 # A kernel that has no fp32, against rows in fp32 on the same queries, keys and values, in relation to all nodes: right
 # ones at most 3.8e-3, a scale 10 % off 4.0e-2.
 KERNEL_BOUND = 2e-2
-# Parts with more parameters than this (MLPs) that are given hidden states alone are proven in one layer of each kind.
+# Parts with more parameters than this (MLPs) that are given only hidden states are proven in one layer of each kind.
 MOST_PROVEN_EVERYWHERE = 1_000_000
-# Positions of which a part's gradients are taken where it is given hidden states alone.
+# Positions of which a part's gradients are taken where it is given only hidden states.
 POINTWISE_NODES = 8
 # Beyond this length transformers' plain attention takes too much memory; its SDPA stands for it if both agreed.
 LONG = 1024
@@ -430,7 +430,7 @@ class _Prover:
     # Last layer, head, kernel
 
     def _prove_last(self, rungs: dict[str, int], found: _Found) -> list[str]:
-        """The last layer as one part, for the nodes that carry labels alone."""
+        """The last layer as one part, only for the nodes that carry labels."""
         last = self.layers[-1]
         if not self.model.prunes_last:
             return []
@@ -615,8 +615,7 @@ def _run_whole_rows(model: TrieModel, forest: Forest) -> object:
 
 def _run_padded(model: TrieModel, forest: Forest) -> object:
     rows = forest.rows
-    positions = np.tile(np.arange(rows.shape[1], dtype=np.int32), (rows.shape[0], 1))
-    return model.decode(rows.tokens.astype(np.int64), positions, rows.is_real.long(), None)
+    return model.decode(rows.tokens.astype(np.int64), None, rows.is_real.long(), None)
 
 
 def _kernel_error(
