@@ -66,11 +66,11 @@ class PromptFormat:
         stop_ids: generation ends at any of them.
         task: what a right answer is.
         tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.encoder.hash_tokenizer`.
-        is_turn_by_turn: of a `chat`, whether each answer is an example of its own, because the template writes earlier
-            answers anew; else all answers of a conversation are learnt in one.
+        is_turn_by_turn: for a `chat`, whether each answer is an example of its own, because the template writes earlier
+            answers anew; else all answers of a conversation are learned in one.
         system_prompt: of a `chat`, put before conversations that have no system message; empty for none. It is
             `chat_system_prompt`, or the one that all training conversations had.
-        template_columns: of a `template`, the columns that both templates may name; None takes identifiers alone, as
+        template_columns: for a `template`, the columns that both templates may name; None takes only identifiers, as
             the first adapters did.
     """
 
