@@ -8,7 +8,7 @@ import pytest
 
 from causal_types.models_page import PAGE, page_of
 from causal_types.small_models import causal_types
-from causal_types.try_types import read_table, try_type
+from causal_types.try_types import complete, read_table, try_type
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -40,7 +40,7 @@ def fails(row: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("model_type", [*TRIED, *(pytest.param(name, marks=pytest.mark.slow) for name in TRIED_SLOWLY)])
 def test_gradients_are_those_of_a_plain_loop_and_broken_ones_are_caught(model_type: str) -> None:
-    row = try_type(model_type)
+    row = complete(model_type, try_type(model_type))
     assert not fails(row), row
     assert row["trie"]["status"] == row["padded"]["status"] == "exact", row
     assert "caught" in row["caught"].values()

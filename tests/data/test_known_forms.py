@@ -31,7 +31,7 @@ SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
 
 
 @pytest.mark.parametrize(
-    ("row", "given", "learnt"),
+    ("row", "given", "learned"),
     [
         ({"question": "q", "answer": "a"}, "<bos>Question: q\nAnswer:", " a<eos>"),
         ({"question": "q", "answer": 0, "context": "c"}, "<bos>Context: c\n\nQuestion: q\nAnswer:", " 0<eos>"),

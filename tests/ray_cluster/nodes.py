@@ -16,7 +16,7 @@ LIMIT_S = 500
 def main() -> int:
     metrics, lose_at, command = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     memory = 80 * 2**20
-    # The command connects to the node that has its own address, which is the head, and so outlives the one that is lost.
+    # The command connects to the node of its own address, the head, and so outlives the one that is lost.
     head = {"num_cpus": 0, "object_store_memory": memory, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [

@@ -83,7 +83,7 @@ class RowFormat:
     prompt_template: str = ""
     completion_template: str = ""
     template_columns: tuple[str, ...] | None = None
-    # Those that hold a conversation; of several, only the last is learnt.
+    # Those that hold a conversation; of several, only the last is learned.
     message_columns: tuple[str, ...] = ("messages",)
 
     @property
@@ -373,7 +373,7 @@ def _advice(columns: Sequence[str]) -> str:
     if len(texts) >= 2:
         prompt = "".join(f"{name}: {{{name}}}\\n" for name in texts[:-1])
         return (
-            f'if `{texts[-1]}` is what is to be learnt: prompt_template: "{prompt}" and completion_template: '
+            f'if `{texts[-1]}` is what is to be learned: prompt_template: "{prompt}" and completion_template: '
             f'"{{{texts[-1]}}}"'
         )
     return (

@@ -218,12 +218,14 @@ def compare(
         if leaf is None:
             return None
         try:
-            return check(name, part, output, leaf)
+            first = check(name, part, output, leaf)
         finally:
             if name in upcast:
                 upcast.pop(name).restore()
+        # Now: what else a part returns may be one of its own parameters (GPT-NeoX Japanese's bias).
+        return None if first is None else _replaced(output, first)
 
-    def check(name: str, part: nn.Module, output: Any, leaf: Tensor) -> Any:
+    def check(name: str, part: nn.Module, output: Any, leaf: Tensor) -> Tensor | None:
         one, returned = records[name], _first(output)
         assert one.output is not None
         assert one.returned is not None
@@ -249,7 +251,7 @@ def compare(
             gradients = _gradient_error(one, _gradients(part, leaf, grid, laid_cotangent), places)
         errors[name] = _error(ours.detach(), theirs, stream if is_layer(name) else None, gradients)
         # A copy: some layers add to what a child returned in place.
-        return _replaced(output, _ungrid(laid.clone(), returned))
+        return _ungrid(laid.clone(), returned)
 
     def fail(layer: str, error: Exception) -> None:
         for name in [n for n in leaves if layer_of(n) == layer]:
