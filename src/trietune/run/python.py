@@ -136,7 +136,7 @@ def predict(
         max_new_tokens: longest answer.
 
     Returns:
-        What `trietune predict --json` calls predictions: for each input `{"input", "label", "probabilities"}` in a
+        What the command writes: for each input `{"input", "label", "probabilities"}` in a
         task with labels, else `{"input", "text"}`.
 
     Raises:
