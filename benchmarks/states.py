@@ -103,6 +103,7 @@ def compare(name: str, work: str, num_rounds: int) -> dict[str, Any]:
         "tokens": batch[0].num_tokens,
         "nodes": batch[0].num_positions,
         "seconds": {engine: [one["seconds"] for one in rounds] for engine, rounds in found.items()},
+        "cpu_seconds": {engine: [one["cpu_seconds"] for one in rounds] for engine, rounds in found.items()},
         "peak_memory_bytes": {e: int(max(one["bytes"] for one in rounds)) for e, rounds in found.items()},
         "faster_by": statistics.median(ratios),
         "loss": {engine: rounds[0]["loss"] for engine, rounds in found.items()},
@@ -174,15 +175,23 @@ def trietune(name: str, rows: Sequences) -> Callable[[], float]:
 
 
 def in_child(prepare: Callable[[], Callable[[], float]]) -> dict[str, float]:
-    """One step in a process of its own: seconds, loss, and bytes at the peak beyond what the model takes."""
+    """One step in a process of its own: seconds, loss, and bytes at the peak beyond what the model takes.
+
+    Seconds of the processor, too: on a machine that others use, those of the clock say how busy it was.
+    """
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         try:
             os.close(read)
             step = prepare()
-            before, start = reset_peak_memory(), time.perf_counter()
+            before, start, of_cpu = reset_peak_memory(), time.perf_counter(), time.process_time()
             loss = step()
-            found = {"seconds": time.perf_counter() - start, "loss": loss, "bytes": peak_memory_bytes() - before}
+            found = {
+                "seconds": time.perf_counter() - start,
+                "cpu_seconds": time.process_time() - of_cpu,
+                "loss": loss,
+                "bytes": peak_memory_bytes() - before,
+            }
             os.write(write, json.dumps(found).encode())
         except Exception:
             traceback.print_exc()

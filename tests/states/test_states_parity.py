@@ -188,3 +188,20 @@ def test_short_and_equal_rows_are_computed(lengths: list[int]) -> None:
         network = build(family).double()
         with precision(torch.float64):
             assert error_of(on_batches(network, batch), on_rows(network, batch)) < FP64_TOLERANCE
+
+
+def test_explicit_masks_are_not_those_of_layers_with_a_state() -> None:
+    """Windows and states in one network: the mask of all pairs is no padding mask."""
+    from types import SimpleNamespace
+
+    from trietune.model.attention.explicit_mask import explicit_masks
+    from trietune.trie import build_trie
+
+    batch = batch_of()
+    trie = build_trie(batch.input_ids, batch.labels, batch.offsets)
+    layout = TrieLayout(trie, kind="mask", num_heads=1, num_key_heads=1, device=torch.device("cpu"))
+    kinds = ["linear_attention", "sliding_attention", "conv", "full_attention"]
+    masks = explicit_masks(SimpleNamespace(layer_types=kinds, sliding_window=4), layout, torch.float32)
+    assert isinstance(masks, dict)
+    assert {kind for kind, mask in masks.items() if mask is None} == {"linear_attention", "conv"}
+    assert set(masks) == set(kinds)

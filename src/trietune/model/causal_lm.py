@@ -175,7 +175,7 @@ class TrieModel:
         self,
         input_ids: np.ndarray,
         position_ids: np.ndarray | None,
-        mask: Tensor | dict[str, Tensor],
+        mask: Tensor | dict[str, Tensor | None],
         layout: TrieLayout | StaticLayout | None,
     ) -> Tensor:
         """Hidden states [S, W, D] of tokens and positions [S, W]; `layout` says what is seen, or else `mask`."""
@@ -191,7 +191,7 @@ class TrieModel:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def mask_of(self, layout: TrieLayout | StaticLayout) -> Tensor | dict[str, Tensor]:
+    def mask_of(self, layout: TrieLayout | StaticLayout) -> Tensor | dict[str, Tensor | None]:
         """What the decoder is given as its mask next to `layout`."""
         if self.needs_masks:
             return explicit_masks(self.config, layout, self.network.dtype)  # type: ignore[arg-type]
