@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from causal_types.small_models import small_config
 
+from causal_types.small_models import small_config
 from trietune import UserError
 from trietune.cli.app import main
 from trietune.model.base.few_layers import VOCABULARY, WINDOW, few_layers
