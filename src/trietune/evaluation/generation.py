@@ -383,6 +383,9 @@ def _run_padded(
     while first < len(order):
         width = int(lengths[order[first]])
         batch = order[first : first + max(1, min(limits.batch_size, limits.max_positions // width))]
+        if model.whole_rows is not None:
+            # What such a model makes of padding in front of a prompt was not proven, so there is none.
+            batch = batch[lengths[batch] == width]
         first += len(batch)
         input_ids = np.zeros((len(batch), width), np.int64)
         is_real = np.arange(width) >= width - lengths[batch, None]
