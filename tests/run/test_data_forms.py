@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,8 @@ from datasets import Dataset, DatasetDict
 
 from tiny_model import write_tiny_model
 from trietune.cli.app import main
+from trietune.config import load_config
+from trietune.data import load_data, load_tokenizer
 
 COUNT = 8
 PAIRS = [{"prompt": f"plot {n}:", "completion": f" good {n}"} for n in range(COUNT)]
@@ -199,6 +202,27 @@ def test_a_run_on_data_of_each_form_finishes(
         said = capfd.readouterr().err
     assert code == 0, said
     assert Path("runs/first/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_data_of_each_form_becomes_examples_with_labels(
+    form: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, make, besides = FORMS[form]
+    make(tmp_path / name)
+    options = dict(one.partition("=")[::2] for one in besides)
+    data = load_data(
+        load_config(None, {"train_file": name, **options}, environ={}),
+        load_tokenizer(model),
+        cache_folder=tmp_path / "cache",
+        report=lambda _: None,
+        progress=lambda *_: None,
+        check_stop=lambda: None,
+    )
+    assert data.counts.train.kept == data.counts.train.num_examples > 0
+    labels = data.train.labels
+    assert np.add.reduceat(labels != -100, data.train.offsets[:-1]).min() > 1
 
 
 def test_all_but_three_forms_need_no_second_try() -> None:
