@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from trietune.cli.options import AsJson, MaybePath, MaybeText, Overrides
 from trietune.cli.printing import console, print_json, say
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 from trietune.ranks.launched import refuse_several_processes
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def estimate(
 
 def _estimated(
     settings: Settings, tracker: Tracker, *, device: str | None, num_processes: int, price: float | None
-) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+) -> tuple[list[tuple[str, str]], JsonObject]:
     """What the command prints, as (name, value), and the same for `--json`.
 
     Raises:
@@ -128,7 +129,7 @@ def _lines(prepared: Prepared, found: Estimate, price: float | None) -> list[tup
     return [*lines, ("not counted", NOT_COUNTED)]
 
 
-def _document(prepared: Prepared, found: Estimate, price: float | None) -> dict[str, Any]:
+def _document(prepared: Prepared, found: Estimate, price: float | None) -> JsonObject:
     is_known = found.unknown is None
     return {
         "device": prepared.plan.device.name,

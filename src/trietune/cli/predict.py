@@ -13,6 +13,7 @@ import typer
 from trietune.cli.options import AsJson, MaybePath, Overrides, Target
 from trietune.cli.printing import console, print_json, print_json_line, say
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 from trietune.io.outputs import check_output, write_output
 from trietune.run.signals import StopSignals
 
@@ -95,7 +96,7 @@ def _read_inputs(path: Path | None, *, has_text: bool) -> Iterator[Any]:
             raise UserError(f"{path or 'stdin'}:{number} is not JSON: {what}") from None
 
 
-def _answer_line(record: dict[str, Any]) -> str:
+def _answer_line(record: JsonObject) -> str:
     if "label" not in record:
         return str(record["text"])
     others = "  ".join(f"{name} {share:.1%}" for name, share in record["probabilities"].items())

@@ -25,6 +25,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Example, Message
+from trietune.io.json_types import JsonObject
 
 Segment = tuple[
     str, bool
@@ -141,7 +142,7 @@ def _render(messages: Sequence[Message], *, tokenizer: Any, chat_template: str, 
 
 
 def _apply(
-    fields: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any, chat_template: str, *, asks: bool
+    fields: Sequence[JsonObject], tools: list[Any] | None, tokenizer: Any, chat_template: str, *, asks: bool
 ) -> str:
     return str(
         tokenizer.apply_chat_template(
@@ -201,14 +202,14 @@ def _find_call_form(tokenizer: Any, chat_template: str) -> _CallForm:
     return last or _CallForm()
 
 
-def _in_form(fields: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+def _in_form(fields: JsonObject, form: _CallForm) -> JsonObject:
     if "tool_calls" not in fields:
         return fields
     content = "" if fields["content"] is None and not form.has_null_content else fields["content"]
     return {**fields, "content": content, "tool_calls": [_call_in_form(one, form) for one in fields["tool_calls"]]}
 
 
-def _call_in_form(call: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+def _call_in_form(call: JsonObject, form: _CallForm) -> JsonObject:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _call_in_form(call["function"], form)}
     arguments = call.get("arguments")

@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 from trietune.data.json_text import JsonDecoder, RepeatedKeyError, RepeatedKeys
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 
-Row = dict[str, Any]
+Row = JsonObject
 Format = Literal["tsv", "csv", "jsonl", "json", "squad", "parquet"]
 
 FORMAT_OF_SUFFIX: dict[str, Format] = {

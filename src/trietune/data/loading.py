@@ -30,6 +30,7 @@ from trietune.data.sources import Sources
 from trietune.data.templates import PromptFormat, find_columns, split_template
 from trietune.data.weights import Weighting
 from trietune.errors import StopRequested, UserError
+from trietune.io.json_types import JsonObject
 
 Report = Callable[[str], None]
 Progress = Callable[[str, int, int | None], None]
@@ -150,7 +151,7 @@ class Loading:
         placed = rows.read()
         if held_out is not None and not is_training:
             placed = compress(placed, held_out)
-        common: dict[str, Any] = {
+        common: JsonObject = {
             "source": rows.name,
             "encoder": make_encoder(self.tokenizer, self.prompt_format),
             "rules": rules,
@@ -176,7 +177,7 @@ class Loading:
             return writer.finish(asdict(counts)), counts
 
 
-def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
+def _deciding_fields(words: RowFormat | PromptFormat) -> JsonObject:
     """What of a row format or prompt format decides tokens.
 
     Names of columns do only where templates mean others than they meant when only identifiers were columns; a

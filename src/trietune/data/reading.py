@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -29,6 +29,7 @@ from trietune.data.sources import Sources
 from trietune.data.templates import PromptFormat
 from trietune.data.weights import COLUMN, Weighting, find_weighting
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 
 # Whether a template writes reasoning anew, and how it ends a call, is tried on so many conversations.
 CONVERSATIONS_TRIED = 100
@@ -134,5 +135,5 @@ def weighting_of(
     return None
 
 
-def _first_row(rows: Rows) -> Mapping[str, Any]:
+def _first_row(rows: Rows) -> JsonMapping:
     return next((row for _, row in rows.read() if not isinstance(row, BrokenRow)), {})

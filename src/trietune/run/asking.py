@@ -5,9 +5,9 @@ Imported once a device has been chosen: transformers starts XLA devices when it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trietune.errors import UserError
 from trietune.evaluation.evaluate import evaluate_model
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trietune.run.loaded import LoadedModel
 
 from trietune.data.templates import PromptFormat
+from trietune.io.json_types import JsonMapping, JsonObject
 
 ANSWERS_AT_ONCE = 32
 
@@ -82,11 +83,11 @@ def measure(
 
 def ask(
     opened: LoadedModel,
-    inputs: Sequence[str | Mapping[str, Any]],
+    inputs: Sequence[str | JsonMapping],
     *,
     max_new_tokens: int | None,
     check_stop: Callable[[], None],
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Answers of `opened` to `inputs`; see `trietune.run.opened.predict`."""
     encoder = opened.encoder()
     check_ids(

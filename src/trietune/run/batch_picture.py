@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from trietune.io import files, strict_json
+from trietune.io.json_types import JsonObject
 from trietune.tracking.report.record import BATCH_PICTURE
 from trietune.trie import Sequences
 from trietune.trie.picture import label_runs, picture_batch
@@ -36,7 +37,7 @@ def write_batch_picture(
     files.replace_file(directory / BATCH_PICTURE, strict_json.serialize(document))
 
 
-def describe_batch(sequences: Sequences, indices: np.ndarray, ids: Sequence[str], tokenizer: Any) -> dict[str, Any]:
+def describe_batch(sequences: Sequences, indices: np.ndarray, ids: Sequence[str], tokenizer: Any) -> JsonObject:
     """The document: three counts of positions over the whole batch, and the picture of at most `MOST_EXAMPLES`."""
     whole = _picture(sequences, indices)
     shown = indices[:MOST_EXAMPLES]

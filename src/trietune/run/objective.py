@@ -26,6 +26,7 @@ from trietune.data.examples import Task, TokenSequences
 from trietune.errors import UserError
 from trietune.evaluation.preferences import evaluate_answers, joined, measure_share, score_answers
 from trietune.io import files
+from trietune.io.json_types import JsonObject
 from trietune.training.objectives.answers import answers_of
 from trietune.training.objectives.by_scores import LearnByScores, describe
 from trietune.training.objectives.dpo import Dpo
@@ -332,7 +333,7 @@ def _write(path: Path, scores: np.ndarray) -> None:
         pass
 
 
-def reference_keys(settings: Settings, plan: Plan, environment: dict[str, Any]) -> tuple[str, str]:
+def reference_keys(settings: Settings, plan: Plan, environment: JsonObject) -> tuple[str, str]:
     """Names in the cache for the reference's scores of training and validation data: all that decides them."""
     common = {
         "base": environment["base_digest"],

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trietune.config import load_config
 from trietune.data.load import load_split
 from trietune.errors import UserError
 from trietune.io.cache_folder import cache_folder
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.fitting import with_max_length
 from trietune.run.opening import open_machine, progress_of
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def evaluate(
     target: str | Path,
     *,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    overrides: Sequence[str] | JsonMapping = (),
     split: str | None = None,
     max_examples: int | None = None,
     tracker: Tracker | None = None,
@@ -91,18 +92,18 @@ def evaluate(
 
 def predict(
     opened: LoadedModel,
-    inputs: Sequence[str | Mapping[str, Any]],
+    inputs: Sequence[str | JsonMapping],
     *,
     max_new_tokens: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """What the model says to each input: `{"label", "probabilities"}` for a task with labels, else `{"text"}`."""
     from trietune.run.asking import ask
 
     return ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=check_stop)
 
 
-def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any], tracker: Tracker) -> LoadedModel:
+def open_model(target: str | Path, overrides: Sequence[str] | JsonMapping, tracker: Tracker) -> LoadedModel:
     """Load the base model and the adapter that `target` names.
 
     Raises:
@@ -134,7 +135,7 @@ def _find_adapter(path: Path) -> Path | None:
     return None
 
 
-def _names_data(opened: LoadedModel, target: str | Path, overrides: Sequence[str] | Mapping[str, Any]) -> bool:
+def _names_data(opened: LoadedModel, target: str | Path, overrides: Sequence[str] | JsonMapping) -> bool:
     return _is_run(target) or bool(_overridden_data(overrides))
 
 
@@ -142,7 +143,7 @@ def _is_run(target: str | Path) -> bool:
     return (Path(target).expanduser() / "config.yaml").is_file()
 
 
-def _overridden_data(overrides: Sequence[str] | Mapping[str, Any]) -> set[str]:
+def _overridden_data(overrides: Sequence[str] | JsonMapping) -> set[str]:
     """The keys of `overrides` that name data."""
     pairs = overrides.items() if isinstance(overrides, Mapping) else (item.split("=", 1) for item in overrides)
     named = {key.strip() for key, *value in pairs if value not in ([None], ["null"], [""])}
