@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from trietune.data.templates import PromptFormat, find_columns, split_template
 from trietune.data.weights import Weighting
 from trietune.errors import StopRequested, UserError
 from trietune.io.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Report = Callable[[str], None]
 Progress = Callable[[str, int, int | None], None]
@@ -69,7 +72,7 @@ class Loading:
     """What the splits of one call share."""
 
     settings: Settings
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     row_format: RowFormat
     form: AnswerForm | None
     weighting: Weighting | None

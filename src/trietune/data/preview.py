@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trietune.data.examples import IGNORED_LABEL, TokenSequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,9 @@ class ExamplePreview:
     tokens: tuple[TokenText, ...]
 
 
-def preview_examples(sequences: TokenSequences, tokenizer: Any, count: int = 3) -> list[ExamplePreview]:
+def preview_examples(
+    sequences: TokenSequences, tokenizer: PreTrainedTokenizerFast, count: int = 3
+) -> list[ExamplePreview]:
     """The first `count` examples, token by token.
 
     Args:
@@ -41,7 +46,7 @@ def preview_examples(sequences: TokenSequences, tokenizer: Any, count: int = 3) 
     return previews
 
 
-def split_text(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def split_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """What each token adds to the text of those before it."""
     backend = tokenizer.backend_tokenizer
     texts = []

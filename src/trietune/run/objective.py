@@ -39,6 +39,8 @@ from trietune.training.objectives.simpo import Simpo
 from trietune.training.objectives.with_chosen import WithChosen
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from trietune.config.settings import Settings
     from trietune.data.load import Data
     from trietune.evaluation.evaluate import Evaluation
@@ -87,7 +89,7 @@ def rows_of(settings: Settings, sequences: TokenSequences) -> Rows:
     )
 
 
-def rows_to_rank(data: Data, tokenizer: Any) -> tuple[AnswerSets, Data]:
+def rows_to_rank(data: Data, tokenizer: PreTrainedTokenizerFast) -> tuple[AnswerSets, Data]:
     """Each training prompt with every label of the task, and the data with that task.
 
     Raises:

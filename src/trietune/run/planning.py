@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from trietune.data.answers import AnswerSets
 from trietune.data.examples import TokenSequences
@@ -26,6 +26,8 @@ from trietune.run.plan import Plan, describe_defaults, num_steps_of
 from trietune.run.prepared import Chosen, Prepared
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from trietune.config.settings import Settings
     from trietune.data.load import Data
     from trietune.device import Device
@@ -181,7 +183,7 @@ def plan_run(
     return Prepared(settings, plan, base, tokenizer, data, groups, learning, shape, work, num_sampled, start)
 
 
-def _plan_learning(settings: Settings, data: Data, tokenizer: Any) -> tuple[Learning, Data]:
+def _plan_learning(settings: Settings, data: Data, tokenizer: PreTrainedTokenizerFast) -> tuple[Learning, Data]:
     """What is learned from the data; ranking may find that it is a task with labels."""
     objective = make_objective(settings)
     if settings.objective == "rank":
