@@ -100,8 +100,8 @@ def test_what_follows_the_last_answer_is_left_out() -> None:
         ("hello", "not a JSON list"),
         ([{"role": "user", "content": "Hi"}], "no message has the role `assistant`"),
         ([{"from": "narrator", "value": "Hi"}], "from `narrator`"),
-        ([{"role": "assistant", "content": None}], "no text"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "no list of objects"),
+        ([{"role": "assistant", "content": None}], "not text"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "not a list of objects"),
         (["hello"], 'has no "role"'),
     ],
 )

@@ -286,9 +286,12 @@ def batch() -> FlatSequences:
     return FlatSequences(np.concatenate(rows).astype(np.int32), np.concatenate(labels).astype(np.int32), offsets)
 
 
-def plain_gradients(network: Any, sequences: FlatSequences) -> tuple[float, dict[str, torch.Tensor]]:
-    """A row an example, through transformers alone."""
-    network.set_attn_implementation("eager")
+def plain_gradients(
+    network: Any, sequences: FlatSequences, attention: str | None = "eager"
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """A row an example, through transformers alone; `attention` None leaves the one that the network came with."""
+    if attention is not None:
+        network.set_attn_implementation(attention)
     total, weight = torch.zeros(()), 0
     for begin, end in zip(sequences.offsets[:-1], sequences.offsets[1:], strict=True):
         tokens = torch.from_numpy(sequences.input_ids[begin:end].astype(np.int64))[None]

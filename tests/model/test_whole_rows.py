@@ -93,7 +93,9 @@ def test_loss_and_gradients_are_those_of_plain_rows(
     model = model_of(network, gradient_checkpointing=checkpointing)
     network.train(checkpointing)
     model.most_cells = most_cells
-    micro_batches = model.pad_to_shapes(make_micro_batches(batch(), np.arange(7), batching="trie", max_positions=10_000))
+    micro_batches = model.pad_to_shapes(
+        make_micro_batches(batch(), np.arange(7), batching="trie", max_positions=10_000)
+    )
     assert (len(micro_batches) > 1) == (most_cells is not None)
     assert abs(losses_of(model, list(micro_batches)) - loss) / loss < PARITY
     assert difference_of(network, expected) < PARITY

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from trietune.cli.options import AsJson, MaybePath
-from trietune.cli.printing import print_json, say
+from trietune.cli.options import AsJson, MaybePath, MaybeText, Overrides
+from trietune.cli.printing import console, print_json, say
 from trietune.errors import UserError
 from trietune.io.outputs import check_output, write_output
 
@@ -36,11 +36,25 @@ def init(
     say(f"next:  trietune train {target} --dry-run")
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Say what is here, what would be used and why, and what is missing."""
-    from trietune.device.doctor import examine
+def doctor(
+    model: Annotated[
+        MaybeText, typer.Argument(metavar="[MODEL]", help="A folder, a hub id or a GGUF file: how would it train?")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Say what is here, what would be used and why, and what is missing; of MODEL, how it would train."""
+    if model is None:
+        if overrides:
+            raise UserError("`--set` is about a model, and none is named", next_step="trietune doctor MODEL --set ...")
+        from trietune.device.doctor import examine
 
-    found = examine()
+        found = examine()
+    else:
+        from trietune.run.model_doctor import examine_model
+
+        with console() as tracker:
+            found = examine_model(model, overrides, report=tracker.info)
     if as_json:
         print_json(found.as_json())
         return

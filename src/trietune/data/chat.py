@@ -44,7 +44,7 @@ class RewrittenTurnError(WrongRow):
 def rewrites_turns(
     tokenizer: PreTrainedTokenizerFast, chat_template: str, conversations: Sequence[Example] = ()
 ) -> bool:
-    """Whether the template rewrites earlier answers as a conversation goes on.
+    """Whether the template rewrites earlier answers as a conversation continues.
 
     Args:
         conversations: some of the data; those that think or call tools are tried, for templates that only rewrite such.
@@ -152,7 +152,7 @@ def _render(
         fields = [_in_form(one, form) for one in fields]
     try:
         return _apply(fields, json.loads(tools) if tools else None, tokenizer, chat_template, asks=asks)
-    except Exception as error:  # a template is a program of somebody else's: it may raise anything
+    except Exception as error:  # a template is a program from elsewhere: it may raise anything
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         line = f" (line {error.lineno} of the template)" if isinstance(error, TemplateSyntaxError) else ""
         raise WrongRow(f"the chat template refuses it: {kind}{error}{line}") from None

@@ -18,7 +18,7 @@ from trietune.data.columns import (
 )
 from trietune.data.encoder import Encoder
 from trietune.data.examples import IGNORED_LABEL, Example
-from trietune.data.files import Row
+from trietune.data.opening import Row
 from trietune.data.taken import check_calls
 from trietune.data.templates import find_columns, find_half_character, to_text
 from trietune.data.weights import row_weight

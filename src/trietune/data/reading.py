@@ -22,7 +22,8 @@ from trietune.data.columns import (
     row_format_of_adapter,
 )
 from trietune.data.examples import Example
-from trietune.data.files import BrokenRow, detect_format
+from trietune.data.files import detect_format
+from trietune.data.opening import BrokenRow
 from trietune.data.preferences import AnswerForm, choose_form
 from trietune.data.rows import FileRows, Rows
 from trietune.data.sources import Sources
@@ -31,7 +32,7 @@ from trietune.data.weights import COLUMN, Weighting, find_weighting
 from trietune.errors import UserError
 from trietune.io.json_types import JsonMapping
 
-# Whether a template writes reasoning anew, and how it ends a call, is tried on so many conversations.
+# Whether a template rewrites reasoning, and how it ends a call, is tried on so many conversations.
 CONVERSATIONS_TRIED = 100
 
 

@@ -36,7 +36,7 @@ SQUAD_TASK = Task(kind="answers")
 
 FORMAT_VERSION = 1
 _BRACES = re.compile(r"\{\{([^{}\r\n]+)\}\}|\{([^{}\r\n]+)\}")
-# What somebody means as a column, right or wrong: `Review Text`, and what Python's own templates allow behind a name.
+# What is meant as a column, right or wrong: `Review Text`, and what Python's own templates allow behind a name.
 _NAME = re.compile(r"(?=.*\w)[\w \t-]+(![a-z])?(:[^\"']*)?")
 # What adapters without `template_columns` were trained with: identifiers are columns, everything else is text.
 _IDENTIFIERS = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}")
@@ -62,9 +62,11 @@ class PromptFormat:
         stop_ids: generation ends at any of them.
         task: what a right answer is.
         tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.encoder.hash_tokenizer`.
-        is_turn_by_turn: for a `chat`, whether each answer is an example of its own, because the template writes earlier
-            answers anew; else all answers of a conversation are learned in one.
-        template_columns: for a `template`, the columns that both templates may name; None takes only identifiers, as
+        is_turn_by_turn: of a `chat`, whether each answer is an example of its own, because the template writes earlier
+            answers anew; else all answers of a conversation are learnt in one.
+        system_prompt: of a `chat`, put before conversations that have no system message; empty for none. It is
+            `chat_system_prompt`, or the one that all training conversations had.
+        template_columns: of a `template`, the columns that both templates may name; None takes identifiers alone, as
             the first adapters did.
     """
 
@@ -80,6 +82,7 @@ class PromptFormat:
     tokenizer_hash: str
     is_turn_by_turn: bool = False
     template_columns: tuple[str, ...] | None = None
+    system_prompt: str = ""
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ import numpy as np
 from trietune.data.columns import RowFormat, WrongRow
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import IGNORED_LABEL, Example
-from trietune.data.files import BrokenRow
 from trietune.data.messages import has_weight, is_weight
+from trietune.data.opening import BrokenRow
 from trietune.data.rows import FileRows, HubRows, Rows, SlicedRows
 from trietune.data.templates import find_columns
 from trietune.io.json_types import JsonMapping
@@ -99,7 +99,7 @@ def _any_message_has_one(rows: Rows) -> bool:
     # Without the word, no row needs to be parsed.
     if isinstance(rows, HubRows) and COLUMN not in str(rows.dataset.features):
         return False
-    if isinstance(rows, FileRows) and not any(_may_hold_one(path) for path in rows.paths):
+    if isinstance(rows, FileRows) and rows.options.is_utf8 and not any(_may_hold_one(path) for path in rows.paths):
         return False
     return any(has_weight(row.get("messages")) for _, row in rows.read() if not isinstance(row, BrokenRow))
 

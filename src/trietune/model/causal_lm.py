@@ -60,7 +60,7 @@ class TrieModel:
         prunes_last: see above; a proof that fails takes it back.
         needs_masks: some layers attend in transformers' own way under a mask, so the decoder is given one.
         can_decode: generation may keep keys and values from token to token (`evaluation.decoding`).
-        library_attention: of transformers, that the network came with.
+        library_attention: the attention of transformers that the network came with.
         whole_rows: where it is set, the network runs on the rows of a trie, laid out whole, and its products once a
             node: no layer is told what a node sees.
         why_whole_rows: the reason, for people.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trietune.data.encoder import Encoder
     from trietune.data.examples import TokenSequences
     from trietune.evaluation.evaluate import Evaluation
+    from trietune.evaluation.sampling import Sampling
     from trietune.run.loaded import LoadedModel
 
 from trietune.data.templates import PromptFormat
@@ -87,6 +88,7 @@ def ask(
     *,
     max_new_tokens: int | None,
     check_stop: Callable[[], None],
+    sampling: Sampling | None,
 ) -> list[JsonObject]:
     """Answers of `opened` to `inputs`; see `trietune.run.opened.predict`."""
     encoder = opened.encoder()
@@ -95,7 +97,7 @@ def ask(
     )
     new_tokens = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     max_positions = opened.prove_for(longest_prompt(encoder, inputs) + new_tokens)
-    if encoder.prompt_format.task.kind == "labels":
+    if encoder.prompt_format.task.kind == "labels" and opened.settings.task in ("auto", "labels"):
         labels = predict_labels(
             opened.model,
             encoder,
@@ -113,6 +115,7 @@ def ask(
         batch_size=ANSWERS_AT_ONCE,
         max_new_tokens=new_tokens,
         check_stop=check_stop,
+        sampling=sampling,
     )
     return [{"text": text} for text in texts]
 

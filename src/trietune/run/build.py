@@ -40,7 +40,7 @@ class Built:
 
     Attributes:
         peft_model: the network with its adapter, as PEFT knows it; `model` computes with the same modules.
-        learning_rate: of step `n`, counted from 0.
+        learning_rate: rate of step `n`, counted from 0.
         is_sharded: whether each process holds a part of every layer.
     """
 
@@ -94,6 +94,8 @@ def build(prepared: Prepared, tracker: Tracker, ranks: Ranks) -> Built:
             [p for p in network.parameters() if p.requires_grad],
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
             device=device,
         ),
         sampler=Sampler(plan.num_train, batch_size=plan.batch_size, seed=settings.seed, groups=prepared.groups),

@@ -25,7 +25,7 @@ class Cadence:
 
     def is_validated(self, number: int) -> bool:
         """Apart from steps that are saved, which are measured too."""
-        return number % self.settings.val_steps_freq == 0
+        return self.settings.is_validation_due(number)
 
     def is_saved(self, number: int, *, is_last: bool) -> bool:
         match self.settings.save_strategy:

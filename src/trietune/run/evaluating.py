@@ -129,7 +129,12 @@ class Evaluator:
             "progress": progress_of(self.tracker, "examples"),
         }
         if self.learning.validation is not None:
-            return self.learning.evaluate(built.model, is_reference=when == "before", **how)
+            return self.learning.evaluate(
+                built.model,
+                is_reference=when == "before",
+                ranks=ALONE if built.is_sharded else self.ranks,
+                **how,
+            )
         assert self.prepared.data.validation is not None
         return evaluate_model(
             built.model,

@@ -1,4 +1,4 @@
-"""The run's folder while the run goes on: made, locked, tried, and looked for when it has been moved."""
+"""The run's folder while the run continues: made, locked, tried, and looked for when it has been moved."""
 
 from __future__ import annotations
 

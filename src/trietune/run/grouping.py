@@ -14,9 +14,10 @@ import numpy as np
 
 from trietune.data.answers import AnswerSets
 from trietune.data.cache import make_key
+from trietune.io.cache_folder import mark_used
 from trietune.run.plan import ProcessesPlan, Sharing
 from trietune.training.sampler import Sampler
-from trietune.trie import make_micro_batches
+from trietune.trie import UNBOUNDED, make_micro_batches
 from trietune.trie.batch_stats import measure_work
 from trietune.trie.dealing import deal_step
 from trietune.trie.groups import SHARED_PART, SHORT_RUN, PrefixGroups, find_prefix_groups
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 GROUPING_SAVES = 0.25
 # Batches that are laid out to measure what is shared and how much memory they take.
 SAMPLED_BATCHES = 8
-# No bound: a batch is one micro-batch.
-UNBOUNDED = 2**31
 # Below this part of the processes' number, a larger batch is suggested.
 GOOD_SHARE = 0.75
 # Groups of fewer examples are found in less than a second.
@@ -75,6 +74,7 @@ def find_groups(data: Data, sequences: Rows, batch_size: int, cache_folder: Path
     key = make_key(train=data.train_fingerprint, batch_size=batch_size, rules=[SHARED_PART, SHORT_RUN])
     path = cache_folder / "groups" / f"{key}.npz"
     groups = _read(path, len(data.train))
+    mark_used(path)
     if groups is None:
         groups = find_prefix_groups(data.train, batch_size=batch_size)
         _write(path, groups)

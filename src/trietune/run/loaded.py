@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -83,6 +83,20 @@ class LoadedModel:
     def encoder(self, prompt_format: PromptFormat | None = None) -> Encoder:
         """Texts to tokens in `prompt_format`, or the adapter's, or as a conversation, or as they are."""
         return make_encoder(self.tokenizer, prompt_format or self.prompt_format or make_plain_format(self.tokenizer))
+
+    def with_system_prompt(self, text: str) -> LoadedModel:
+        """The same model, asked with another system prompt; an empty text is none.
+
+        Raises:
+            UserError: it takes no conversations.
+        """
+        prompt_format = self.encoder().prompt_format
+        if prompt_format.kind != "chat":
+            raise UserError(
+                f"`{self.name}` takes no conversations, so it has no system prompt",
+                next_step="leave out `--system`, and write it into the text",
+            )
+        return replace(self, prompt_format=replace(prompt_format, system_prompt=text))
 
     def prove_on(self, sequences: Sequences) -> int:
         """Prove the model on a data set, once, unless `self_check` is off.

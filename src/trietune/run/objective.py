@@ -26,7 +26,9 @@ from trietune.data.examples import Task, TokenSequences
 from trietune.errors import UserError
 from trietune.evaluation.preferences import evaluate_answers, joined, measure_share, score_answers
 from trietune.io import files
+from trietune.io.cache_folder import mark_used
 from trietune.io.json_types import JsonObject
+from trietune.ranks.ranks import ALONE, Ranks
 from trietune.training.objectives.answers import answers_of
 from trietune.training.objectives.by_scores import LearnByScores, describe
 from trietune.training.objectives.dpo import Dpo
@@ -184,11 +186,15 @@ class Learning:
         max_positions: int,
         check_stop: Callable[[], None],
         progress: Callable[[str, int, int | None], None],
+        ranks: Ranks = ALONE,
+        shares_scoring: bool = True,
     ) -> Learning:
         """The same with the scores of the reference, which `model` must be at this moment.
 
         Args:
             keys: names in the cache for the training and the validation answers.
+            ranks: that all call this and get the same scores; what rank 0 finds in its cache is sent to the others.
+            shares_scoring: whether each rank scores a part; otherwise each scores all.
         """
         if self.objective is None or not self.objective.needs_reference:
             return self
@@ -196,18 +202,21 @@ class Learning:
 
         def scores(sets: AnswerSets, key: str) -> np.ndarray:
             path = cache_folder / "reference" / f"{key}.npz"
-            found = _read(path, len(sets))
-            if found is None:
-                found, _ = score_answers(
-                    model,
-                    sets,
-                    np.arange(len(sets)),
-                    batching=plan.batching,
-                    max_positions=max_positions,
-                    check_stop=check_stop,
-                    progress=lambda phase, done, total: progress("scores of the reference", done, total),
-                )
-                _write(path, found)
+            kept = ranks.once(lambda: _bytes_of(_read(path, len(sets))))
+            mark_used(path)
+            if kept is not None:
+                return np.frombuffer(kept).copy()
+            found, _ = score_answers(
+                model,
+                sets,
+                np.arange(len(sets)),
+                batching=plan.batching,
+                max_positions=max_positions,
+                check_stop=check_stop,
+                progress=lambda phase, done, total: progress("scores of the reference", done, total),
+                ranks=ranks if shares_scoring else ALONE,
+            )
+            ranks.once(lambda: _write(path, found))
             return found
 
         validation = self.validation
@@ -322,6 +331,10 @@ def _read(path: Path, num_sequences: int) -> np.ndarray | None:
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return scores if scores.shape == (num_sequences,) and scores.dtype == np.float64 else None
+
+
+def _bytes_of(scores: np.ndarray | None) -> bytes | None:
+    return None if scores is None else scores.tobytes()
 
 
 def _write(path: Path, scores: np.ndarray) -> None:

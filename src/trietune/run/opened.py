@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 from trietune.config import load_config
 from trietune.data.load import load_split
+from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
+from trietune.io.adapter_place import adapter_in
 from trietune.io.cache_folder import cache_folder
 from trietune.io.json_types import JsonMapping, JsonObject
+from trietune.io.run_folders import is_mistyped_run, which_run
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.fitting import with_max_length
 from trietune.run.opening import open_machine, progress_of
@@ -25,6 +28,7 @@ from trietune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from trietune.evaluation.evaluate import Evaluation
+    from trietune.evaluation.sampling import Sampling
     from trietune.run.loaded import LoadedModel
 
 
@@ -96,11 +100,12 @@ def predict(
     *,
     max_new_tokens: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
+    sampling: Sampling | None = None,
 ) -> list[JsonObject]:
     """What the model says to each input: `{"label", "probabilities"}` for a task with labels, else `{"text"}`."""
     from trietune.run.asking import ask
 
-    return ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=check_stop)
+    return ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=check_stop, sampling=sampling)
 
 
 def open_model(target: str | Path, overrides: Sequence[str] | JsonMapping, tracker: Tracker) -> LoadedModel:
@@ -112,7 +117,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | JsonMapping, track
     """
     refuse_several_processes()
     path = Path(target).expanduser()
-    adapter = _find_adapter(path)
+    adapter = adapter_in(path)
     run = path if (path / "config.yaml").is_file() else None
     if path.is_dir() and adapter is None and run is not None:
         raise UserError(
@@ -120,19 +125,14 @@ def open_model(target: str | Path, overrides: Sequence[str] | JsonMapping, track
             next_step="`trietune train ... --resume` finishes it, or name one of its checkpoints: "
             f"{path}/checkpoints/step-...",
         )
+    if str(target).lower() != DEMO_MODEL and is_mistyped_run(path):
+        raise UserError(f"there is no run `{target}`, and no folder", next_step=which_run(path))
     settings = load_config(run / "config.yaml" if run else None, overrides)
     machine = open_machine(settings, tracker)
     # Now that the device has been chosen: transformers starts XLA devices when it is imported.
     from trietune.run.loaded import load_model
 
     return load_model(str(target), adapter, settings, machine, tracker)
-
-
-def _find_adapter(path: Path) -> Path | None:
-    for folder in (path, path / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    return None
 
 
 def _names_data(opened: LoadedModel, target: str | Path, overrides: Sequence[str] | JsonMapping) -> bool:

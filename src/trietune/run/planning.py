@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from trietune.data.answers import AnswerSets
@@ -22,7 +21,7 @@ from trietune.run.fitting import check_positions, check_vocabulary, with_max_len
 from trietune.run.grouping import choose_groups, measure_batches, num_sampled_of, plan_processes, sharing_of
 from trietune.run.objective import Learning, make_objective, rows_of, rows_to_rank
 from trietune.run.opening import Machine, choose_attention, open_base, progress_of
-from trietune.run.plan import Plan, describe_defaults, num_steps_of
+from trietune.run.plan import Plan, describe_defaults, num_steps_of, run_directory
 from trietune.run.prepared import Chosen, Prepared
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def plan_run(
         base_bytes -= shape.num_in_layers * dtype.itemsize * (num_processes - 1) // num_processes
     model_bytes = base_bytes + BYTES_PER_TRAINED_PARAMETER * shape.num_trainable
     if num_processes > 1 and chosen is None:
-        # Now, while nobody has loaded anything: later each process would see what the others have taken.
+        # Now, while nothing has been loaded: later each process would see what the others have taken.
         _check_base_fits(base.name, base_bytes, device, num_processes)
     free_bytes = device.free_memory_bytes() - model_bytes
     max_positions = settings.max_tokens_per_micro_batch
@@ -209,7 +208,7 @@ def _describe_objective(settings: Settings, learning: Learning) -> str | None:
 
 
 def _check_base_fits(name: str, base_bytes: int, device: Device, num_processes: int) -> None:
-    """Refuse several whole base models where their weights alone do not fit."""
+    """Refuse several whole base models where even their weights do not fit."""
     free_bytes = device.free_memory_bytes()
     if base_bytes > free_bytes:
         raise UserError(
@@ -224,18 +223,9 @@ def validation_bound(settings: Settings, data: Data) -> int | None:
     """Examples of a periodic validation; None takes all."""
     if settings.eval_max_examples != "auto":
         return settings.eval_max_examples
-    between = settings.val_steps_freq * settings.batch_size * settings.gradient_accumulation_steps
+    # Without periodic validation, that of checkpoints is the only one.
+    between = (
+        (settings.val_steps_freq or settings.steps_freq) * settings.batch_size * settings.gradient_accumulation_steps
+    )
     bound = max(FEWEST_VALIDATED, int(3 * VALIDATION_SHARE * between))
     return None if data.validation is None or bound >= data.validation.num_rows else bound
-
-
-def run_directory(settings: Settings) -> Path:
-    """`<project_dir>/<run name>`; a name that exists gets `-2`, `-3`, unless the run is resumed."""
-    first = Path(settings.project_dir).expanduser() / settings.wandb_run_name
-    if settings.resume_from_checkpoint:
-        return first
-    directory, number = first, 1
-    while directory.exists():
-        number += 1
-        directory = first.with_name(f"{first.name}-{number}")
-    return directory

@@ -8,7 +8,7 @@ The loop yields finished steps; what a step means (logged, validated, saved, the
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -78,7 +78,7 @@ def run_session(
         show_start(prepared, files.environment, step, tracker)
         built = ranks.together(lambda: build(prepared, tracker, ranks))
         bound = MicroBatchBound(prepared, tracker, ranks)
-        learning = _score_reference(prepared, built, files, bound, tracker, stop)
+        learning = _score_reference(prepared, built, files, bound, tracker, stop, ranks)
     except StopRequested as stopped:
         return ending.stopped(stopped, step, step)
     except BaseException:
@@ -88,7 +88,13 @@ def run_session(
 
 
 def _score_reference(
-    prepared: Prepared, built: Built, files: RunFiles, bound: MicroBatchBound, tracker: Tracker, stop: TimedStop
+    prepared: Prepared,
+    built: Built,
+    files: RunFiles,
+    bound: MicroBatchBound,
+    tracker: Tracker,
+    stop: TimedStop,
+    ranks: Ranks,
 ) -> Learning:
     """Score all answers while the adapter is as it was at the start, where the objective compares with that."""
     return prepared.learning.with_reference(
@@ -97,8 +103,11 @@ def _score_reference(
         cache_folder() / "data",
         plan=prepared.plan,
         max_positions=bound.max_positions,
-        check_stop=stop.signals.check,
+        # Sharded, every rank computes the same passes of everything, and none may leave them.
+        check_stop=(lambda: None) if built.is_sharded else stop.signals.check,
         progress=progress_of(tracker, "answers"),
+        ranks=ranks,
+        shares_scoring=not built.is_sharded,
     )
 
 
@@ -142,7 +151,7 @@ class Session:
         )
 
     def run(self) -> Run:
-        """To the end; a stop saves what was learnt."""
+        """To the end; a stop saves what was learned."""
         try:
             return self._run()
         except StopRequested as stop:
@@ -247,24 +256,28 @@ class Session:
             learn=self.learning.learn,
             ranks=self.ranks,
             deal=None if self.ranks is ALONE else self._deal,
+            make_part=lambda sequences: self._lay_out(self.learning.rows.apart(sequences)),
             wants_stop=self._wants_stop,
         )
 
     def _micro_batches(self, indices: np.ndarray) -> list[MicroBatch]:
+        return self._lay_out(self.learning.rows.parts_of(indices))
+
+    def _lay_out(self, parts: Sequence[np.ndarray]) -> list[MicroBatch]:
         rows, batching, bound = self.learning.rows, self.plan.batching, self.bound.max_positions
         return [
             micro_batch
-            for part in rows.parts_of(indices)
+            for part in parts
             for micro_batch in self.built.model.pad_to_shapes(
                 make_micro_batches(rows, part, batching=batching, max_positions=bound)
             )
         ]
 
     def _deal(self, indices: np.ndarray) -> Deal:
-        # What several processes learn from has one sequence per row.
+        rows = self.learning.rows
         return deal_step(
-            self.prepared.data.train,
-            indices,
+            rows,
+            rows.sequences_of(indices),
             self.ranks.count,
             batching=self.plan.batching,
             label_cost=self.plan.label_cost,
@@ -343,7 +356,7 @@ class Session:
         self.throughput.leave_out(seconds)
 
     def _further_state(self) -> Mapping[str, object]:
-        """What free memory, fp16 and patience made of this session, for one that goes on from here."""
+        """What free memory, fp16 and patience made of this session, for one that resumes from here."""
         state = self.bound.state(self.built.model)
         if self.patience.patience is not None:
             state["early_stopping"] = self.patience.state()

@@ -6,10 +6,12 @@ settings -> prepare (plan, data, base model) -> session: evaluate, train, save, 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from trietune.checkpoints.lock import RunLock
+from trietune.errors import UserError
 from trietune.ranks.opening import open_ranks
 from trietune.run.folder import RunFolder, locked_folder
 from trietune.run.malloc import give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
@@ -30,6 +32,10 @@ def train(
     tracker: Tracker | None = None,
     allowed_changes: frozenset[str] = frozenset(),
     began: float | None = None,
+    in_python: bool = False,
+    followers: Tracker | None = None,
+    signals: StopSignals | None = None,
+    on_lost: Callable[[UserError], None] | None = None,
 ) -> Run:
     """Train the adapter that `settings` describe; of several processes that a launcher started, each its part.
 
@@ -38,6 +44,10 @@ def train(
             name.
         allowed_changes: keys that may differ from those of the checkpoint that is resumed.
         began: when the command began, as `time.monotonic` tells it, for `max_time`; None: now.
+        in_python: whether what to do next is said in Python's words.
+        followers: who hears of the events of other processes than the first; by default nobody.
+        signals: what asks to stop; by default the signals of this process.
+        on_lost: told which process was lost, and ends this one; by default the sentence is printed.
 
     Raises:
         UserError: a mistake in settings or data, a loss that is not finite, a resume that was refused, or a process
@@ -50,10 +60,12 @@ def train(
             hand_back_freed_memory()
         elif keep_freed_memory():
             stack.callback(give_back_freed_memory)
-        signals = stack.enter_context(StopSignals())
-        ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"))
+        signals = stack.enter_context(signals or StopSignals())
+        ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"), on_lost=on_lost)
         stack.callback(ranks.close)
-        listeners = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
+        listeners = ranks.first_of(
+            lambda: tracker or _open_tracker(settings, in_python=in_python), lambda: followers or Tracker()
+        )
         stack.callback(listeners.close)
         stop = TimedStop(signals, settings.max_time, began)
         prepared = prepare_together(settings, listeners, stop.check, ranks)
@@ -67,7 +79,7 @@ def train(
         return run_session(prepared, listeners, ranks, folder, stop, allowed_changes)
 
 
-def _open_tracker(settings: Settings) -> Tracker:
+def _open_tracker(settings: Settings, *, in_python: bool) -> Tracker:
     return open_tracker(
         tracker=settings.tracker,
         use_wandb=settings.use_wandb,
@@ -75,4 +87,5 @@ def _open_tracker(settings: Settings) -> Tracker:
         run_name=settings.wandb_run_name,
         tags=settings.wandb_tags,
         model_to_wandb=settings.model_to_wandb,
+        in_python=in_python,
     )

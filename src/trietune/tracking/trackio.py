@@ -24,7 +24,7 @@ class TrackioListener:
         self._run: Any = None
 
     def handle(self, event: Event) -> None:
-        """Log the numbers of `event`. A run of the same name goes on where it was."""
+        """Log the numbers of `event`. A run of the same name continues where it was."""
         match event:
             case RunStarted():
                 with contextlib.redirect_stdout(sys.stderr):  # trackio greets on stdout, which is for results

@@ -148,7 +148,7 @@ def make_segments(trie: Trie, cuts: Collection[int], cost: ScanCost, *, likeness
 
 
 def branch_points(trie: Trie) -> list[int]:
-    """Nodes below which a row leaves the path of an earlier one, or goes on where that one ended; ascending."""
+    """Nodes below which a row leaves the path of an earlier one, or continues where that one ended; ascending."""
     own = np.diff(trie.row_start)
     last_above = trie.row_path_start[1:] - own - 1
     has_one = last_above >= trie.row_path_start[:-1]

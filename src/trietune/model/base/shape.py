@@ -1,4 +1,4 @@
-"""What a model will be, from its config alone: no weight is read, so mistakes are found before the slow part."""
+"""What a model will be, from its config only: no weight is read, so mistakes are found before the slow part."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NetworkShape:
         refusal: why tries cannot be computed, as the end of a sentence; None if they can.
         why_whole_rows: why they run on whole rows, alike; None if they need not.
         longest_in_a_trie: tokens of the longest row that tries compute as a row by itself; None if there is no end.
-        widths: of its layers, for the estimate of memory.
+        widths: widths of its layers, for the memory estimate.
         coverage: which part of its layers carries adapters.
         base_rates: rates of its own dropout and noise, by name.
         adapts_parameters: whether adapters are on parameters themselves, such as stacks of experts.

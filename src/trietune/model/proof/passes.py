@@ -128,6 +128,9 @@ def record(
         # What makes angles or masks for the layers takes hidden states too, for their dtype.
         if found is None or grid is None or name in records or (mixes and layer_of(name) == "end"):
             return None
+        if found[1].dim() == 4 and not mixes and not is_layer(name):
+            # Norms of heads and of streams look at the last axis alone; they are proven with what they stand in.
+            return None
         table = rows.nodes(grid.detach())
         records[name] = Record(table, not is_layer(name) and mixes)
         leaf = rows.lay(table)
@@ -185,7 +188,7 @@ def compare(
 
     Args:
         places: where `run` has its nodes.
-        query_nodes: nodes that the last layer returns, where it returns some alone.
+        query_nodes: nodes that the last layer returns, where it returns only some.
     """
     at = None if query_nodes is None else torch.from_numpy(query_nodes).to(next(iter(records.values())).input.device)
     errors: dict[str, Error] = {}

@@ -58,7 +58,7 @@ class TrieStates:
     Args:
         to_device: takes what was built on the host to the device.
         cuts: nodes that are cut whatever they cost; None leaves all cuts to the costs.
-        keeps: nodes, ascending, after which decoding goes on: states and inputs there are kept by call.
+        keeps: nodes, ascending, after which decoding continues: states and inputs there are kept by call.
 
     Attributes:
         states: of each call, the states [B, ...] after the nodes `keeps`.

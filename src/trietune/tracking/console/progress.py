@@ -103,9 +103,9 @@ class Progress:
         if self._eval_loss is not None:
             found.append(f"eval {wording.number(self._eval_loss)}")
         for key, show in (
-            ("train/rewards/accuracies", lambda value: f"preferred {100 * value:.0f} %"),
+            ("train/rewards/accuracies", lambda value: f"preferred {100 * value:.0f}%"),
             ("train/rewards/margins", lambda value: f"margin {wording.number(value)}"),
-            ("train/accuracy", lambda value: f"right {100 * value:.0f} %"),
+            ("train/accuracy", lambda value: f"right {100 * value:.0f}%"),
             ("examples_per_second", lambda value: f"{wording.rate(value)} examples/s"),
             ("tokens_per_second", lambda value: f"{wording.rate(value)} distinct tokens/s"),
             ("sharing_factor", lambda value: f"sharing {value:.2f}x"),
@@ -132,7 +132,7 @@ def _phase_line(phase: Phase, width: int, now_s: float, is_ascii: bool) -> Text:
     if phase.total is None:
         return _line(phase.name, None, [f"{phase.done:,} {phase.unit}", wording.duration(now_s - phase.began_s)], width)
     share = phase.done / phase.total if phase.total else 1.0
-    texts = [f"{phase.done:,}/{phase.total:,} {phase.unit}", f"{100 * share:.0f} %"]
+    texts = [f"{phase.done:,}/{phase.total:,} {phase.unit}", f"{100 * share:.0f}%"]
     return _line(phase.name, share, texts, width, is_ascii)
 
 
@@ -140,7 +140,7 @@ def _training_lines(progress: Progress, width: int, is_ascii: bool) -> list[Text
     assert progress.last_step is not None
     share = min(1.0, progress.last_step / progress.num_steps)
     heads = progress.heads() if progress._metrics else []
-    texts = [f"{progress.last_step:,}/{progress.num_steps:,}", f"{100 * share:.0f} %", *heads]
+    texts = [f"{progress.last_step:,}/{progress.num_steps:,}", f"{100 * share:.0f}%", *heads]
     lines = [_line("training", share, texts, width, is_ascii)]
     indent = " " * 10 if width >= 60 else "  "
     row = ""

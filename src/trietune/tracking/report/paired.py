@@ -30,7 +30,7 @@ class PairedTest:
         num_examples: answered by both.
         num_better, num_worse: examples on which the second did better, or worse.
         difference: difference of the means.
-        interval: 95 %, of the difference, by the bootstrap over examples.
+        interval: 95%, of the difference, by the bootstrap over examples.
         p_value: two-sided, of no difference: McNemar's exact test for right and wrong, a sign-flip test for scores.
     """
 

@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from trietune.errors import UserError
 from trietune.io.json_types import JsonMapping, JsonObject
+from trietune.io.run_folders import which_run
 from trietune.tracking.events import Evaluated, Prediction
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS
 
@@ -75,7 +76,7 @@ def read_run(directory: Path) -> RunRecord:
     if not path.is_file():
         raise UserError(
             f"`{directory}` is not a run: it has no {METRICS}",
-            next_step=f"name a run's folder: {_near_runs(directory)}",
+            next_step=which_run(directory),
         )
     lines, num_unreadable = _read_lines(path)
     of_kind: dict[str, list[JsonObject]] = {}
@@ -212,12 +213,3 @@ def _read_json(path: Path) -> JsonObject:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _near_runs(directory: Path) -> str:
-    """Runs below `directory`, or beside it: what was probably meant."""
-    for parent in (directory, directory.parent):
-        found = sorted(path.parent for path in parent.glob(f"*/{METRICS}")) if parent.is_dir() else []
-        if found:
-            return ", ".join(f"`{path}`" for path in found[-3:])
-    return "the one that `trietune train` printed"
