@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trietune.checkpoints import retention
 from trietune.checkpoints.remote.copies import RemoteRun
@@ -14,6 +14,7 @@ from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 from trietune.io import directory
 from trietune.io.directory import DamagedDirectory
+from trietune.io.json_types import JsonObject
 from trietune.io.manifest import MANIFEST_NAME, Manifest
 from trietune.io.run_folders import which_run
 
@@ -29,7 +30,7 @@ class CheckpointRow:
     place: Literal["local", "remote", "both"]
     is_best: bool
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """For `--json`; one flat object."""
         return asdict(self)
 

@@ -11,16 +11,17 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trietune.checkpoints import messages
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io import disk_errors, files, strict_json
 from trietune.io.columns import columns
 from trietune.io.directory import DamagedDirectory, read_manifest
+from trietune.io.json_types import JsonMapping, JsonObject
 
 _NOT_MENTIONED = {
     "card_example", "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage",
@@ -104,7 +105,7 @@ class AbandonedLines:
     path: Path | None
 
 
-def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Collection[str] = ()) -> list[Difference]:
+def compare(saved: JsonMapping, current: JsonMapping, allowed: Collection[str] = ()) -> list[Difference]:
     """What differs, in the order of the keys.
 
     Args:
@@ -255,7 +256,7 @@ def keep_run_id(run_directory: Path, run_id: str) -> None:
         raise disk_errors.start_failed(error, path) from error
 
 
-def _effect_of_a_harmless_change(key: str, before: object, now: object, current: Mapping[str, Any]) -> str | None:
+def _effect_of_a_harmless_change(key: str, before: object, now: object, current: JsonMapping) -> str | None:
     if before is _MISSING or now is _MISSING:
         return "known on one side only, so it cannot be compared"
     if key in _LENGTH_OF_RUN and current.get("lr_scheduler_type", "constant") == "constant":
@@ -268,7 +269,7 @@ def _effect_of_a_harmless_change(key: str, before: object, now: object, current:
     return _WARNED.get(key)
 
 
-def _has_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+def _has_same_data(saved: JsonMapping, current: JsonMapping) -> bool:
     fingerprint = saved.get("data_fingerprint")
     return fingerprint is not None and fingerprint == current.get("data_fingerprint")
 
@@ -285,7 +286,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 48 else f"{text[:22]}...{text[-22:]}"
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> JsonObject | None:
     try:
         event = strict_json.parse(line)
     except strict_json.NotStrict:

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trietune.checkpoints import messages, retention
 from trietune.checkpoints.measured import measured_on
@@ -27,6 +27,7 @@ from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
 from trietune.io import directory, disk_errors, files
 from trietune.io.directory import DamagedDirectory, FileContent
 from trietune.io.disk_errors import SaveFailed
+from trietune.io.json_types import JsonMapping
 from trietune.io.manifest import Manifest, ManifestInfo
 
 ResumeOption = Literal["last", "best", "path"]
@@ -72,7 +73,7 @@ class LoadedCheckpoint:
     step: int
     run_id: str
     metrics: Mapping[str, float | int | None]
-    details: Mapping[str, Any]
+    details: JsonMapping
     contents: dict[str, bytes]
     notes: tuple[str, ...] = ()
     left_out: frozenset[str] = frozenset()
@@ -100,7 +101,7 @@ class CheckpointStore:
     metric: str
     mode: Mode
     measured_on: str = ""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: JsonMapping = field(default_factory=dict)
     _pins: dict[int, int] = field(default_factory=dict)
     _resumed_step: int | None = None
     _known_whole: set[int] = field(default_factory=set)
@@ -116,7 +117,7 @@ class CheckpointStore:
         contents: Mapping[str, FileContent],
         *,
         metrics: Mapping[str, float | int | None] | None = None,
-        details: Mapping[str, Any] | None = None,
+        details: JsonMapping | None = None,
         flush_first: Sequence[Path] = (),
     ) -> SavedCheckpoint:
         """Write the checkpoint of `step`, then remove what the limits no longer keep.
@@ -189,7 +190,7 @@ class CheckpointStore:
         on = measured_on(info.details, current=self.measured_on, current_settings=self.details)
         return Ranked(step, info.metrics.get(self.metric), is_whole, on)
 
-    def is_comparable(self, details: Mapping[str, Any]) -> bool:
+    def is_comparable(self, details: JsonMapping) -> bool:
         """Whether a checkpoint with these details was measured on what this run measures on."""
         return measured_on(details, current=self.measured_on, current_settings=self.details) == self.measured_on
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trietune.cli.printing import say
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 
 if TYPE_CHECKING:
     from trietune.data.examples import Message
@@ -46,7 +47,7 @@ class Chat:
     temperature: float | None = None
     top_p: float | None = None
     messages: list[Message] = field(default_factory=list)
-    answer_line: Callable[[Mapping[str, Any]], str] = lambda record: str(record["text"])
+    answer_line: Callable[[JsonMapping], str] = lambda record: str(record["text"])
 
     @property
     def is_conversation(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -10,6 +10,7 @@ from trietune.cli.options import AsJson, MaybePath, MaybeText, Overrides
 from trietune.cli.printing import console, print_json, say
 from trietune.cli.settings import settings_to_train
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 from trietune.ranks.launched import refuse_several_processes
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def estimate(
 
 def _estimated(
     settings: Settings, tracker: Tracker, *, device: str | None, num_processes: int, price: float | None
-) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+) -> tuple[list[tuple[str, str]], JsonObject]:
     """What the command prints, as (name, value), and the same for `--json`.
 
     Raises:
@@ -127,7 +128,7 @@ def _lines(prepared: Prepared, found: Estimate, price: float | None) -> list[tup
     return [*lines, ("not counted", NOT_COUNTED)]
 
 
-def _document(prepared: Prepared, found: Estimate, price: float | None) -> dict[str, Any]:
+def _document(prepared: Prepared, found: Estimate, price: float | None) -> JsonObject:
     is_known = found.unknown is None
     return {
         "device": prepared.plan.device.name,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trietune.io.json_types import JsonObject
 
 if TYPE_CHECKING:
     from trietune.data.preview import ExamplePreview
@@ -63,7 +65,7 @@ def _marked(preview: ExamplePreview) -> str:
     return "".join(texts)
 
 
-def as_json(preview: ExamplePreview) -> dict[str, Any]:
+def as_json(preview: ExamplePreview) -> JsonObject:
     """For programs."""
     tokens = [[token.text, token.is_label] for token in preview.tokens]
     return {"id": preview.id, "num_tokens": len(tokens), "tokens": tokens}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ import typer
 from trietune.cli.options import AsJson, MaybeNumber, MaybePath, MaybeText, Overrides, Target
 from trietune.cli.printing import console, print_json, print_json_line, say
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 from trietune.io.outputs import check_output, write_output
 from trietune.run.signals import StopSignals
 
@@ -104,7 +105,7 @@ def _read_inputs(path: Path | None, overrides: Sequence[str], *, has_text: bool)
         yield from read_piped(sys.stdin.read())
 
 
-def _answer_line(record: Mapping[str, Any]) -> str:
+def _answer_line(record: JsonMapping) -> str:
     if "label" not in record:
         return str(record["text"])
     others = "  ".join(f"{name} {share:.1%}" for name, share in record["probabilities"].items())

@@ -106,7 +106,7 @@ def train(
         options = [f"--set={override}" for override in overrides]
         options += [f"--allow-change={key}" for key in allow_change]
         if restarts and not settings.resume_from_checkpoint:
-            from trietune.run.prepare import run_directory
+            from trietune.run.plan import run_directory
 
             # The folder of the first attempt, by name: `--resume` would take an older run's, where this one is `-2`.
             options.append(f"--set=wandb_run_name={run_directory(settings).name}")

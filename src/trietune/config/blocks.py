@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trietune.io.json_types import JsonMapping, JsonObject
+
 # What a block calls keys that have a longer name here; other names are ours, with or without the block's in front.
 BLOCKS: Mapping[str, Mapping[str, str]] = {
     "logging": {"level": "log_level", "freq": "steps_freq", "project": "wandb_project", "run_name": "wandb_run_name",
@@ -49,7 +51,7 @@ def is_compiler_key(key: str) -> bool:
     return key in COMPILER_KEYS or key.startswith(_EXPERIMENTAL)
 
 
-def unfold(given: Mapping[str, Any], known: Collection[str], where: Callable[[str], str]) -> Unfolded:
+def unfold(given: JsonMapping, known: Collection[str], where: Callable[[str], str]) -> Unfolded:
     """What blocks and compiler keys among `given` come to; other keys are not mentioned.
 
     Args:
@@ -59,7 +61,7 @@ def unfold(given: Mapping[str, Any], known: Collection[str], where: Callable[[st
     values: dict[str, tuple[Any, str]] = {}
     unknown: list[tuple[str, str, Any]] = []
     notes: list[str] = []
-    compiler: dict[str, Any] = {}
+    compiler: JsonObject = {}
     for key, value in given.items():
         if is_compiler_key(key):
             compiler[key] = value

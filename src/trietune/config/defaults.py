@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import PurePath
-from typing import Any
 
-ORIGINAL_DEFAULTS: Mapping[str, Any] = {
+from trietune.io.json_types import JsonMapping
+
+ORIGINAL_DEFAULTS: JsonMapping = {
     "dataset_id": "stanfordnlp/sst2",
     "max_length": 32,
     "model_name": "google/gemma-1.1-2b-it",

@@ -27,6 +27,7 @@ from trietune.config.secrets import without_secrets
 from trietune.config.settings import Settings
 from trietune.config.yaml12 import YamlError, read_mapping, read_value, write_value
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 
 PREFIX = "TRIETUNE_"
 # Variables of the program that are not configuration keys.
@@ -63,7 +64,7 @@ class _Given:
 
 def load_config(
     path: Path | str | None = None,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    overrides: Sequence[str] | JsonMapping = (),
     environ: Mapping[str, str] = os.environ,
 ) -> Settings:
     """Settings of a run from a YAML file, the environment and overrides.
@@ -191,7 +192,7 @@ def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> di
     return given
 
 
-def _from_overrides(overrides: Sequence[str] | Mapping[str, Any], problems: list[Problem]) -> dict[str, _Given]:
+def _from_overrides(overrides: Sequence[str] | JsonMapping, problems: list[Problem]) -> dict[str, _Given]:
     if isinstance(overrides, Mapping):
         return {key: _Given(value, "argument") for key, value in overrides.items()}
     given: dict[str, _Given] = {}
@@ -255,7 +256,7 @@ def _known_keys(given: Mapping[str, _Given], problems: list[Problem]) -> dict[st
     return known
 
 
-def _validated(given: Mapping[str, _Given], problems: list[Problem], context: Mapping[str, Any]) -> Settings:
+def _validated(given: Mapping[str, _Given], problems: list[Problem], context: JsonMapping) -> Settings:
     values = {key: item.value for key, item in given.items()}
     wrong: set[str] = {key for problem in problems for key in problem.keys}
     try:

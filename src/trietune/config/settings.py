@@ -28,6 +28,7 @@ from pydantic import (
 from trietune.config import normalize
 from trietune.config.defaults import ORIGINAL_DEFAULTS, RUN_NAME, run_name_from
 from trietune.config.secrets import without_secrets
+from trietune.io.json_types import JsonMapping, JsonObject
 
 Count = Annotated[int, Field(ge=0), BeforeValidator(normalize.whole_number)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(normalize.whole_number)]
@@ -85,13 +86,13 @@ def _check_warmup_steps(steps: float) -> float:
     return steps
 
 
-def _implied_values(written: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
+def _implied_values(written: JsonMapping, context: JsonMapping) -> JsonObject:
     """Values of keys that are not set, where the file or another key decides them.
 
     A value says everything: a run's `config.yaml` holds every key, and no later reader can ask which of them were
     defaults.
     """
-    implied: dict[str, Any] = {}
+    implied: JsonObject = {}
     if context.get("is_original"):
         implied |= {key: value for key, value in ORIGINAL_DEFAULTS.items() if key not in written}
     elif "wandb_run_name" not in written:
@@ -546,11 +547,11 @@ class Settings(BaseModel):
     mesh_axis_names: Annotated[tuple[str, ...] | None, BeforeValidator(normalize.list_of_names)] = None
     """Names of the mesh's axes."""
 
-    tp_sharding_specs: dict[str, Any] | list[Any] | None = None
+    tp_sharding_specs: JsonObject | list[Any] | None = None
     """Axes over which weights are split, by the names of parameters: `{name: ["model", null]}`, one axis or null for
     each dimension."""
 
-    model_sharding_patterns: dict[str, Any] | list[Any] | None = None
+    model_sharding_patterns: JsonObject | list[Any] | None = None
     """Axes over which weights are split, by regular expressions that are searched in the names of modules:
     `[[".q_proj", ["model", null]]]`. The first that is found decides."""
 
@@ -567,13 +568,13 @@ class Settings(BaseModel):
     trace_region_size: Positive | None = None
     """The same as `trace_region_size_mb` in bytes, as later files of the original write it."""
 
-    xla_compile_options: dict[str, Any] | None = None
+    xla_compile_options: JsonObject | None = None
     """Names and values for the compiler behind an XLA device, such as `optimization_level` and 1. They need a torch_xla
     that takes them, which is Tenstorrent's own; one line says so elsewhere."""
 
     # Seen in later files of the original
 
-    custom_dataset: dict[str, Any] | None = None
+    custom_dataset: JsonObject | None = None
     """Files, format and columns of one's own data, as one block. Here these are keys of their own: `train_file`,
     `validation_file`, `prompt_template`, `completion_template`."""
 
@@ -648,7 +649,7 @@ class Settings(BaseModel):
             return int(self.warmup_steps)
         return math.ceil((self.warmup_steps or self.warmup_ratio) * num_steps)
 
-    def dump_public(self) -> dict[str, Any]:
+    def dump_public(self) -> JsonObject:
         """Every key with a value that JSON and YAML can hold, passwords and tokens in addresses masked."""
         public = without_secrets(self.model_dump(mode="json"))
         assert isinstance(public, dict)

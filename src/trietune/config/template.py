@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from trietune.config.allowed import allowed_values, takes_text
 from trietune.config.documentation import groups
 from trietune.config.settings import Settings
 from trietune.config.yaml12 import write_value
+from trietune.io.json_types import JsonMapping
 
 TemplateKind = Literal["sst2", "squad", "chat", "jsonl"]
 SCHEMA_FILE = "trietune.schema.json"
@@ -22,7 +23,7 @@ _HEADINGS: Mapping[TemplateKind, str] = {
 }
 _SMALL_MODEL = "smollm2-135m-instruct"
 # What each kind sets; the keys of a group that are not here follow as comments, with their defaults.
-_VALUES: Mapping[TemplateKind, Mapping[str, Any]] = {
+_VALUES: Mapping[TemplateKind, JsonMapping] = {
     "sst2": {"dataset_id": "stanfordnlp/sst2", "max_length": 64, "wandb_run_name": "sst2"},
     "squad": {
         "dataset_id": "rajpurkar/squad_v2",
@@ -39,7 +40,7 @@ _VALUES: Mapping[TemplateKind, Mapping[str, Any]] = {
         "wandb_run_name": "jsonl",
     },
 }
-_COMMON: Mapping[str, Any] = {
+_COMMON: JsonMapping = {
     "model_name": _SMALL_MODEL,
     "dtype": "auto",
     "lora_r": 8,

@@ -28,6 +28,7 @@ import numpy as np
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import Example, Message, TokenSequences
 from trietune.io.cache_folder import mark_used
+from trietune.io.json_types import JsonObject
 
 LAYOUT_VERSION = 1
 _BUILDING = ".building-"
@@ -46,7 +47,7 @@ def make_key(**parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
-def open_cached(cache_folder: Path, key: str) -> tuple[TokenSequences, dict[str, Any]] | None:
+def open_cached(cache_folder: Path, key: str) -> tuple[TokenSequences, JsonObject] | None:
     """The sequences of an entry and its notes; None if there is none, or a damaged one, which is then removed."""
     folder = cache_folder / "tokens" / key
     try:
@@ -117,7 +118,7 @@ class CacheWriter:
         self._close()
         return _open(self._folder)
 
-    def finish(self, notes: dict[str, Any]) -> TokenSequences:
+    def finish(self, notes: JsonObject) -> TokenSequences:
         """Give the entry its name, with `notes` (plain values) in it, and open it."""
         self._close()
         files = {

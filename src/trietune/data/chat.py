@@ -19,12 +19,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Example, Message
+from trietune.io.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Segment = tuple[
     str, bool
@@ -37,7 +41,9 @@ class RewrittenTurnError(WrongRow):
     """An answer does not stand in the text of the whole conversation as it was given."""
 
 
-def rewrites_turns(tokenizer: Any, chat_template: str, conversations: Sequence[Example] = ()) -> bool:
+def rewrites_turns(
+    tokenizer: PreTrainedTokenizerFast, chat_template: str, conversations: Sequence[Example] = ()
+) -> bool:
     """Whether the template rewrites earlier answers as a conversation continues.
 
     Args:
@@ -70,7 +76,12 @@ def rewrites_turns(tokenizer: Any, chat_template: str, conversations: Sequence[E
 
 
 def split_turns(
-    messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool, tools: str = ""
+    messages: Sequence[Message],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    add_generation_prompt: bool,
+    tools: str = "",
 ) -> list[Segment]:
     """The rendered conversation as alternating segments, text that is given and text that the assistant says.
 
@@ -100,7 +111,12 @@ def split_turns(
 
 
 def split_last_turn(
-    messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool, tools: str = ""
+    messages: Sequence[Message],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    add_generation_prompt: bool,
+    tools: str = "",
 ) -> list[Segment]:
     """The rendered conversation as what was given and, unless another answer is asked for, the last answer.
 
@@ -125,7 +141,9 @@ def _without_space_behind(text: str) -> str:
     return text.rstrip()
 
 
-def _render(messages: Sequence[Message], *, tokenizer: Any, chat_template: str, tools: str, asks: bool) -> str:
+def _render(
+    messages: Sequence[Message], *, tokenizer: PreTrainedTokenizerFast, chat_template: str, tools: str, asks: bool
+) -> str:
     if not messages:
         raise WrongRow("the conversation begins with the assistant, and nothing asks for that answer")
     fields = [message.fields for message in messages]
@@ -141,7 +159,12 @@ def _render(messages: Sequence[Message], *, tokenizer: Any, chat_template: str, 
 
 
 def _apply(
-    fields: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any, chat_template: str, *, asks: bool
+    fields: Sequence[JsonObject],
+    tools: list[Any] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    *,
+    asks: bool,
 ) -> str:
     return str(
         tokenizer.apply_chat_template(
@@ -173,7 +196,7 @@ _PROBED_TOOL = {
 
 
 @lru_cache(maxsize=16)
-def _find_call_form(tokenizer: Any, chat_template: str) -> _CallForm:
+def _find_call_form(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> _CallForm:
     """What a template makes of a small call tells how it wants one: data have arguments in either form.
 
     Taken is the first form that neither raises nor writes Python's `{'k': 'v'}`, `None` or `null` into the text.
@@ -201,14 +224,14 @@ def _find_call_form(tokenizer: Any, chat_template: str) -> _CallForm:
     return last or _CallForm()
 
 
-def _in_form(fields: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+def _in_form(fields: JsonObject, form: _CallForm) -> JsonObject:
     if "tool_calls" not in fields:
         return fields
     content = "" if fields["content"] is None and not form.has_null_content else fields["content"]
     return {**fields, "content": content, "tool_calls": [_call_in_form(one, form) for one in fields["tool_calls"]]}
 
 
-def _call_in_form(call: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+def _call_in_form(call: JsonObject, form: _CallForm) -> JsonObject:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _call_in_form(call["function"], form)}
     arguments = call.get("arguments")

@@ -39,6 +39,7 @@ from trietune.data.templates import (
     to_text,
 )
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 
 TaskName = Literal["sst2", "squad"]
 RowFormatKind = Literal[
@@ -150,7 +151,7 @@ def choose_row_format(
     )
 
 
-def find_form(row: Mapping[str, Any]) -> RowFormatKind | None:
+def find_form(row: JsonMapping) -> RowFormatKind | None:
     """The form of one row by the columns in which it holds something; None if it has none of the known ones."""
     return next(
         (kind for kind in FORMS if all(row.get(name) is not None for name in REQUIRED_COLUMNS[kind])),
@@ -158,7 +159,7 @@ def find_form(row: Mapping[str, Any]) -> RowFormatKind | None:
     )
 
 
-def is_squad_row(row: Mapping[str, Any]) -> bool:
+def is_squad_row(row: JsonMapping) -> bool:
     """Whether `answers` is built as SQuAD builds it, which no other data does by chance."""
     answers = row.get("answers")
     return isinstance(answers, Mapping) and {"text", "answer_start"} <= set(answers)
@@ -178,12 +179,12 @@ def find_unused(columns: Sequence[str], row_format: RowFormat) -> tuple[str, ...
     return tuple(name for name in columns if name not in used)
 
 
-def example_maker(row_format: RowFormat) -> Callable[[Mapping[str, Any], str], Example]:
+def example_maker(row_format: RowFormat) -> Callable[[JsonMapping, str], Example]:
     """The function from a row and its id to an example.
 
     It raises `WrongRow` for a row that cannot be one. Rows of `tokens` are made elsewhere: they need the tokenizer.
     """
-    makers: dict[RowFormatKind, Callable[[RowFormat, Mapping[str, Any], str], Example]] = {
+    makers: dict[RowFormatKind, Callable[[RowFormat, JsonMapping, str], Example]] = {
         "templates": _make_from_templates,
         "sst2": _make_sst2,
         "squad": _make_squad,
@@ -264,13 +265,13 @@ def find_built_in(prompt_format: PromptFormat) -> TaskName | None:
     return next((name for name, expected in known.items() if own == expected), None)
 
 
-def _make_from_templates(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_from_templates(row_format: RowFormat, row: JsonMapping, example_id: str) -> Example:
     completion = _fill(row_format.completion_template, row, row_format.template_columns)
     prompt = _fill(row_format.prompt_template, row, row_format.template_columns)
     return Example(id=example_id, prompt=prompt, completion=completion)
 
 
-def _make_sst2(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_sst2(row_format: RowFormat, row: JsonMapping, example_id: str) -> Example:
     value = row.get("label")
     label = _SST2_LABEL_OF.get(value.strip() if isinstance(value, str) else value)
     if label is None:
@@ -280,7 +281,7 @@ def _make_sst2(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -
     return Example(id=example_id, prompt=_fill(row_format.prompt_template, row), completion=SST2_TASK.labels[label])
 
 
-def _make_squad(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_squad(row_format: RowFormat, row: JsonMapping, example_id: str) -> Example:
     answers = _read_answers(row.get("answers"))
     completion = answers[0] if answers else UNANSWERABLE
     own_id = row.get("id")
@@ -309,7 +310,7 @@ def _read_answers(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _make_conversation(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_conversation(row_format: RowFormat, row: JsonMapping, example_id: str) -> Example:
     try:
         messages, tools = _read_conversation(row_format, row), read_tools(row.get("tools"))
     except TypeError as error:
@@ -324,7 +325,7 @@ def _make_conversation(row_format: RowFormat, row: Mapping[str, Any], example_id
     return Example(id=example_id, prompt="", completion=completion, messages=messages, tools=tools)
 
 
-def _read_conversation(row_format: RowFormat, row: Mapping[str, Any]) -> tuple[Message, ...]:
+def _read_conversation(row_format: RowFormat, row: JsonMapping) -> tuple[Message, ...]:
     """The messages of a row; those before its last column are given, and a column `system` comes before all."""
     messages: tuple[Message, ...] = ()
     for column in row_format.message_columns:
@@ -342,15 +343,15 @@ def _read_conversation(row_format: RowFormat, row: Mapping[str, Any]) -> tuple[M
     return messages
 
 
-def _make_pair(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_pair(row_format: RowFormat, row: JsonMapping, example_id: str) -> Example:
     return Example(id=example_id, prompt=_text(row, "prompt"), completion=_text(row, "completion"))
 
 
-def _make_text(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_text(row_format: RowFormat, row: JsonMapping, example_id: str) -> Example:
     return Example(id=example_id, prompt="", completion=_text(row, "text"))
 
 
-def _fill(template: str, row: Mapping[str, Any], columns: Sequence[str] | None = None) -> str:
+def _fill(template: str, row: JsonMapping, columns: Sequence[str] | None = None) -> str:
     try:
         return fill_template(template, row, columns)
     except KeyError as error:
@@ -359,7 +360,7 @@ def _fill(template: str, row: Mapping[str, Any], columns: Sequence[str] | None =
         raise WrongRow(str(error)) from None
 
 
-def _text(row: Mapping[str, Any], column: str) -> str:
+def _text(row: JsonMapping, column: str) -> str:
     if column not in row:
         raise WrongRow(f"no column `{column}`")
     try:

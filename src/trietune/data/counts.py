@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trietune.io.json_types import JsonMapping, JsonObject
+
 # Enough to see what kind of thing went wrong, few enough to read.
 SAMPLES_KEPT = 10
 
@@ -77,9 +79,9 @@ class SplitCounts:
     num_with_more: int = 0
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> SplitCounts:
+    def from_dict(cls, fields: JsonMapping) -> SplitCounts:
         """The opposite of `dataclasses.asdict`, from JSON."""
-        counts: dict[str, Any] = {name: _to_count(value) for name, value in fields.items() if _is_count(value)}
+        counts: JsonObject = {name: _to_count(value) for name, value in fields.items() if _is_count(value)}
         unused = {name: _to_count(value) for name, value in fields.get("unused_keys", {}).items()}
         return cls(**{**fields, **counts, "unused_keys": unused})
 
@@ -132,7 +134,7 @@ def name_places(samples: Iterable[str], number: int) -> str:
     return ", ".join(first) + (", ..." if number > len(first) else "")
 
 
-def _to_count(value: Mapping[str, Any]) -> Count:
+def _to_count(value: JsonMapping) -> Count:
     return Count(value["number"], tuple(value["samples"]))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -29,8 +29,11 @@ from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
 from trietune.io.causes import first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def load_tokenizer(folder: Path) -> Any:
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a model folder, a `transformers` tokenizer.
 
     Raises:
@@ -46,11 +49,12 @@ def load_tokenizer(folder: Path) -> Any:
             where=str(folder),
             next_step="the folder needs `tokenizer.json` and `tokenizer_config.json`; download the model again",
         ) from None
-    check_tokenizer(tokenizer, name=folder.name)
-    return tokenizer
+    loaded = cast("PreTrainedTokenizerFast", tokenizer)
+    check_tokenizer(loaded, name=folder.name)
+    return loaded
 
 
-def check_tokenizer(tokenizer: Any, *, name: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, *, name: str) -> None:
     """Refuse what cannot be used.
 
     Raises:
@@ -68,7 +72,7 @@ def check_tokenizer(tokenizer: Any, *, name: str) -> None:
         )
 
 
-def hash_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of everything about a tokenizer that decides ids: vocabulary, rules, special tokens, chat template."""
     backend = _plain_backend(tokenizer)
     parts = [backend.to_str(), repr(sorted(tokenizer.special_tokens_map.items())), repr(find_bos_id(tokenizer))]
@@ -78,7 +82,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def find_bos_id(tokenizer: Any, add_bos: bool | Literal["auto"] = "auto") -> int | None:
+def find_bos_id(tokenizer: PreTrainedTokenizerFast, add_bos: bool | Literal["auto"] = "auto") -> int | None:
     """The id to begin every sequence with; None for none.
 
     Args:
@@ -103,7 +107,7 @@ def find_bos_id(tokenizer: Any, add_bos: bool | Literal["auto"] = "auto") -> int
 
 
 def find_stop_ids(
-    tokenizer: Any, prompt_format: PromptFormat, conversations: Sequence[Example] = ()
+    tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat, conversations: Sequence[Example] = ()
 ) -> tuple[int, ...]:
     """The ids that end an answer: EOS, and in a conversation the token that the chat template closes a turn with.
 
@@ -190,7 +194,7 @@ class Encoder:
     """A prompt format with the tokenizer that carries it out. Make it by `make_encoder`."""
 
     prompt_format: PromptFormat
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     beginning: Any  # tokenizers.Tokenizer, for text that begins a sequence
     continuation: Any  # the same without a space of its own in front
 
@@ -315,7 +319,7 @@ class Encoder:
         return ids[:end] if end < len(ids) else ids
 
 
-def make_encoder(tokenizer: Any, prompt_format: PromptFormat) -> Encoder:
+def make_encoder(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> Encoder:
     """The encoder of a prompt format.
 
     Args:
@@ -325,7 +329,7 @@ def make_encoder(tokenizer: Any, prompt_format: PromptFormat) -> Encoder:
     return Encoder(prompt_format, tokenizer, beginning, _continuation(beginning))
 
 
-def _plain_backend(tokenizer: Any) -> Any:
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+
+from trietune.io.json_types import JsonObject
 
 IGNORED_LABEL = -100
 
@@ -36,7 +38,7 @@ class Message:
     more: str = ""
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> JsonObject:
         """What a chat template sees of it."""
         return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trietune.config.settings import Settings
 from trietune.data.cache import make_key
@@ -28,6 +28,9 @@ from trietune.data.templates import PromptFormat, find_columns
 from trietune.data.weights import COLUMN
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
 from trietune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 DEMO_DATA = (DEMO_REVIEWS, DEMO_QUESTIONS)
 
@@ -60,7 +63,7 @@ class Data:
 
 def load_data(
     settings: Settings,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     *,
     cache_folder: Path,
     report: Report,
@@ -155,7 +158,7 @@ def load_data(
 
 def load_split(
     settings: Settings,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     split: SplitRole | None,
     *,
     prompt_format: PromptFormat | None = None,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +30,10 @@ from trietune.data.sources import Sources
 from trietune.data.templates import PromptFormat, find_columns, split_template
 from trietune.data.weights import Weighting
 from trietune.errors import StopRequested, UserError
+from trietune.io.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Report = Callable[[str], None]
 Progress = Callable[[str, int, int | None], None]
@@ -68,7 +72,7 @@ class Loading:
     """What the splits of one call share."""
 
     settings: Settings
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     row_format: RowFormat
     form: AnswerForm | None
     weighting: Weighting | None
@@ -150,7 +154,7 @@ class Loading:
         placed = rows.read()
         if held_out is not None and not is_training:
             placed = compress(placed, held_out)
-        common: dict[str, Any] = {
+        common: JsonObject = {
             "source": rows.name,
             "encoder": make_encoder(self.tokenizer, self.prompt_format),
             "rules": rules,
@@ -176,7 +180,7 @@ class Loading:
             return writer.finish(asdict(counts)), counts
 
 
-def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
+def _deciding_fields(words: RowFormat | PromptFormat) -> JsonObject:
     """What of a row format or prompt format decides tokens.
 
     Names of columns do only where templates mean others than they meant when only identifiers were columns; a

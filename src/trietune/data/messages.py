@@ -17,6 +17,7 @@ from typing import Any
 
 from trietune.data.examples import Message
 from trietune.data.json_text import RepeatedKeyError, decode_json
+from trietune.io.json_types import JsonMapping, JsonObject
 
 # What templates and data call the thoughts before an answer; transformers hands each on under all of these names.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -101,7 +102,7 @@ def _read_message(item: Any, where: str) -> Message:
     return Message(item["role"], content or "", _read_weight(item, where), _as_json(more) if more else "")
 
 
-def _in_usual_words(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _in_usual_words(item: JsonMapping, where: str) -> JsonObject:
     """A message of ShareGPT's form with `role` and `content`."""
     role = _SHAREGPT_ROLES.get(str(item["from"]).lower())
     if role is None:
@@ -117,7 +118,7 @@ def _in_usual_words(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"role": role, "content": None, "tool_calls": made, **usual}
 
 
-def _with_tool_calls(more: dict[str, Any], where: str) -> dict[str, Any]:
+def _with_tool_calls(more: JsonObject, where: str) -> JsonObject:
     calls = _decoded(more.get("tool_calls"), "tool_calls", "calls")
     if not calls:
         return {key: value for key, value in more.items() if key != "tool_calls"}
@@ -144,7 +145,7 @@ def _text_of(content: Any, where: str) -> str | None:
     return "".join(texts) if texts else None
 
 
-def _read_weight(item: Mapping[str, Any], where: str) -> float:
+def _read_weight(item: JsonMapping, where: str) -> float:
     weight = item.get("weight")
     if weight is not None and not is_weight(weight):
         raise TypeError(f'"weight" of {where} is not a number')

@@ -7,11 +7,12 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, TextIO
+from typing import IO, Literal, TextIO
 
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 
-Row = dict[str, Any]
+Row = JsonObject
 _UTF8 = ("utf-8", "utf8", "utf-8-sig")
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 _OLD_OFFICE = b"\xd0\xcf\x11\xe0"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trietune.data.examples import IGNORED_LABEL, TokenSequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,9 @@ class ExamplePreview:
     tokens: tuple[TokenText, ...]
 
 
-def preview_examples(sequences: TokenSequences, tokenizer: Any, count: int = 3) -> list[ExamplePreview]:
+def preview_examples(
+    sequences: TokenSequences, tokenizer: PreTrainedTokenizerFast, count: int = 3
+) -> list[ExamplePreview]:
     """The first `count` examples, token by token.
 
     Args:
@@ -36,12 +41,14 @@ def preview_examples(sequences: TokenSequences, tokenizer: Any, count: int = 3) 
     return preview_at(sequences, tokenizer, range(min(count, len(sequences))))
 
 
-def preview_longest(sequences: TokenSequences, tokenizer: Any) -> ExamplePreview:
+def preview_longest(sequences: TokenSequences, tokenizer: PreTrainedTokenizerFast) -> ExamplePreview:
     """The example with the most tokens, the first one of several, token by token."""
     return preview_at(sequences, tokenizer, [int(np.argmax(np.diff(np.asarray(sequences.offsets))))])[0]
 
 
-def preview_at(sequences: TokenSequences, tokenizer: Any, indices: Sequence[int]) -> list[ExamplePreview]:
+def preview_at(
+    sequences: TokenSequences, tokenizer: PreTrainedTokenizerFast, indices: Sequence[int]
+) -> list[ExamplePreview]:
     """The examples at `indices`, token by token."""
     previews = []
     for index in indices:
@@ -53,7 +60,7 @@ def preview_at(sequences: TokenSequences, tokenizer: Any, indices: Sequence[int]
     return previews
 
 
-def split_text(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def split_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """What each token adds to the text of those before it."""
     backend = tokenizer.backend_tokenizer
     texts = []

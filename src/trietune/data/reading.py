@@ -30,6 +30,7 @@ from trietune.data.sources import Sources
 from trietune.data.templates import PromptFormat
 from trietune.data.weights import COLUMN, Weighting, find_weighting
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 
 # Whether a template rewrites reasoning, and how it ends a call, is tried on so many conversations.
 CONVERSATIONS_TRIED = 100
@@ -144,5 +145,5 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(value, Mapping) or (isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping))
 
 
-def _first_row(rows: Rows) -> Mapping[str, Any]:
+def _first_row(rows: Rows) -> JsonMapping:
     return next((row for _, row in rows.read() if not isinstance(row, BrokenRow)), {})

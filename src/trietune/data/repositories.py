@@ -9,6 +9,7 @@ from typing import Any
 
 from trietune.config.yaml12 import YamlError, read_value
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 
 _ROLES = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
@@ -60,7 +61,7 @@ def configured_splits(folder: Path, wanted: str = "") -> dict[str, list[Path]] |
     return _find_files(folder, configurations[chosen or next(iter(configurations))])
 
 
-def _find_files(folder: Path, configuration: Mapping[str, Any]) -> dict[str, list[Path]] | None:
+def _find_files(folder: Path, configuration: JsonMapping) -> dict[str, list[Path]] | None:
     data_files = configuration.get("data_files")
     parts: list[tuple[str, Any]]
     if isinstance(data_files, Mapping):
@@ -81,7 +82,7 @@ def _find_files(folder: Path, configuration: Mapping[str, Any]) -> dict[str, lis
     return found
 
 
-def _read_configurations(folder: Path) -> list[Mapping[str, Any]]:
+def _read_configurations(folder: Path) -> list[JsonMapping]:
     """What stands under `configs` in the head of the README of a data set."""
     readme = folder / "README.md"
     if not readme.is_file():
@@ -98,7 +99,7 @@ def _read_configurations(folder: Path) -> list[Mapping[str, Any]]:
     return [one for one in configs if isinstance(one, Mapping)] if isinstance(configs, list) else []
 
 
-def _read_object(path: Path) -> Mapping[str, Any]:
+def _read_object(path: Path) -> JsonMapping:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

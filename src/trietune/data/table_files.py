@@ -19,6 +19,7 @@ from trietune.data.opening import (
     wrong_encoding,
 )
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -135,7 +136,7 @@ def _open_arrow(path: Path) -> Iterator[Iterator[Any]]:
             ) from None
 
 
-def without_fillers(row: dict[str, Any]) -> dict[str, Any]:
+def without_fillers(row: JsonObject) -> JsonObject:
     """A row of a table whose nested objects have only the keys that they were written with.
 
     Tables give every object the keys of all: `{"city": "Rome", "zip": null}`, where one call has a `zip`.

@@ -6,7 +6,6 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.taken import LeftByTemplate
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 
 # Completions are tallied until there are more different ones than any set of labels has.
 COMPLETIONS_TALLIED = 500
@@ -94,7 +94,7 @@ class Tally:
 
     def count(self, name: str, places: Sequence[str]) -> None:
         counter: Count = getattr(self.counts, name)
-        changed: dict[str, Any] = {name: counter.plus(places)}
+        changed: JsonObject = {name: counter.plus(places)}
         self.counts = replace(self.counts, **changed)
 
     def take_over(self, left: LeftByTemplate) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -21,6 +21,7 @@ from typing import Any, Literal
 from trietune.data.examples import Task
 from trietune.data.json_text import decode_json
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 
 SST2_PROMPT = "Review: {sentence}\nOutput:"
 SST2_LABELS = ("negative", "positive")
@@ -133,7 +134,7 @@ class PromptFormat:
         )
 
 
-def fill_template(template: str, row: Mapping[str, Any], columns: Collection[str] | None = None) -> str:
+def fill_template(template: str, row: JsonMapping, columns: Collection[str] | None = None) -> str:
     """The template with its columns put in; a missing value (None) is empty text.
 
     Args:

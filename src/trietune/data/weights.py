@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from trietune.data.messages import has_weight, is_weight
 from trietune.data.opening import BrokenRow
 from trietune.data.rows import FileRows, HubRows, Rows, SlicedRows
 from trietune.data.templates import find_columns
+from trietune.io.json_types import JsonMapping
 
 COLUMN = "weight"
 
@@ -50,7 +50,7 @@ def find_weighting(rows: Rows, row_format: RowFormat) -> Weighting | None:
     return Weighting(has_column, has_messages) if has_column or has_messages else None
 
 
-def row_weight(row: Mapping[str, Any]) -> float:
+def row_weight(row: JsonMapping) -> float:
     """The weight of a row. Raises `WrongRow` if it is not a number."""
     value = row.get(COLUMN)
     # Tables hold text.

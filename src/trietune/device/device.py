@@ -6,7 +6,7 @@ that runs each operation when it is called; a device that compiles whole steps s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from trietune.io.json_types import JsonMapping
 
 DeviceKind = Literal["cpu", "cuda", "mps", "xla", "tt"]
 
@@ -112,8 +114,8 @@ class Device:
     notes: tuple[str, ...] = ()
     runs_own_backwards: bool = True
     reads_every_step: bool = True
-    adamw: Mapping[str, Any] = field(default_factory=lambda: {"foreach": True})
-    fastest_adamw: Mapping[str, Any] = field(default_factory=lambda: {"fused": True})
+    adamw: JsonMapping = field(default_factory=lambda: {"foreach": True})
+    fastest_adamw: JsonMapping = field(default_factory=lambda: {"fused": True})
     optimizers: tuple[str, ...] | None = None
     runs_bitsandbytes: bool = False
     watch_memory: Callable[[], None] = _nothing

@@ -11,7 +11,6 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -25,6 +24,7 @@ from trietune.device.xla.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_pl
 from trietune.device.xla.runtime import INSTALL_TORCH_XLA, torch_xla_version
 from trietune.io.cache_folder import cache_folder
 from trietune.io.columns import columns
+from trietune.io.json_types import JsonObject
 
 # Older ones have holes: CVE-2026-24747 (torch), CVE-2026-4372 and -5241 (transformers), CVE-2026-22701 (filelock).
 SECURE_VERSIONS = {
@@ -70,7 +70,7 @@ class Examination:
                 rows.append(("", f"next: {finding.remedy}"))
         return columns(rows)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """For `--json`."""
         return {"findings": [asdict(finding) for finding in self.findings]}
 

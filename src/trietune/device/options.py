@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 from trietune.io.name_patterns import PatternError, compile_pattern, matching
 
 # Axes whose devices split a batch, by the names that files give them.
@@ -85,7 +86,7 @@ def read_mesh(
     strategy: str,
     shape: Sequence[int] | None,
     axis_names: Sequence[str] | None,
-    shardings: Mapping[str, Any] | Sequence[Any] | None,
+    shardings: JsonMapping | Sequence[Any] | None,
     data_dimension: str | int | None,
     where: str,
 ) -> Mesh | None:
@@ -156,7 +157,7 @@ def _data_axis(shape: tuple[int, ...], names: tuple[str, ...], asked: str | int 
     return str(asked)
 
 
-def _pairs(shardings: Mapping[str, Any] | Sequence[Any] | None, where: str) -> list[tuple[str, Any]]:
+def _pairs(shardings: JsonMapping | Sequence[Any] | None, where: str) -> list[tuple[str, Any]]:
     if isinstance(shardings, Mapping):
         return [(f"^{re.escape(name)}$", axes) for name, axes in shardings.items()]
     pairs = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -31,10 +30,11 @@ from trietune.evaluation.scoring import (
     no_stop,
     sum_by_name,
 )
+from trietune.io.json_types import JsonMapping
 from trietune.model.causal_lm import TrieModel
 from trietune.trie import Batching
 
-Input = str | Mapping[str, Any]
+Input = str | JsonMapping
 """A text, or a row with the columns that the prompt template names; anything else in a file of JSON is refused."""
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -229,7 +229,7 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
         raise UserError(f"{name} cannot be read: {error}", next_step="give text or a number there") from None
 
 
-def _prompt_of(row: Mapping[str, Any]) -> str:
+def _prompt_of(row: JsonMapping) -> str:
     return fill_template("{prompt}", row)
 
 

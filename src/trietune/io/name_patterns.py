@@ -15,6 +15,8 @@ from typing import Any
 
 import regex
 
+from trietune.io.json_types import JsonObject
+
 MAX_LETTERS = 4096
 # All names of a large model take a few milliseconds.
 SECONDS = 2.0
@@ -42,7 +44,7 @@ def matching(pattern: str, names: Sequence[str], *, whole: bool = True, seconds:
 
 def matches(
     pattern: str, names: Sequence[str], *, whole: bool = True, seconds: float = SECONDS
-) -> list[tuple[str, dict[str, Any]]]:
+) -> list[tuple[str, JsonObject]]:
     """`matching`, with the named groups of each match."""
     compiled = compile_pattern(pattern)
     match = compiled.fullmatch if whole else compiled.search

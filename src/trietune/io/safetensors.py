@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from trietune.io import strict_json
+from trietune.io.json_types import JsonObject
 
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -167,7 +168,7 @@ def _in_order(tensors: Mapping[str, RawTensor]) -> list[tuple[str, RawTensor]]:
 
 
 def _header(ordered: Sequence[tuple[str, RawTensor]], metadata: Mapping[str, str] | None) -> bytes:
-    document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    document: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, tensor in ordered:
         end = begin + tensor.size_bytes

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 
 # What a worker needs of the environment that Ray does not hand on to nodes that run already.
 HANDED_ON = ("HF_", "TRIETUNE_", "WANDB_")
@@ -43,7 +44,7 @@ def open_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterato
         raise UserError(
             "`--ray` needs the package `ray`, which is not installed", next_step="pip install 'trietune[ray]'"
         ) from error
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    common: JsonObject = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
         if address is None:
             ray.init(

@@ -26,6 +26,7 @@ from typing import Any
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # they have no other home
 
 from trietune.errors import EXIT_RANK_LOST, UserError
+from trietune.io.json_types import JsonObject
 
 BEAT_S = 2.0
 # Without a beat for this long, a process has gone or is stopped; beats continue while it computes.
@@ -70,7 +71,7 @@ class Watch:
         self._phase, self._step, self._since = "preparing", 0, time.monotonic()
         self._slowest_step = 0.0
         self._who = f"host {socket.gethostname()}, process {os.getpid()}"
-        self._seen: dict[int, tuple[tuple[Any, ...], float, dict[str, Any]]] = {}
+        self._seen: dict[int, tuple[tuple[Any, ...], float, JsonObject]] = {}
         self._stopped = threading.Event()
         self._answered = self._began = time.monotonic()
         # A connection of its own: the main thread's may stand still in a collective.
@@ -160,8 +161,8 @@ class Watch:
                 )
                 return
 
-    def _read(self, number: int) -> dict[str, Any]:
-        place: dict[str, Any] = json.loads(self._store.get(str(number)))
+    def _read(self, number: int) -> JsonObject:
+        place: JsonObject = json.loads(self._store.get(str(number)))
         return place
 
     def _silent(self, limit_s: float) -> list[str]:
@@ -227,7 +228,7 @@ class Watch:
         )
 
 
-def _doing(place: dict[str, Any]) -> str:
+def _doing(place: JsonObject) -> str:
     return place["phase"] if place["phase"] == "preparing" else f"{place['phase']} step {place['step']}"
 
 

@@ -6,9 +6,10 @@ Imported once a device has been chosen: transformers starts XLA devices when it 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 from trietune.model.adapter.export import find_adapter
 from trietune.model.adapter.targets import SMALLEST_NAMED, Coverage
 from trietune.model.base.shape import NetworkShape, describe_network
@@ -86,7 +87,7 @@ def find_start(settings: Settings) -> Path | None:
     return None if settings.start_adapter is None else find_adapter(Path(settings.start_adapter).expanduser())
 
 
-def adapter_arguments(settings: Settings) -> dict[str, Any]:
+def adapter_arguments(settings: Settings) -> JsonObject:
     """Keyword arguments of `add_adapter`."""
     return {
         "r": settings.lora_r,

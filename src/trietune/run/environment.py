@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from trietune.io.json_types import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from trietune.run.prepared import Prepared
@@ -20,7 +21,7 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 16, 64 * 2**10
 PACKAGES = ("trietune", "torch", "transformers", "peft", "tokenizers", "datasets", "safetensors", "numpy")
 
 
-def describe(prepared: Prepared) -> dict[str, Any]:
+def describe(prepared: Prepared) -> JsonObject:
     """Plain values for `environment.json`."""
     plan, data = prepared.plan, prepared.data
     return {
@@ -45,7 +46,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def compared(environment: Mapping[str, Any]) -> dict[str, Any]:
+def compared(environment: JsonMapping) -> JsonObject:
     """The part that decides whether a resumed run is the same training, flat."""
     names = (
         "num_threads", "world_size", "base_model", "base_revision", "base_digest", "base_weights", "data_fingerprint",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trietune.config import load_config
 from trietune.data import make_encoder
@@ -20,6 +20,8 @@ from trietune.model.handover.handover import hand_over
 from trietune.run.opening import locate_base
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from trietune.data.templates import PromptFormat
     from trietune.model.handover.gguf_files import Quantization
     from trietune.model.handover.handover import HandedOver
@@ -46,7 +48,7 @@ def export_to(
         UserError: what the program does not take, `out` is taken, or an export that answers otherwise.
     """
 
-    def prompts(tokenizer: Any, prompt_format: PromptFormat | None) -> Sequence[Sequence[int]]:
+    def prompts(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None) -> Sequence[Sequence[int]]:
         found = _of_the_run(source, tokenizer, prompt_format, tracker)
         if not found:
             tracker.info(
@@ -69,7 +71,7 @@ def export_to(
 
 
 def _of_the_run(
-    source: Path, tokenizer: Any, prompt_format: PromptFormat | None, tracker: Tracker
+    source: Path, tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None, tracker: Tracker
 ) -> Sequence[Sequence[int]]:
     """Prompts of the run's first validation examples; none for an adapter without a run, or if its data has moved."""
     if prompt_format is None or not (source / "config.yaml").is_file():
@@ -93,7 +95,7 @@ def _of_the_run(
     return [encoder.encode_prompt(sequences.examples[index]) for index in range(count)]
 
 
-def shipped_prompts(tokenizer: Any, prompt_format: PromptFormat | None) -> list[list[int]]:
+def shipped_prompts(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None) -> list[list[int]]:
     """Twenty sentences that come with TrieTune, in the adapter's prompt format or as they are."""
     lines = (demo_reviews() / "dev.tsv").read_text("utf-8").splitlines()[1 : NUM_PROMPTS + 1]
     sentences = [line.split("\t")[0].strip() for line in lines]

@@ -179,7 +179,7 @@ def _adapters(shape: NetworkShape, settings: Any) -> list[Finding]:
 
 def _memory(shape: NetworkShape, dtype: Any) -> Finding:
     from trietune.device.memory import bytes_per_position
-    from trietune.run.prepare import BYTES_PER_TRAINED_PARAMETER
+    from trietune.run.planning import BYTES_PER_TRAINED_PARAMETER
 
     position = bytes_per_position(
         shape.config, dtype, widths=shape.widths, is_fused=shape.why_whole_rows is None and shape.refusal is None

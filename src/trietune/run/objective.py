@@ -27,6 +27,7 @@ from trietune.errors import UserError
 from trietune.evaluation.preferences import evaluate_answers, joined, measure_share, score_answers
 from trietune.io import files
 from trietune.io.cache_folder import mark_used
+from trietune.io.json_types import JsonObject
 from trietune.ranks.ranks import ALONE, Ranks
 from trietune.training.objectives.answers import answers_of
 from trietune.training.objectives.by_scores import LearnByScores, describe
@@ -40,6 +41,8 @@ from trietune.training.objectives.simpo import Simpo
 from trietune.training.objectives.with_chosen import WithChosen
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from trietune.config.settings import Settings
     from trietune.data.load import Data
     from trietune.evaluation.evaluate import Evaluation
@@ -88,7 +91,7 @@ def rows_of(settings: Settings, sequences: TokenSequences) -> Rows:
     )
 
 
-def rows_to_rank(data: Data, tokenizer: Any) -> tuple[AnswerSets, Data]:
+def rows_to_rank(data: Data, tokenizer: PreTrainedTokenizerFast) -> tuple[AnswerSets, Data]:
     """Each training prompt with every label of the task, and the data with that task.
 
     Raises:
@@ -345,7 +348,7 @@ def _write(path: Path, scores: np.ndarray) -> None:
         pass
 
 
-def reference_keys(settings: Settings, plan: Plan, environment: dict[str, Any]) -> tuple[str, str]:
+def reference_keys(settings: Settings, plan: Plan, environment: JsonObject) -> tuple[str, str]:
     """Names in the cache for the reference's scores of training and validation data: all that decides them."""
     common = {
         "base": environment["base_digest"],

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 from trietune.errors import EXIT_RANK_LOST, StopRequested, UserError
 from trietune.io.files import make_folders, remove_tree
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.ranks.messages import FailedElsewhere, encode_error, error_elsewhere
 from trietune.ranks.ray_cluster import Mailbox, open_cluster
-from trietune.run.prepare import run_directory
+from trietune.run.plan import run_directory
 from trietune.run.signals import StopSignals
 from trietune.tracking.events import Event, StepFinished
 from trietune.tracking.open import open_tracker
@@ -143,7 +144,7 @@ class _Fit(threading.Thread):
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: JsonMapping,
         workers: Workers,
         cpus: int,
         uses_gpus: bool,
@@ -190,7 +191,7 @@ class _Heard:
     tracker: Tracker = field(default_factory=lambda: open_tracker(tracker="none", writes_files=False))
     attempts: int = 0
     lost: str | None = None
-    ended: dict[str, Any] | None = None
+    ended: JsonObject | None = None
     bug: str | None = None
 
     def hear(self, kind: str, item: Any) -> None:
@@ -254,7 +255,7 @@ def _exit_code(heard: _Heard, fit: _Fit) -> int:
     return EXIT_RANK_LOST
 
 
-def work(config: dict[str, Any]) -> None:
+def work(config: JsonObject) -> None:
     """What each worker does; Ray calls it."""
     import ray
 
@@ -284,7 +285,7 @@ def work(config: dict[str, Any]) -> None:
         raise
 
 
-def _train_here(config: dict[str, Any], tell: Callable[[str, Any], None], lose: Callable[[UserError], None]) -> None:
+def _train_here(config: JsonObject, tell: Callable[[str, Any], None], lose: Callable[[UserError], None]) -> None:
     import ray.train
 
     from trietune.config import load_config

@@ -1,4 +1,4 @@
-"""Use what was trained, or a base model as it comes: open it, evaluate it, ask it, export it.
+"""Use what was trained, or a base model as it comes: open it, evaluate it, ask it.
 
 runs/NAME            a run: its final adapter, its data, its prompt format
 runs/NAME/adapter    an adapter: its base model and prompt format; data must be named
@@ -10,47 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trietune.config import load_config
 from trietune.data.load import load_split
 from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
-from trietune.evaluation.evaluate import evaluate_model
-from trietune.evaluation.predict import (
-    DEFAULT_MAX_NEW_TOKENS,
-    encode_prompt,
-    longest_prompt,
-    make_examples,
-    predict_labels,
-    predict_text,
-)
-from trietune.io import files
 from trietune.io.adapter_place import adapter_in
 from trietune.io.cache_folder import cache_folder
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.run_folders import is_mistyped_run, which_run
 from trietune.ranks.launched import refuse_several_processes
-from trietune.run.fitting import check_ids, check_vocabulary, with_max_length
-from trietune.run.objective import evaluate_preferences
+from trietune.run.fitting import with_max_length
 from trietune.run.opening import open_machine, progress_of
-from trietune.run.predictions import described, predictions_file
 from trietune.run.signals import StopSignals
 from trietune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from trietune.data.encoder import Encoder
-    from trietune.data.examples import TokenSequences
     from trietune.evaluation.evaluate import Evaluation
     from trietune.evaluation.sampling import Sampling
     from trietune.run.loaded import LoadedModel
-
-ANSWERS_AT_ONCE = 32
 
 
 def evaluate(
     target: str | Path,
     *,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    overrides: Sequence[str] | JsonMapping = (),
     split: str | None = None,
     max_examples: int | None = None,
     tracker: Tracker | None = None,
@@ -74,6 +59,8 @@ def evaluate(
         raise UserError(f"there is no split `{split}`", next_step="--split validation   (or train, or test)")
     with StopSignals() as signals:
         opened = open_model(target, overrides, tracker)
+        from trietune.run.asking import measure
+
         if not _names_data(opened, target, overrides):
             raise UserError(
                 f"`{target}` belongs to no run, so name the data to evaluate it on",
@@ -96,89 +83,32 @@ def evaluate(
             progress=progress_of(tracker, "examples"),
             check_stop=signals.check,
         )
-        check_vocabulary(sequences, opened.num_embeddings)
-        max_positions = opened.prove_on(sequences)
-        if opened.settings.learns_preferences:
-            return evaluate_preferences(
-                opened.model,
-                opened.settings,
-                sequences,
-                max_positions=max_positions,
-                max_examples=max_examples,
-                report=tracker.info,
-                check_stop=signals.check,
-                progress=progress_of(tracker, "examples"),
-            )
-        size = opened.settings.eval_batch_size
-        encoder = opened.encoder(prompt_format)
-        found = evaluate_model(
-            opened.model,
+        return measure(
+            opened,
             sequences,
-            encoder,
-            batching=opened.settings.batching,
-            max_positions=max_positions,
-            batch_size=ANSWERS_AT_ONCE if size == "auto" else size,
+            prompt_format,
             max_examples=max_examples,
-            seed=opened.settings.seed,
+            tracker=tracker,
             check_stop=signals.check,
-            progress=progress_of(tracker, "examples"),
+            keep=keep,
         )
-    if keep is not None:
-        _keep_predictions(found, sequences, encoder, keep)
-    return found
-
-
-def _keep_predictions(found: Evaluation, sequences: TokenSequences, encoder: Encoder, file: Path) -> None:
-    task = encoder.prompt_format.task
-    if not found.predictions:
-        raise UserError(
-            f"there is nothing to write to `{file}`: this data has no labels and no questions, so the model was only "
-            "measured by its loss",
-            next_step="leave `--predictions` out, or ask with `trietune predict --input FILE`",
-        )
-    told = described(found.predictions, sequences.examples, task)
-    files.replace_file(file, predictions_file(told, is_squad=task.kind == "answers"))
 
 
 def predict(
     opened: LoadedModel,
-    inputs: Sequence[str | Mapping[str, Any]],
+    inputs: Sequence[str | JsonMapping],
     *,
     max_new_tokens: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
     sampling: Sampling | None = None,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """What the model says to each input: `{"label", "probabilities"}` for a task with labels, else `{"text"}`."""
-    encoder = opened.encoder()
-    check_ids(
-        [encode_prompt(encoder, one) for one in make_examples(encoder.prompt_format, inputs)], opened.num_embeddings
-    )
-    new_tokens = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-    max_positions = opened.prove_for(longest_prompt(encoder, inputs) + new_tokens)
-    if encoder.prompt_format.task.kind == "labels" and opened.settings.task in ("auto", "labels"):
-        labels = predict_labels(
-            opened.model,
-            encoder,
-            inputs,
-            batching=opened.settings.batching,
-            max_positions=max_positions,
-            check_stop=check_stop,
-        )
-        return [{"label": found.label, "probabilities": dict(found.probabilities)} for found in labels]
-    texts = predict_text(
-        opened.model,
-        encoder,
-        inputs,
-        max_positions=max_positions,
-        batch_size=ANSWERS_AT_ONCE,
-        max_new_tokens=new_tokens,
-        check_stop=check_stop,
-        sampling=sampling,
-    )
-    return [{"text": text} for text in texts]
+    from trietune.run.asking import ask
+
+    return ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=check_stop, sampling=sampling)
 
 
-def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any], tracker: Tracker) -> LoadedModel:
+def open_model(target: str | Path, overrides: Sequence[str] | JsonMapping, tracker: Tracker) -> LoadedModel:
     """Load the base model and the adapter that `target` names.
 
     Raises:
@@ -205,7 +135,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     return load_model(str(target), adapter, settings, machine, tracker)
 
 
-def _names_data(opened: LoadedModel, target: str | Path, overrides: Sequence[str] | Mapping[str, Any]) -> bool:
+def _names_data(opened: LoadedModel, target: str | Path, overrides: Sequence[str] | JsonMapping) -> bool:
     return _is_run(target) or bool(_overridden_data(overrides))
 
 
@@ -213,7 +143,7 @@ def _is_run(target: str | Path) -> bool:
     return (Path(target).expanduser() / "config.yaml").is_file()
 
 
-def _overridden_data(overrides: Sequence[str] | Mapping[str, Any]) -> set[str]:
+def _overridden_data(overrides: Sequence[str] | JsonMapping) -> set[str]:
     """The keys of `overrides` that name data."""
     pairs = overrides.items() if isinstance(overrides, Mapping) else (item.split("=", 1) for item in overrides)
     named = {key.strip() for key, *value in pairs if value not in ([None], ["null"], [""])}

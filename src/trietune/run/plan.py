@@ -277,3 +277,15 @@ def _millions(count: int) -> str:
 
 def _grouping(is_grouped: bool) -> str:
     return "examples with a common prefix share a batch" if is_grouped else "shuffled"
+
+
+def run_directory(settings: Settings) -> Path:
+    """`<project_dir>/<run name>`; a name that exists gets `-2`, `-3`, unless the run is resumed."""
+    first = Path(settings.project_dir).expanduser() / settings.wandb_run_name
+    if settings.resume_from_checkpoint:
+        return first
+    directory, number = first, 1
+    while directory.exists():
+        number += 1
+        directory = first.with_name(f"{first.name}-{number}")
+    return directory

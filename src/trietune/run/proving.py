@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trietune.device.memory import bytes_per_position, micro_batch_bound
+from trietune.io.json_types import JsonObject
 from trietune.model.causal_lm import TrieModel
 from trietune.model.proof import prove, random_forests, training_forests
 from trietune.model.proof.forests import BEYOND_A_WINDOW, SHORT_WIDTH
@@ -115,7 +116,7 @@ def windows_of(config: Any) -> list[int]:
     names = ("window", "chunk", "original_max_position")
     found: set[int] = set()
 
-    def look(values: dict[str, Any]) -> None:
+    def look(values: JsonObject) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
                 look(value)

@@ -10,10 +10,11 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from trietune import config
 from trietune.errors import EXIT_SIGINT, StopRequested, UserError
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.python_words import as_python
 from trietune.run.signals import is_interactive
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Overrides = Sequence[str] | Mapping[str, Any]
+Overrides = Sequence[str] | JsonMapping
 
 
 def _advising(function: Callable[P, R]) -> Callable[P, R]:
@@ -122,11 +123,11 @@ def evaluate(
 @_advising
 def predict(
     target: str | Path,
-    inputs: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
+    inputs: str | JsonMapping | Sequence[str | JsonMapping],
     *,
     overrides: Overrides = (),
     max_new_tokens: int = 256,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Ask a run, an adapter or a base model.
 
     Args:

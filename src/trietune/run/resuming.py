@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from trietune.checkpoints import messages
 from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE
@@ -20,6 +19,7 @@ from trietune.checkpoints.resume import (
 )
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.io.directory import DamagedDirectory, verify_directory
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.manifest import ManifestInfo
 from trietune.run.plan import num_steps_of
 
@@ -50,7 +50,7 @@ class Record(Protocol):
     run_id: str
     store: CheckpointStore
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> JsonObject:
         """What a resume compares."""
 
     def sign(self) -> None:
@@ -163,7 +163,7 @@ def _schedule_differences(
     return compare_warmup(before, record.prepared.plan.num_warmup_steps, loaded.step, allowed_changes)
 
 
-def _warmup_before(record: Record, loaded: LoadedCheckpoint, state: Mapping[str, Any]) -> int | None:
+def _warmup_before(record: Record, loaded: LoadedCheckpoint, state: JsonMapping) -> int | None:
     """Of a checkpoint that does not say it, worked out from its settings as they were planned."""
     names = ("num_epochs", "max_steps", "warmup_ratio", "warmup_steps", "batch_size", "gradient_accumulation_steps")
     if not all(name in loaded.details for name in names):

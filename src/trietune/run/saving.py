@@ -28,6 +28,7 @@ from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
 from trietune.io.directory import DamagedDirectory, FileContent, read_directory, write_directory
 from trietune.io.disk_errors import SaveFailed, start_failed
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.manifest import ManifestInfo
 from trietune.model.adapter.adapter import adapter_files, set_adapter_tensors
 from trietune.model.adapter.folder import WEIGHTS_FILE
@@ -130,7 +131,7 @@ class RunFiles:
 
     def restore(
         self, resumed: LoadedCheckpoint, peft_model: PeftModel, optimizer: torch.optim.Optimizer
-    ) -> Mapping[str, Any]:
+    ) -> JsonMapping:
         """Put the checkpoint's weights (and optimizer) back and forget its bytes; returns `trainer_state.json`."""
         set_adapter_tensors(peft_model, resumed.take(WEIGHTS_FILE), where=str(resumed.path))
         if (reason := resuming.why_moments_start_from_zero(self, resumed)) is None:
@@ -143,7 +144,7 @@ class RunFiles:
                 f"resuming from step {resumed.step:,}: weights, data order, schedule and step count continue; the "
                 f"optimizer's moments start from zero ({reason})"
             )
-        state: Mapping[str, Any] = json.loads(resumed.take(STATE_FILE))
+        state: JsonMapping = json.loads(resumed.take(STATE_FILE))
         resumed.contents.clear()
         return state
 
@@ -157,7 +158,7 @@ class RunFiles:
         peft_model: PeftModel,
         optimizer: torch.optim.Optimizer,
         *,
-        further_state: Mapping[str, Any],
+        further_state: JsonMapping,
         must_succeed: bool = False,
     ) -> float:
         """Write the checkpoint of `step` unless it is there; returns the seconds that it took.
@@ -281,7 +282,7 @@ class RunFiles:
             return EXIT_UPLOAD_INCOMPLETE
         return EXIT_DONE
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> JsonObject:
         """What a resume compares: the settings, and what surrounds them."""
         compared = environment.compared(self.environment)
         return {**self.settings.dump_public(), **compared, MEASURED_ON: self._measured_on()}
@@ -301,7 +302,7 @@ class RunFiles:
         epoch: float,
         peft_model: PeftModel,
         optimizer: torch.optim.Optimizer,
-        further_state: Mapping[str, Any],
+        further_state: JsonMapping,
     ) -> dict[str, FileContent]:
         contents: dict[str, FileContent] = {
             **adapter_files(peft_model, self.prepared.base),

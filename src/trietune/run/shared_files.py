@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from trietune.checkpoints.store import LoadedCheckpoint
+from trietune.io.json_types import JsonObject
 from trietune.ranks.ranks import ALONE, Ranks
 from trietune.run.saving import RunFiles
 
@@ -48,7 +49,7 @@ class SharedRunFiles(RunFiles):
         self._uploader = None
         self.saved_step = None
 
-        def open_files() -> dict[str, Any]:
+        def open_files() -> JsonObject:
             super(SharedRunFiles, self).__init__(prepared, tracker)
             return self.environment
 
@@ -61,7 +62,7 @@ class SharedRunFiles(RunFiles):
     def find_checkpoint(self, allowed_changes: frozenset[str]) -> LoadedCheckpoint | None:
         found: list[LoadedCheckpoint | None] = []
 
-        def find() -> dict[str, Any] | None:
+        def find() -> JsonObject | None:
             loaded = super(SharedRunFiles, self).find_checkpoint(allowed_changes)
             found.append(loaded)
             if loaded is None:

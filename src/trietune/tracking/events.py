@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from trietune.io.json_types import JsonMapping
+
 Metrics = Mapping[str, float | int | None]
 
 
@@ -25,8 +27,8 @@ class RunStarted:
     directory: Path
     num_steps: int
     first_step: int
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
+    config: JsonMapping
+    environment: JsonMapping
     plan: Sequence[tuple[str, str]] = ()
 
 
@@ -179,7 +181,7 @@ class RunFinished:
     status: Literal["finished", "stopped", "failed"]
     step: int
     seconds: float
-    summary: Mapping[str, Any]
+    summary: JsonMapping
     next_commands: Sequence[str] = ()
 
 

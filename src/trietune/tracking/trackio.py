@@ -8,6 +8,7 @@ from typing import Any
 
 import trackio
 
+from trietune.io.json_types import JsonObject
 from trietune.tracking.events import Evaluated, Event, RunFinished, RunStarted, StepFinished
 from trietune.tracking.jsonl import plain
 
@@ -49,6 +50,6 @@ class TrackioListener:
             with contextlib.redirect_stdout(sys.stderr):
                 trackio.finish()  # type: ignore[no-untyped-call]  # it carries no annotations
 
-    def _log(self, step: int, values: dict[str, Any]) -> None:
+    def _log(self, step: int, values: JsonObject) -> None:
         if self._run is not None:
             self._run.log({key: value for key, value in values.items() if value is not None}, step=step)

@@ -12,11 +12,11 @@ depend on the scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from trietune.io.json_types import JsonMapping, JsonObject
 
 # A scale below which gradients are not too large for fp16, but infinite in themselves.
 SMALLEST_SCALE = 1.0
@@ -30,12 +30,12 @@ class LossScale:
         state: state of an earlier one, to continue from.
     """
 
-    def __init__(self, device: torch.device, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, device: torch.device, state: JsonMapping | None = None) -> None:
         self._scaler = torch.amp.GradScaler(device.type)
         if state is not None:
             self._scaler.load_state_dict(dict(state))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """Plain numbers, for a checkpoint."""
         return dict(self._scaler.state_dict())
 

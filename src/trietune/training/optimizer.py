@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from trietune.device import Device
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 from trietune.training.flat_adamw import FlatAdamW, can_be_flat
 
 
@@ -37,7 +37,7 @@ def build_optimizer(
             next_step=" or ".join(f"`--set optim={other}`" for other in device.optimizers),
         )
     parameters = list(parameters)
-    common: dict[str, Any] = {"lr": device.learning_rate(learning_rate), "weight_decay": weight_decay}
+    common: JsonObject = {"lr": device.learning_rate(learning_rate), "weight_decay": weight_decay}
     adamw = {**common, "betas": betas, "eps": eps}
     match name:
         case "adamw_torch":
@@ -60,16 +60,14 @@ def build_optimizer(
             raise ValueError(f"no optimizer is called {name!r}")
 
 
-def _adamw(parameters: list[nn.Parameter], device: Device, options: dict[str, Any]) -> torch.optim.AdamW:
+def _adamw(parameters: list[nn.Parameter], device: Device, options: JsonObject) -> torch.optim.AdamW:
     # Where steps are programs, a parameter that is a view of another is one more thing to trace.
     if device.has_static_shapes or not can_be_flat(parameters):
         return torch.optim.AdamW(parameters, **options)
     return FlatAdamW(parameters, **options)
 
 
-def _eight_bit(
-    name: str, parameters: list[nn.Parameter], common: dict[str, Any], device: Device
-) -> torch.optim.Optimizer:
+def _eight_bit(name: str, parameters: list[nn.Parameter], common: JsonObject, device: Device) -> torch.optim.Optimizer:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"`optim: {name}` needs bitsandbytes, which is not installed",

@@ -22,12 +22,15 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trietune.errors import UserError
 from trietune.io.cache_folder import cache_folder, mark_used
 from trietune.io.causes import first_line
 from trietune.io.whole_folder import whole_folder, write_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Part of the folder's name: a change of what is written here must not meet folders of an older version.
 _LAYOUT = "2"
@@ -142,7 +145,7 @@ def _convert(file: Path, folder: Path) -> None:
             where=f"architecture `{metadata.get('general.architecture', 'unknown')}`",
             next_step="use the model's safetensors instead: its hub id or a folder as `model_name`",
         ) from error
-    _restore_pre_tokenizer(tokenizer, str(metadata.get("tokenizer.ggml.pre", "")))
+    _restore_pre_tokenizer(cast("PreTrainedTokenizerFast", tokenizer), str(metadata.get("tokenizer.ggml.pre", "")))
     # A title that the file's author gave it; transformers would take it for a place to load from.
     vars(network.config).pop("_model_name_or_path", None)
     with redirect_stderr(io.StringIO()):
@@ -186,7 +189,7 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
     return metadata, "float16" if set(kinds) <= {"F32", "F16"} else "bfloat16"
 
 
-def _restore_pre_tokenizer(tokenizer: Any, name: str) -> None:
+def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     """The splitting rule that the file names but transformers' converter leaves at GPT-2's.
 
     SmolLM splits every digit off before anything else; without that, two spaces before a number become other tokens

@@ -26,6 +26,7 @@ from trietune.io.columns import columns
 from trietune.io.python_words import as_python
 from trietune.tracking import wording
 from trietune.tracking.console import result
+from trietune.tracking.console.marked import marked_text
 from trietune.tracking.console.notebook import NotebookScreen, is_notebook
 from trietune.tracking.console.progress import Progress, progress_lines
 from trietune.tracking.events import (
@@ -187,15 +188,6 @@ def evaluation_line(event: Evaluated) -> str:
     if not event.is_point:
         moment += f" of the weights of step {event.measured_step:,}"
     return f"evaluation {moment}, {event.num_examples:,} examples: " + ", ".join(parts)
-
-
-def marked_text(example: MarkedExample) -> Text:
-    """The example as it reads, each label token in brackets (and in color where there is any)."""
-    text = Text()
-    for piece, is_label in example.pieces:
-        shown = wording.visible(piece)
-        text.append(f"[{shown}]" if is_label else shown, style="bold green" if is_label else "")
-    return text
 
 
 def can_show_bars(stream: TextIO) -> bool:

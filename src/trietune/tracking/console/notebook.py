@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from trietune.tracking.console.marked import marked_text
 from trietune.tracking.events import MarkedExample
 from trietune.tracking.terminal import write_text
 
@@ -57,8 +58,6 @@ class NotebookScreen:
 
     def print_marked(self, example: MarkedExample) -> None:
         """Show an example, its label tokens in color and in brackets."""
-        from trietune.tracking.console.console import marked_text
-
         text = marked_text(example)
         pieces = [
             f'<b style="color:green">[{html.escape(piece)}]</b>' if is_label else html.escape(piece)

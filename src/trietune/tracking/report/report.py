@@ -18,6 +18,7 @@ from typing import Any
 
 from trietune.errors import UserError
 from trietune.io.columns import columns
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.outputs import write_output
 from trietune.tracking import wording
 from trietune.tracking.console import result
@@ -180,7 +181,7 @@ def _commands(run: RunRecord) -> list[tuple[str, str]]:
     ]
 
 
-def _data_of(runs: Sequence[RunRecord]) -> dict[str, Any]:
+def _data_of(runs: Sequence[RunRecord]) -> JsonObject:
     """What the page's script draws."""
     return {
         "runs": [run.name for run in runs],
@@ -242,7 +243,7 @@ def embedded_json(content: Any) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def differences(configs: Sequence[JsonMapping]) -> list[list[str]]:
     """Settings that are not the same in all of these, as rows of key and one value each."""
     keys = dict.fromkeys(key for config in configs for key in config)
     rows = [[key, *(_shown_value(config.get(key)) for config in configs)] for key in keys]
@@ -278,7 +279,7 @@ def status_line(run: RunRecord) -> str:
     return f"{text} in {wording.duration(run.seconds)}" if run.seconds is not None else text
 
 
-def _rows_of(run: RunRecord) -> dict[str, Any]:
+def _rows_of(run: RunRecord) -> JsonObject:
     """What the page says of one run, in words."""
     before, after = run.evaluation("before"), run.newest_evaluation()
     keys = dict.fromkeys(key for evaluation in (before, after) if evaluation for key in evaluation.metrics)
@@ -292,7 +293,7 @@ def _rows_of(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _cell(evaluation: Evaluated | None, key: str) -> dict[str, Any]:
+def _cell(evaluation: Evaluated | None, key: str) -> JsonObject:
     if evaluation is None or key not in evaluation.metrics:
         return {"value": "-", "interval": None}
     pair = evaluation.intervals.get(key)

@@ -86,6 +86,7 @@ class WandbListener:
         self._is_offline = False
         self._trouble: str | None = None
         self._directory: Path | None = None
+        self._run_id = ""
         self._config: Mapping[str, Any] = {}
         self._finish: dict[str, Any] = {"do": "finish", "exit_code": 1, "summary": {}}
 
