@@ -18,6 +18,7 @@ from trietune.model.adapter import adapter as adapter_module
 from trietune.run.opened import evaluate, open_model, predict
 from trietune.run.train import train
 from trietune.tracking import events
+from trietune.tracking.jsonl import FilesListener
 from trietune.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -32,7 +33,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self.tracker = Tracker([self])
+        self.tracker = Tracker([self, FilesListener()])
 
     def handle(self, event: Any) -> None:
         if isinstance(event, events.Message):

@@ -13,6 +13,7 @@ from trietune.io.json_types import JsonObject
 from trietune.model.adapter.export import find_adapter
 from trietune.model.adapter.targets import SMALLEST_NAMED, Coverage
 from trietune.model.base.shape import NetworkShape, describe_network
+from trietune.model.states.memory import STATES_HAVE_MANY_LENGTHS
 from trietune.run.device_plan import check_sharding
 
 if TYPE_CHECKING:
@@ -51,14 +52,15 @@ def check_trie(settings: Settings, name: str, shape: NetworkShape) -> None:
 
 
 def check_trie_on(settings: Settings, name: str, shape: NetworkShape, device: Device) -> None:
-    """Refuse tries that run on whole rows, on a device of static shapes.
+    """Refuse tries that run on whole rows or carry states, on a device of static shapes.
 
     Raises:
-        UserError: naming why they do.
+        UserError: naming why.
     """
-    if settings.batching != "padded" and shape.why_whole_rows is not None and device.has_static_shapes:
+    why = STATES_HAVE_MANY_LENGTHS if shape.carries_states else shape.why_whole_rows
+    if settings.batching != "padded" and why is not None and device.has_static_shapes:
         raise UserError(
-            f"batches of `{name}` cannot be computed as a trie on {device.name}: {shape.why_whole_rows}",
+            f"batches of `{name}` cannot be computed as a trie on {device.name}: {why}",
             where=f"`batching: {settings.batching}` ({settings.where('batching')})",
             next_step="`--set batching=padded`, which trains it on plain rows",
         )

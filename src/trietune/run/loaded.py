@@ -26,6 +26,8 @@ from trietune.model.architecture import check_architecture, longest_of_one_rope,
 from trietune.model.assemble import assemble
 from trietune.model.base.load import load_network
 from trietune.model.base.randomness import silence_rates
+from trietune.model.states import carries_states
+from trietune.model.states.memory import STATES_HAVE_MANY_LENGTHS, with_scans
 from trietune.run.device_plan import check_device, largest_under_mask, shapes_for_any_data
 from trietune.run.opening import Machine, choose_attention, open_base
 from trietune.run.proving import (
@@ -174,7 +176,9 @@ def load_model(name: str, adapter: Path | None, settings: Settings, machine: Mac
     on_rows = why_whole_rows(network)
     if device.has_static_shapes:
         refusal, on_rows = refusal or on_rows, None
-    widths = widths_of(network.config.get_text_config(), network)
+        if refusal is None and carries_states(network):
+            refusal = STATES_HAVE_MANY_LENGTHS
+    widths = with_scans(widths_of(network.config.get_text_config(), network), network)
     if adapter is not None:
         load_adapter(network, adapter, listed=listed)
     # A merged model has it beside its weights.
