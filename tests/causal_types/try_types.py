@@ -23,6 +23,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,18 @@ def main() -> None:
     from causal_types import mutations  # noqa: F401
     from causal_types.small_models import causal_types
 
-    done = {row["type"] for row in read_table(arguments.out)}
     everything = [*causal_types(), *(name for name in MULTIMODAL if name not in causal_types())]
-    missing = [name for name in arguments.types or everything if name not in done]
-    # Each thread does nothing but wait for its process.
-    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool, arguments.out.open("a") as file:
-        for row in pool.map(try_type_apart, missing):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(summary_of(row), flush=True)
+    wanted = arguments.types or everything
+    # First how all of them train; then what takes longer.
+    for part, is_missing in ((try_type, lambda row: row is None), (complete, _lacks_the_rest)):
+        known = {row["type"]: row for row in read_table(arguments.out)}
+        missing = [name for name in wanted if is_missing(known.get(name))]
+        # Each thread does nothing but wait for its process.
+        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool, arguments.out.open("a") as file:
+            for row in pool.map(partial(try_apart, part), missing, [known.get(name) for name in missing]):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(summary_of(row), flush=True)
     rows = sorted(read_table(arguments.out), key=lambda row: str(row["type"]))
     arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for way in ("built", "trie", "padded"):
@@ -69,7 +73,9 @@ def main() -> None:
 
 
 def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+    """The rows, of each type the last that was written."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return list({row["type"]: row for row in map(json.loads, filter(None, lines))}.values())
 
 
 def summary_of(row: dict[str, Any]) -> str:
@@ -78,11 +84,14 @@ def summary_of(row: dict[str, Any]) -> str:
     return f"{row['type']:26} {', '.join(ways)} {row.get('caught', '')} {said[:110]}"
 
 
-def try_type_apart(model_type: str) -> dict[str, Any]:
+Part = Callable[[str, "dict[str, Any] | None"], "dict[str, Any]"]
+
+
+def try_apart(part: Part, model_type: str, known: dict[str, Any] | None) -> dict[str, Any]:
     """In a process of its own: some types end theirs. It is a copy of this one, which has imported what all need."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, model_type))
+    process = context.Process(target=_child, args=(sender, part, model_type, known))
     process.start()
     sender.close()
     row: dict[str, Any] = {"type": model_type, "built": {"status": "crashed", "said": "no answer in time"}}
@@ -96,7 +105,7 @@ def try_type_apart(model_type: str) -> dict[str, Any]:
     return row
 
 
-def _child(sender: Any, model_type: str) -> None:
+def _child(sender: Any, part: Part, model_type: str, known: dict[str, Any] | None) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -104,11 +113,11 @@ def _child(sender: Any, model_type: str) -> None:
     with open(os.devnull, "w") as nothing:  # noqa: PTH123  (a device)
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
-    sender.send(try_type(model_type))
+    sender.send(part(model_type, known))
 
 
-def try_type(model_type: str) -> dict[str, Any]:
-    """The line of the table."""
+def try_type(model_type: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The first part of the line of the table: how a type trains in fp32."""
     import torch
     import transformers
 
@@ -122,18 +131,29 @@ def try_type(model_type: str) -> dict[str, Any]:
         return row | {"built": {"status": "not built", "said": _said(error)}}
     row["built"] = {"status": "built", "class": type(network).__name__}
     row["as_decoder"] = getattr(network.config, "is_decoder", None) is True
+    del network
     try:
         expected = _plain(model_type, torch.float32)
     except Exception as error:
-        row["loop"] = {"status": "crashed", "said": _said(error)}
-        expected = None
-    del network
+        return row | {"built": {"status": "not built", "said": f"a plain loop: {_said(error)}"}}
     row["trie"] = _guarded(lambda: _computed(model_type, expected, "rows"))
     row["padded"] = _guarded(lambda: _computed(model_type, expected, None))
-    if row["trie"]["status"] in ("exact", "WRONG"):
-        row["bf16"] = _guarded(lambda: _in_bf16(model_type, expected))
-        row["heads"] = _guarded(lambda: _other_heads(model_type))
-        row["caught"] = {name: _caught(model_type, name, row["trie"], expected) for name in _mutations()}
+    return row
+
+
+def _lacks_the_rest(row: dict[str, Any] | None) -> bool:
+    return row is not None and row.get("trie", {}).get("status") in ("exact", "WRONG") and "caught" not in row
+
+
+def complete(model_type: str, known: dict[str, Any] | None) -> dict[str, Any]:
+    """The rest of the line: in bf16, with other heads, and what is caught."""
+    import torch
+
+    assert known is not None
+    row, expected = dict(known), _plain(model_type, torch.float32)
+    row["bf16"] = _guarded(lambda: _in_bf16(model_type, expected))
+    row["heads"] = _guarded(lambda: _other_heads(model_type))
+    row["caught"] = {name: _caught(model_type, name, row["trie"], expected) for name in _mutations()}
     return row
 
 

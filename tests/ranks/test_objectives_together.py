@@ -1,4 +1,4 @@
-"""Objectives that compare answers of a whole step, learnt by several processes: the result of one."""
+"""Objectives that compare answers of a whole step, learned by several processes: the result of one."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_without_ray_the_way_to_it_is_said(overrides: dict[str, object], capfd: 
         (["--address", "auto"], "`--address` is for `--ray`"),
         (["--cpus-per-worker", "2"], "`--cpus-per-worker` is for `--ray`"),
         (["--ray", "--nproc", "2"], "both start processes"),
-        (["--ray", "--num-workers", "none"], "is no number of workers"),
+        (["--ray", "--num-workers", "none"], "is not a number of workers"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

@@ -153,7 +153,7 @@ def test_copies_go_to_a_folder_and_an_empty_machine_goes_on(
         (["verify", "runs/nowhere"], 2, "not a folder"),
         (["sync", "runs/nowhere"], 2, "no config.yaml"),
         (["init", "poem"], 2, "poem"),
-        (["evaluate", ".", "--require", "accuracy"], 2, "no bound"),
+        (["evaluate", ".", "--require", "accuracy"], 2, "not a threshold"),
     ],
 )
 def test_mistakes_get_one_message_and_code_2(

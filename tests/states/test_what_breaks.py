@@ -171,7 +171,6 @@ def errors(family: str) -> tuple[float, float]:
 
 def proof_of(family: str) -> Proof:
     model = TrieModel(small(family), device=torch.device("cpu"))
-    model.may_lay_out_rows = False  # whole rows would be right in spite of every fault
     short, longest = random_forests(VOCAB_SIZE, 40, device=torch.device("cpu"))
     return prove(model, short, longest, family=family)
 

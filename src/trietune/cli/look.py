@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trietune.data.preview import ExamplePreview
-    from trietune.run.prepare import Prepared
+    from trietune.run.prepared import Prepared
 
 NUM_SHOWN = 3
 # Of the longest example, tokens at its beginning and at its end.

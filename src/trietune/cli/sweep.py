@@ -40,7 +40,8 @@ def sweep(
     try:
         outcomes = _run(planned, address, cpus_per_trial, use_ray=use_ray)
     except SweepStopped as stopped:
-        tell(f"stopped after {stopped.num_done} of {stopped.num_trials} trials\nnext:  the same command goes on")
+        tell(f"stopped after {stopped.num_done} of {stopped.num_trials} trials")
+        tell("next:  run the same command to continue")
         raise typer.Exit(stopped.exit_code) from None
     raise typer.Exit(_compare(planned, outcomes))
 

@@ -318,7 +318,7 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "dataset_prepared_path": ForeignName(AXOLOTL, (), None, "the variable TRIETUNE_CACHE names the cache's folder"),
     "overwrite_cache": ForeignName(FACTORY, (), None, "the cache notices when data changes; `trietune cache` lists it"),
     "special_tokens": ForeignName(AXOLOTL, (), None, "the tokenizer's own are used"),
-    "roles_to_train": ForeignName(AXOLOTL, (), None, 'all answers are learnt; `"weight": 0` leaves one out'),
+    "roles_to_train": ForeignName(AXOLOTL, (), None, 'all answers are learned; `"weight": 0` leaves one out'),
     "enable_thinking": ForeignName(FACTORY, ("chat_template",), None, "the template gets `reasoning_content` as it is"),
     "max_new_tokens": ForeignName("several tools", (), None, "`trietune predict` has `--max-new-tokens`"),
     **{name: ForeignName(HF, (), None, _NO_WORKERS) for name in _WORKERS},
@@ -359,7 +359,7 @@ def _data_set(value: Any) -> str:
 
 def _stage(value: Any) -> str | None:
     if value in ("pt", "pretrain"):
-        return "leave it out: a column `text`, or a text file, is learnt as a whole"
+        return "leave it out: a column `text`, or a text file, is learned as a whole"
     if value in ("rm", "ppo", "grpo"):
         return "leave it out: there are no reward models here; `objective: dpo` learns from preferences"
     return _write("objective", value)

@@ -5,6 +5,7 @@ Memory stays bounded whatever the size of a file: rows pass in blocks, and the a
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,11 @@ def load_data(
     row_format, form = find_row_format(settings, sources)
     prompt_format = make_prompt_format(settings, tokenizer, row_format, first_conversations(sources.train, row_format))
     weighting = weighting_of(settings, sources, row_format, report)
+    if row_format.kind == "templates" and settings.prompt_template is None:
+        report(
+            f"`{sources.train.name}` is read by its columns: prompt_template {json.dumps(row_format.prompt_template)}, "
+            f"completion_template {json.dumps(row_format.completion_template)} (write your own to change them)"
+        )
     unused = find_unused(sources.train.columns(), row_format)
     if weighting is not None and weighting.has_column:
         unused = tuple(name for name in unused if name != COLUMN)

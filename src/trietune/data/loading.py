@@ -186,6 +186,8 @@ def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
     columns = fields.pop("template_columns")
     if not fields.get("system_prompt"):  # as it was before there was one
         fields.pop("system_prompt", None)
+    if fields.get("message_columns") == ("messages",):
+        del fields["message_columns"]
     templates = (words.prompt_template, words.completion_template)
     if all(split_template(one, columns) == split_template(one) for one in templates):
         return fields

@@ -27,6 +27,8 @@ def read_tsv(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
     columns: list[str] = []
     for number, line in read_lines(path, options):
         if isinstance(line, BrokenRow):
+            if not columns:
+                raise _header_of_other_encoding(path, line)
             yield number, line
         elif not columns:
             columns = line.split("\t")
@@ -59,6 +61,8 @@ def read_csv(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
                 continue
             if not columns:
                 columns = cells
+                if wrong := next((cell for cell in cells if is_wrong_encoding(cell)), None):
+                    raise _header_of_other_encoding(path, wrong_encoding(wrong, options))
                 _check_separator(columns, path, options)
                 _check_columns(columns, path)
             elif len(cells) != len(columns):
@@ -143,6 +147,14 @@ def _filled(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _filled(one) for key, one in value.items() if one is not None}
     return [_filled(one) for one in value] if isinstance(value, list) else value
+
+
+def _header_of_other_encoding(path: Path, row: BrokenRow) -> UserError:
+    return UserError(
+        f"`{path.name}` is {row.reason}",
+        where=f"{path}, line 1",
+        next_step="file_encoding: cp1252     (or save it as UTF-8)",
+    )
 
 
 def _check_separator(columns: list[str], path: Path, options: FileOptions) -> None:

@@ -264,7 +264,7 @@ def _losses(model: TrieModel, micro_batch: MicroBatch, hidden_ND: Tensor) -> np.
 
 
 def _decode(model: TrieModel, decoding: Decoding, tokens: list[int], sampling: Sampling | None) -> list[int]:
-    """The token after `tokens`, one a row."""
+    """The token after `tokens`, one per row."""
     decoding.begin_step()
     hidden = _hidden_states(model, np.array([tokens]), decoding.position_ids, attends=decoding)
     decoding.end_step()

@@ -197,7 +197,7 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
             except TypeError as error:
                 raise UserError(f"{name} cannot be read: {error}", next_step=_ADVICE_MESSAGES) from None
         raise UserError(f"{name} has no `messages`, and this adapter was trained on chats", next_step=_ADVICE_MESSAGES)
-    columns = prompt_format.columns
+    columns = tuple(name for name in prompt_format.columns if name not in prompt_format.optional_columns)
     if isinstance(value, str):
         if not prompt_format.prompt_template:
             return Example(id=name, prompt=value, completion="")

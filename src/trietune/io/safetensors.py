@@ -6,7 +6,7 @@
 
 The safetensors package writes and reads the same bytes, but only whole: its reader copies every tensor, and its writer
 needs all of them on the host, so a trained embedding would be in memory twice. Nor does it refuse repeated names, names
-with slashes, or a header of a million entries. Here a large file goes out and comes back in pieces, and the header is
+with slashes, or a header of 300,000 entries. Here a large file goes out and comes back in pieces, and the header is
 checked before the data are touched.
 """
 

@@ -45,12 +45,14 @@ def examine_model(
         base = _config_of(name, Path(kept), report)
         import torch
 
+        from trietune.model.base.load import quiet_library
         from trietune.model.base.shape import describe_network
 
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
-        shape = describe_network(
-            base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout
-        )
+        with quiet_library():
+            shape = describe_network(
+                base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout
+            )
         findings = [
             Finding("model", f"{name}: `{shape.config.model_type}`, {shape.num_parameters / 1e6:,.0f} M parameters"),
             *_ways(base, shape, settings),
@@ -172,10 +174,7 @@ def _limits(shape: NetworkShape) -> list[Finding]:
 def _adapters(shape: NetworkShape, settings: Any) -> list[Finding]:
     text = f"{shape.num_trainable:,} parameters on {shape.coverage.share:.0%} of the layers' weights"
     notes = [Finding("adapter", sentence, "note") for sentence in uncovered(settings, shape.coverage)]
-    routers = (
-        [Finding("adapter", f"none on routers: {', '.join(shape.coverage.routers)}")] if shape.coverage.routers else []
-    )
-    return [Finding("adapter", f"rank {settings.lora_r}: {text}"), *notes, *routers]
+    return [Finding("adapter", f"rank {settings.lora_r}: {text}"), *notes]
 
 
 def _memory(shape: NetworkShape, dtype: Any) -> Finding:

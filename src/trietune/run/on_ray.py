@@ -69,7 +69,7 @@ def read_workers(text: str | None, cpus: int | None) -> Workers | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not 1 <= len(parts) <= 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"`--num-workers {text}` is no number of workers", next_step="--num-workers 4   (or 4,16)")
+        raise UserError(f"`--num-workers {text}` is not a number of workers", next_step="--num-workers 4   (or 4,16)")
     fewest, most = int(parts[0]), int(parts[-1])
     if fewest > most:
         raise UserError(f"`--num-workers {text}` goes down", next_step=f"--num-workers {most},{fewest}")
@@ -109,7 +109,11 @@ def train_on_ray(
         make_folders(directory.parent)
         storage = directory.parent / RAY_FOLDER
         name = f"{directory.name}-{uuid.uuid4().hex[:8]}"
-        mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # On the command's own node: any other one may be lost.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
         config = {
             "settings": {
                 **settings.model_dump(mode="json"),
@@ -245,7 +249,7 @@ def _exit_code(heard: _Heard, fit: _Fit) -> int:
             f"error: a worker was lost, or never started: {told[:TOLD_MORE_CHARACTERS] or 'Ray does not say why'}"
         )
     heard.say(
-        "next:  the same command with `--resume` goes on from the newest whole checkpoint, with any number of workers"
+        "next:  the same command with `--resume` resumes from the newest whole checkpoint, with any number of workers"
     )
     return EXIT_RANK_LOST
 

@@ -105,7 +105,7 @@ def evaluate(
 
     Args:
         target: a run's folder, an adapter's folder, or a base model as in `model_name`.
-        overrides: of the run's settings, such as `dataset_id=...` or `validation_file=...`.
+        overrides: changes to the run's settings, such as `dataset_id=...` or `validation_file=...`.
         split: `train`, `validation` or `test`, as a run splits the data. None takes the validation examples of a run's
             own data, and of other data its validation split, or every row where it has none.
         max_examples: a random subset of this size; None takes all.
@@ -132,7 +132,7 @@ def predict(
     Args:
         target: a run's folder, an adapter's folder, or a base model as in `model_name`.
         inputs: texts, or rows with the prompt's columns, or with `messages`; one of them, or a list.
-        overrides: of the run's settings, such as `device=cpu`.
+        overrides: changes to the run's settings, such as `device=cpu`.
         max_new_tokens: longest answer.
 
     Returns:

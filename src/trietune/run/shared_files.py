@@ -5,7 +5,6 @@ The bytes of a checkpoint that is resumed go to every rank in a message, so only
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -30,9 +29,9 @@ def open_run_files(prepared: Prepared, tracker: Tracker, ranks: Ranks) -> RunFil
 def _by_rank_0(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
     """The method, called by rank 0; all ranks get what it returned."""
 
-    @functools.wraps(method)
-    def shared(files: SharedRunFiles, *arguments: P.args, **named: P.kwargs) -> R:
-        return files.ranks.once(lambda: method(files, *arguments, **named))
+    def shared(files: Any, /, *arguments: P.args, **named: P.kwargs) -> R:
+        value: R = files.ranks.once(lambda: method(files, *arguments, **named))
+        return value
 
     return shared
 

@@ -615,8 +615,7 @@ def _run_whole_rows(model: TrieModel, forest: Forest) -> object:
 
 def _run_padded(model: TrieModel, forest: Forest) -> object:
     rows = forest.rows
-    positions = np.tile(np.arange(rows.shape[1], dtype=np.int32), (rows.shape[0], 1))
-    return model.decode(rows.tokens.astype(np.int64), positions, rows.is_real.long(), None)
+    return model.decode(rows.tokens.astype(np.int64), None, rows.is_real.long(), None)
 
 
 def _kernel_error(

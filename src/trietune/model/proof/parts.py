@@ -33,10 +33,17 @@ def parts_of(network: Any) -> dict[str, nn.Module]:
     for module in decoder_of(network).modules():
         children = dict(module.named_children())
         if layers in children.values():
+            # Some keep several of one kind in a list, such as Gemma 3n's projections to its streams.
+            listed = {
+                f"{name}.{number}": child
+                for name, several in children.items()
+                if isinstance(several, nn.ModuleList) and several is not layers
+                for number, child in enumerate(several)
+            }
             parts.update(
                 {
                     f"end.{name}": child
-                    for name, child in children.items()
+                    for name, child in {**children, **listed}.items()
                     if id(child) not in inner and not isinstance(child, nn.Embedding | nn.ModuleList)
                 }
             )

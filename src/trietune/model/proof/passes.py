@@ -192,6 +192,7 @@ def compare(
     """
     at = None if query_nodes is None else torch.from_numpy(query_nodes).to(next(iter(records.values())).input.device)
     errors: dict[str, Error] = {}
+    has_entered = [False]
     leaves: dict[str, Tensor] = {}
     upcast: dict[str, InFullPrecision] = {}
 
@@ -200,8 +201,11 @@ def compare(
         grid = None if found is None or name not in records else _grid(found[1], places.shape)
         if found is None or grid is None or name in errors or name in leaves:
             return None
-        if "entry" not in errors and is_layer(name):
-            errors["entry"] = _error(places.nodes(grid.detach()), records[name].input, None)
+        if not has_entered[0] and (is_layer(name) or layer_of(name) == "end"):
+            # What norms and dropout before the first layer return is replaced, so what they are given counts, too.
+            found_here = _error(places.nodes(grid.detach()), records[name].input, None)
+            errors["entry"] = max(errors.get("entry", found_here), found_here, key=lambda error: error.worst)
+            has_entered[0] = is_layer(name)
         leaf = places.lay(records[name].input).to(found[1].dtype, copy=True)
         if scope.is_precise(name):
             upcast[name] = InFullPrecision(part)
@@ -214,12 +218,14 @@ def compare(
         if leaf is None:
             return None
         try:
-            return check(name, part, output, leaf)
+            first = check(name, part, output, leaf)
         finally:
             if name in upcast:
                 upcast.pop(name).restore()
+        # Now: what else a part returns may be one of its own parameters (GPT-NeoX Japanese's bias).
+        return None if first is None else _replaced(output, first)
 
-    def check(name: str, part: nn.Module, output: Any, leaf: Tensor) -> Any:
+    def check(name: str, part: nn.Module, output: Any, leaf: Tensor) -> Tensor | None:
         one, returned = records[name], _first(output)
         assert one.output is not None
         assert one.returned is not None
@@ -245,7 +251,7 @@ def compare(
             gradients = _gradient_error(one, _gradients(part, leaf, grid, laid_cotangent), places)
         errors[name] = _error(ours.detach(), theirs, stream if is_layer(name) else None, gradients)
         # A copy: some layers add to what a child returned in place.
-        return _replaced(output, _ungrid(laid.clone(), returned))
+        return _ungrid(laid.clone(), returned)
 
     def fail(layer: str, error: Exception) -> None:
         for name in [n for n in leaves if layer_of(n) == layer]:

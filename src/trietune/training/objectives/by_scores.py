@@ -59,8 +59,8 @@ class LearnByScores:
         for micro_batch in work.micro_batches:
             is_trained = self.sets.is_trained[micro_batch.sequence_indices].any()
             (learnt_from if is_trained else only_scored).append(micro_batch)
-        # A device that runs whole steps as programs would have to end one between a forward and its backward, and where
-        # processes hold parts of one model, all must go forward and backward at the same time.
+        # A device that runs whole steps as programs would have to end one between a forward and its backward pass, and
+        # where processes hold parts of one model, all must go forward and backward at the same time.
         is_one_pass = len(learnt_from) == 1 and not work.device.has_static_shapes and not work.ranks.has_equal_passes
         first_pass = partial(self._score, model, work, tally, learnt_from, only_scored, is_one_pass=is_one_pass)
         losses = _add_up_scores(work, tally, first_pass)
