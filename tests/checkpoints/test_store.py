@@ -59,9 +59,9 @@ def test_last_falls_back_and_says_so(tmp_path: Path) -> None:
     assert loaded.step == 50
     assert loaded.notes == (
         "step-00000150 is not whole: adapter_model.safetensors does not hold the bytes that were written "
-        "(its SHA-256 differs); going on from step-00000050",
-        "step-00000100 is not whole: optimizer.safetensors is missing; going on from step-00000050 "
-        "(`--allow-change optimizer_state` would go on from step-00000100 with a fresh optimizer)",
+        "(its SHA-256 differs); resuming from step-00000050",
+        "step-00000100 is not whole: optimizer.safetensors is missing; resuming from step-00000050 "
+        "(`--allow-change optimizer_state` would resume from step-00000100 with a fresh optimizer)",
     )
 
 
@@ -83,7 +83,7 @@ def test_best_without_any_value_takes_the_newest_and_says_so(tmp_path: Path) -> 
     save(store, 50)
     loaded = store.load("best")
     assert loaded is not None
-    assert loaded.notes == ("no whole checkpoint has a value of `eval/loss`; taking the newest instead",)
+    assert loaded.notes == ("no whole checkpoint has a value for `eval/loss`; using the newest instead",)
 
 
 def test_all_damaged_refuses_and_is_no_fresh_start(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_going_back_sets_newer_ones_aside_and_deletes_none(tmp_path: Path) -> No
         (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "quota"),
         (errno.EROFS, "read-only"),
-        (errno.EACCES, "right to write"),
+        (errno.EACCES, "permission to write"),
         (errno.EIO, "dmesg"),
         (errno.EMFILE, "ulimit -n"),
         (errno.EFBIG, "ulimit -f"),

@@ -1,4 +1,4 @@
-"""Keys of messages besides role and content: what is learnt, what the chat template gets, what it leaves out."""
+"""Keys of messages besides role and content: what is learned, what the chat template gets, what it leaves out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KNOWS_TOOLS = (
     "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
     "<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# As DeepSeek's: arguments are put together with text, and null is no text.
+# As DeepSeek's: arguments are put together with text, and null is not text.
 WANTS_TEXT = KNOWS_TOOLS.replace("{{ c.function.arguments | tojson }}", "{{ ':' + c.function.arguments }}")
 CUTS_REASONING = PLAIN.replace("m.content }}", "m.content.split('</think>')[-1] }}")
 DROPS_TOOL_ROLE = PLAIN.replace("%}<{{", "%}{% if m.role == 'tool' %}{% continue %}{% endif %}<{{")
@@ -46,7 +46,7 @@ def load(tokenizer: Any, tmp_path: Path) -> Loader:
 
 
 def learn(load: Loader, *messages: Any, template: str = PLAIN, **columns: Any) -> tuple[str, str]:
-    """What is given and what is learnt of one conversation."""
+    """What is given and what is learned of one conversation."""
     return load.text(load([{"messages": list(messages), **columns}], objective="sft", chat_template=template), 0)
 
 
@@ -55,7 +55,7 @@ def test_an_answer_that_says_so_is_not_learnt_and_counted(switch: dict[str, Any]
     given, said = learn(load, USER, {**says("bad"), **switch}, USER, says("good"))
     assert said == "good<eos>"
     assert "bad" in given
-    assert any("1 of the answers not learnt" in line for line in load.said)
+    assert any("1 of the answers not learned" in line for line in load.said)
 
 
 def test_the_end_of_a_last_answer_that_is_not_learnt_is_not_learnt(load: Loader) -> None:
@@ -82,13 +82,13 @@ def test_conversations_of_which_nothing_is_learnt_are_left_out(load: Loader) -> 
     [
         ({"loss": "no"}, "neither true nor false"),
         ({"train": 2}, "neither true nor false"),
-        ({"weight": 1, "loss": False}, "both that it is learnt and that it is not"),
-        ({"weight": "0"}, "no number"),
+        ({"weight": 1, "loss": False}, "both that it is learned and that it is not"),
+        ({"weight": "0"}, "not a number"),
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "a part of the type `image_url`"),
-        ({"content": {"text": "x"}}, "no text"),
-        ({"content": None}, "no text"),
+        ({"content": {"text": "x"}}, "not text"),
+        ({"content": None}, "not text"),
         ({"content": None, "function_call": {"name": "f"}}, "older form"),
-        ({"content": None, "tool_calls": "f()"}, "no JSON list"),
+        ({"content": None, "tool_calls": "f()"}, "not a JSON list"),
     ],
 )
 def test_a_key_that_cannot_be_meant_is_refused_with_its_place(keys: dict[str, Any], reason: str, load: Loader) -> None:
@@ -137,7 +137,7 @@ def test_nulls_and_empty_lists_that_a_table_adds_are_not_keys(load: Loader) -> N
     filler = {"tool_calls": None, "name": None, "weight": None, "loss": None}
     rows = [{"messages": [{**USER, **filler}, {**says("a"), **filler, "tool_calls": []}], "tools": None}]
     load(rows, objective="sft", chat_template=KNOWS_TOOLS)
-    assert not any("does not take" in line or "not learnt" in line for line in load.said)
+    assert not any("does not take" in line or "not learned" in line for line in load.said)
 
 
 def test_keys_and_messages_that_the_template_leaves_out_are_counted(load: Loader) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from trietune.evaluation.evaluate_model import evaluate_model
 
 from trietune.data.examples import Example, Message, Task
 from trietune.data.templates import SQUAD_PROMPT, SQUAD_TASK, SST2_PROMPT, SST2_TASK
 from trietune.errors import UserError
+from trietune.evaluation.evaluate import evaluate_model
 from trietune.evaluation.predict import answer_turn, make_examples, predict_labels, predict_text
 from trietune.model.causal_lm import TrieModel
 
@@ -96,7 +96,7 @@ def test_a_turn_of_a_chat_streams_its_text(talkative: Any, make_test_encoder: An
         (
             {"prompt_template": SQUAD_PROMPT},
             {"question": "Who?", "id": "7"},
-            "error: input 1 has no `context`, which the prompt of this adapter asks for\n"
+            "error: input 1 has no `context`, which this adapter's prompt uses\n"
             "       it has `question`, `id`\n"
             'next:  give JSON with all of them: {"context": "...", "question": "..."}',
         ),
@@ -120,7 +120,7 @@ def test_a_turn_of_a_chat_streams_its_text(talkative: Any, make_test_encoder: An
         (
             {"kind": "chat", "chat_template": CHAT_TEMPLATE},
             {"messages": [{"role": "user"}]},
-            'error: input 1 cannot be read: "content" of message 1 of `messages` is no text\n'
+            'error: input 1 cannot be read: "content" of message 1 of `messages` is not text\n'
             'next:  give a text, or JSON such as {"messages": [{"role": "user", "content": "..."}]}',
         ),
     ],
@@ -141,11 +141,16 @@ def test_a_conversation_that_the_template_refuses_is_a_users_mistake(talkative: 
         answer_turn(model, encoder, [Message("user", "Hi")], max_positions=200)
 
 
-def test_an_empty_input_is_refused_where_nothing_stands_before_it(talkative: Any, make_test_encoder: Any) -> None:
+def test_an_empty_input_keeps_its_place_where_nothing_stands_before_it(talkative: Any, make_test_encoder: Any) -> None:
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
     encoder = make_test_encoder(Task(kind="text"), bos_id=None)
-    with pytest.raises(UserError, match="input 2 is empty"):
-        predict_text(model, encoder, ["Hi", ""], max_positions=200, batch_size=2)
+    answers = predict_text(model, encoder, ["Hi", "", "Hi"], max_positions=200, batch_size=2, max_new_tokens=3)
+    assert answers[0] == answers[2] != ""
+    assert answers[1] == ""
+    encoder = make_test_encoder(Task("labels", (" a", " b"), ("a", "b")), bos_id=None)
+    labels = predict_labels(model, encoder, ["Hi", "", "Hi"], batching="trie", max_positions=200)
+    assert [bool(one.label) for one in labels] == [True, False, True]
+    assert labels[1].probabilities == {}
 
 
 def test_half_a_character_is_refused_in_every_input(make_test_encoder: Any) -> None:

@@ -46,7 +46,7 @@ def test_a_sharded_run_is_that_of_one_process(
     assert differ(adapter(sharded[0]), adapter(alone)) < ADAPTER_TOLERANCE
     assert sharded[0]["after"] == pytest.approx(alone["after"], rel=METRIC_TOLERANCE)
     assert proven(sharded[0]) == proven(alone) == 1
-    assert any("not tried before training: whether plain PEFT" in text for text in sharded[0]["said"])
+    assert any("not checked before training: whether plain PEFT" in text for text in sharded[0]["said"])
 
 
 def proven(run: dict[str, Any]) -> int:
@@ -74,6 +74,16 @@ def test_in_double_precision_the_adapter_is_that_of_a_whole_model(
     assert sharded[0]["is_let_go"]
     assert difference(sharded[0]["adapter"], whole["adapter"]) < FP64_TOLERANCE
     assert all(one["losses"] == sharded[0]["losses"] for one in sharded)
+
+
+@pytest.mark.parametrize(("objective", "count"), [("dpo", 3), ("kto", 2)])
+def test_an_objective_of_scores_trains_sharded(pool: Pool, tmp_path: Path, objective: str, count: int) -> None:
+    torch.manual_seed(7)
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    whole = jobs.train_folder(str(tmp_path), is_sharded=False, objective=objective)
+    sharded = pool.run(count, jobs.train_folder, str(tmp_path), is_sharded=True, objective=objective)
+    assert sharded[0]["is_let_go"]
+    assert difference(sharded[0]["adapter"], whole["adapter"]) < FP64_TOLERANCE
 
 
 def test_weights_that_are_not_there_are_named(pool: Pool, tiny_model: Path, tmp_path: Path) -> None:

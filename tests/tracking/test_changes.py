@@ -111,7 +111,7 @@ def test_the_page_shows_what_changed(run: Path) -> None:
         "What changed accuracy: +16.7 points",
         "broken 2 fixed 3 still right 1",
         "Calibration: mean distance 18.3 points",
-        "broken positive 90 % negative negative Review: text 2",
+        "broken positive 90% negative negative Review: text 2",
     ):
         assert expected in " ".join(words.split()).replace("search", "").replace("  ", " "), expected
 
@@ -225,5 +225,5 @@ def test_nothing_else_is_served(served: Any, path: str, host: str | None, status
 
 
 def test_a_folder_without_a_run_is_not_served(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         serve_report([tmp_path])

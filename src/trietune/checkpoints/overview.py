@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trietune.checkpoints import retention
 from trietune.checkpoints.remote.copies import RemoteRun
@@ -14,7 +14,9 @@ from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 from trietune.io import directory
 from trietune.io.directory import DamagedDirectory
+from trietune.io.json_types import JsonObject
 from trietune.io.manifest import MANIFEST_NAME, Manifest
+from trietune.io.run_folders import which_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ class CheckpointRow:
     place: Literal["local", "remote", "both"]
     is_best: bool
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """For `--json`; one flat object."""
         return asdict(self)
 
@@ -69,7 +71,7 @@ def verify_path(path: Path) -> list[Verification]:
     """Prove a checkpoint, an adapter, or all that a run directory holds. Raises `UserError` when nothing is there."""
     path = path.resolve()
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder", next_step="trietune verify RUN, or one of its checkpoints")
+        raise UserError(f"{path} is not a folder", next_step=which_run(path))
     folders = sorted(
         entry
         for parent in (path, path / "checkpoints")

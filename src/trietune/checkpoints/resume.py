@@ -1,7 +1,7 @@
 """Going on from a checkpoint: what differs between then and now, and log lines of steps that will be taken again.
 
 Differences come in three kinds. Some settings cannot change what is learned and are not mentioned. Some change it
-within rounding, or change only what is reported: they are said. All others, keys that nobody here knows included,
+within rounding, or change only what is reported: they are said. All others, unknown keys included,
 refuse the resume unless the user allowed them by name.
 """
 
@@ -11,15 +11,17 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trietune.checkpoints import messages
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io import disk_errors, files, strict_json
+from trietune.io.columns import columns
 from trietune.io.directory import DamagedDirectory, read_manifest
+from trietune.io.json_types import JsonMapping, JsonObject
 
 _NOT_MENTIONED = {
     "card_example", "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage",
@@ -31,15 +33,16 @@ _NOT_MENTIONED = {
 }  # fmt: skip
 
 _ROUNDING = "the same numbers up to rounding, not the same bits"
-_REPORTED = "what is reported changes, and checkpoints are ranked apart from those of before"
+_ELSEWHERE = "the same contents in another place"
+_REPORTED = "reported metrics change, and checkpoints are not ranked against earlier ones"
 # What dropout takes out is drawn for each micro-batch, in the order in which layers ask.
-_REDRAWN = "other dropout masks from here on: another draw, not the same numbers"
+_REDRAWN = "dropout draws different masks from here on, so the numbers differ"
 _DRAWN_BY = {"batching", "device", "fused_layers", "max_tokens_per_micro_batch"}
 _WARNED = {
     "attention": _ROUNDING,
     "batching": _ROUNDING,
-    "checkpoint_metric": "`best` now means another metric",
-    "checkpoint_metric_mode": "`best` now means the other end of the metric",
+    "checkpoint_metric": "`best` now refers to another metric",
+    "checkpoint_metric_mode": "`best` now refers to the other end of the metric",
     "deterministic": _ROUNDING,
     "enable_trace": _ROUNDING,
     "fused_layers": _ROUNDING,
@@ -65,8 +68,8 @@ _WARNED = {
     "xla_compile_options": _ROUNDING,
     "world_size": f"{_ROUNDING}; dropout masks are drawn by rank",
 }
-_WARNED_PREFIXES = {"versions.": "not promised to give the same bits", "machine.": _ROUNDING}
-# Where something lies says nothing about what it is: with these fingerprints equal, another place is no other training.
+_WARNED_PREFIXES = {"versions.": "may not give the same bits", "machine.": _ROUNDING}
+# Where something lies says nothing about what it is: with these fingerprints equal, another place is the same training.
 _FINGERPRINTS = {
     "train_file": "data_fingerprint",
     "dataset_id": "data_fingerprint",
@@ -85,7 +88,7 @@ _MISSING = object()
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as it was. `verdict`: `warn` and `allowed` go on, `refuse` does not."""
+    """One thing that is not as it was. `verdict`: `warn` and `allowed` continue, `refuse` does not."""
 
     key: str
     saved: str
@@ -102,7 +105,7 @@ class AbandonedLines:
     path: Path | None
 
 
-def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Collection[str] = ()) -> list[Difference]:
+def compare(saved: JsonMapping, current: JsonMapping, allowed: Collection[str] = ()) -> list[Difference]:
     """What differs, in the order of the keys.
 
     Args:
@@ -117,18 +120,18 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Colle
         before, now = saved.get(key, _MISSING), current.get(key, _MISSING)
         if key in _NOT_MENTIONED or _plain(before) == _plain(now):
             continue
-        # Beside `train_file`, checkpoints of 0.1.0 name a data set that nobody wrote; the bytes of the data decide.
+        # Beside `train_file`, checkpoints of 0.1.0 name a data set that was never read; the bytes of the data decide.
         if key == "dataset_id" and None in (before, now) and _has_same_data(saved, current):
             continue
         fingerprint = _FINGERPRINTS.get(key, "")
         if saved.get(fingerprint) and saved.get(fingerprint) == current.get(fingerprint):
-            differences.append(Difference(key, _shown(before), _shown(now), "warn", "the same contents, elsewhere"))
+            differences.append(Difference(key, _shown(before), _shown(now), "warn", _ELSEWHERE))
             continue
         effect = _effect_of_a_harmless_change(key, before, now, current)
         verdict: Literal["warn", "allowed", "refuse"] = "warn"
         if effect is None:
             verdict = "allowed" if key in allowed else "refuse"
-            effect = "another training from here on"
+            effect = "training differs from here on"
         differences.append(Difference(key, _shown(before), _shown(now), verdict, effect))
     return differences
 
@@ -139,14 +142,14 @@ def compare_warmup(before: int | None, now: int, step: int, allowed: Collection[
     A share of all steps grows with their number: a longer run would fall back below a rate that it had reached.
 
     Args:
-        before: steps of warm-up in the run that saved the checkpoint; None if nobody knows.
-        step: of the checkpoint.
+        before: steps of warm-up in the run that saved the checkpoint; None if unknown.
+        step: step of the checkpoint.
         allowed: keys whose differences the user accepts; any that decides the number of steps accepts this one.
     """
     if before is None or before == now:
         return []
     accepted = _DECIDE_WARMUP.intersection(allowed)
-    effect = "another learning rate at steps already taken" if step else "another learning rate from here on"
+    effect = "a different learning rate at steps already taken" if step else "a different learning rate from here on"
     verdict: Literal["allowed", "refuse"] = "allowed" if accepted else "refuse"
     return [Difference(WARMUP_IN_EFFECT, f"{before} steps", f"{now} steps", verdict, effect)]
 
@@ -178,15 +181,14 @@ def table_lines(differences: Sequence[Difference]) -> list[str]:
     """A table for people: key, then, now, and what follows."""
     rows = [("", "checkpoint", "now", "")]
     rows += [(item.key, item.saved, item.current, item.effect) for item in differences]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return ["  ".join([*(row[column].ljust(widths[column]) for column in range(3)), row[3]]).rstrip() for row in rows]
+    return columns(rows)
 
 
 def abandon_lines(path: Path, after_step: int) -> AbandonedLines:
     """Move the lines of a JSONL file whose `step` is beyond `after_step` to `<name>.abandoned-<n>.jsonl` beside it.
 
-    Lines that are no JSON object go too: a kill can tear the last one. Lines without a step stay. Both files change
-    at once or not at all; after a crash between the two, the next call finds its abandoned file and goes on.
+    Lines that are not JSON objects go too: a kill can tear the last one. Lines without a step stay. Both files change
+    at once or not at all; after a crash between the two, the next call finds its abandoned file and continues.
     Raises `UserError` when the disk refuses.
     """
     if not path.exists():
@@ -254,11 +256,11 @@ def keep_run_id(run_directory: Path, run_id: str) -> None:
         raise disk_errors.start_failed(error, path) from error
 
 
-def _effect_of_a_harmless_change(key: str, before: object, now: object, current: Mapping[str, Any]) -> str | None:
+def _effect_of_a_harmless_change(key: str, before: object, now: object, current: JsonMapping) -> str | None:
     if before is _MISSING or now is _MISSING:
-        return "known to one of the two alone, so it cannot be compared"
+        return "known on one side only, so it cannot be compared"
     if key in _LENGTH_OF_RUN and current.get("lr_scheduler_type", "constant") == "constant":
-        return "the run ends elsewhere; up to there nothing changes"
+        return "the run ends at another step; nothing changes before that"
     if key in _DRAWN_BY and (current.get("lora_dropout") or current.get("base_dropout")):
         return _REDRAWN
     for prefix, effect in _WARNED_PREFIXES.items():
@@ -267,7 +269,7 @@ def _effect_of_a_harmless_change(key: str, before: object, now: object, current:
     return _WARNED.get(key)
 
 
-def _has_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+def _has_same_data(saved: JsonMapping, current: JsonMapping) -> bool:
     fingerprint = saved.get("data_fingerprint")
     return fingerprint is not None and fingerprint == current.get("data_fingerprint")
 
@@ -284,7 +286,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 48 else f"{text[:22]}...{text[-22:]}"
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> JsonObject | None:
     try:
         event = strict_json.parse(line)
     except strict_json.NotStrict:

@@ -10,6 +10,7 @@ import typer
 from trietune.cli.options import AsJson, RunFolder
 from trietune.cli.printing import print_json, say
 from trietune.errors import EXIT_BUG, EXIT_UPLOAD_INCOMPLETE, UserError
+from trietune.io.run_folders import which_run
 
 if TYPE_CHECKING:
     from trietune.checkpoints.remote.copies import RemoteRun
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
     """List a run's checkpoints: step, metric, size, whole or damaged, where, best."""
     from trietune.checkpoints.overview import list_checkpoints
-    from trietune.tracking.console.result import columns
+    from trietune.io.columns import columns
 
     store, remote, settings = _open_store(run)
     rows = list_checkpoints(store, remote)
@@ -80,7 +81,7 @@ def sync(run: RunFolder) -> None:
         except UserError:
             raise
         except Exception as error:
-            say(f"error: {remote.location}: {error}\nnext:  the same command tries again", err=True)
+            say(f"error: {remote.location}: {error}\nnext:  run the same command to try again", err=True)
             raise typer.Exit(EXIT_UPLOAD_INCOMPLETE) from error
     for warning in result.warnings:
         say(f"warning: {warning}", err=True)
@@ -94,7 +95,7 @@ def _open_store(run: Path) -> tuple[CheckpointStore, RemoteRun | None, Settings]
     from trietune.config import load_config
 
     if not (run / "config.yaml").is_file():
-        raise UserError(f"`{run}` is no run: it has no config.yaml", next_step="name a run's folder: runs/NAME")
+        raise UserError(f"`{run}` is not a run: it has no config.yaml", next_step=which_run(run))
     settings = load_config(run / "config.yaml", ())
     store = CheckpointStore(
         run_directory=run,

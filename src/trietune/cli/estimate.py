@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from trietune.cli.options import AsJson, MaybePath, MaybeText, Overrides
 from trietune.cli.printing import console, print_json, say
+from trietune.cli.settings import settings_to_train
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 from trietune.ranks.launched import refuse_several_processes
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.device.figures import Range, Speed
     from trietune.run.estimate import Estimate
-    from trietune.run.prepare import Prepared
+    from trietune.run.prepared import Prepared
     from trietune.tracking.tracker import Tracker
 
 NOT_COUNTED = "loading model and data, saving, uploads, and machines that others use too"
@@ -36,12 +38,10 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Say how long a run would take, how much memory, and at what cost."""
-    from trietune.config import load_config
-    from trietune.demo import demo_config
-    from trietune.tracking.console.result import columns
+    from trietune.io.columns import columns
 
     refuse_several_processes()
-    settings = load_config(config or demo_config(), overrides)
+    settings = settings_to_train(config, overrides)
     with console() as tracker:
         lines, document = _estimated(settings, tracker, device=device, num_processes=nproc, price=price)
     if as_json:
@@ -53,7 +53,7 @@ def estimate(
 
 def _estimated(
     settings: Settings, tracker: Tracker, *, device: str | None, num_processes: int, price: float | None
-) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+) -> tuple[list[tuple[str, str]], JsonObject]:
     """What the command prints, as (name, value), and the same for `--json`.
 
     Raises:
@@ -128,7 +128,7 @@ def _lines(prepared: Prepared, found: Estimate, price: float | None) -> list[tup
     return [*lines, ("not counted", NOT_COUNTED)]
 
 
-def _document(prepared: Prepared, found: Estimate, price: float | None) -> dict[str, Any]:
+def _document(prepared: Prepared, found: Estimate, price: float | None) -> JsonObject:
     is_known = found.unknown is None
     return {
         "device": prepared.plan.device.name,

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def evaluate(
     target: Target,
-    dataset: Annotated[MaybeText, typer.Option(help="Hub id, file or folder; default: the run's data.")] = None,
+    dataset: Annotated[
+        MaybeText, typer.Option("--dataset", "--data", help="Hub id, file or folder; default: the run's data.")
+    ] = None,
     split: Annotated[
         MaybeText,
         typer.Option(help="train, validation or test; default: validation, or every row of --dataset without one."),
@@ -27,7 +29,9 @@ def evaluate(
     ] = [],  # noqa: B006
     predictions: Annotated[
         MaybePath,
-        typer.Option("--predictions", metavar="FILE", help="What it said to each example: SQuAD's JSON, or JSONL."),
+        typer.Option(
+            "--predictions", metavar="FILE", help="Write predictions here: SQuAD's JSON for questions, else JSONL."
+        ),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
@@ -72,7 +76,7 @@ def _parse_bound(text: str) -> tuple[str, bool, float]:
                 return name.strip() if "/" in name else f"eval/{name.strip()}", is_least, float(value)
             except ValueError:
                 break
-    raise UserError(f"`--require {text}` is no bound", next_step="--require 'accuracy>=0.9'   (or <=)")
+    raise UserError(f"`--require {text}` is not a threshold", next_step="--require 'accuracy>=0.9'   (or <=)")
 
 
 def _holds(found: Evaluation, name: str, is_least: bool, bound: float) -> bool:
@@ -85,12 +89,12 @@ def _holds(found: Evaluation, name: str, is_least: bool, bound: float) -> bool:
 
 
 def _evaluation_lines(found: Evaluation) -> list[str]:
+    from trietune.io.columns import columns
     from trietune.tracking import wording
-    from trietune.tracking.console.result import columns
 
     rows = [("examples", f"{found.num_examples:,}", "")]
     for name, value in found.metrics.items():
         interval = f"({wording.interval(name, *found.intervals[name])})" if name in found.intervals else ""
         rows.append((wording.metric_name(name), wording.metric_value(name, value), interval))
     lines = columns(rows)
-    return [*lines, "(95 % intervals in parentheses)"] if found.intervals else lines
+    return [*lines, "(95% intervals in parentheses)"] if found.intervals else lines

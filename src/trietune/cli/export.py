@@ -32,12 +32,12 @@ def export(
     to: Annotated[
         MaybeText,
         typer.Option(
-            "--to", metavar="PROGRAM", help="For gguf, ollama, vllm, mlx or transformers; proved before done."
+            "--to", metavar="PROGRAM", help="For gguf, ollama, vllm, mlx or transformers; read back and compared."
         ),
     ] = None,
     quantize: Annotated[
         MaybeText,
-        typer.Option(metavar="FORMAT", help="Of GGUF files: f32, bf16, f16, q8_0, q4_k_m."),
+        typer.Option(metavar="FORMAT", help="For GGUF files: f32, bf16, f16, q8_0, q4_k_m."),
     ] = None,
     push: Annotated[
         MaybeText,
@@ -99,7 +99,7 @@ def _check(
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise UserError(f"`--quantize {quantize}` is not known", next_step=f"--quantize {'|'.join(QUANTIZATIONS)}")
     if quantize is not None and to not in ("gguf", "ollama"):
-        raise UserError("`--quantize` is of GGUF files", next_step=f"--to gguf --quantize {quantize}")
+        raise UserError("`--quantize` applies to GGUF files only", next_step=f"--to gguf --quantize {quantize}")
     if plain and to is not None:
         raise UserError(
             "`--plain` and `--to` do not go together: each program gets the form that it reads",
@@ -110,7 +110,7 @@ def _check(
             "`--plain` and `--merge` do not go together: a merged model has no scale", next_step="leave out --plain"
         )
     if is_public and push is None:
-        raise UserError("`--public` is of `--push`", next_step="--push OWNER/NAME --public")
+        raise UserError("`--public` needs `--push`", next_step="--push OWNER/NAME --public")
     if push is not None:
         from trietune.model.adapter.push import check_repository
 
@@ -136,7 +136,7 @@ def _export(
         return [
             f"{done.folder}: {done.num_bytes:,} bytes",
             f"read back, it agrees with base and adapter at {done.agreement}",
-            f"(bf16 alone keeps {done.floor})",
+            f"(bf16 by itself keeps {done.floor})",
             *done.notes,
             *(f"use it:  {command}" for command in done.commands),
         ]

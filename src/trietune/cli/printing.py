@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trietune.io.json_types import JsonObject
 
 if TYPE_CHECKING:
     from trietune.tracking.tracker import Tracker
@@ -20,11 +22,11 @@ def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     write_text(sys.stderr if err else sys.stdout, f"{text}\n" if nl else text)
 
 
-def print_json(document: dict[str, Any]) -> None:
+def print_json(document: JsonObject) -> None:
     print_json_line({"schema_version": JSON_VERSION, **document})
 
 
-def print_json_line(record: dict[str, Any]) -> None:
+def print_json_line(record: JsonObject) -> None:
     from trietune.tracking.terminal import write_json
 
     write_json(sys.stdout, record)

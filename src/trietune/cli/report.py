@@ -19,9 +19,9 @@ def report(
     out: Annotated[MaybePath, typer.Option(help="HTML file, or `-`; default: report.html in the (first) run.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Print it instead of writing a page.")] = False,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Show it at an address of this machine, refreshed while a run goes on.")
+        bool, typer.Option("--serve", help="Serve it on this machine, refreshed while a run is in progress.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve: 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 picks a free port.")] = 0,
 ) -> None:
     """Write one page about one run, or several side by side."""
     from trietune.tracking.report.report import render_runs, report_text
@@ -44,9 +44,7 @@ def report(
     say(str(page))
 
 
-def compare(
-    first: RunFolder, second: Annotated[Path, typer.Argument(help="The run that is compared with it.")]
-) -> None:
+def compare(first: RunFolder, second: Annotated[Path, typer.Argument(help="The run to compare it with.")]) -> None:
     """Test whether one run is better than another, example by example, and name the settings that differ."""
     from trietune.tracking.report.report import compare_text
 

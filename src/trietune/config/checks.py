@@ -43,6 +43,8 @@ def contradictions(settings: Settings) -> list[Problem]:
         *_objective(settings),
         *_adapter(settings),
         *_steps(settings),
+        *_optimizer(settings),
+        *_validation(settings),
         *_batching(settings),
         *_trackers(settings),
         *_checkpoints(settings),
@@ -56,7 +58,7 @@ def without_effect(settings: Settings) -> list[str]:
     """Settings that change nothing beside the others, one line each: no mistake, but worth a word."""
     notes = []
     if settings.load_from_storage and not settings.resume_from_checkpoint:
-        notes.append("`load_from_storage` matters to a resume alone: add `--resume`, or `resume_from_checkpoint: auto`")
+        notes.append("`load_from_storage` is only for resuming: add `--resume`, or `resume_from_checkpoint: auto`")
     if settings.remote_path and not (settings.sync_to_storage or settings.load_from_storage):
         notes.append("`remote_path` is not used: `sync_to_storage` and `load_from_storage` are False")
     if settings.tracker not in {"auto", "wandb"} and settings.use_wandb:
@@ -67,7 +69,7 @@ def without_effect(settings: Settings) -> list[str]:
 
 
 def _data(settings: Settings) -> Iterator[Problem]:
-    # Data that nobody named at all is asked for when it is read: to ask a model needs none.
+    # Data that is not named at all is asked for when it is read: to ask a model needs none.
     is_only_cleared = settings.model_fields_set & {"dataset_id", "train_file"} == {"dataset_id"}
     if settings.dataset_id is None and settings.train_file is None and is_only_cleared:
         yield _clash(settings, "dataset_id", "train_file", "needs", "write `train_file: data.jsonl`")
@@ -76,7 +78,7 @@ def _data(settings: Settings) -> Iterator[Problem]:
             why = "preferences bring their answers in columns: `chosen` and `rejected`, or others"
             yield _clash(settings, "completion_template", "objective", "does not fit", "remove it", why)
     elif settings.prompt_template is not None and settings.completion_template is None:
-        yield _clash(settings, "prompt_template", "completion_template", "needs", "write what the model shall answer")
+        yield _clash(settings, "prompt_template", "completion_template", "needs", "write what the model should answer")
     if settings.completion_template is not None and settings.prompt_template is None:
         yield _clash(settings, "completion_template", "prompt_template", "needs", "write what the model is given")
     if settings.chat_template is not None and settings.prompt_template is not None:
@@ -94,7 +96,7 @@ def _objective(settings: Settings) -> Iterator[Problem]:
         remedy = "remove `sft_checkpoint_path`"
         yield _clash(settings, "sft_checkpoint_path", "init_adapter", "means the same as", remedy)
     if settings.kto_desirable_weight == 0 and settings.kto_undesirable_weight == 0:
-        why = "nothing would be learnt"
+        why = "nothing would be learned"
         remedy = "write `kto_desirable_weight: 1`"
         yield _clash(settings, "kto_desirable_weight", "kto_undesirable_weight", "does not fit", remedy, why)
 
@@ -116,8 +118,22 @@ def _steps(settings: Settings) -> Iterator[Problem]:
         why = "the learning rate would never reach its value"
         yield _clash(settings, "warmup_steps", "max_steps", "does not fit", "write fewer warm-up steps", why)
     if settings.num_epochs == 0 and settings.max_steps is not None:
-        why = "no epoch means evaluation alone"
+        why = "zero epochs means evaluation only"
         yield _clash(settings, "max_steps", "num_epochs", "does not fit", "write `num_epochs: 1`, or remove it", why)
+
+
+def _optimizer(settings: Settings) -> Iterator[Problem]:
+    for key in ("adam_beta1", "adam_beta2", "adam_eps"):
+        is_set = getattr(settings, key) != type(settings).model_fields[key].default
+        if is_set and "adamw" not in settings.optim:
+            yield _clash(settings, key, "optim", "does not fit", "write `optim: adamw_torch`", "it is AdamW's")
+
+
+def _validation(settings: Settings) -> Iterator[Problem]:
+    for key in ("validation_file", "early_stopping_patience"):
+        if not settings.do_validation and getattr(settings, key) is not None:
+            remedy = f"write `do_validation: True`, or remove `{key}`"
+            yield _clash(settings, "do_validation", key, "does not fit", remedy)
 
 
 def _batching(settings: Settings) -> Iterator[Problem]:
@@ -181,7 +197,7 @@ def _devices(settings: Settings) -> Iterator[Problem]:
         why = "float16 overflows without a gradient scaler, which only CUDA has"
         yield _clash(settings, "dtype", "device", "does not fit", "write `dtype: bfloat16`", why)
     if settings.optim.endswith("_8bit") and settings.device not in {"auto", "cuda"}:
-        why = "bitsandbytes keeps its 8-bit states on CUDA alone"
+        why = "bitsandbytes keeps its 8-bit states only on CUDA"
         yield _clash(settings, "optim", "device", "does not fit", "write `optim: adamw_torch`", why)
     shape, names = settings.mesh_shape, settings.mesh_axis_names
     if shape is not None and names is not None and len(shape) != len(names):
@@ -199,6 +215,9 @@ def _devices(settings: Settings) -> Iterator[Problem]:
             if getattr(settings, key) != plain:
                 remedy = "write `parallelism_strategy: data_parallel`"
                 yield _clash(settings, "parallelism_strategy", key, "does not fit", remedy, why)
+    size = settings.trace_region_size
+    if size is not None and settings.trace_region_size_mb != -(-size // 1_000_000):
+        yield _clash(settings, "trace_region_size", "trace_region_size_mb", "does not fit", "remove one of the two")
     if settings.trace_region_size_mb is not None and not settings.enable_trace:
         yield _clash(settings, "trace_region_size_mb", "enable_trace", "needs", "write `enable_trace: True`")
 
@@ -209,8 +228,7 @@ def _clash(settings: Settings, key: str, other: str, relation: str, remedy: str,
     if relation == "needs" and value in ("", None):
         return Problem(f"{first} needs `{other}`, which is empty ({settings.where(other)})", why, remedy, (key, other))
     second = f"`{other}: {_shown(settings, other)}` ({settings.where(other)})"
-    verb = "does not fit" if relation == "does not fit" else relation
-    return Problem(f"{first} {verb} {second}", why, remedy, (key, other))
+    return Problem(f"{first} {relation} {second}", why, remedy, (key, other))
 
 
 def _shown(settings: Settings, key: str) -> str:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trietune.config.allowed import allowed_values
 from trietune.config.normalize import DTYPE_SPELLINGS, SCHEDULE_SPELLINGS
 from trietune.config.settings import Settings
+from trietune.io.json_types import JsonObject
 
 # Spellings that `normalize` accepts beside those of the types.
 _TEXT = {"type": "string"}
-_ALSO: dict[str, list[dict[str, Any]]] = {
+_ALSO: dict[str, list[JsonObject]] = {
     "dtype": [
         {"enum": [f"torch.{name}" for name in ("bfloat16", "float32", "float16")]},
         {"enum": [*DTYPE_SPELLINGS]},
     ],
     "lr_scheduler_type": [{"enum": [*SCHEDULE_SPELLINGS]}],
+    "save_strategy": [{"const": "none"}],
     "log_level": [{"enum": ["debug", "info", "warning", "error", "critical"]}],
     "max_time": [_TEXT],
     "max_steps": [{"const": -1}],
@@ -27,7 +27,7 @@ _ALSO: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> JsonObject:
     """The schema (draft 2020-12) of a file: every key with its description, what it allows, and its default."""
     schema = Settings.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"

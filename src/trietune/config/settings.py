@@ -28,6 +28,7 @@ from pydantic import (
 from trietune.config import normalize
 from trietune.config.defaults import ORIGINAL_DEFAULTS, RUN_NAME, run_name_from
 from trietune.config.secrets import without_secrets
+from trietune.io.json_types import JsonMapping, JsonObject
 
 Count = Annotated[int, Field(ge=0), BeforeValidator(normalize.whole_number)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(normalize.whole_number)]
@@ -52,6 +53,8 @@ def _check_target_modules(modules: str | tuple[str, ...]) -> str | tuple[str, ..
             raise ValueError(f"as a pattern it does not compile: {error}") from error
     elif "all-linear" in modules:
         raise ValueError("`all-linear` stands alone: with it, every linear layer is a target already")
+    elif modules == ("all",):
+        raise ValueError("`all` is `all-linear` here")
     elif not modules or not all(modules):
         raise ValueError("an adapter needs at least one target")
     return modules
@@ -60,6 +63,14 @@ def _check_target_modules(modules: str | tuple[str, ...]) -> str | tuple[str, ..
 def _check_metric(name: str) -> str:
     if not re.fullmatch(r"eval(/[\w.-]+)+", name):
         raise ValueError("metrics of evaluation begin with `eval/`")
+    return name
+
+
+def _check_encoding(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, UnicodeError) as error:
+        raise ValueError("Python knows no encoding of text of that name") from error
     return name
 
 
@@ -75,13 +86,13 @@ def _check_warmup_steps(steps: float) -> float:
     return steps
 
 
-def _implied_values(written: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of keys that nobody wrote, where the file or another key decides them.
+def _implied_values(written: JsonMapping, context: JsonMapping) -> JsonObject:
+    """Values of keys that are not set, where the file or another key decides them.
 
     A value says everything: a run's `config.yaml` holds every key, and no later reader can ask which of them were
     defaults.
     """
-    implied: dict[str, Any] = {}
+    implied: JsonObject = {}
     if context.get("is_original"):
         implied |= {key: value for key, value in ORIGINAL_DEFAULTS.items() if key not in written}
     elif "wandb_run_name" not in written:
@@ -92,6 +103,11 @@ def _implied_values(written: Mapping[str, Any], context: Mapping[str, Any]) -> d
         implied["dataset_id"] = None
     if "use_wandb" not in written and written.get("tracker", "auto") != "auto":
         implied["use_wandb"] = written["tracker"] == "wandb"
+    if written.get("run_decode_example") is True and "print_examples" not in written:
+        implied["print_examples"] = True
+    size = written.get("trace_region_size")
+    if "trace_region_size_mb" not in written and isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        implied["trace_region_size_mb"] = -(-size // 1_000_000)
     if "use_tt" not in written and written.get("device") == "tt":
         implied["use_tt"] = True
     return implied
@@ -119,6 +135,15 @@ class Settings(BaseModel):
     validation_file: NonEmpty | None = None
     """Local validation data, in the same formats. Without it, the data set's own validation split is used; where there
     is none, a part of the training data is held out."""
+
+    file_encoding: Annotated[NonEmpty, AfterValidator(_check_encoding)] = "utf-8"
+    """Encoding of text files, as Python names it: `cp1252`, `utf-16`, `latin-1`, ..."""
+
+    csv_separator: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    """Character between the columns of `.csv` files, such as `;`."""
+
+    txt_unit: Literal["line", "file"] = "line"
+    """Part of `.txt` files that is one text: each line, or each file."""
 
     dataset_split: NonEmpty | None = None
     """Split that is trained on, `train` unless set, or a part of it: `train[:10%]`. Validation keeps its own split."""
@@ -151,6 +176,15 @@ class Settings(BaseModel):
     """Whether every sequence begins with the tokenizer's beginning-of-sequence token, once. `auto` puts it there if the
     tokenizer has one and does not say `add_bos_token: false`. The adapter's `prompt_format.json` keeps what was done,
     and `evaluate` and `predict` follow it; a chat template may write the token itself."""
+
+    chat_system_prompt: str | None = None
+    """System message that is put before conversations which have none, in training and in use. Without it, a system
+    message that all training conversations share is kept with the adapter, and `predict` asks with it."""
+
+    task: Literal["auto", "labels", "answers", "text"] = "auto"
+    """What a right answer is, and so what is measured beside the loss: `labels` scores every label and counts accuracy,
+    `answers` generates and compares (exact match, token F1, ROUGE-L where answers are long), `text` measures the loss
+    only. `auto` takes labels where completions are few, short and seen often, and says why."""
 
     ignored_index: int = -100
     """Label that counts for nothing, in data that brings labels of its own."""
@@ -212,7 +246,7 @@ class Settings(BaseModel):
     """PEFT's task type."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs that is dropped at random. It is drawn once a node, so branches share the mask of
+    """Share of the adapter's inputs that is dropped at random. It is drawn once per node, so branches share the mask of
     the text that they share."""
 
     base_dropout: bool = False
@@ -223,7 +257,7 @@ class Settings(BaseModel):
     """Whether the adapter is scaled by `lora_alpha / sqrt(lora_r)`, which suits high ranks."""
 
     use_dora: bool = False
-    """Whether magnitude and direction are learnt apart (DoRA). Slower; several servers do not load it."""
+    """Whether magnitude and direction are learned apart (DoRA). Slower; several servers do not load it."""
 
     lora_bias: Literal["none", "all", "lora_only"] = "none"
     """Biases that are trained: none, all, or those of adapted layers."""
@@ -242,8 +276,8 @@ class Settings(BaseModel):
     # Objective
 
     objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "rank"] = "sft"
-    """What is learnt from an example. `sft` learns its completion. `dpo`, `ipo`, `simpo` and `orpo` learn to prefer one
-    answer to another, `kto` from answers that are wanted or not, `rank` which label of a task is the right one."""
+    """What is learned from an example. `sft` learns its completion. `dpo`, `ipo`, `simpo` and `orpo` learn to prefer
+    one answer to another, `kto` from answers that are wanted or not, `rank` which label of a task is the right one."""
 
     dpo_beta: Annotated[float, Field(gt=0)] = 0.1
     """Strength with which `dpo` and `ipo` hold the model to the reference. Lower values let it go further."""
@@ -309,6 +343,15 @@ class Settings(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Pull of the adapter's weights towards zero. 0.01 is AdamW's own default in PyTorch."""
 
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the last step's mean gradient that AdamW keeps."""
+
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Share of the last step's mean squared gradient that AdamW keeps."""
+
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Number that AdamW adds to the root of the mean squared gradient."""
+
     max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalize.none_if_zero)] = None
     """Length to which longer gradients are shortened. Without it (or with 0), gradients stay as they are."""
 
@@ -352,7 +395,7 @@ class Settings(BaseModel):
 
     fused_layers: bool = True
     """Whether adapters, norms and gated MLPs run as functions with a backward of their own. Same results up to
-    rounding, faster; a layer of another kind keeps the library's code in any case."""
+    rounding, faster; a layer of another kind keeps transformers' code in any case."""
 
     pack_weights: bool | Auto = "auto"
     """Whether frozen weights are also kept in the form that the CPU's matrix library multiplies fastest. Same results
@@ -365,8 +408,12 @@ class Settings(BaseModel):
 
     # Evaluation
 
-    val_steps_freq: Positive = 50
-    """Steps between validations. Another one precedes the first step, and another follows the last."""
+    do_validation: bool = True
+    """Whether anything is measured on validation data. False holds nothing out and reads no validation data."""
+
+    val_steps_freq: Count = 50
+    """Steps between validations. Another one precedes the first step, and another follows the last. 0 leaves only these
+    two, and those of checkpoints."""
 
     eval_max_examples: Positive | Auto = "auto"
     """Examples of a periodic validation, always the same random ones. The last validation takes all. `auto` keeps
@@ -387,11 +434,11 @@ class Settings(BaseModel):
 
     use_wandb: bool = False
     """Whether Weights & Biases is told. If it is not installed, not logged in or not reachable, one line says so and
-    the run goes on without it."""
+    the run continues without it."""
 
     tracker: Literal["auto", "wandb", "tensorboard", "trackio", "none"] = "auto"
-    """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value decides
-    alone."""
+    """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value
+    overrides `use_wandb`."""
 
     wandb_project: NonEmpty = "trietune"
     """Project that the run belongs to in the tracker."""
@@ -417,7 +464,7 @@ class Settings(BaseModel):
     project_dir: NonEmpty = "runs"
     """Folder that holds the folders of runs."""
 
-    save_strategy: Literal["epoch", "step", "no"] = "epoch"
+    save_strategy: Annotated[Literal["epoch", "step", "no"], BeforeValidator(normalize.occasion)] = "epoch"
     """Occasion of a checkpoint: after epochs (`epoch_freq`), after steps (`steps_freq`), or none but the final
     adapter."""
 
@@ -426,7 +473,7 @@ class Settings(BaseModel):
 
     save_optim: bool = False
     """Whether checkpoints hold the optimizer's state. With it, a resumed run equals one that was never stopped, bit for
-    bit; without it, the optimizer's moments start anew."""
+    bit; without it, the optimizer's moments start from zero."""
 
     keep_last_n: Count = 3
     """Newest checkpoints that are kept. What neither this nor `keep_best_n` keeps is removed, but never the last whole
@@ -444,24 +491,24 @@ class Settings(BaseModel):
 
     early_stopping_patience: Positive | None = None
     """Evaluations without a better `checkpoint_metric` after which training ends. The last evaluation and the choice of
-    the final adapter follow as usual; `val_steps_freq` says how often it is evaluated. Without it, training goes on to
-    the end."""
+    the final adapter follow as usual; `val_steps_freq` says how often it is evaluated. Without it, training runs to the
+    end."""
 
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     """Amount by which an evaluation must be better to count as better for `early_stopping_patience`."""
 
     on_save_error: Literal["continue", "stop"] = "continue"
-    """Reaction to a checkpoint that cannot be written: go on and try again at the next one, or stop."""
+    """Reaction to a checkpoint that cannot be written: continue and try again at the next one, or stop."""
 
     resume_from_checkpoint: bool | Auto = False
-    """Whether training goes on from a checkpoint of this run. `auto` goes on if there is one and starts if there never
+    """Whether training resumes from a checkpoint of this run. `auto` resumes if there is one and starts if there never
     was one."""
 
     resume_option: Literal["last", "best", "path"] = "last"
-    """Checkpoint to go on from: the newest, the best, or `checkpoint_path`."""
+    """Checkpoint to resume from: the newest, the best, or `checkpoint_path`."""
 
     checkpoint_path: PathText = ""
-    """Folder of the checkpoint to go on from, with `resume_option: path`."""
+    """Folder of the checkpoint to resume from, with `resume_option: path`."""
 
     # Remote storage
 
@@ -476,11 +523,11 @@ class Settings(BaseModel):
     """Whether each checkpoint is copied to `remote_path`, in the background."""
 
     load_from_storage: bool = False
-    """Whether a resume reads `remote_path`, so that an empty machine can go on."""
+    """Whether a resume reads `remote_path`, so that an empty machine can resume."""
 
     push_to_hub: Annotated[NonEmpty | None, AfterValidator(_check_repository)] = None
-    """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to. Its card and prompt format go along,
-    in one commit; a repository that does not exist yet is private."""
+    """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to, in one commit with its card and
+    prompt format; a repository that does not exist yet is private."""
 
     # Devices
 
@@ -500,11 +547,11 @@ class Settings(BaseModel):
     mesh_axis_names: Annotated[tuple[str, ...] | None, BeforeValidator(normalize.list_of_names)] = None
     """Names of the mesh's axes."""
 
-    tp_sharding_specs: dict[str, Any] | list[Any] | None = None
+    tp_sharding_specs: JsonObject | list[Any] | None = None
     """Axes over which weights are split, by the names of parameters: `{name: ["model", null]}`, one axis or null for
     each dimension."""
 
-    model_sharding_patterns: dict[str, Any] | list[Any] | None = None
+    model_sharding_patterns: JsonObject | list[Any] | None = None
     """Axes over which weights are split, by regular expressions that are searched in the names of modules:
     `[[".q_proj", ["model", null]]]`. The first that is found decides."""
 
@@ -518,21 +565,21 @@ class Settings(BaseModel):
     trace_region_size_mb: Positive | None = None
     """Device memory set aside for `enable_trace`, in MB."""
 
-    xla_compile_options: dict[str, Any] | None = None
+    trace_region_size: Positive | None = None
+    """The same as `trace_region_size_mb` in bytes, as later files of the original write it."""
+
+    xla_compile_options: JsonObject | None = None
     """Names and values for the compiler behind an XLA device, such as `optimization_level` and 1. They need a torch_xla
     that takes them, which is Tenstorrent's own; one line says so elsewhere."""
 
     # Seen in later files of the original
 
-    custom_dataset: dict[str, Any] | None = None
+    custom_dataset: JsonObject | None = None
     """Files, format and columns of one's own data, as one block. Here these are keys of their own: `train_file`,
     `validation_file`, `prompt_template`, `completion_template`."""
 
     prompt_format: str | None = None
     """Prompt style by name. Here `prompt_template` or `chat_template` give the text itself."""
-
-    chat_system_prompt: str | None = None
-    """System message in front of each example. Here it is a part of `prompt_template`, or the first of `messages`."""
 
     unfreeze_embeddings: bool = False
     """Whether the embeddings are trained, too. Here `modules_to_save` names them."""
@@ -544,7 +591,7 @@ class Settings(BaseModel):
     """Width of a bottleneck adapter. LoRA takes `lora_r`."""
 
     run_decode_example: bool = False
-    """Whether an example is generated after training. Here `print_examples` does that."""
+    """Whether examples are generated after training. True turns on `print_examples`, which does that here."""
 
     test_config: Any = None
     """Bounds of the original's own tests. Here `max_steps` limits a run."""
@@ -579,15 +626,8 @@ class Settings(BaseModel):
 
     @property
     def has_original_defaults(self) -> bool:
-        """Whether keys that nobody wrote are as the original experiment had them, and not TrieTune's own."""
+        """Whether keys that are not set are as the original experiment had them, and not TrieTune's own."""
         return self._has_original_defaults
-
-    @property
-    def tracker_name(self) -> Literal["wandb", "tensorboard", "trackio", "none"]:
-        """The tracker that `tracker` and `use_wandb` come to."""
-        if self.tracker == "auto":
-            return "wandb" if self.use_wandb else "none"
-        return self.tracker
 
     @property
     def start_adapter(self) -> str | None:
@@ -599,13 +639,17 @@ class Settings(BaseModel):
         """Whether the data must say which answers are better or wanted."""
         return self.objective not in ("sft", "rank")
 
+    def is_validation_due(self, step: int) -> bool:
+        """Whether a periodic validation belongs after `step`."""
+        return self.val_steps_freq > 0 and step % self.val_steps_freq == 0
+
     def num_warmup_steps(self, num_steps: int) -> int:
         """Steps of warm-up in a run of `num_steps`, from `warmup_steps` or `warmup_ratio`."""
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return math.ceil((self.warmup_steps or self.warmup_ratio) * num_steps)
 
-    def dump_public(self) -> dict[str, Any]:
+    def dump_public(self) -> JsonObject:
         """Every key with a value that JSON and YAML can hold, passwords and tokens in addresses masked."""
         public = without_secrets(self.model_dump(mode="json"))
         assert isinstance(public, dict)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from trietune.config.allowed import allowed_values, takes_text
 from trietune.config.documentation import groups
 from trietune.config.settings import Settings
 from trietune.config.yaml12 import write_value
+from trietune.io.json_types import JsonMapping
 
 TemplateKind = Literal["sst2", "squad", "chat", "jsonl"]
 SCHEMA_FILE = "trietune.schema.json"
@@ -17,12 +18,12 @@ SCHEMA_FILE = "trietune.schema.json"
 _HEADINGS: Mapping[TemplateKind, str] = {
     "sst2": "Sentiment of film reviews (SST-2): a sentence goes in, a label comes out.",
     "squad": "Question answering (SQuAD v2): a paragraph and a question go in, an answer or `unanswerable` comes out.",
-    "chat": "Conversations of your own: one JSON object a line, with `messages` as chat services write them.",
-    "jsonl": "Data of your own: one JSON object a line, columns put into a prompt and a completion.",
+    "chat": "Conversations of your own: one JSON object per line, with `messages` as chat services write them.",
+    "jsonl": "Data of your own: one JSON object per line, columns put into a prompt and a completion.",
 }
 _SMALL_MODEL = "smollm2-135m-instruct"
 # What each kind sets; the keys of a group that are not here follow as comments, with their defaults.
-_VALUES: Mapping[TemplateKind, Mapping[str, Any]] = {
+_VALUES: Mapping[TemplateKind, JsonMapping] = {
     "sst2": {"dataset_id": "stanfordnlp/sst2", "max_length": 64, "wandb_run_name": "sst2"},
     "squad": {
         "dataset_id": "rajpurkar/squad_v2",
@@ -39,7 +40,7 @@ _VALUES: Mapping[TemplateKind, Mapping[str, Any]] = {
         "wandb_run_name": "jsonl",
     },
 }
-_COMMON: Mapping[str, Any] = {
+_COMMON: JsonMapping = {
     "model_name": _SMALL_MODEL,
     "dtype": "auto",
     "lora_r": 8,
@@ -70,10 +71,24 @@ def render_template(kind: TemplateKind) -> str:
     Args:
         kind: one of `template_kinds()`.
     """
-    values = {**_COMMON, **_VALUES[kind]}
+    return _render(_HEADINGS[kind], _VALUES[kind])
+
+
+def render_for_data(heading: str, values: Mapping[str, Any]) -> str:
+    """The same for data of one's own.
+
+    Args:
+        heading: what the data are, one line.
+        values: keys that the data decide, and those that the user should look at.
+    """
+    return _render(heading, values)
+
+
+def _render(heading: str, own: Mapping[str, Any]) -> str:
+    values = {**_COMMON, **own}
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
-        f"# {_HEADINGS[kind]}",
+        f"# {heading}",
         "# A key behind `# ` has its default; `trietune train FILE.yaml --dry-run` shows what would run.",
     ]
     for title, keys in groups().items():

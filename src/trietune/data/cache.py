@@ -27,13 +27,15 @@ import numpy as np
 
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import Example, Message, TokenSequences
+from trietune.io.cache_folder import mark_used
+from trietune.io.json_types import JsonObject
 
 LAYOUT_VERSION = 1
 _BUILDING = ".building-"
 _ROW_FILES = ("row_sizes.npy", "grades.npy")
 _WEIGHTS = "weights.npy"
 _FILES = ("input_ids.npy", "labels.npy", "offsets.npy", "examples.jsonl", "example_ends.npy")
-# Whoever was killed while building left a folder; nobody builds for as long as this.
+# A process killed while building left a folder; no build takes as long as this.
 _ABANDONED_AFTER_S = 7 * 24 * 3600
 # NumPy's header of a flat array has this size whatever its length is, so it can be written last.
 _NPY_HEADER_BYTES = 128
@@ -45,7 +47,7 @@ def make_key(**parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
-def open_cached(cache_folder: Path, key: str) -> tuple[TokenSequences, dict[str, Any]] | None:
+def open_cached(cache_folder: Path, key: str) -> tuple[TokenSequences, JsonObject] | None:
     """The sequences of an entry and its notes; None if there is none, or a damaged one, which is then removed."""
     folder = cache_folder / "tokens" / key
     try:
@@ -53,6 +55,7 @@ def open_cached(cache_folder: Path, key: str) -> tuple[TokenSequences, dict[str,
         for name, recorded in meta["files"].items():
             if (folder / name).stat().st_size != recorded["size"] or _sha256(folder / name) != recorded["sha256"]:
                 raise ValueError(name)
+        mark_used(folder)
         return _open(folder), meta["notes"]
     except FileNotFoundError:
         if not folder.exists():
@@ -115,7 +118,7 @@ class CacheWriter:
         self._close()
         return _open(self._folder)
 
-    def finish(self, notes: dict[str, Any]) -> TokenSequences:
+    def finish(self, notes: JsonObject) -> TokenSequences:
         """Give the entry its name, with `notes` (plain values) in it, and open it."""
         self._close()
         files = {
@@ -233,8 +236,11 @@ def _to_line(example: Example) -> bytes:
     if example.answers or example.messages:
         fields.append(example.answers)
     if example.messages:
-        # Weights are in the arrays; what has none of them is written as it always was.
-        parts = [(one.role, one.content, *((one.weight, one.more) if one.more else ())) for one in example.messages]
+        # What has neither weight nor further keys is written as it always was.
+        parts = [
+            (one.role, one.content, *((one.weight, one.more) if one.more or one.weight != 1 else ()))
+            for one in example.messages
+        ]
         fields.append(parts)
     if example.tools:
         fields.append(example.tools)

@@ -8,7 +8,7 @@
 A turn begins where the template, given all that went before, asks for an answer. So what the model is given in training
 is, character for character, what it is given in use.
 
-Some templates write an answer anew once others follow it: those of reasoning models drop its thoughts. Then no single
+Some templates rewrite an answer once others follow it: those of reasoning models drop its thoughts. Then no single
 text holds all answers as they were given, and each turn becomes an example of its own. The trie computes what they
 share once.
 """
@@ -19,16 +19,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Example, Message
+from trietune.io.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Segment = tuple[
     str, bool
-]  # text, and whether the assistant says it: whether it is to be learnt, unless its weight is 0
+]  # text, and whether the assistant says it: whether it is to be learned, unless its weight is 0
 
 _PROBE = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
 
@@ -37,8 +41,10 @@ class RewrittenTurnError(WrongRow):
     """An answer does not stand in the text of the whole conversation as it was given."""
 
 
-def rewrites_turns(tokenizer: Any, chat_template: str, conversations: Sequence[Example] = ()) -> bool:
-    """Whether the template writes earlier answers anew as a conversation goes on.
+def rewrites_turns(
+    tokenizer: PreTrainedTokenizerFast, chat_template: str, conversations: Sequence[Example] = ()
+) -> bool:
+    """Whether the template rewrites earlier answers as a conversation continues.
 
     Args:
         conversations: some of the data; those that think or call tools are tried, for templates that only rewrite such.
@@ -70,7 +76,12 @@ def rewrites_turns(tokenizer: Any, chat_template: str, conversations: Sequence[E
 
 
 def split_turns(
-    messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool, tools: str = ""
+    messages: Sequence[Message],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    add_generation_prompt: bool,
+    tools: str = "",
 ) -> list[Segment]:
     """The rendered conversation as alternating segments, text that is given and text that the assistant says.
 
@@ -78,7 +89,7 @@ def split_turns(
 
     Raises:
         WrongRow: the template refuses the conversation.
-        RewrittenTurnError: it writes earlier turns anew as it goes on.
+        RewrittenTurnError: it rewrites earlier turns as it continues.
     """
     render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools)
     full = render(messages, asks=add_generation_prompt)
@@ -91,7 +102,7 @@ def split_turns(
         is_last = index == len(messages) - 1 and not add_generation_prompt
         said = full if is_last else render(messages[: index + 1], asks=False)
         if not (full.startswith(said) and said.startswith(given) and len(given) >= end):
-            raise RewrittenTurnError(f"the chat template writes message {index + 1} anew once others follow")
+            raise RewrittenTurnError(f"the chat template rewrites message {index + 1} once others follow")
         segments += [(full[end : len(given)], False), (_without_space_behind(full[len(given) : len(said)]), True)]
         end = len(given) + len(segments[-1][0])
     if add_generation_prompt:
@@ -100,7 +111,12 @@ def split_turns(
 
 
 def split_last_turn(
-    messages: Sequence[Message], *, tokenizer: Any, chat_template: str, add_generation_prompt: bool, tools: str = ""
+    messages: Sequence[Message],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    add_generation_prompt: bool,
+    tools: str = "",
 ) -> list[Segment]:
     """The rendered conversation as what was given and, unless another answer is asked for, the last answer.
 
@@ -125,7 +141,9 @@ def _without_space_behind(text: str) -> str:
     return text.rstrip()
 
 
-def _render(messages: Sequence[Message], *, tokenizer: Any, chat_template: str, tools: str, asks: bool) -> str:
+def _render(
+    messages: Sequence[Message], *, tokenizer: PreTrainedTokenizerFast, chat_template: str, tools: str, asks: bool
+) -> str:
     if not messages:
         raise WrongRow("the conversation begins with the assistant, and nothing asks for that answer")
     fields = [message.fields for message in messages]
@@ -134,14 +152,19 @@ def _render(messages: Sequence[Message], *, tokenizer: Any, chat_template: str, 
         fields = [_in_form(one, form) for one in fields]
     try:
         return _apply(fields, json.loads(tools) if tools else None, tokenizer, chat_template, asks=asks)
-    except Exception as error:  # a template is a program of somebody else's: it may raise anything
+    except Exception as error:  # a template is a program from elsewhere: it may raise anything
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         line = f" (line {error.lineno} of the template)" if isinstance(error, TemplateSyntaxError) else ""
         raise WrongRow(f"the chat template refuses it: {kind}{error}{line}") from None
 
 
 def _apply(
-    fields: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any, chat_template: str, *, asks: bool
+    fields: Sequence[JsonObject],
+    tools: list[Any] | None,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    *,
+    asks: bool,
 ) -> str:
     return str(
         tokenizer.apply_chat_template(
@@ -173,7 +196,7 @@ _PROBED_TOOL = {
 
 
 @lru_cache(maxsize=16)
-def _find_call_form(tokenizer: Any, chat_template: str) -> _CallForm:
+def _find_call_form(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> _CallForm:
     """What a template makes of a small call tells how it wants one: data have arguments in either form.
 
     Taken is the first form that neither raises nor writes Python's `{'k': 'v'}`, `None` or `null` into the text.
@@ -201,14 +224,14 @@ def _find_call_form(tokenizer: Any, chat_template: str) -> _CallForm:
     return last or _CallForm()
 
 
-def _in_form(fields: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+def _in_form(fields: JsonObject, form: _CallForm) -> JsonObject:
     if "tool_calls" not in fields:
         return fields
     content = "" if fields["content"] is None and not form.has_null_content else fields["content"]
     return {**fields, "content": content, "tool_calls": [_call_in_form(one, form) for one in fields["tool_calls"]]}
 
 
-def _call_in_form(call: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+def _call_in_form(call: JsonObject, form: _CallForm) -> JsonObject:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _call_in_form(call["function"], form)}
     arguments = call.get("arguments")

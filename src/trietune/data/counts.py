@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trietune.io.json_types import JsonMapping, JsonObject
+
 # Enough to see what kind of thing went wrong, few enough to read.
 SAMPLES_KEPT = 10
 
@@ -30,7 +32,7 @@ class SplitCounts:
         read: rows that were read.
         num_examples: examples in them; more than rows where each turn of a conversation is one.
         kept: examples that became sequences.
-        num_tokens, num_labels, longest: of the kept sequences; `longest` in tokens.
+        num_tokens, num_labels, longest: counts of the kept sequences; `longest` in tokens.
         overlong: longer than `max_length`; left out in training, kept in validation.
         truncated: cut to `max_length` at the left of their prompt.
         without_completion: nothing to learn but the end; left out in training, kept in validation.
@@ -39,7 +41,7 @@ class SplitCounts:
         without_prompt: a column of the prompt is empty; kept.
         duplicates: equal to an earlier example; kept.
         without_weight: whose weight is 0 everywhere; left out (validation knows no weights of rows).
-        unlearnt: answers of conversations that are not learnt, because their weight is 0.
+        unlearnt: answers of conversations that are not learned, because their weight is 0.
         cut_reasoning, cut_text: answers of which the chat template leaves out reasoning, or other text.
         unseen_messages: messages to the assistant that the chat template does not write.
         unused_keys: keys of messages that the chat template does not take, and the messages that have them.
@@ -47,6 +49,7 @@ class SplitCounts:
         equal_answers: answers that equal another one of their row; left out.
         without_pair: rows of preferences that prefer no answer to another; left out.
         completions: how often each completion occurs, if there are few; else empty.
+        completion_places: the first example that has each of these.
     """
 
     source: str
@@ -67,6 +70,7 @@ class SplitCounts:
     equal_answers: Count = field(default_factory=Count)
     without_pair: Count = field(default_factory=Count)
     completions: Mapping[str, int] = field(default_factory=dict)
+    completion_places: Mapping[str, str] = field(default_factory=dict)
     unlearnt: Count = field(default_factory=Count)
     cut_reasoning: Count = field(default_factory=Count)
     cut_text: Count = field(default_factory=Count)
@@ -75,9 +79,9 @@ class SplitCounts:
     num_with_more: int = 0
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> SplitCounts:
+    def from_dict(cls, fields: JsonMapping) -> SplitCounts:
         """The opposite of `dataclasses.asdict`, from JSON."""
-        counts: dict[str, Any] = {name: _to_count(value) for name, value in fields.items() if _is_count(value)}
+        counts: JsonObject = {name: _to_count(value) for name, value in fields.items() if _is_count(value)}
         unused = {name: _to_count(value) for name, value in fields.get("unused_keys", {}).items()}
         return cls(**{**fields, **counts, "unused_keys": unused})
 
@@ -108,7 +112,7 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
         (counts.without_prompt, "with an empty text in the prompt, kept"),
         (counts.duplicates, "equal to an earlier one, kept"),
         (counts.without_weight, "of weight 0, left out"),
-        (counts.unlearnt, "of the answers not learnt, as their `weight`, `loss` or `train` says"),
+        (counts.unlearnt, "of the answers not learned, as their `weight`, `loss` or `train` says"),
         (counts.cut_reasoning, "of the answers without their reasoning, which the chat template leaves out"),
         (counts.cut_text, "of the answers not written by the chat template as they are"),
         (counts.unseen_messages, "of the other messages not written by the chat template, or not as they are"),
@@ -130,7 +134,7 @@ def name_places(samples: Iterable[str], number: int) -> str:
     return ", ".join(first) + (", ..." if number > len(first) else "")
 
 
-def _to_count(value: Mapping[str, Any]) -> Count:
+def _to_count(value: JsonMapping) -> Count:
     return Count(value["number"], tuple(value["samples"]))
 
 

@@ -19,7 +19,7 @@ from trietune.data.counts import Count, SplitCounts
 from trietune.data.encode_rows import ROWS_PER_BLOCK
 from trietune.data.encoder import EncodedExamples, Encoder
 from trietune.data.examples import IGNORED_LABEL
-from trietune.data.files import BrokenRow
+from trietune.data.opening import BrokenRow
 from trietune.data.preferences import AnswerForm, AnswerRow, answer_reader
 from trietune.data.read_row import LengthRules
 from trietune.data.rows import PlacedRow
@@ -64,7 +64,7 @@ class _Tally:
     counts: SplitCounts
     seen: int = 0
     problems: Problems = field(
-        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped in silence")
+        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped silently")
     )
     too_long: Problems = field(
         default_factory=lambda: Problems(

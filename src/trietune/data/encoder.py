@@ -4,8 +4,8 @@
            -100..  labels      label
 
 Prompt and completion are tokenized apart, so that the prompt's tokens in training are those in use, whatever follows.
-Some tokenizers put a space before every text that they are given (Llama 2's does). A completion is no beginning, so it
-is tokenized without that space: decoding the whole gives prompt and completion, character for character.
+Some tokenizers put a space before every text that they are given (Llama 2's does). A completion does not begin a
+text, so it is tokenized without that space: decoding the whole gives prompt and completion, character for character.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from trietune.data.chat import Segment, split_last_turn, split_turns
 from trietune.data.columns import WrongRow
 from trietune.data.examples import IGNORED_LABEL, Example, Message
+from trietune.data.system_prompt import with_system_prompt
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
 from trietune.io.causes import first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def load_tokenizer(folder: Path) -> Any:
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a model folder, a `transformers` tokenizer.
 
     Raises:
@@ -45,11 +49,12 @@ def load_tokenizer(folder: Path) -> Any:
             where=str(folder),
             next_step="the folder needs `tokenizer.json` and `tokenizer_config.json`; download the model again",
         ) from None
-    check_tokenizer(tokenizer, name=folder.name)
-    return tokenizer
+    loaded = cast("PreTrainedTokenizerFast", tokenizer)
+    check_tokenizer(loaded, name=folder.name)
+    return loaded
 
 
-def check_tokenizer(tokenizer: Any, *, name: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, *, name: str) -> None:
     """Refuse what cannot be used.
 
     Raises:
@@ -67,7 +72,7 @@ def check_tokenizer(tokenizer: Any, *, name: str) -> None:
         )
 
 
-def hash_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of everything about a tokenizer that decides ids: vocabulary, rules, special tokens, chat template."""
     backend = _plain_backend(tokenizer)
     parts = [backend.to_str(), repr(sorted(tokenizer.special_tokens_map.items())), repr(find_bos_id(tokenizer))]
@@ -77,7 +82,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def find_bos_id(tokenizer: Any, add_bos: bool | Literal["auto"] = "auto") -> int | None:
+def find_bos_id(tokenizer: PreTrainedTokenizerFast, add_bos: bool | Literal["auto"] = "auto") -> int | None:
     """The id to begin every sequence with; None for none.
 
     Args:
@@ -102,7 +107,7 @@ def find_bos_id(tokenizer: Any, add_bos: bool | Literal["auto"] = "auto") -> int
 
 
 def find_stop_ids(
-    tokenizer: Any, prompt_format: PromptFormat, conversations: Sequence[Example] = ()
+    tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat, conversations: Sequence[Example] = ()
 ) -> tuple[int, ...]:
     """The ids that end an answer: EOS, and in a conversation the token that the chat template closes a turn with.
 
@@ -139,7 +144,7 @@ def _ends_of_calls(encoder: Encoder, conversations: Sequence[Example]) -> list[i
 
 
 def _up_to(example: Example, index: int) -> Example:
-    """The conversation up to one of its answers, all of which are learnt."""
+    """The conversation up to one of its answers, all of which are learned."""
     return replace(example, messages=tuple(replace(one, weight=1.0) for one in example.messages[: index + 1]))
 
 
@@ -173,7 +178,7 @@ class EncodedExamples:
 
     Attributes:
         input_ids: int32 [tokens].
-        labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learnt.
+        labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learned.
         lengths: int64 [examples], tokens of each.
         weights: float64 [tokens], what multiplies the loss of each label; None where that is 1 everywhere.
     """
@@ -189,7 +194,7 @@ class Encoder:
     """A prompt format with the tokenizer that carries it out. Make it by `make_encoder`."""
 
     prompt_format: PromptFormat
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     beginning: Any  # tokenizers.Tokenizer, for text that begins a sequence
     continuation: Any  # the same without a space of its own in front
 
@@ -215,7 +220,7 @@ class Encoder:
             pieces.append([self.prompt_format.eos_id])
             are_labels.append(False)
             are_labels += (is_label for _, is_label in one)
-            are_labels.append(one[-1][1])  # the end is learnt with what it ends
+            are_labels.append(one[-1][1])  # the end is learned with what it ends
         sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
         input_ids = np.fromiter(chain.from_iterable(pieces), np.int32, int(sizes.sum()))
         labels = np.where(np.repeat(np.array(are_labels, bool), sizes), input_ids, np.int32(IGNORED_LABEL))
@@ -254,7 +259,7 @@ class Encoder:
         return str(decoded[len(self.beginning.decode(anchor, skip_special_tokens=True)) :])
 
     def segments(self, example: Example) -> list[Segment]:
-        """An example as the texts that are tokenized apart, each with whether it is to be learnt."""
+        """An example as the texts that are tokenized apart, each with whether it is to be learned."""
         if example.messages:
             return self.learnt(example, self.said(example))
         if not example.prompt:
@@ -278,7 +283,7 @@ class Encoder:
     def _turns(self, messages: Sequence[Message], tools: str = "", *, add_generation_prompt: bool) -> list[Segment]:
         split = split_last_turn if self.prompt_format.is_turn_by_turn else split_turns
         return split(
-            messages,
+            with_system_prompt(messages, self.prompt_format.system_prompt),
             tokenizer=self.tokenizer,
             chat_template=self.prompt_format.chat_template,
             add_generation_prompt=add_generation_prompt,
@@ -314,7 +319,7 @@ class Encoder:
         return ids[:end] if end < len(ids) else ids
 
 
-def make_encoder(tokenizer: Any, prompt_format: PromptFormat) -> Encoder:
+def make_encoder(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> Encoder:
     """The encoder of a prompt format.
 
     Args:
@@ -324,7 +329,7 @@ def make_encoder(tokenizer: Any, prompt_format: PromptFormat) -> Encoder:
     return Encoder(prompt_format, tokenizer, beginning, _continuation(beginning))
 
 
-def _plain_backend(tokenizer: Any) -> Any:
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+
+from trietune.io.json_types import JsonObject
 
 IGNORED_LABEL = -100
 
@@ -36,7 +38,7 @@ class Message:
     more: str = ""
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> JsonObject:
         """What a chat template sees of it."""
         return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 
@@ -66,7 +68,7 @@ class Task:
 
     `labels`: classification; `labels` are the completions to choose from, in the order of the data set's label
     numbers, `label_names` their short names. `answers`: question answering, exact match and F1. `text`: anything
-    else, loss and perplexity alone.
+    else, only loss and perplexity.
     """
 
     kind: Literal["labels", "answers", "text"]
@@ -90,14 +92,14 @@ class TokenSequences:
 
     Attributes:
         input_ids: int32 [total tokens].
-        labels: int32 [total tokens]; `IGNORED_LABEL` where a token is not to be learnt.
+        labels: int32 [total tokens]; `IGNORED_LABEL` where a token is not to be learned.
         offsets: int64 [number of sequences + 1].
         ids: the example id of each sequence.
         examples: the text that sequence `i` was made of, at the same index.
-        row_start: of answers that are compared, int64 [rows + 1]: the first sequence of each row; else None, and each
+        row_start: for answers that are compared, int64 [rows + 1]: the first sequence of each row; else None, and each
             sequence is a row of its own.
-        grades: of such answers, float64 [number of sequences]: a greater one is better.
-        weights: of labels, float64 [total tokens], what multiplies the loss of each; None where that is 1 everywhere.
+        grades: for such answers, float64 [number of sequences]: a greater one is better.
+        weights: float64 [total tokens], what multiplies the loss of each label; None where that is 1 everywhere.
     """
 
     input_ids: np.ndarray

@@ -59,7 +59,7 @@ def report_shared_rows(train: TokenSequences, validation: TokenSequences, report
     if shared:
         places = name_places([validation.ids[index] for index in shared[:SAMPLES_KEPT]], len(shared))
         report(
-            f"validation: {len(shared):,} of {len(validation):,} examples also stand in the training data ({places})"
+            f"validation: {len(shared):,} of {len(validation):,} examples also appear in the training data ({places})"
         )
 
 

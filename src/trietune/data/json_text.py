@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from trietune.io.json_types import JsonObject
+
 
 class RepeatedKeyError(ValueError):
-    """An object has a key twice, so nobody can tell which value is meant."""
+    """An object has a key twice, so it is not clear which value is meant."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"duplicate key `{key[:80]}`")
 
 
-class RepeatedKeys(dict[str, Any]):
+class RepeatedKeys(JsonObject):
     """An object that has `repeated` twice; it holds the last value, and must not be taken for a row."""
 
     def __init__(self, pairs: list[tuple[str, Any]], repeated: str) -> None:
@@ -55,7 +57,7 @@ class JsonDecoder:
         value, end = self._decoder.raw_decode(text, position)
         return value, self._repeated, end
 
-    def _make_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _make_object(self, pairs: list[tuple[str, Any]]) -> JsonObject:
         found = dict(pairs)
         if len(found) == len(pairs):
             return found

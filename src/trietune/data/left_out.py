@@ -77,7 +77,7 @@ def fit(
 
 
 def _cut_prompts(encoded: EncodedExamples, max_length: int, *, has_bos: bool) -> tuple[EncodedExamples, np.ndarray]:
-    """Take tokens away behind BOS, never a label; what is too long by its labels alone stays as it is.
+    """Take tokens away behind BOS, never a label; what is too long by its labels stays as it is.
 
     Returns:
         The sequences, and which of them were cut; bool [examples].

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import compress, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +30,10 @@ from trietune.data.sources import Sources
 from trietune.data.templates import PromptFormat, find_columns, split_template
 from trietune.data.weights import Weighting
 from trietune.errors import StopRequested, UserError
+from trietune.io.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Report = Callable[[str], None]
 Progress = Callable[[str, int, int | None], None]
@@ -68,7 +72,7 @@ class Loading:
     """What the splits of one call share."""
 
     settings: Settings
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     row_format: RowFormat
     form: AnswerForm | None
     weighting: Weighting | None
@@ -127,7 +131,7 @@ class Loading:
             self.report(line)
         if not len(sequences):
             raise _nothing_left(counts, rules.max_length)
-        # Checkpoints of the first version name data by `key` alone, and such rows gave other sequences then.
+        # Checkpoints of the first version name data only by `key`, and such rows gave other sequences then.
         has_unlearnt = (counts.unlearnt.number or counts.without_weight.number) and weighting is None
         if counts.without_labels.number or counts.padded.number or counts.num_with_more or has_unlearnt:
             key = make_key(fingerprint=key, reading_version=2)
@@ -150,7 +154,7 @@ class Loading:
         placed = rows.read()
         if held_out is not None and not is_training:
             placed = compress(placed, held_out)
-        common: dict[str, Any] = {
+        common: JsonObject = {
             "source": rows.name,
             "encoder": make_encoder(self.tokenizer, self.prompt_format),
             "rules": rules,
@@ -176,14 +180,18 @@ class Loading:
             return writer.finish(asdict(counts)), counts
 
 
-def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
+def _deciding_fields(words: RowFormat | PromptFormat) -> JsonObject:
     """What of a row format or prompt format decides tokens.
 
-    Names of columns do only where templates mean others than they meant when identifiers alone were columns; a
-    checkpoint of that time then goes on with the same fingerprint.
+    Names of columns do only where templates mean others than they meant when only identifiers were columns; a
+    checkpoint of that time then resumes with the same fingerprint.
     """
     fields = asdict(words)
     columns = fields.pop("template_columns")
+    if not fields.get("system_prompt"):  # as it was before there was one
+        fields.pop("system_prompt", None)
+    if fields.get("message_columns") == ("messages",):
+        del fields["message_columns"]
     templates = (words.prompt_template, words.completion_template)
     if all(split_template(one, columns) == split_template(one) for one in templates):
         return fields
@@ -200,7 +208,7 @@ def _last_row(held_out: np.ndarray | None, limit: int | None) -> int | None:
 
 def _changed_meanwhile(rows: Rows) -> UserError:
     return UserError(
-        f"`{rows.name}` was written to while it was read, so nobody can tell what was read of it",
+        f"`{rows.name}` changed while it was being read, so it is not clear what was read",
         where="nothing was kept",
         next_step="wait until the file is complete, then run the same command again",
     )
@@ -234,7 +242,7 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
             next_step="check `labels` (and `ignored_index`) of the data",
         )
     return UserError(
-        f"none of the {counts.read:,} rows of `{counts.source}` can be learnt from: their completions are empty",
+        f"none of the {counts.read:,} rows of `{counts.source}` can be learned from: their completions are empty",
         where=name_places(counts.without_completion.samples, counts.without_completion.number),
         next_step="check `completion_template` and the columns of the file",
     )

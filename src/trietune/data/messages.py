@@ -1,11 +1,11 @@
 """Conversations as chat services and other tools write them.
 
-    {"role": "assistant", "content": "Hello!", "weight": 0}                 an answer that is not learnt
+    {"role": "assistant", "content": "Hello!", "weight": 0}                 an answer that is not learned
     {"role": "assistant", "content": null, "tool_calls": [...]}             a call of tools
     {"role": "user", "content": [{"type": "text", "text": "Hi"}]}           parts of text, joined
     {"from": "gpt", "value": "Hello!"}                                      ShareGPT's words for the same
 
-`weight`, `loss` and `train` say whether an answer is learnt. Every other key goes to the chat template.
+`weight`, `loss` and `train` say whether an answer is learned. Every other key goes to the chat template.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from trietune.data.examples import Message
 from trietune.data.json_text import RepeatedKeyError, decode_json
+from trietune.io.json_types import JsonMapping, JsonObject
 
 # What templates and data call the thoughts before an answer; transformers hands each on under all of these names.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -40,7 +41,7 @@ def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
     # Parquet and CSV have no lists of objects of mixed kind: some data sets keep them as JSON text.
     value = _decoded(value, column, "messages")
     if not isinstance(value, Sequence) or not value:
-        raise TypeError(f"column `{column}` is no list of messages, or an empty one")
+        raise TypeError(f"column `{column}` is not a list of messages, or is empty")
     return tuple(_read_message(item, f"message {number} of `{column}`") for number, item in enumerate(value, start=1))
 
 
@@ -48,13 +49,13 @@ def read_tools(value: Any) -> str:
     """The descriptions of tools that a row brings, as JSON; empty if it brings none.
 
     Raises:
-        TypeError: they are no list of objects.
+        TypeError: they are not a list of objects.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""
     value = _decoded(value, "tools", "tools")
     if not isinstance(value, Sequence) or not all(isinstance(one, Mapping) for one in value):
-        raise TypeError("column `tools` is no list of objects")
+        raise TypeError("column `tools` is not a list of objects")
     return _as_json(value) if value else ""
 
 
@@ -80,7 +81,7 @@ def _decoded(value: Any, column: str, what: str) -> Any:
     except RepeatedKeyError as error:
         raise TypeError(f"column `{column}` holds an object with a {error}") from None
     except (ValueError, RecursionError):
-        raise TypeError(f"column `{column}` holds text that is no JSON list of {what}") from None
+        raise TypeError(f"column `{column}` holds text that is not a JSON list of {what}") from None
 
 
 def _read_message(item: Any, where: str) -> Message:
@@ -96,12 +97,12 @@ def _read_message(item: Any, where: str) -> Message:
     content = _text_of(item.get("content"), where)
     if content is None:
         if "tool_calls" not in more and not any(more.get(key) for key in REASONING_KEYS):
-            raise TypeError(f'"content" of {where} is no text')
+            raise TypeError(f'"content" of {where} is not text')
         more = {"content": None, **more}
     return Message(item["role"], content or "", _read_weight(item, where), _as_json(more) if more else "")
 
 
-def _in_usual_words(item: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _in_usual_words(item: JsonMapping, where: str) -> JsonObject:
     """A message of ShareGPT's form with `role` and `content`."""
     role = _SHAREGPT_ROLES.get(str(item["from"]).lower())
     if role is None:
@@ -112,17 +113,17 @@ def _in_usual_words(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     call = _decoded(item.get("value"), "value", "calls")
     calls = call if isinstance(call, list) else [call]
     if not all(isinstance(one, Mapping) and "name" in one for one in calls):
-        raise TypeError(f'"value" of {where} is no call of a tool: {{"name": ..., "arguments": ...}}')
+        raise TypeError(f'"value" of {where} is not a call of a tool: {{"name": ..., "arguments": ...}}')
     made = [{"type": "function", "function": one} for one in calls]
     return {"role": role, "content": None, "tool_calls": made, **usual}
 
 
-def _with_tool_calls(more: dict[str, Any], where: str) -> dict[str, Any]:
+def _with_tool_calls(more: JsonObject, where: str) -> JsonObject:
     calls = _decoded(more.get("tool_calls"), "tool_calls", "calls")
     if not calls:
         return {key: value for key, value in more.items() if key != "tool_calls"}
     if not isinstance(calls, Sequence) or not all(isinstance(one, Mapping) for one in calls):
-        raise TypeError(f'"tool_calls" of {where} is no list of objects')
+        raise TypeError(f'"tool_calls" of {where} is not a list of objects')
     return {**more, "tool_calls": list(calls)}
 
 
@@ -131,7 +132,7 @@ def _text_of(content: Any, where: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if isinstance(content, Mapping) or not isinstance(content, Sequence):
-        raise TypeError(f'"content" of {where} is no text')
+        raise TypeError(f'"content" of {where} is not text')
     texts: list[str] = []
     for part in content:
         if isinstance(part, str):
@@ -139,15 +140,15 @@ def _text_of(content: Any, where: str) -> str | None:
             continue
         kind = part.get("type") or "text" if isinstance(part, Mapping) else type(part).__name__
         if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-            raise TypeError(f'"content" of {where} has a part of the type `{kind}`, and only text can be learnt from')
+            raise TypeError(f'"content" of {where} has a part of the type `{kind}`, and only text can be learned from')
         texts.append(part["text"])
     return "".join(texts) if texts else None
 
 
-def _read_weight(item: Mapping[str, Any], where: str) -> float:
+def _read_weight(item: JsonMapping, where: str) -> float:
     weight = item.get("weight")
     if weight is not None and not is_weight(weight):
-        raise TypeError(f'"weight" of {where} is no number')
+        raise TypeError(f'"weight" of {where} is not a number')
     for key in _SWITCHES:
         switch = item.get(key)
         if switch is None:
@@ -155,7 +156,7 @@ def _read_weight(item: Mapping[str, Any], where: str) -> float:
         if switch not in (True, False):
             raise TypeError(f'"{key}" of {where} is `{switch}`, neither true nor false')
         if weight is not None and bool(weight) != bool(switch):
-            raise TypeError(f"{where} says both that it is learnt and that it is not")
+            raise TypeError(f"{where} says both that it is learned and that it is not")
         weight = weight if switch and weight is not None else float(switch)
     return 1.0 if weight is None else float(weight)
 

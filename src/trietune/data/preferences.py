@@ -22,6 +22,7 @@ from trietune.data.examples import Example, Message
 from trietune.data.messages import read_messages, read_tools
 from trietune.data.templates import fill_template, find_columns, to_text
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 
 FormKind = Literal["pairs", "ranked", "judged"]
 PromptKind = Literal["column", "template", "implicit"]
@@ -55,7 +56,7 @@ class AnswerRow:
 
 
 def choose_form(
-    columns: Sequence[str], first_row: Mapping[str, Any], *, objective: str, prompt_template: str | None, source: str
+    columns: Sequence[str], first_row: JsonMapping, *, objective: str, prompt_template: str | None, source: str
 ) -> AnswerForm:
     """The form of data with these columns, for this objective.
 
@@ -98,7 +99,7 @@ def choose_form(
     )
 
 
-def _repeats_prompt(row: Mapping[str, Any]) -> bool:
+def _repeats_prompt(row: JsonMapping) -> bool:
     """Whether a row's prompt is a text, and its answers are conversations that begin with it."""
     if not isinstance(row.get("prompt"), str) or _is_conversation(row["prompt"]):
         return False
@@ -108,7 +109,7 @@ def _repeats_prompt(row: Mapping[str, Any]) -> bool:
         return False  # told, with its place, when the rows are read
 
 
-def answer_reader(form: AnswerForm) -> Callable[[Mapping[str, Any], str], list[AnswerRow]]:
+def answer_reader(form: AnswerForm) -> Callable[[JsonMapping, str], list[AnswerRow]]:
     """The function from a row and its place to its answers: one row, or one for each answer of a pair.
 
     It raises `WrongRow` for a row that cannot be one.
@@ -116,7 +117,7 @@ def answer_reader(form: AnswerForm) -> Callable[[Mapping[str, Any], str], list[A
     readers = {"pairs": _read_pair, "ranked": _read_ranked, "judged": _read_judged}
     read = readers[form.kind]
 
-    def answers(row: Mapping[str, Any], place: str) -> list[AnswerRow]:
+    def answers(row: JsonMapping, place: str) -> list[AnswerRow]:
         try:
             found = read(form, row, place)
             tools = read_tools(row.get("tools")) if form.is_chat else ""
@@ -166,7 +167,7 @@ def _kind(columns: Sequence[str], objective: str, source: str) -> tuple[FormKind
     )
 
 
-def _read_pair(form: AnswerForm, row: Mapping[str, Any], place: str) -> list[AnswerRow]:
+def _read_pair(form: AnswerForm, row: JsonMapping, place: str) -> list[AnswerRow]:
     answers = _read_chats(form, row, place) if form.is_chat else _read_texts(form, row, place)
     if not form.is_split:
         return [AnswerRow(answers, (1.0, 0.0))]
@@ -177,7 +178,7 @@ def _read_pair(form: AnswerForm, row: Mapping[str, Any], place: str) -> list[Ans
     ]
 
 
-def _read_texts(form: AnswerForm, row: Mapping[str, Any], place: str) -> tuple[Example, Example]:
+def _read_texts(form: AnswerForm, row: JsonMapping, place: str) -> tuple[Example, Example]:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if form.prompt == "implicit":
         end = common_beginning(chosen, rejected)
@@ -187,7 +188,7 @@ def _read_texts(form: AnswerForm, row: Mapping[str, Any], place: str) -> tuple[E
     return Example(place, prompt, chosen), Example(place, prompt, rejected)
 
 
-def _read_chats(form: AnswerForm, row: Mapping[str, Any], place: str) -> tuple[Example, Example]:
+def _read_chats(form: AnswerForm, row: JsonMapping, place: str) -> tuple[Example, Example]:
     chosen, rejected = _messages(row.get("chosen"), "chosen"), _messages(row.get("rejected"), "rejected")
     if form.prompt == "column":
         prompt = _prompt_messages(row)
@@ -197,14 +198,14 @@ def _read_chats(form: AnswerForm, row: Mapping[str, Any], place: str) -> tuple[E
     return _conversation(chosen, "chosen", place), _conversation(rejected, "rejected", place)
 
 
-def _read_ranked(form: AnswerForm, row: Mapping[str, Any], place: str) -> list[AnswerRow]:
+def _read_ranked(form: AnswerForm, row: JsonMapping, place: str) -> list[AnswerRow]:
     completions = row.get("completions")
     if not isinstance(completions, Sequence) or isinstance(completions, str):
-        raise WrongRow("`completions` is no list")
+        raise WrongRow("`completions` is not a list")
     column = "scores" if row.get("scores") is not None else "ranking"
     values = row.get(column)
     if not isinstance(values, Sequence) or isinstance(values, str) or not all(_is_number(one) for one in values):
-        raise WrongRow(f"`{column}` is no list of numbers")
+        raise WrongRow(f"`{column}` is not a list of numbers")
     if len(values) != len(completions):
         raise WrongRow(f"{len(completions)} `completions` and {len(values)} `{column}`")
     sign = 1.0 if column == "scores" else -1.0
@@ -219,7 +220,7 @@ def _read_ranked(form: AnswerForm, row: Mapping[str, Any], place: str) -> list[A
     return [AnswerRow(answers, tuple(sign * float(one) for one in values))]
 
 
-def _read_judged(form: AnswerForm, row: Mapping[str, Any], place: str) -> list[AnswerRow]:
+def _read_judged(form: AnswerForm, row: JsonMapping, place: str) -> list[AnswerRow]:
     label = row.get("label")
     verdict = {"true": True, "false": False}.get(label.strip().lower()) if isinstance(label, str) else label
     if verdict not in (True, False):  # 1 and 0 equal them
@@ -246,7 +247,7 @@ def common_beginning(first: str, second: str) -> int:
     return end
 
 
-def _prompt_text(form: AnswerForm, row: Mapping[str, Any]) -> str:
+def _prompt_text(form: AnswerForm, row: JsonMapping) -> str:
     if form.prompt == "column":
         return _text(row, "prompt")
     try:
@@ -255,7 +256,7 @@ def _prompt_text(form: AnswerForm, row: Mapping[str, Any]) -> str:
         raise WrongRow(f"no column `{error.args[0]}`") from None
 
 
-def _prompt_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def _prompt_messages(row: JsonMapping) -> tuple[Message, ...]:
     value = row.get("prompt")
     if isinstance(value, str) and not _is_conversation(value):
         return (Message("user", value),)
@@ -276,7 +277,7 @@ def _renamed(example: Example, name: str) -> Example:
     return replace(example, id=name)
 
 
-def _text(row: Mapping[str, Any], column: str) -> str:
+def _text(row: JsonMapping, column: str) -> str:
     if row.get(column) is None:
         raise WrongRow(f"`{column}` is missing")
     return to_text(row[column], column)

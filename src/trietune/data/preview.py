@@ -1,12 +1,17 @@
-"""Show what a few examples became: each token as text, with whether it is learnt."""
+"""Show what a few examples became: each token as text, with whether it is learned."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from trietune.data.examples import IGNORED_LABEL, TokenSequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +30,28 @@ class ExamplePreview:
     tokens: tuple[TokenText, ...]
 
 
-def preview_examples(sequences: TokenSequences, tokenizer: Any, count: int = 3) -> list[ExamplePreview]:
+def preview_examples(
+    sequences: TokenSequences, tokenizer: PreTrainedTokenizerFast, count: int = 3
+) -> list[ExamplePreview]:
     """The first `count` examples, token by token.
 
     Args:
         tokenizer: the fast `transformers` tokenizer that they were made with.
     """
+    return preview_at(sequences, tokenizer, range(min(count, len(sequences))))
+
+
+def preview_longest(sequences: TokenSequences, tokenizer: PreTrainedTokenizerFast) -> ExamplePreview:
+    """The example with the most tokens, the first one of several, token by token."""
+    return preview_at(sequences, tokenizer, [int(np.argmax(np.diff(np.asarray(sequences.offsets))))])[0]
+
+
+def preview_at(
+    sequences: TokenSequences, tokenizer: PreTrainedTokenizerFast, indices: Sequence[int]
+) -> list[ExamplePreview]:
+    """The examples at `indices`, token by token."""
     previews = []
-    for index in range(min(count, len(sequences))):
+    for index in indices:
         tokens = slice(int(sequences.offsets[index]), int(sequences.offsets[index + 1]))
         texts = split_text(sequences.input_ids[tokens].tolist(), tokenizer)
         labels = (sequences.labels[tokens] != IGNORED_LABEL).tolist()
@@ -41,7 +60,7 @@ def preview_examples(sequences: TokenSequences, tokenizer: Any, count: int = 3) 
     return previews
 
 
-def split_text(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def split_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """What each token adds to the text of those before it."""
     backend = tokenizer.backend_tokenizer
     texts = []

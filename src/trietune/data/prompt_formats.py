@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trietune.config.settings import Settings
 from trietune.data.chat import rewrites_turns
@@ -15,9 +15,12 @@ from trietune.data.examples import Example, Task
 from trietune.data.templates import PromptFormat, literal_text
 from trietune.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 def make_prompt_format(
-    settings: Settings, tokenizer: Any, row_format: RowFormat, conversations: Sequence[Example] = ()
+    settings: Settings, tokenizer: PreTrainedTokenizerFast, row_format: RowFormat, conversations: Sequence[Example] = ()
 ) -> PromptFormat:
     """The prompt format of a row format; the task of custom data is told by the data later.
 
@@ -40,7 +43,7 @@ def make_prompt_format(
         prompt_template=row_format.prompt_template,
         completion_template=row_format.completion_template,
         chat_template=chat_template,
-        # Of answers that are compared, the last one alone is learnt.
+        # Of answers that are compared, only the last one is learned.
         is_turn_by_turn=row_format.kind == "answer_messages"
         or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template, conversations)),
         parses_special_tokens=may_mean_them or spells_them,
@@ -50,11 +53,12 @@ def make_prompt_format(
         task=row_format.task,
         tokenizer_hash=hash_tokenizer(tokenizer),
         template_columns=row_format.template_columns,
+        system_prompt=_find_system_prompt(settings, is_chat=is_chat),
     )
     return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversations))
 
 
-def make_plain_format(tokenizer: Any) -> PromptFormat:
+def make_plain_format(tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
     """How a base model is asked: as a conversation if its tokenizer has a chat template, else with the text as it is.
 
     Raises:
@@ -79,7 +83,7 @@ def make_plain_format(tokenizer: Any) -> PromptFormat:
     return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format))
 
 
-def _find_chat_template(settings: Settings, tokenizer: Any, row_format: RowFormat) -> str:
+def _find_chat_template(settings: Settings, tokenizer: PreTrainedTokenizerFast, row_format: RowFormat) -> str:
     """The Jinja source for conversations: the user's own text or file, or the tokenizer's."""
     own = settings.chat_template
     if row_format.kind not in ("messages", "answer_messages"):
@@ -113,12 +117,22 @@ def _find_chat_template(settings: Settings, tokenizer: Any, row_format: RowForma
     return template
 
 
+def _find_system_prompt(settings: Settings, *, is_chat: bool) -> str:
+    if settings.chat_system_prompt and not is_chat:
+        raise UserError(
+            "`chat_system_prompt` is set, and the data has no conversations to put it before",
+            where=settings.where("chat_system_prompt"),
+            next_step="write it into `prompt_template`, or give the data a column `messages`",
+        )
+    return settings.chat_system_prompt or ""
+
+
 def _is_bare(row_format: RowFormat) -> bool:
     """Whether answers that are compared come with whole prompts, made elsewhere."""
     return row_format.kind == "answers" and not row_format.prompt_template
 
 
-def _own_template(tokenizer: Any) -> str:
+def _own_template(tokenizer: PreTrainedTokenizerFast) -> str:
     """The tokenizer's chat template; empty if it has none. Some have several by name."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -127,5 +141,5 @@ def _own_template(tokenizer: Any) -> str:
     return str(template or "").removeprefix("\ufeff")
 
 
-def _name(tokenizer: Any) -> str:
+def _name(tokenizer: PreTrainedTokenizerFast) -> str:
     return str(tokenizer.name_or_path or "the model")

@@ -18,9 +18,9 @@ from trietune.data.columns import (
 )
 from trietune.data.encoder import Encoder
 from trietune.data.examples import IGNORED_LABEL, Example
-from trietune.data.files import Row
+from trietune.data.opening import Row
 from trietune.data.taken import check_calls
-from trietune.data.templates import find_columns, find_half_character, to_text
+from trietune.data.templates import find_columns, find_half_character, find_optional, to_text
 from trietune.data.weights import row_weight
 
 Overlong = Literal["drop", "truncate_prompt", "error"]
@@ -33,7 +33,7 @@ class LengthRules:
     Attributes:
         overlong: None keeps them, as validation does.
         keeps_empty: whether an example without a completion stays.
-        ignored_label: of data that brings its own labels, the one that counts for nothing.
+        ignored_label: in data that brings its own labels, the one that counts for nothing.
     """
 
     max_length: int
@@ -58,7 +58,7 @@ class ReadExample:
 
     @property
     def is_unlearnt(self) -> bool:
-        """Whether a conversation says that none of its answers is learnt."""
+        """Whether a conversation says that none of its answers is learned."""
         return self.num_unlearnt > 0 and not any(is_learnt for _, is_learnt in self.segments)
 
 
@@ -74,7 +74,10 @@ def example_reader(
 
         return read_tokens
     make = example_maker(row_format)
-    prompt_columns = find_columns(row_format.prompt_template, row_format.template_columns)
+    optional = find_optional(row_format.prompt_template, row_format.template_columns)
+    prompt_columns = [
+        name for name in find_columns(row_format.prompt_template, row_format.template_columns) if name not in optional
+    ]
 
     def read(row: Row, place: str) -> list[ReadExample]:
         _check_form(row, row_format)
@@ -92,7 +95,7 @@ def example_reader(
 
 def _check_form(row: Row, row_format: RowFormat) -> None:
     """The first row decides how all are read; one that would be read in another way may not pass in silence."""
-    if row_format.kind not in FORMS:
+    if row_format.kind not in FORMS or row_format.message_columns != ("messages",):
         return
     own = find_form(row)
     if own is not None and FORMS.index(own) < FORMS.index(row_format.kind):
@@ -150,7 +153,7 @@ def _turns(example: Example) -> list[Example]:
 
 
 def _read_tokens(row: Row, place: str, encoder: Encoder, rules: LengthRules) -> ReadExample:
-    """Data that somebody else tokenized: kept as it is, checked, and decoded to have a text to show."""
+    """Data tokenized elsewhere: kept as it is, checked, and decoded to have a text to show."""
     input_ids, labels, mask = (_read_numbers(row, name) for name in ("input_ids", "labels", "attention_mask"))
     if len(input_ids) != len(labels):
         raise WrongRow(f"{len(input_ids)} `input_ids` and {len(labels)} `labels`")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -22,15 +22,17 @@ from trietune.data.columns import (
     row_format_of_adapter,
 )
 from trietune.data.examples import Example
-from trietune.data.files import BrokenRow, detect_format
+from trietune.data.files import detect_format
+from trietune.data.opening import BrokenRow
 from trietune.data.preferences import AnswerForm, choose_form
 from trietune.data.rows import FileRows, Rows
 from trietune.data.sources import Sources
 from trietune.data.templates import PromptFormat
 from trietune.data.weights import COLUMN, Weighting, find_weighting
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 
-# Whether a template writes reasoning anew, and how it ends a call, is tried on so many conversations.
+# Whether a template rewrites reasoning, and how it ends a call, is tried on so many conversations.
 CONVERSATIONS_TRIED = 100
 
 
@@ -75,7 +77,7 @@ def in_words_of(prompt_format: PromptFormat, row_format: RowFormat, source: str)
 def find_row_format(
     settings: Settings, sources: Sources, trained_with: PromptFormat | None = None
 ) -> tuple[RowFormat, AnswerForm | None]:
-    """How rows become examples, and, where preferences are learnt, how they become answers that are compared.
+    """How rows become examples, and, where preferences are learned, how they become answers that are compared.
 
     What an adapter was trained with says more about the rows than their columns.
     """
@@ -115,6 +117,9 @@ def find_row_format(
         completion_template=settings.completion_template,
         source=rows.name,
     )
+    first = _first_row(rows)
+    if row_format.kind == "columns" and any(_is_conversation(first.get(name)) for name in ("prompt", "completion")):
+        row_format = replace(built_in_row_format("messages"), message_columns=("prompt", "completion"))
     if row_format.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
         raise UserError(
             f"`label` of `{rows.name}` says which completions are wanted, and `objective: sft` would learn all of them",
@@ -134,5 +139,11 @@ def weighting_of(
     return None
 
 
-def _first_row(rows: Rows) -> Mapping[str, Any]:
+def _is_conversation(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lstrip().startswith("[") and '"role"' in value
+    return isinstance(value, Mapping) or (isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping))
+
+
+def _first_row(rows: Rows) -> JsonMapping:
     return next((row for _, row in rows.read() if not isinstance(row, BrokenRow)), {})

@@ -90,7 +90,7 @@ def check_calls(example: Example, said: Sequence[Segment], encoder: Encoder) -> 
         names = [str((one.get("function") or one).get("name", "")) for one in calls]
         if names and not any(name in text for name in names):
             raise WrongRow(
-                f"an answer calls `{names[0]}`, and the chat template writes nothing of it: it would be learnt as an "
+                f"an answer calls `{names[0]}`, and the chat template writes nothing of it: it would be learned as an "
                 "empty answer (take a `chat_template` that knows tools)"
             )
 

@@ -6,7 +6,6 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -16,9 +15,10 @@ from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.taken import LeftByTemplate
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 
 # Completions are tallied until there are more different ones than any set of labels has.
-COMPLETIONS_TALLIED = 20
+COMPLETIONS_TALLIED = 500
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Tally:
     num_examples: int = 0
     counts: SplitCounts = field(default_factory=lambda: SplitCounts(source=""))
     problems: Problems = field(
-        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped in silence")
+        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped silently")
     )
     too_long: Problems = field(
         default_factory=lambda: Problems(
@@ -72,12 +72,15 @@ class Tally:
     )
     hashes: array[int] = field(default_factory=lambda: array("q"))
     completions: Counter[str] | None = field(default_factory=Counter)
+    completion_places: dict[str, str] = field(default_factory=dict)
     own_ids: set[str] = field(default_factory=set)
 
     def add(self, examples: Sequence[Example], encoded: EncodedExamples) -> None:
         self.hashes.extend(hash((one.prompt, one.completion, one.messages, one.tools)) for one in examples)
         if self.completions is not None:
             self.completions.update(one.completion for one in examples)
+            for one in examples:
+                self.completion_places.setdefault(one.completion, one.id)
             if len(self.completions) > COMPLETIONS_TALLIED:
                 self.completions = None
         counts = self.counts
@@ -91,7 +94,7 @@ class Tally:
 
     def count(self, name: str, places: Sequence[str]) -> None:
         counter: Count = getattr(self.counts, name)
-        changed: dict[str, Any] = {name: counter.plus(places)}
+        changed: JsonObject = {name: counter.plus(places)}
         self.counts = replace(self.counts, **changed)
 
     def take_over(self, left: LeftByTemplate) -> None:
@@ -119,4 +122,5 @@ class Tally:
             num_examples=self.num_examples,
             duplicates=Count(len(hashes) - len(first), samples),
             completions=dict(self.completions or {}),
+            completion_places=self.completion_places if self.completions else {},
         )

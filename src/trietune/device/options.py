@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping
 from trietune.io.name_patterns import PatternError, compile_pattern, matching
 
 # Axes whose devices split a batch, by the names that files give them.
@@ -34,7 +35,7 @@ class Mesh:
     """Several devices in a grid.
 
     Attributes:
-        shape, axis_names: of the grid.
+        shape, axis_names: the grid.
         data_axis: whose devices split a batch; None if each sees all of it.
         shardings: the first whose pattern is found in a name decides; other weights are on every device.
     """
@@ -85,7 +86,7 @@ def read_mesh(
     strategy: str,
     shape: Sequence[int] | None,
     axis_names: Sequence[str] | None,
-    shardings: Mapping[str, Any] | Sequence[Any] | None,
+    shardings: JsonMapping | Sequence[Any] | None,
     data_dimension: str | int | None,
     where: str,
 ) -> Mesh | None:
@@ -149,21 +150,21 @@ def _data_axis(shape: tuple[int, ...], names: tuple[str, ...], asked: str | int 
         return names[asked]
     if asked not in names:
         raise UserError(
-            f"`input_sharding_dim: {asked}` is no axis of the mesh",
+            f"`input_sharding_dim: {asked}` is not an axis of the mesh",
             where=where,
             next_step=f"write one of {', '.join(names)}",
         )
     return str(asked)
 
 
-def _pairs(shardings: Mapping[str, Any] | Sequence[Any] | None, where: str) -> list[tuple[str, Any]]:
+def _pairs(shardings: JsonMapping | Sequence[Any] | None, where: str) -> list[tuple[str, Any]]:
     if isinstance(shardings, Mapping):
         return [(f"^{re.escape(name)}$", axes) for name, axes in shardings.items()]
     pairs = []
     for item in shardings or ():
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2 or not isinstance(item[0], str):
             raise UserError(
-                f"`{item}` is no pair of a pattern and axes",
+                f"`{item}` is not a pair of a pattern and axes",
                 where=where,
                 next_step=r'write it as `["\\.q_proj", ["model", null]]`',
             )
@@ -177,17 +178,17 @@ def _read_sharding(pair: tuple[str, Any], names: tuple[str, ...], where: str) ->
         compile_pattern(pattern)
     except PatternError as error:
         raise UserError(
-            f"`{pattern}` is no regular expression: it {error}", where=where, next_step="write a point as `\\\\.`"
+            f"`{pattern}` is not a regular expression: it {error}", where=where, next_step="write a dot as `\\\\.`"
         ) from None
     if not isinstance(axes, Sequence) or isinstance(axes, str):
         raise UserError(
-            f"the axes of `{pattern}` are no list", where=where, next_step='write, for example, `["model", null]`'
+            f"the axes of `{pattern}` are not a list", where=where, next_step='write, for example, `["model", null]`'
         )
     resolved = tuple(names[axis] if isinstance(axis, int) and axis < len(names) else axis for axis in axes)
     for axis in resolved:
         if axis is not None and axis not in names:
             raise UserError(
-                f"`{axis}`, over which `{pattern}` is split, is no axis of the mesh",
+                f"`{axis}`, over which `{pattern}` is split, is not an axis of the mesh",
                 where=where,
                 next_step=f"write one of {', '.join(names)}, or null",
             )

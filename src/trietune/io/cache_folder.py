@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,3 +13,9 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     if chosen := environ.get("TRIETUNE_CACHE"):
         return Path(chosen).expanduser()
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "trietune"
+
+
+def mark_used(entry: Path) -> None:
+    """Remember that an entry of the cache was of use now: `trietune cache --prune` goes by its time."""
+    with contextlib.suppress(OSError):
+        os.utime(entry)

@@ -38,13 +38,13 @@ REPLACED = re.compile(r"\.replaced-(?P<name>.+)-[0-9a-f]{12}")
 REMOVED = re.compile(r"\.removed-(?P<name>.+)-[0-9a-f]{12}")
 DAMAGED = re.compile(r"\.damaged-(?P<name>.+)-(?P<number>[0-9]+)")
 
-# Room beyond the bytes themselves: blocks of the folder, the journal, and whoever else writes at the same time.
+# Room beyond the bytes themselves: blocks of the folder, the journal, and other writers at the same time.
 SPARE_BYTES = 1 * 2**20
 _CHUNK_BYTES = 4 * 2**20
 
 
 class DamagedDirectory(Exception):  # noqa: N818  (a state of a directory, not a failure of ours)
-    """A directory is not whole: `file` inside it is to blame, and `reason` is what a sentence about it goes on with."""
+    """A directory is not whole: `file` inside it is to blame, and `reason` is how a sentence about it continues."""
 
     def __init__(self, directory: Path, file: str, reason: str) -> None:
         super().__init__(f"{directory.name} is not whole: {file} {reason}")
@@ -153,7 +153,7 @@ def read_directory(directory: Path, *, without: Collection[str] = ()) -> tuple[M
         raise UserError(
             f"{directory.name} holds {total:,} bytes, more than the memory that is free",
             where=str(directory),
-            next_step="stop other programs, or go on on a machine with more memory",
+            next_step="close other programs, or continue on a machine with more memory",
         )
     contents = {}
     for name, entry in wanted.items():
@@ -165,7 +165,7 @@ def read_directory(directory: Path, *, without: Collection[str] = ()) -> tuple[M
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest alone, believed by its own digest. Raises `DamagedDirectory`."""
+    """Only the manifest, believed by its own digest. Raises `DamagedDirectory`."""
     if directory.is_symlink() or not directory.is_dir():
         raise DamagedDirectory(directory, "it", "is not a folder" if os.path.lexists(directory) else "is not there")
     with _open_plain(directory, MANIFEST_NAME) as file:
@@ -204,7 +204,7 @@ def remove_directory(directory: Path) -> None:
 def clean_leftovers(folder: Path, name: re.Pattern[str]) -> list[Path]:
     """Finish or undo what a killed process left in `folder` for directories whose names match `name`.
 
-    Call it under the run's lock alone. Staging and half-removed directories go; a directory that was to be replaced
+    Call it only under the run's lock. Staging and half-removed directories go; a directory that was to be replaced
     comes back when its successor never arrived. Only our own hidden names are touched. Returns what was dealt with.
     """
     dealt_with = []
@@ -217,7 +217,7 @@ def clean_leftovers(folder: Path, name: re.Pattern[str]) -> list[Path]:
             files.rename(entry, folder / replaced["name"])
             files.flush_folder(folder)
         else:
-            files.discard(entry)  # what cannot be removed now is in nobody's way and is met again at the next start
+            files.discard(entry)  # what cannot be removed now is in no one's way and is met again at the next start
         dealt_with.append(entry)
     return dealt_with
 
@@ -250,7 +250,7 @@ def _check_arrived(target: Path, written: Manifest) -> None:
     except DamagedDirectory:
         is_there = False
     if not is_there:
-        raise OSError(errno.ESTALE, "it was written, renamed and acknowledged, and is not there", str(target))
+        raise OSError(errno.ESTALE, "it was written, renamed and acknowledged, but is not there", str(target))
 
 
 def _rename_folder(source: Path, target: Path) -> None:
@@ -276,7 +276,7 @@ def _rename_folder(source: Path, target: Path) -> None:
 
 
 def _remove_in_place(directory: Path) -> None:
-    """Remove a folder that cannot be hidden first: its manifest goes before all else, so nobody takes it for whole."""
+    """Remove a folder that cannot be hidden first: its manifest goes first, so it is never taken for whole."""
     if os.path.lexists(directory / MANIFEST_NAME):
         files.remove_file(directory / MANIFEST_NAME)
         files.flush_folder(directory)

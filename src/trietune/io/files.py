@@ -114,7 +114,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 def hidden_sibling(purpose: str, target: Path) -> Path:
-    """A name that nobody has yet, beside `target`, of the form `.<purpose>-<name>-<random>`."""
+    """A name that is not taken, beside `target`, of the form `.<purpose>-<name>-<random>`."""
     return target.with_name(f".{purpose}-{target.name}-{secrets.token_hex(6)}")
 
 
@@ -131,7 +131,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Flush a file that somebody else writes, such as `metrics.jsonl`."""
+    """Flush a file that another part writes, such as `metrics.jsonl`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         flush(descriptor)

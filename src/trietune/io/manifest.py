@@ -20,9 +20,10 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from trietune.io import strict_json
+from trietune.io.json_types import JsonMapping, JsonObject
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = (1, 0)
@@ -49,7 +50,7 @@ class ManifestInfo:
     step: int
     metrics: Mapping[str, float | int | None] = field(default_factory=dict)
     kind: Literal["checkpoint", "adapter"] = "checkpoint"
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: JsonMapping = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def serialize(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`. Raises ValueError for names and details that a reader would refuse."""
     _check_names(manifest.files)
     info = manifest.info
-    document: dict[str, Any] = {
+    document: JsonObject = {
         "details": strict_json.without_nan(dict(info.details)),
         "digest": "",
         "files": {name: {"sha256": entry.sha256, "size": entry.size} for name, entry in sorted(manifest.files.items())},
@@ -111,7 +112,7 @@ def parse(data: bytes) -> Manifest:
     return manifest
 
 
-def _with_digest(document: Mapping[str, Any]) -> bytes:
+def _with_digest(document: JsonMapping) -> bytes:
     try:
         digest = hashlib.sha256(strict_json.serialize(document)).hexdigest()
         return strict_json.serialize({**document, "digest": digest})
@@ -128,7 +129,7 @@ def _check_version(text: object) -> None:
         raise ManifestError(f"its format {text} is newer than {ours}, the newest that this TrieTune reads; update it")
 
 
-def _parse_info(document: Mapping[str, Any]) -> ManifestInfo:
+def _parse_info(document: JsonMapping) -> ManifestInfo:
     run_id, step, kind = document["run_id"], document["step"], document["kind"]
     metrics, details = document["metrics"], document["details"]
     if not isinstance(run_id, str) or not 0 < len(run_id) <= 200:
@@ -178,4 +179,4 @@ def _check_names(files: Mapping[str, FileEntry]) -> None:
             raise ManifestError(f"{name[:80]!r} is not a file name that a checkpoint may hold")
         twin = folded.setdefault(name.casefold(), name)
         if twin != name:
-            raise ManifestError(f"{twin!r} and {name!r} differ in upper and lower case alone")
+            raise ManifestError(f"{twin!r} and {name!r} differ only in case")

@@ -1,8 +1,8 @@
-"""Patterns over the names of a model's modules, which end in good time whoever wrote them.
+"""Patterns over the names of a model's modules, which end in good time, whatever they say.
 
 Python's own matcher needs longer than anybody lives for `(.|.)*X` on a name of sixty letters, and cannot be stopped.
-So patterns are in Python's syntax, are matched by the library `regex` under a time limit, once over all names, and what
-goes on from here are names.
+So patterns are in Python's syntax, are matched by `regex` under a time limit, once over all names, and what
+leaves here are names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import regex
+
+from trietune.io.json_types import JsonObject
 
 MAX_LETTERS = 4096
 # All names of a large model take a few milliseconds.
@@ -42,7 +44,7 @@ def matching(pattern: str, names: Sequence[str], *, whole: bool = True, seconds:
 
 def matches(
     pattern: str, names: Sequence[str], *, whole: bool = True, seconds: float = SECONDS
-) -> list[tuple[str, dict[str, Any]]]:
+) -> list[tuple[str, JsonObject]]:
     """`matching`, with the named groups of each match."""
     compiled = compile_pattern(pattern)
     match = compiled.fullmatch if whole else compiled.search
@@ -75,4 +77,4 @@ def compile_pattern(pattern: str) -> Any:
     except PatternError:
         raise
     except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
-        raise PatternError(f"is no pattern: {error}") from error
+        raise PatternError(f"is not a pattern: {error}") from error

@@ -11,6 +11,8 @@ import math
 import re
 from typing import Any
 
+from trietune.io.json_types import JsonObject
+
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 32
 
@@ -72,7 +74,7 @@ def _check_depth(data: bytes) -> None:
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()

@@ -29,7 +29,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     staging = final.with_name(f".{final.name}.staging-{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        # Left by a process that died and whose number we were given: nobody else's can carry our own.
+        # Left by a process that died and whose number we were given: no other process can carry ours.
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging

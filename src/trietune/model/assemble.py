@@ -34,12 +34,12 @@ def assemble(
     """Take `network` from `device.loading_device` to the device, and say how its parts run there.
 
     Args:
-        attention: how tries attend; None for padded rows, which keep the library's attention.
+        attention: how tries attend; None for padded rows, which keep transformers' attention.
         fused_layers: whether parts run as functions with a backward of their own, where the device gains by that.
         pack_weights: whether fused parts keep frozen weights blocked for the matrix library; `auto`: as many as fit
             into a part of the memory that is free now.
         shapes: what micro-batches are padded to, on a device of static shapes.
-        gradient_checkpointing: whether activations are computed again in the backward.
+        gradient_checkpointing: whether activations are computed again in the backward pass.
         whole: a context in which all weights of a module are here, for a network that is sharded over processes.
         why_whole_rows: the reason why tries run on whole rows, `architecture.why_whole_rows`.
     """

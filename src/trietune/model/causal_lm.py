@@ -2,7 +2,7 @@
 
     micro-batch -> decoder over all positions -> hidden states at label positions -> head -> losses
 
-The network stays the library's own: with a trie, only its attention is told what each node sees.
+The network stays transformers' own: with a trie, only its attention is told what each node sees.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class TrieModel:
 
     Args:
         network: a causal language model of transformers, on `device`, its adapter layers in place.
-        attention: how tries attend; None leaves the library's attention alone, for padded rows only.
+        attention: how tries attend; None leaves transformers' attention alone, for padded rows only.
         prunes_last: whether the network's last layer computes only `query_nodes` (`fuse_trie_layers`).
         shapes: what micro-batches are padded to, on a device that compiles a program for each shape.
         to_device: takes what belongs to the rows of a micro-batch to the device; first axis: rows.
-        recompute: runs a function that is computed again in the backward (`Device.recompute`).
+        recompute: runs a function that is computed again in the backward pass (`Device.recompute`).
         multiple_of: tries are padded to such a number of positions. Matrix products of odd sizes are slower, by a third
-            at worst, and new sizes cost the library time and memory.
+            at worst, and new sizes cost oneDNN time and memory.
         packed_bytes: what blocked copies of frozen weights may take (`pack_frozen_weights`).
         whole: a context in which all weights of a module are here, for a network that is sharded over processes.
         why_whole_rows: the reason why tries run on whole rows from the start, see `whole_rows`; None if they need not.
@@ -60,7 +60,7 @@ class TrieModel:
         prunes_last: see above; a proof that fails takes it back.
         needs_masks: some layers attend in transformers' own way under a mask, so the decoder is given one.
         can_decode: generation may keep keys and values from token to token (`evaluation.decoding`).
-        library_attention: of transformers, that the network came with.
+        library_attention: the attention of transformers that the network came with.
         whole_rows: where it is set, the network runs on the rows of a trie, laid out whole, and its products once a
             node: no layer is told what a node sees.
         why_whole_rows: the reason, for people.
@@ -96,7 +96,7 @@ class TrieModel:
         self.device = device
         self.attention = attention
         self.config = network.config.get_text_config()  # type: ignore[union-attr, operator]  # transformers is untyped
-        # Rows through the library ask for none, and some models have no heads at all.
+        # Rows through transformers ask for none, and some models have no heads at all.
         num_heads = getattr(self.config, "num_attention_heads", 1)
         self.heads = HeadShape(num_heads, getattr(self.config, "num_key_value_heads", num_heads))
         self.library_attention = str(network.config._attn_implementation)  # type: ignore[union-attr]
@@ -175,7 +175,7 @@ class TrieModel:
         self,
         input_ids: np.ndarray,
         position_ids: np.ndarray | None,
-        mask: Tensor | dict[str, Tensor],
+        mask: Tensor | dict[str, Tensor | None],
         layout: TrieLayout | StaticLayout | None,
     ) -> Tensor:
         """Hidden states [S, W, D] of tokens and positions [S, W]; `layout` says what is seen, or else `mask`."""
@@ -191,7 +191,7 @@ class TrieModel:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def mask_of(self, layout: TrieLayout | StaticLayout) -> Tensor | dict[str, Tensor]:
+    def mask_of(self, layout: TrieLayout | StaticLayout) -> Tensor | dict[str, Tensor | None]:
         """What the decoder is given as its mask next to `layout`."""
         if self.needs_masks:
             return explicit_masks(self.config, layout, self.network.dtype)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ class Head:
         """Logits [N, V] of last hidden states [N, D], with gradients."""
         network = self._network
         decoder = decoder_of(network)
-        # The token is looked at by nobody: it stands where a call must have one.
+        # The token is never looked at: it stands where a call must have one.
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden_ND.device)
         if self._kind_of_output is None:
             with torch.no_grad():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trietune.errors import EXIT_BUG, StopRequested, UserError
+from trietune.io.json_types import JsonObject
 
 _BLOB, _PATH = "$bytes", "$path"
 
@@ -33,7 +34,7 @@ def decode(message: bytes) -> Any:
     return _restored(json.loads(message[8:begin]), memoryview(message)[begin:])
 
 
-def encode_error(error: BaseException) -> dict[str, Any]:
+def encode_error(error: BaseException) -> JsonObject:
     """What another process needs to end in the same way."""
     if isinstance(error, StopRequested):
         return {"kind": "stop", "signal": error.signal_name, "exit_code": error.exit_code}
@@ -48,7 +49,7 @@ def encode_error(error: BaseException) -> dict[str, Any]:
     return {"kind": "bug", "what": f"{type(error).__name__}: {error}"}
 
 
-def error_elsewhere(found: dict[str, Any], who: str) -> Exception:
+def error_elsewhere(found: JsonObject, who: str) -> Exception:
     """The exception with which a process ends after another one, `who`, reported `found`."""
     if found["kind"] == "stop":
         return StopRequested(found["signal"], found["exit_code"])

@@ -2,7 +2,7 @@
 
     deal = deal_step(...)                        the same function on every rank
     part = ranks.mine(deal.parts)                what is computed here
-    loss, sums = ranks.add_up(parameters, ...)   gradients summed in place, a few numbers with them: one message a step
+    loss, sums = ranks.add_up(parameters, ...)   gradients summed in place, a few numbers with them: a message per step
     value = ranks.once(write)                    rank 0 writes; all get what it returned, or end as it did
 
 A rank is one of the processes of a training, numbered from 0. `ALONE` is a training in one process: each method is the
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ class Ranks:
     Attributes:
         count: processes of this training.
         has_equal_passes: whether all ranks must compute as many passes, because they hold parts of one model.
-        waiting_share: of the step before, how much of its time a rank spent waiting for the others, on average.
+        waiting_share: share of the last step that a rank spent waiting for the others, on average.
     """
 
     count = 1
@@ -54,6 +55,10 @@ class Ranks:
             The summed loss, on the device that it was on, and the summed numbers.
         """
         return loss, list(numbers)
+
+    def add_arrays(self, values: np.ndarray) -> np.ndarray:
+        """Sum a float64 array of one length over all ranks; all get the same bits."""
+        return values
 
     def level(self, items: Sequence[T], filler: T | None) -> Sequence[T]:
         """`items`, and `filler` after them until every rank has as many, where ranks must compute equal passes."""

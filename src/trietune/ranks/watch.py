@@ -26,6 +26,7 @@ from typing import Any
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # they have no other home
 
 from trietune.errors import EXIT_RANK_LOST, UserError
+from trietune.io.json_types import JsonObject
 
 BEAT_S = 2.0
 # Without a beat for this long, a process has gone or is stopped; beats continue while it computes.
@@ -45,9 +46,9 @@ class Watch:
     """This rank's place, told to the others, and theirs.
 
     Args:
-        number, count: of the ranks.
-        host, port: of the store.
-        on_lost: told the sentence when somebody is lost; by default it is printed and the process ends with code 7.
+        number, count: this rank's number, and how many there are.
+        host, port: address of the store.
+        on_lost: told the sentence when a process is lost; by default it is printed and the process ends with code 7.
 
     Attributes:
         newest_checkpoint: for the message, where there is one.
@@ -70,7 +71,7 @@ class Watch:
         self._phase, self._step, self._since = "preparing", 0, time.monotonic()
         self._slowest_step = 0.0
         self._who = f"host {socket.gethostname()}, process {os.getpid()}"
-        self._seen: dict[int, tuple[tuple[Any, ...], float, dict[str, Any]]] = {}
+        self._seen: dict[int, tuple[tuple[Any, ...], float, JsonObject]] = {}
         self._stopped = threading.Event()
         self._answered = self._began = time.monotonic()
         # A connection of its own: the main thread's may stand still in a collective.
@@ -160,8 +161,8 @@ class Watch:
                 )
                 return
 
-    def _read(self, number: int) -> dict[str, Any]:
-        place: dict[str, Any] = json.loads(self._store.get(str(number)))
+    def _read(self, number: int) -> JsonObject:
+        place: JsonObject = json.loads(self._store.get(str(number)))
         return place
 
     def _silent(self, limit_s: float) -> list[str]:
@@ -220,14 +221,14 @@ class Watch:
         whole = self.newest_checkpoint
         return UserError(
             what,
-            next_step=f"{whole} is whole; the same command with `--resume` goes on, with any number of processes"
+            next_step=f"{whole} is whole; the same command with `--resume` continues, with any number of processes"
             if whole
             else "there is no checkpoint yet; the same command starts again",
             exit_code=EXIT_RANK_LOST,
         )
 
 
-def _doing(place: dict[str, Any]) -> str:
+def _doing(place: JsonObject) -> str:
     return place["phase"] if place["phase"] == "preparing" else f"{place['phase']} step {place['step']}"
 
 

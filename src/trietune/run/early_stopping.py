@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -86,11 +87,11 @@ class EarlyStopping:
         assert self.best is not None
         return self.best - value if self.is_least_best else value - self.best
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """For a checkpoint."""
         return {"metric": self.metric, "best": self.best, "best_step": self.best_step, "waited": self.waited}
 
-    def restore(self, state: Mapping[str, Any] | None) -> bool:
+    def restore(self, state: JsonMapping | None) -> bool:
         """Go on counting from a checkpoint's `state`; False if it counted another metric, or nothing."""
         if not isinstance(state, Mapping) or state.get("metric") != self.metric:
             return False
@@ -100,7 +101,7 @@ class EarlyStopping:
         return True
 
     def begin_anew(self, say: Callable[[str], None]) -> None:
-        """Say that a resume cannot go on counting, if there is anything to count."""
+        """Say that a resume cannot continue counting, if there is anything to count."""
         if self.patience is not None:
             say(
                 "`early_stopping_patience` counts from here on: the checkpoint has no count of this metric on this data"

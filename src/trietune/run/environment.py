@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
+
+from trietune.io.json_types import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
-    from trietune.run.prepare import Prepared
+    from trietune.run.prepared import Prepared
 
 # Of each file of a base model: enough to tell two fine-tunes of one shape apart, little enough to read at every start.
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 64 * 2**10
 PACKAGES = ("trietune", "torch", "transformers", "peft", "tokenizers", "datasets", "safetensors", "numpy")
 
 
-def describe(prepared: Prepared) -> dict[str, Any]:
+def describe(prepared: Prepared) -> JsonObject:
     """Plain values for `environment.json`."""
-    import torch
-
     plan, data = prepared.plan, prepared.data
     return {
         "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
@@ -45,7 +46,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def compared(environment: Mapping[str, Any]) -> dict[str, Any]:
+def compared(environment: JsonMapping) -> JsonObject:
     """The part that decides whether a resumed run is the same training, flat."""
     names = (
         "num_threads", "world_size", "base_model", "base_revision", "base_digest", "base_weights", "data_fingerprint",
@@ -63,7 +64,7 @@ def start_adapter(prepared: Prepared) -> str | None:
     """What the adapter that training begins with is, by its content; None without one."""
     if prepared.start is None:
         return None
-    from trietune.model.adapter.start import adapter_digest
+    from trietune.model.adapter.start import adapter_digest  # imports transformers, which starts XLA devices
 
     return adapter_digest(prepared.start)
 

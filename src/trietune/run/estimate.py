@@ -1,6 +1,6 @@
 """How long a run will take, how much memory, and what that costs: from the real data's tries and a model of a step.
 
-    step = products / (FLOP a second) + what is read and written / bandwidth + operations x what it takes to start one
+    step = products / (FLOP per second) + what is read and written / bandwidth + operations x what it takes to start one
 
 A card computes while the host starts the next operations, so there the larger one of the two counts. Each quantity is a
 range, and what cannot be told is left out and named.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trietune.io.metric_names import kind_of
-from trietune.run.prepare import Prepared
+from trietune.run.prepared import Prepared
 from trietune.trie import make_micro_batches
 from trietune.trie.batch_stats import Work, measure_work
 
@@ -47,12 +47,12 @@ class Estimate:
     """What a run takes; times in seconds, each from the least to the most that is likely.
 
     Attributes:
-        step: of one optimizer step.
-        num_steps: of the run.
-        validation: of all evaluations together.
-        reference: of scoring the reference, where the objective has one.
+        step: one optimizer step.
+        num_steps: steps of the run.
+        validation: all evaluations together.
+        reference: scoring the reference, where the objective has one.
         memory: bytes of one process, at the largest micro-batch that was seen.
-        num_processes: that share each step.
+        num_processes: processes that share each step.
         flops_a_step: of all processes.
         unknown: why there is no time; None where there is one.
     """
@@ -199,7 +199,7 @@ def _validation(prepared: Prepared, model: _Model, num_processes: int) -> Range:
         return 0.0, 0.0
     answers = prepared.learning.validation
     rows = validation if answers is None else answers
-    num_during = max(plan.num_steps // settings.val_steps_freq, 0)
+    num_during = plan.num_steps // settings.val_steps_freq if settings.val_steps_freq else 0
     size = rows.num_rows if plan.eval_max_examples is None else min(plan.eval_max_examples, rows.num_rows)
     times_whole = 2 + num_during * size / max(rows.num_rows, 1)
     chosen = np.unique(np.linspace(0, rows.num_rows - 1, min(rows.num_rows, MOST_LAID_OUT)).astype(np.int64))

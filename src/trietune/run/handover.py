@@ -1,17 +1,27 @@
-"""Which prompts prove a hand-over: the run's own validation examples, or shipped ones for an adapter alone."""
+"""Which prompts prove a hand-over: the run's own validation examples, or shipped ones for an adapter without a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trietune.config import load_config
+from trietune.data import make_encoder
+from trietune.data.examples import Example, Message
+from trietune.data.load import load_split
+from trietune.data.prompt_formats import make_plain_format
+from trietune.data.templates import fill_template
 from trietune.demo import demo_reviews
 from trietune.errors import UserError
-from trietune.run.prepare import locate_base
+from trietune.io.cache_folder import cache_folder
+from trietune.model.adapter.export import base_name_of, find_adapter
+from trietune.model.handover.handover import hand_over
+from trietune.run.opening import locate_base
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from trietune.data.templates import PromptFormat
     from trietune.model.handover.gguf_files import Quantization
     from trietune.model.handover.handover import HandedOver
@@ -37,14 +47,12 @@ def export_to(
     Raises:
         UserError: what the program does not take, `out` is taken, or an export that answers otherwise.
     """
-    from trietune.model.adapter.export import base_name_of, find_adapter
-    from trietune.model.handover.handover import hand_over
 
-    def prompts(tokenizer: Any, prompt_format: PromptFormat | None) -> Sequence[Sequence[int]]:
+    def prompts(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None) -> Sequence[Sequence[int]]:
         found = _of_the_run(source, tokenizer, prompt_format, tracker)
         if not found:
             tracker.info(
-                f"no validation examples of a run here: {NUM_PROMPTS} shipped sentences prove the export instead"
+                f"no run with validation examples here: {NUM_PROMPTS} built-in sentences check the export instead"
             )
             found = shipped_prompts(tokenizer, prompt_format)
         return [prompt[-LONGEST_PROMPT:] for prompt in found]
@@ -63,15 +71,11 @@ def export_to(
 
 
 def _of_the_run(
-    source: Path, tokenizer: Any, prompt_format: PromptFormat | None, tracker: Tracker
+    source: Path, tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None, tracker: Tracker
 ) -> Sequence[Sequence[int]]:
-    """Prompts of the run's first validation examples; none for an adapter alone, or if the data has moved away."""
+    """Prompts of the run's first validation examples; none for an adapter without a run, or if its data has moved."""
     if prompt_format is None or not (source / "config.yaml").is_file():
         return ()
-    from trietune.data import make_encoder
-    from trietune.data.load import load_split
-    from trietune.io.cache_folder import cache_folder
-
     try:
         sequences, _ = load_split(
             load_config(source / "config.yaml", ()),
@@ -91,13 +95,8 @@ def _of_the_run(
     return [encoder.encode_prompt(sequences.examples[index]) for index in range(count)]
 
 
-def shipped_prompts(tokenizer: Any, prompt_format: PromptFormat | None) -> list[list[int]]:
+def shipped_prompts(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None) -> list[list[int]]:
     """Twenty sentences that come with TrieTune, in the adapter's prompt format or as they are."""
-    from trietune.data import make_encoder
-    from trietune.data.examples import Example, Message
-    from trietune.data.prompt_formats import make_plain_format
-    from trietune.data.templates import fill_template
-
     lines = (demo_reviews() / "dev.tsv").read_text("utf-8").splitlines()[1 : NUM_PROMPTS + 1]
     sentences = [line.split("\t")[0].strip() for line in lines]
     used = prompt_format or make_plain_format(tokenizer)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trietune.config import load_config
 from trietune.device.doctor import Examination, Finding
 from trietune.errors import UserError
-from trietune.run.prepare import adapter_arguments, uncovered
+from trietune.run.describing import adapter_arguments, uncovered
 
 if TYPE_CHECKING:
     from trietune.model.base.folder import ModelFolder
@@ -83,7 +83,7 @@ def _config_of(name: str, kept: Path, report: Callable[[str], None]) -> ModelFol
         raise UserError(f"`{name}`: its config.json is not JSON: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("model_type"), str):
         raise UserError(
-            f"`{name}`: its config.json names no `model_type`, so nobody can tell what model it is",
+            f"`{name}`: its config.json names no `model_type`, so it is not clear what model it is",
             next_step="take config.json from the page that the weights come from",
         )
     (kept / "config.json").write_bytes(data)
@@ -179,7 +179,7 @@ def _adapters(shape: NetworkShape, settings: Any) -> list[Finding]:
 
 def _memory(shape: NetworkShape, dtype: Any) -> Finding:
     from trietune.device.memory import bytes_per_position
-    from trietune.run.prepare import BYTES_PER_TRAINED_PARAMETER
+    from trietune.run.planning import BYTES_PER_TRAINED_PARAMETER
 
     position = bytes_per_position(
         shape.config, dtype, widths=shape.widths, is_fused=shape.why_whole_rows is None and shape.refusal is None

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from trietune.io.json_types import JsonMapping
+
 Metrics = Mapping[str, float | int | None]
 
 
@@ -25,8 +27,8 @@ class RunStarted:
     directory: Path
     num_steps: int
     first_step: int
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
+    config: JsonMapping
+    environment: JsonMapping
     plan: Sequence[tuple[str, str]] = ()
 
 
@@ -68,9 +70,9 @@ class StepFinished:
 class Evaluated:
     """One evaluation, named `eval/...`; `when` is `before`, `during` or `after` training.
 
-    Shares (`eval/accuracy`, `eval/exact_match`, `eval/f1`, ...) are fractions from 0 to 1. `intervals` are 95 %
+    Shares (`eval/accuracy`, `eval/exact_match`, `eval/f1`, ...) are fractions from 0 to 1. `intervals` are 95%
     intervals in the unit of their metric, under the same names. `weights_step` is the step whose weights were
-    measured, where an earlier checkpoint won: then the values are no point of a curve at `step`.
+    measured, where an earlier checkpoint won: then the values are not points of a curve at `step`.
     """
 
     step: int
@@ -113,9 +115,9 @@ class Prediction:
 
     Attributes:
         is_right: None where there is no right answer.
-        probabilities: of each label by its short name.
+        probabilities: probability of each label, by its short name.
         f1: of an answer; None for labels.
-        kind: of a question: `answerable` or `unanswerable`.
+        kind: kind of a question: `answerable` or `unanswerable`.
     """
 
     id: str
@@ -179,7 +181,7 @@ class RunFinished:
     status: Literal["finished", "stopped", "failed"]
     step: int
     seconds: float
-    summary: Mapping[str, Any]
+    summary: JsonMapping
     next_commands: Sequence[str] = ()
 
 

@@ -25,7 +25,10 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from trietune.io import files
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.tracking.events import (
     Evaluated,
     Event,
@@ -104,14 +107,14 @@ class FilesListener:
             num_waiting = sum(file.num_waiting for file in self._files.values())
             raise StillTrying(f"{error.strerror or error} ({num_waiting} lines wait in memory)") from error
 
-    def _said(self, said: Message) -> dict[str, Any]:
+    def _said(self, said: Message) -> JsonObject:
         return {"event": said.level, "step": self._step, "time": self._time(), "text": said.text}
 
     def _time(self) -> float:
         return round(self._now(), 3)
 
-    def _lines_of(self, event: Event) -> list[tuple[str, dict[str, Any]]]:
-        head: dict[str, Any]
+    def _lines_of(self, event: Event) -> list[tuple[str, JsonObject]]:
+        head: JsonObject
         stamp = {"time": self._time()}
         match event:
             case RunStarted():
@@ -205,7 +208,7 @@ class LineFile:
         self._size_bytes = os.fstat(self._descriptor).st_size
 
 
-def to_json_line(record: Mapping[str, Any]) -> bytes:
+def to_json_line(record: JsonMapping) -> bytes:
     """`record` as one line of strict JSON: what is not finite becomes null, what JSON does not know becomes text."""
     text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
     for char in "\x85\u2028\u2029":  # line breaks to some readers, though not to JSON
@@ -213,7 +216,7 @@ def to_json_line(record: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def prediction_record(prediction: Prediction) -> dict[str, Any]:
+def prediction_record(prediction: Prediction) -> JsonObject:
     """What every prediction has, and of the rest what this one has."""
     record = asdict(prediction)
     return {name: value for name, value in record.items() if name not in _ONLY_IF_THERE or value not in ("", None, {})}
@@ -236,10 +239,8 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def write_settings(directory: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+def write_settings(directory: Path, config: JsonMapping, environment: JsonMapping) -> None:
     """Write `config.yaml` and `environment.json`, each whole or not at all."""
-    from ruamel.yaml import YAML
-
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False

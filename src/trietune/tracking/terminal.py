@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from trietune.io.json_types import JsonObject
 from trietune.tracking.jsonl import plain
 from trietune.tracking.wording import visible
 
@@ -23,7 +24,7 @@ def write_text(stream: TextIO, text: str) -> None:
     stream.flush()
 
 
-def write_json(stream: TextIO, record: dict[str, Any]) -> None:
+def write_json(stream: TextIO, record: JsonObject) -> None:
     """Write `record` as one line of strict JSON and flush, control characters escaped as JSON does."""
     text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
     if not text.isprintable():

@@ -19,16 +19,16 @@ def is_share(key: str) -> bool:
 
 
 def metric_value(key: str, value: float | int | None) -> str:
-    """`0.875` as `87.5 %` for a share, four significant digits for the rest, `-` for what was not measured."""
+    """`0.875` as `87.5%` for a share, four significant digits for the rest, `-` for what was not measured."""
     if value is None or not math.isfinite(value):
         return "-" if value is None else "not finite"
     if is_share(key):
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}%"
     return f"{value:,}" if isinstance(value, int) else number(value)
 
 
 def interval(key: str, low: float, high: float) -> str:
-    """A 95 % interval in the unit of its metric, without the unit: `85.1 to 89.6`."""
+    """A 95% interval in the unit of its metric, without the unit: `85.1 to 89.6`."""
     if is_share(key):
         return f"{100 * low:.1f} to {100 * high:.1f}"
     return f"{number(low)} to {number(high)}"
@@ -45,7 +45,7 @@ def number(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Examples or tokens a second: `8.5`, `360`, `1,240`."""
+    """Examples or tokens per second: `8.5`, `360`, `1,240`."""
     return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
@@ -60,7 +60,8 @@ def size(num_bytes: float) -> str:
     """Decimal units, as disks and downloads are sold: `1.3 GB`."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
+            count = num_bytes / factor
+            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
     return f"{num_bytes:.0f} bytes"
 
 

@@ -2,7 +2,7 @@
 
 An adapter has hundreds of small tensors. Gradient norm, clipping and update cost an operation or more on each of them;
 of a short step on CPU that is a twentieth. Here the parameters are views of one buffer, and so are their gradients, so
-whoever knows the parameters by name goes on knowing them, and the optimizer knows one.
+code that knows the parameters by name keeps working, and the optimizer knows one.
 
     parameters   A B A B ...   views of   [ A | B | A | B | ... ]     the one parameter of the optimizer
     .grad        A B A B ...   views of   [ A | B | A | B | ... ]     its gradient, zeroed instead of dropped
@@ -10,11 +10,13 @@ whoever knows the parameters by name goes on knowing them, and the optimizer kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from trietune.io.json_types import JsonMapping, JsonObject
 
 # Numbers of a tensor beyond which its own operations cost more than calling them: whole layers that are trained.
 LARGEST = 4_000_000
@@ -41,10 +43,10 @@ class FlatAdamW(torch.optim.AdamW):
         """Zero the gradient; it stays where it is, whatever `set_to_none` asks."""
         super().zero_grad(set_to_none=False)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         whole = super().state_dict()
         count = len(self._shapes)
-        state: dict[int, dict[str, Any]] = {}
+        state: dict[int, JsonObject] = {}
         for key, value in whole["state"].get(0, {}).items():
             is_alike = isinstance(value, Tensor) and value.shape == self._whole.shape
             pieces = self._split(value) if is_alike else [value] * count
@@ -53,7 +55,7 @@ class FlatAdamW(torch.optim.AdamW):
         groups = [{**group, "params": list(range(count))} for group in whole["param_groups"]]
         return {**whole, "state": state, "param_groups": groups}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: JsonMapping) -> None:
         """Take the state of every parameter, or of none.
 
         Raises:

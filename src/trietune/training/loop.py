@@ -28,14 +28,15 @@ from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
 from trietune.model.causal_lm import TrieModel
 from trietune.ranks.ranks import ALONE, Ranks
-from trietune.training.gradients import MicroBatchTooLargeError
+from trietune.training.gradients import MicroBatchTooLargeError, TooLargeElsewhereError
 from trietune.training.loss_scale import LossScale
 from trietune.training.objectives.learning import Learn, Work
 from trietune.training.objectives.sft import learn_labels
-from trietune.training.optimizer import Schedule, make_state
+from trietune.training.optimizer import make_state
 from trietune.training.pending_losses import PendingLosses
 from trietune.training.prefetch import ahead_thread, prefetch
 from trietune.training.sampler import Sampler
+from trietune.training.schedule import Schedule
 from trietune.trie import MicroBatch, total_weight
 from trietune.trie.dealing import Deal
 
@@ -51,14 +52,14 @@ class Step:
         number: steps taken so far, this one included; the first is 1.
         epoch: passes over the data so far, as a fraction.
         loss: mean `-log p` over the labels of the step, before the update; None where it was not read.
-        learning_rate: of this update.
+        learning_rate: rate of this update.
         grad_norm: length of the gradient before clipping; None where it was not read.
         sequence_indices: the step's examples (rows of the data), in the order drawn.
         num_labels: label tokens, repeated ones counted each time.
         num_tokens: positions of plain rows without padding.
         num_positions: positions computed: distinct tokens on a trie.
         num_micro_batches: forward and backward passes, of all processes together, as are positions and tokens.
-        deal: of the examples over processes; None in one.
+        deal: how the examples were dealt over processes; None for one process.
         num_stopping: processes that wanted to stop when the step's numbers were added up.
         metrics: what else the objective tells of the step, by the names that TRL gives them: `rewards/margins`.
     """
@@ -86,7 +87,7 @@ class StepRange:
         num_steps: steps of the whole run.
         first_step: steps already taken (0 unless resumed).
         batches_per_step: batches that one optimizer step accumulates.
-        learning_rate: of step `n`, counted from 0.
+        learning_rate: rate of step `n`, counted from 0.
     """
 
     num_steps: int
@@ -112,25 +113,26 @@ def training_steps(
     learn: Learn = learn_labels,
     ranks: Ranks = ALONE,
     deal: Callable[[np.ndarray], Deal] | None = None,
+    make_part: Callable[[np.ndarray], Sequence[MicroBatch]] | None = None,
     wants_stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Step, None, None]:
     """Take the steps `step_range.first_step + 1 .. num_steps`, yielding each.
 
     Args:
         make_micro_batches: cuts the sequences of one batch into micro-batches; called in another thread.
-        seed: of dropout, which is drawn anew from (seed, step) at each step, so that no random state outlives a step.
+        seed: seed of dropout, which is drawn from (seed, step) at each step, so that no random state outlives one.
         max_grad_norm: longer gradients are shortened to this length.
         before_update: called with the step's number when all gradients are there, before the optimizer uses them.
         cut_smaller: told of a micro-batch that did not fit; from then on `make_micro_batches` cuts smaller ones, and
             the step is taken again from its beginning. Its result is the same up to rounding, but with dropout, whose
             draws follow the cut.
-        device: that the model is on; None for one that runs each operation when it is called.
+        device: device that the model is on; None for one that runs each operation when it is called.
         loss_scale: for a base model in fp16. A step whose gradients it made infinite is taken again, with half of it.
         is_read: on a device that does not read every step, whether step `number` (from 1) is read.
-        learn: what is learnt from a step's micro-batches (`trietune.training.objectives`). Over several processes one
-            whose divisor is the number of labels: each process learns its part.
+        learn: what is learned from a step's micro-batches (`trietune.training.objectives`).
         ranks: the processes that share each step.
-        deal: over several processes, who computes which of a step's sequences; called in another thread.
+        deal: over several processes, who computes which of the sequences of a step's rows; called in another thread.
+        make_part: cuts dealt sequences into micro-batches; by default `make_micro_batches`, for rows of one sequence.
         wants_stop: whether this process wants to stop after the step; told to all as `Step.num_stopping`.
 
     Raises:
@@ -158,7 +160,7 @@ def training_steps(
         device.end_step()
 
     def lay_out(number: int) -> _StepLayout:
-        return _lay_out(number, sampler, step_range, make_micro_batches, ranks, deal)
+        return _lay_out(number, sampler, step_range, make_micro_batches, ranks, deal, make_part or make_micro_batches)
 
     number = step_range.first_step
     with ahead_thread() as thread:
@@ -197,6 +199,7 @@ def _lay_out(
     make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]],
     ranks: Ranks,
     deal: Callable[[np.ndarray], Deal] | None,
+    make_part: Callable[[np.ndarray], Sequence[MicroBatch]],
 ) -> _StepLayout:
     steps_per_epoch = -(-sampler.batches_per_epoch // step_range.batches_per_step)
     epoch, step_in_epoch = divmod(number, steps_per_epoch)
@@ -205,8 +208,10 @@ def _lay_out(
     batches = [sampler.batch(epoch, b) for b in range(first_batch, last_batch)]
     indices = np.concatenate(batches)
     dealt = None if deal is None else deal(indices)
-    mine = batches if dealt is None else [ranks.mine(dealt.parts)]
-    micro_batches = [micro_batch for batch in mine for micro_batch in make_micro_batches(batch)]
+    if dealt is None:
+        micro_batches = [micro_batch for batch in batches for micro_batch in make_micro_batches(batch)]
+    else:
+        micro_batches = [*make_part(ranks.mine(dealt.parts))]
     return _StepLayout(
         number,
         epoch + (step_in_epoch + 1) / steps_per_epoch,
@@ -214,18 +219,18 @@ def _lay_out(
         micro_batches,
         total_weight(micro_batches) if dealt is None else dealt.num_labels,
         dealt,
-        _weightless(micro_batches, dealt, make_micro_batches) if dealt is not None and ranks.has_equal_passes else None,
+        _weightless(micro_batches, dealt, make_part) if dealt is not None and ranks.has_equal_passes else None,
     )
 
 
 def _weightless(
-    own: Sequence[MicroBatch], dealt: Deal, make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]]
+    own: Sequence[MicroBatch], dealt: Deal, make_part: Callable[[np.ndarray], Sequence[MicroBatch]]
 ) -> MicroBatch | None:
     """A micro-batch that counts for nothing, for a process that has fewer of them than others: one of its own, if any.
 
     None in a step that computes nothing anywhere.
     """
-    some = [*own] or [mb for part in dealt.parts if len(part) for mb in make_micro_batches(part[:1])]
+    some = [*own] or [mb for part in dealt.parts if len(part) for mb in make_part(part[:1])]
     return replace(some[0], label_weight=np.zeros_like(some[0].label_weight)) if some else None
 
 
@@ -294,7 +299,7 @@ class _Stepper:
             optimizer.step()
         else:
             self.loss_scale.update(optimizer)
-        # Where steps are programs, gradients stay the same tensors: made anew, they would be another program.
+        # Where steps are programs, gradients stay the same tensors: made again, they would be another program.
         optimizer.zero_grad(set_to_none=not device.has_static_shapes)
         device.end_step()
         if not device.reads_every_step and self.is_read(number + 1):
@@ -348,6 +353,8 @@ class _Stepper:
             self.loss_scale,
             divisor=None if layout.deal is None else layout.divisor,
             fillers=fillers,
+            ranks=self.ranks,
+            filler=layout.filler,
         )
         try:
             learnt = self.learn(self.model, work)
@@ -358,6 +365,8 @@ class _Stepper:
             if layout.deal is None or self.ranks.has_equal_passes:
                 raise
             too_large = [error.num_positions, error.longest]
+            loss = self.model.to_device(torch.zeros(1))[0]
+        except TooLargeElsewhereError:
             loss = self.model.to_device(torch.zeros(1))[0]
         counts = (
             total_weight(layout.micro_batches),

@@ -1,4 +1,4 @@
-"""Training in fp16: the loss is multiplied before the backward, so that small gradients are no zeros there.
+"""Training in fp16: the loss is multiplied before the backward pass, so that small gradients do not underflow.
 
     loss x scale -> backward in fp16 -> gradients / scale, in fp32 -> clip -> update
                                         | some are infinite: the scale was too large
@@ -12,11 +12,11 @@ depend on the scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from trietune.io.json_types import JsonMapping, JsonObject
 
 # A scale below which gradients are not too large for fp16, but infinite in themselves.
 SMALLEST_SCALE = 1.0
@@ -26,16 +26,16 @@ class LossScale:
     """The scale of a run; holds it over steps.
 
     Args:
-        device: of the gradients.
-        state: of an earlier one, to go on from.
+        device: device of the gradients.
+        state: state of an earlier one, to continue from.
     """
 
-    def __init__(self, device: torch.device, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, device: torch.device, state: JsonMapping | None = None) -> None:
         self._scaler = torch.amp.GradScaler(device.type)
         if state is not None:
             self._scaler.load_state_dict(dict(state))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """Plain numbers, for a checkpoint."""
         return dict(self._scaler.state_dict())
 
@@ -49,7 +49,7 @@ class LossScale:
         self._scaler.unscale_(optimizer)
 
     def has_overflowed(self, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Whether the gradients are infinite for the scale alone, not for the loss or what it is made of."""
+        """Whether the gradients are infinite only because of the scale, not for the loss or what it is made of."""
         is_too_large = math.isfinite(float(loss)) and not math.isfinite(float(grad_norm))
         return is_too_large and self._scaler.get_scale() > SMALLEST_SCALE
 

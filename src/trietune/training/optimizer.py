@@ -1,26 +1,30 @@
-"""Optimizers by the names of the field, and the learning rate as a function of the step."""
+"""Optimizers by the names of the field."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from trietune.device import Device
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
 from trietune.training.flat_adamw import FlatAdamW, can_be_flat
-
-Schedule = Callable[[int], float]
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float, device: Device
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    device: Device,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """The optimizer that `optim` names, over the adapter's parameters.
+    """The optimizer that `optim` names, over the adapter's parameters; `betas` and `eps` are AdamW's.
 
     `adamw` takes PyTorch's fused kernel where the device has one; `adamw_torch` does not, `adamw_torch_fused` insists.
 
@@ -33,14 +37,15 @@ def build_optimizer(
             next_step=" or ".join(f"`--set optim={other}`" for other in device.optimizers),
         )
     parameters = list(parameters)
-    common: dict[str, Any] = {"lr": device.learning_rate(learning_rate), "weight_decay": weight_decay}
+    common: JsonObject = {"lr": device.learning_rate(learning_rate), "weight_decay": weight_decay}
+    adamw = {**common, "betas": betas, "eps": eps}
     match name:
         case "adamw_torch":
-            return _adamw(parameters, device, {**common, **device.adamw})
+            return _adamw(parameters, device, {**adamw, **device.adamw})
         case "adamw_torch_fused":
-            return _adamw(parameters, device, {**common, "fused": True})
+            return _adamw(parameters, device, {**adamw, "fused": True})
         case "adamw":
-            return _adamw(parameters, device, {**common, **device.fastest_adamw})
+            return _adamw(parameters, device, {**adamw, **device.fastest_adamw})
         case "sgd":
             return torch.optim.SGD(parameters, **common)
         case "adafactor":
@@ -50,21 +55,19 @@ def build_optimizer(
         case "adagrad":
             return torch.optim.Adagrad(parameters, **common)
         case "adamw_8bit" | "paged_adamw_8bit":
-            return _eight_bit(name, parameters, common, device)
+            return _eight_bit(name, parameters, adamw, device)
         case _:
             raise ValueError(f"no optimizer is called {name!r}")
 
 
-def _adamw(parameters: list[nn.Parameter], device: Device, options: dict[str, Any]) -> torch.optim.AdamW:
+def _adamw(parameters: list[nn.Parameter], device: Device, options: JsonObject) -> torch.optim.AdamW:
     # Where steps are programs, a parameter that is a view of another is one more thing to trace.
     if device.has_static_shapes or not can_be_flat(parameters):
         return torch.optim.AdamW(parameters, **options)
     return FlatAdamW(parameters, **options)
 
 
-def _eight_bit(
-    name: str, parameters: list[nn.Parameter], common: dict[str, Any], device: Device
-) -> torch.optim.Optimizer:
+def _eight_bit(name: str, parameters: list[nn.Parameter], common: JsonObject, device: Device) -> torch.optim.Optimizer:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
             f"`optim: {name}` needs bitsandbytes, which is not installed",
@@ -95,26 +98,3 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-
-
-def learning_rate_schedule(kind: str, *, peak: float, num_steps: int, num_warmup_steps: int) -> Schedule:
-    """The learning rate of each step, counted from 0; formulas as in transformers' `get_scheduler`.
-
-    `constant`, `linear` and `cosine` all rise in a line over `num_warmup_steps` first.
-    """
-
-    def at(step: int) -> float:
-        if step < num_warmup_steps:
-            return peak * step / max(1, num_warmup_steps)
-        done = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
-        match kind:
-            case "constant":
-                return peak
-            case "linear":
-                return peak * max(0.0, 1 - done)
-            case "cosine":
-                return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
-            case _:
-                raise ValueError(f"no schedule is called {kind!r}")
-
-    return at

@@ -1,14 +1,14 @@
-"""The optimizer's state as named tensors, and back, so that a resumed run goes on bit for bit.
+"""The optimizer's state as named tensors, and back, so that a resumed run continues bit for bit.
 
 state.0.exp_avg   state.0.exp_avg_sq   state.0.step   state.1.exp_avg ...      one number a parameter, in order
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from trietune.io.json_types import JsonObject
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]
     """
     own = optimizer.state_dict()
     num_parameters = sum(len(group["params"]) for group in own["param_groups"])
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[int, JsonObject] = {}
     for name, tensor in named.items():
         _, index, key = name.split(".", 2)
         # A plain number was stored as a float64 scalar; optimizers keep their own scalars in float32.

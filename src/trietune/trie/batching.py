@@ -19,6 +19,8 @@ Batching = Literal["trie", "packed", "padded"]
 # A micro-batch costs something before its first node (kernel launches, the optimizer's reads of the weights), here
 # expressed in nodes: repeating fewer than this many nodes is not worth one micro-batch more.
 NODES_WORTH_A_MICRO_BATCH = 64
+# As `max_positions`: a batch is never cut.
+UNBOUNDED = 2**31
 
 
 @runtime_checkable
@@ -80,7 +82,7 @@ def make_micro_batches(
     """Cut the batch of `sequences[indices]` into micro-batches of at most `max_positions` positions.
 
     A single sequence longer than `max_positions` becomes a micro-batch of its own. Sequences without a label are
-    computed by nobody and appear in no micro-batch; a batch of nothing else gives an empty list.
+    never computed and appear in no micro-batch; a batch of nothing else gives an empty list.
     """
     batch = gather(sequences, np.asarray(indices, np.int64))
     lengths = num_nodes_alone(batch.labels, batch.offsets)

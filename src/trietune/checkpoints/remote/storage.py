@@ -14,12 +14,13 @@ import importlib
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from trietune.errors import UserError
 from trietune.io import files
+from trietune.io.json_types import JsonMapping, JsonObject
 
 PROTOCOLS = {"s3": "s3", "gcs": "gcs", "azure": "abfs"}
 _PACKAGES = {"s3": "s3fs", "gcs": "gcsfs", "gs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
@@ -51,7 +52,7 @@ class Storage(Protocol):
     def exists(self, key: str) -> bool: ...
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove keys, in this order; those that are gone already are no error."""
+        """Remove keys, in this order; those that are gone already are not an error."""
         ...
 
     def discard_unfinished(self, prefix: str) -> int:
@@ -128,7 +129,7 @@ class FsspecStorage:
 
     is_atomic = False
 
-    def __init__(self, protocol: str, remote_path: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, protocol: str, remote_path: str, options: JsonMapping | None = None) -> None:
         self.protocol = protocol
         self.root = re.sub(r"^[a-z0-9+.-]+://", "", remote_path).strip("/")
         self.location = f"{protocol}://{self.root}"
@@ -195,7 +196,7 @@ class FsspecStorage:
         return self._opened
 
 
-def _open_system(protocol: str, options: Mapping[str, Any]) -> Any:
+def _open_system(protocol: str, options: JsonMapping) -> Any:
     package = _PACKAGES.get(protocol)
     try:
         import fsspec
@@ -213,7 +214,7 @@ def _open_system(protocol: str, options: Mapping[str, Any]) -> Any:
             f"`storage_backend: {protocol}` is unknown",
             next_step="storage_backend: local, s3, gcs, azure, hf, or a protocol that fsspec knows",
         ) from error
-    settings: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False, **options}
+    settings: JsonObject = {"skip_instance_cache": True, "use_listings_cache": False, **options}
     if protocol == "s3":
         settings["config_kwargs"] = {
             "retries": {"total_max_attempts": 1},

@@ -19,7 +19,7 @@ from trietune.errors import UserError
 from trietune.io.causes import first_line
 
 TENSTORRENT_TYPE = "TT"
-# What answers when nobody chose: torch_xla's own client for the host's processor.
+# What answers when no device is chosen: torch_xla's own client for the host's processor.
 FALLBACK_TYPE = "CPU"
 WITHOUT_XLA = "`--set device=cpu` trains without XLA"
 INSTALL_TORCH_XLA = "pip install torch==2.9.0 torch_xla==2.9.0, in an environment of its own"
@@ -63,7 +63,7 @@ def start_runtime(device_type: str, where: str, *, is_mesh: bool) -> torch.devic
         if is_mesh:
             runtime.use_spmd()
         device: torch.device = torch_xla.device()
-        runtime.global_runtime_device_count()  # a mesh's device is a name until somebody asks for the real ones
+        runtime.global_runtime_device_count()  # a mesh's device is a name until the real ones are asked for
         # A backward on the host before XLA starts breaks every backward on the device: autograd counts devices once.
         torch.ones(1, device=device, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
@@ -83,7 +83,7 @@ def _explained(error: RuntimeError, device_type: str, where: str) -> UserError:
     text, line = str(error), first_line(error)
     if "device_ready_queues_" in text or "after XLA runtime is initialized" in text or "use_spmd" in text:
         return UserError(
-            f"the device {device_type} cannot be started any more: this process has computed on another one before",
+            f"the device {device_type} can no longer be started: this process has already computed on another device",
             where=where,
             next_step="start a new process and use this device in it first",
         )
@@ -100,7 +100,7 @@ def _explained(error: RuntimeError, device_type: str, where: str) -> UserError:
         return UserError(
             f"the plug-in for {device_type} is installed, but its library cannot be opened",
             where=f"{where}; {line}",
-            next_step=f"install the plug-in and the card's driver again; or {WITHOUT_XLA}",
+            next_step=f"reinstall the plug-in and the card's driver; or {WITHOUT_XLA}",
         )
     return UserError(
         f"the device {device_type} could not be started: {line}",

@@ -15,9 +15,9 @@ from peft import LoraConfig
 
 from trietune.errors import UserError
 from trietune.io import strict_json
+from trietune.io.adapter_place import CONFIG_FILE as CONFIG_FILE
 from trietune.io.name_patterns import PatternError, compile_pattern
 
-CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 * 2**20
 MAX_RANK = 4096
 _MAX_TEXT = 4096
@@ -170,7 +170,7 @@ def parse_config(data: bytes, *, where: str) -> LoraConfig:
     except strict_json.NotStrict as error:
         raise UserError(f"`{where}` cannot be read: {error}") from error
     if not isinstance(document, dict):
-        raise UserError(f"`{where}` is not an adapter's configuration: it is no JSON object")
+        raise UserError(f"`{where}` is not an adapter's configuration: it is not a JSON object")
     if missing := [key for key in _REQUIRED if key not in document]:
         raise UserError(f"`{where}` is not an adapter's configuration: `{missing[0]}` is missing")
     for key, value in document.items():

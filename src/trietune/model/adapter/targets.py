@@ -236,7 +236,7 @@ def _is_allowed(network: nn.Module, name: str) -> bool:
 
 
 def _gives_one_tensor(module: nn.Module) -> bool:
-    """Whether the layer's forward gives the product alone: routers of some families are linear layers that give more.
+    """Whether the layer's forward gives only the product: routers of some families are linear layers that give more.
 
     Tried on a copy without weights, so that a class of any name is understood.
     """
@@ -257,7 +257,7 @@ def _gives_one_tensor(module: nn.Module) -> bool:
 
 
 def _is_router_weight(target: str, network: nn.Module, routers: Sequence[str]) -> bool:
-    """Whether a name of PEFT's ends the weights of routers alone."""
+    """Whether a name of PEFT's ends only the weights of routers."""
     met = [name for name, _ in network.named_parameters() if name == target or name.endswith(f".{target}")]
     return all(name.rpartition(".")[0] in routers for name in met)
 
@@ -270,7 +270,7 @@ def _check_parameters(network: nn.Module, names: Sequence[str]) -> None:
             raise UserError(
                 f"`lora_target_parameters`: no parameter of this model is called `{target}`",
                 where=f"its experts are {', '.join(experts)}" if experts else "it has no experts in one parameter",
-                next_step=f"lora_target_parameters: [{', '.join(experts)}]" if experts else "take the key out",
+                next_step=f"lora_target_parameters: [{', '.join(experts)}]" if experts else "remove the key",
             )
         for name, parameter in met:
             owner = network.get_submodule(name.rpartition(".")[0])
@@ -305,14 +305,16 @@ class Coverage:
 
     Attributes:
         num_weights: in matrices of the layers.
-        num_adapted: of these, in matrices with an adapter or trained whole.
+        num_adapted: how many of these are in matrices with an adapter or trained whole.
         without: share of `num_weights` by group without an adapter, `mlp.experts.gate_up_proj` and the like, the
             largest first; routers are not among them.
+        routers: the routers' groups without an adapter.
     """
 
     num_weights: int
     num_adapted: int
     without: tuple[tuple[str, float], ...]
+    routers: tuple[str, ...]
 
     @property
     def share(self) -> float:
@@ -332,6 +334,7 @@ def measure_coverage(network: nn.Module) -> Coverage:
     routers = {name.replace(".base_layer", "") for name in find_routers(network)}
     num_weights = num_adapted = 0
     without: Counter[str] = Counter()
+    left_out: dict[str, None] = {}
     seen: set[int] = set()
     for name, parameter in network.named_parameters():
         plain = name.replace(".base_layer", "")
@@ -342,10 +345,12 @@ def measure_coverage(network: nn.Module) -> Coverage:
         num_weights += parameter.numel()
         if id(parameter) in adapted or ".original_module" in name:
             num_adapted += parameter.numel()
-        elif plain.rpartition(".")[0] not in routers:
+        elif plain.rpartition(".")[0] in routers:
+            left_out[_group(plain)] = None
+        else:
             without[_group(plain)] += parameter.numel()
     shares = tuple((name, count / max(num_weights, 1)) for name, count in without.most_common())
-    return Coverage(num_weights, num_adapted, shares)
+    return Coverage(num_weights, num_adapted, shares, tuple(left_out))
 
 
 def _outside_layers(network: nn.Module) -> set[int]:

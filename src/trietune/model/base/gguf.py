@@ -5,7 +5,7 @@ moves is not converted again and one that changes is never mistaken for its form
 are kept with it and compared at each use: a folder that has changed since is made again.
 
 Weights are stored in bfloat16, except those of a file that is itself fp32 or fp16. A block format such as Q4_1 is off
-the original weights by several per cent; rounding its values to bfloat16 adds 0.14 % (measured on SmolLM2-135M,
+the original weights by several per cent; rounding its values to bfloat16 adds 0.14% (measured on SmolLM2-135M,
 relative norm, worst tensor). In return the folder is half as large, and it is mapped into memory in the dtype that
 training uses, without a conversion.
 """
@@ -22,12 +22,15 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trietune.errors import UserError
-from trietune.io.cache_folder import cache_folder
+from trietune.io.cache_folder import cache_folder, mark_used
 from trietune.io.causes import first_line
 from trietune.io.whole_folder import whole_folder, write_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Part of the folder's name: a change of what is written here must not meet folders of an older version.
 _LAYOUT = "2"
@@ -71,11 +74,12 @@ def convert_gguf(file: Path, *, report: Callable[[str], None] = lambda text: Non
             _convert(file, staging)
             if _check_and_hash(file) != digest:
                 raise UserError(
-                    f"`{file}` was written to while it was converted",
+                    f"`{file}` changed while it was being converted",
                     where="nothing was kept",
                     next_step="wait until the file is complete, then run the same command again",
                 )
             (staging / _DIGESTS).write_text(json.dumps(_digests(staging), indent=1) + "\n")
+    mark_used(folder)
     weights = {name: digest for name, digest in _recorded(folder).items() if name.endswith(".safetensors")}
     return Converted(folder, digest, hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest())
 
@@ -141,8 +145,8 @@ def _convert(file: Path, folder: Path) -> None:
             where=f"architecture `{metadata.get('general.architecture', 'unknown')}`",
             next_step="use the model's safetensors instead: its hub id or a folder as `model_name`",
         ) from error
-    _restore_pre_tokenizer(tokenizer, str(metadata.get("tokenizer.ggml.pre", "")))
-    # A title that the file's author gave it; the library would take it for a place to load from.
+    _restore_pre_tokenizer(cast("PreTrainedTokenizerFast", tokenizer), str(metadata.get("tokenizer.ggml.pre", "")))
+    # A title that the file's author gave it; transformers would take it for a place to load from.
     vars(network.config).pop("_model_name_or_path", None)
     with redirect_stderr(io.StringIO()):
         network.save_pretrained(folder)
@@ -171,7 +175,7 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
                 kinds[tensor.tensor_type.name] += int(tensor.n_elements)
     except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
         raise UserError(
-            f"`{file}` is damaged or only a part of a download: {first_line(error).rstrip('.')}",
+            f"`{file}` is damaged or only partly downloaded: {first_line(error).rstrip('.')}",
             where=f"{file.stat().st_size:,} bytes",
             next_step="download it again and compare its size with the page that it comes from",
         ) from error
@@ -185,8 +189,8 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
     return metadata, "float16" if set(kinds) <= {"F32", "F16"} else "bfloat16"
 
 
-def _restore_pre_tokenizer(tokenizer: Any, name: str) -> None:
-    """The splitting rule that the file names but the library's converter leaves at GPT-2's.
+def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """The splitting rule that the file names but transformers' converter leaves at GPT-2's.
 
     SmolLM splits every digit off before anything else; without that, two spaces before a number become other tokens
     than those the model was trained on.

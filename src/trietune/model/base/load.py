@@ -1,6 +1,6 @@
 """A base model from a local folder into memory.
 
-Weights come from safetensors alone and code from transformers alone: what a folder brings as Python is never run.
+Weights come only from safetensors and code only from transformers: what a folder brings as Python is never run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load_network(
         load_in_4bit: linear layers are held in 4 bits and compute in `dtype`; see `four_bits.check_four_bits`.
 
     Raises:
-        UserError: needs code of its own, is no causal language model, is quantized, lacks weights, is damaged, does
+        UserError: needs code of its own, is not a causal language model, is quantized, lacks weights, is damaged, does
             not fit into memory.
     """
     check_config(folder)
@@ -67,7 +67,7 @@ def load_network(
         raise UserError(
             f"the weights of `{folder.name}` are damaged: {error}",
             where=str(folder.path),
-            next_step="fetch or copy them again"
+            next_step="download or copy them again"
             if folder.source != "gguf"
             else f"delete {folder.path}, then run again",
         ) from error
@@ -77,7 +77,7 @@ def load_network(
         raise _too_large(folder.path, dtype, device, load_in_4bit) from error
     check_loaded(folder, info, report)
     network.train(False)
-    return network  # type: ignore[no-any-return]  # the library gives a pair when it is asked for one
+    return network  # type: ignore[no-any-return]  # transformers gives a pair when it is asked for one
 
 
 def auto_class(model_type: str) -> Any:
@@ -91,12 +91,12 @@ def _model_type(folder: ModelFolder) -> str:
 
 
 def check_config(folder: ModelFolder) -> None:
-    """Raise `UserError` unless `folder` holds a causal language model that the installed library can load as it is."""
+    """Raise `UserError` unless `folder` holds a causal language model that this transformers can load as it is."""
     raw: dict[str, Any] = json.loads((folder.path / "config.json").read_bytes())
     family = raw["model_type"]
     text = raw.get("text_config")
     both_ways = [one.get("use_bidirectional_attention") for one in (raw, text) if isinstance(one, dict)]
-    if any(way in (True, "all") for way in both_ways):  # "vision": for images alone
+    if any(way in (True, "all") for way in both_ways):  # "vision": only for images
         raise UserError(
             f"`{folder.name}` is not a causal language model: it attends in both directions",
             where="config.json: use_bidirectional_attention",
@@ -132,7 +132,7 @@ def check_config(folder: ModelFolder) -> None:
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Keep the library's bars and its report on weights off the terminal: what matters in it is raised by us."""
+    """Keep transformers' bars and its report on weights off the terminal: what matters in it is raised by us."""
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -177,9 +177,9 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
-            f"`{file}` is damaged or only a part of a download: {error}",
+            f"`{file}` is damaged or only partly downloaded: {error}",
             where=f"{file.stat().st_size:,} bytes",
-            next_step="fetch or copy it again",
+            next_step="download or copy it again",
         ) from error
 
 
@@ -197,7 +197,7 @@ def _available_bytes(device: torch.device) -> int:
 
 
 def check_loaded(folder: ModelFolder, info: dict[str, Any], report: Callable[[str], None]) -> None:
-    """The library fills what a file lacks with random numbers, and goes on."""
+    """transformers fills what a file lacks with random numbers, and continues."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing or mismatched:
         what = f"lack {len(missing)} tensors of" if missing else f"have {len(mismatched)} tensors of other shapes than"
@@ -215,7 +215,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def enable_checkpointing(network: PreTrainedModel, recompute: Callable[..., Any] = recompute) -> None:
-    """Compute activations a second time in the backward, layer by layer, by `recompute` (`Device.recompute`)."""
+    """Compute activations a second time in the backward pass, layer by layer, by `recompute` (`Device.recompute`)."""
     # transformers 5.20 renamed it.
     enable: Any = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     parameter = next(name for name in inspect.signature(enable).parameters if name.endswith("checkpointing_kwargs"))

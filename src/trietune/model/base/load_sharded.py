@@ -118,7 +118,7 @@ def _read_weights(folder: ModelFolder, network: Any, report: Callable[[str], Non
             raise UserError(
                 f"the weights of `{folder.name}` are damaged: {error}",
                 where=str(file),
-                next_step="fetch or copy them again",
+                next_step="download or copy them again",
             ) from error
     missing = sorted(set(parameters) - read)
     if missing and unexpected:
@@ -144,7 +144,7 @@ def _read_own_rows(parameter: Tensor, source: Any) -> None:
 
 
 def _fill_buffers(folder: ModelFolder, network: Any, config: Any, dtype: torch.dtype) -> None:
-    """Buffers that no file holds, from a network of one layer of each kind that is made anew."""
+    """Buffers that no file holds, from a network of one layer of each kind that is made again."""
     if not any(True for _ in network.buffers()):
         return
     small = copy.deepcopy(config)

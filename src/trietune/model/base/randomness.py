@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from trietune.errors import UserError
 from trietune.model.base.load import quiet_library
 
-# What rates of dropout and of noise are called, whoever holds them.
+# What rates of dropout and of noise are called, in any module.
 _WORDS = ("drop", "jitter", "pdrop", "router_noise", "noise_std")
-# Names that hold these letters and are no rates.
+# Names that hold these letters and are not rates.
 _NO_RATES = ("first_k_dense_replace", "token_dropping", "drop_tokens")
 # Parts of other models of the family: classifiers, and summaries of a whole text.
 _OF_OTHER_MODELS = ("classifier", "summary")
@@ -32,7 +32,7 @@ _NUM_TOKENS = 8
 def rates_of(network: PreTrainedModel) -> dict[str, float]:
     """The rates above 0 that this network would draw with, by the names that its configuration and modules give them.
 
-    Call it before an adapter is put on: an adapter's dropout is no part of the base.
+    Call it before an adapter is put on: an adapter's dropout is not part of the base.
     """
     found: dict[str, float] = {}
     for holder, name, value in _rates(network):
@@ -71,7 +71,7 @@ def silence_draws(network: PreTrainedModel) -> list[str]:
     A model that cannot be run on so few tokens is left as it is.
 
     Raises:
-        UserError: something goes on drawing.
+        UserError: something keeps drawing.
     """
     kept: dict[str, None] = {}
     for _ in range(4):
@@ -149,7 +149,7 @@ class _Watch:
 
 
 def _stay_in_evaluation(module: nn.Module) -> None:
-    """Of this module's own code alone: its parts, which may be adapted and have dropout, change modes as ever."""
+    """Only of this module's own code: its parts, which may be adapted and have dropout, change modes as ever."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         for child in self.children():

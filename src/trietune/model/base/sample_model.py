@@ -18,7 +18,7 @@ from pathlib import Path
 from trietune.demo import installed_smollm2, smollm2_gguf
 from trietune.demo.locations import DEMO_MODEL, INSTALL_MODEL, MODEL_FILE, MODEL_REQUIREMENT
 from trietune.errors import UserError
-from trietune.io.cache_folder import cache_folder
+from trietune.io.cache_folder import cache_folder, mark_used
 from trietune.io.whole_folder import whole_folder
 
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -36,6 +36,7 @@ def sample_gguf(report: Callable[[str], None] = lambda text: None) -> Path:
     kept = cache_folder() / "sample" / SHA256[:32] / MODEL_FILE
     if not kept.is_file():
         _fetch(kept.parent, report)
+    mark_used(kept.parent)
     return kept
 
 
@@ -43,10 +44,10 @@ def _fetch(folder: Path, report: Callable[[str], None]) -> None:
     commands = _installers()
     if not commands:
         raise UserError(
-            f"the sample model `{DEMO_MODEL}` is not here, and neither uv nor pip is, which could fetch it",
+            f"the sample model `{DEMO_MODEL}` is not installed, and neither uv nor pip is there to download it",
             next_step=f"{INSTALL_MODEL}     (98 MB)",
         )
-    report(f"fetching the sample model, 98 MB, once; kept in {folder}")
+    report(f"downloading the sample model, 98 MB, once; kept in {folder}")
     # A fetch that was killed leaves nothing under this name.
     shutil.rmtree(folder, ignore_errors=True)
     with whole_folder(folder) as staging:
@@ -65,14 +66,14 @@ def _fetch(folder: Path, report: Callable[[str], None]) -> None:
             last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         else:
             raise UserError(
-                f"the sample model could not be fetched: {last}",
+                f"the sample model could not be downloaded: {last}",
                 next_step=f"{INSTALL_MODEL}     (98 MB), or name a model of your own: `--set model_name=...`",
             )
         found = next(iter(sorted(unpacked.rglob(MODEL_FILE))), None)
         if found is None or not found.is_file() or found.is_symlink() or _digest(found) != SHA256:
             raise UserError(
-                f"`{MODEL_REQUIREMENT}` came with another `{MODEL_FILE}` than the one that is known here",
-                where="nothing of it was kept",
+                f"`{MODEL_REQUIREMENT}` came with another `{MODEL_FILE}` than the one that is expected",
+                where="nothing was kept",
                 next_step=f"{INSTALL_MODEL}     and compare, or name a model of your own: `--set model_name=...`",
             )
         found.rename(staging / MODEL_FILE)

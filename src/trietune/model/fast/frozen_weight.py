@@ -1,10 +1,10 @@
-"""The weight of a linear layer that nobody trains, ready to be multiplied from both sides.
+"""The weight of a linear layer that is frozen, ready to be multiplied from both sides.
 
     forward   x [T, in] -> x W' [T, out]        backward   g [T, out] -> g W [T, in]
 
 A matrix library blocks a weight for its registers and caches at every product. A weight that stays the same can be
 blocked once and kept so, as oneDNN does for inference; here for both directions. On CPU that makes products of many
-rows faster by 15 %, of few rows by half, in fp32 on some processors by more than twice (`benchmarks/products.py`). It
+rows faster by 15%, of few rows by half, in fp32 on some processors by more than twice (`benchmarks/products.py`). It
 costs memory: a second and a third copy of the weight.
 """
 
@@ -35,7 +35,7 @@ class FrozenWeight:
     Attributes:
         modules: the linear layers.
         may_pack: whether copies may be made.
-        is_part: of another one, which is multiplied in its place.
+        is_part: whether it is part of another one, which is multiplied in its place.
     """
 
     def __init__(self, *modules: nn.Linear) -> None:

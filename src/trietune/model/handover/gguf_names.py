@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import gguf
 import numpy as np
 
 from trietune.errors import UserError
@@ -39,7 +40,7 @@ class GgufNames:
 
     Attributes:
         architecture: as llama.cpp calls it.
-        num_heads, num_key_heads: of attention; rows of queries and keys are reordered by them.
+        num_heads, num_key_heads: heads of attention; rows of queries and keys are reordered by them.
         notes: what llama.cpp will do otherwise than transformers, in whole sentences.
     """
 
@@ -51,8 +52,6 @@ class GgufNames:
 
     def name(self, of_transformers: str) -> str:
         """`blk.0.attn_q.weight` for `model.layers.0.self_attn.q_proj.weight`. Raises `UserError` if it has none."""
-        import gguf
-
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         found = gguf.get_tensor_name_map(kinds[self.architecture], self.num_layers).get_name(
             of_transformers, try_suffixes=(".weight", ".bias")
@@ -60,7 +59,7 @@ class GgufNames:
         if found is None:
             raise UserError(
                 f"llama.cpp has no place for `{of_transformers}` in an architecture `{self.architecture}`",
-                next_step="--to transformers --merge, which every part of a model can go through",
+                next_step="--to transformers --merge, which takes every part of a model",
             )
         return str(found)
 

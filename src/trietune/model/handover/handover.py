@@ -26,7 +26,7 @@ from trietune.data.encoder import load_tokenizer, make_encoder
 from trietune.data.examples import Message
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
-from trietune.io.safetensors import RawTensor, parse
+from trietune.io.safetensors import RawTensor, from_numpy, parse, serialize
 from trietune.io.whole_folder import whole_folder
 from trietune.model.adapter.adapter import load_adapter_files
 from trietune.model.adapter.config import CONFIG_FILE, parse_config
@@ -77,8 +77,8 @@ class HandedOver:
     """What was written and how it was proved.
 
     Attributes:
-        agreement: of what was read back with base and adapter in fp32.
-        floor: of base and adapter in bf16 with themselves in fp32.
+        agreement: how what was read back agrees with base and adapter in fp32.
+        floor: the same for base and adapter in bf16 against themselves in fp32.
         commands: to use it, for a shell.
         notes: what a user must know, in whole sentences.
     """
@@ -108,7 +108,7 @@ def hand_over(
         adapter: an adapter's folder or a run's.
         prompts: gives the token ids of prompts to prove it with, from the tokenizer and the prompt format.
         merge: a whole model instead of an adapter.
-        quantization: of a GGUF file; by default f16 for a model and f32 for an adapter.
+        quantization: number format of a GGUF file; by default f16 for a model and f32 for an adapter.
 
     Raises:
         UserError: what the program does not take, `out` is taken, or an export that answers otherwise.
@@ -120,7 +120,7 @@ def hand_over(
         raise UserError(f"`{out}` exists already", next_step="choose another name, or remove it first")
     if quantization is not None and target not in ("gguf", "ollama"):
         raise UserError(
-            f"`--quantize {quantization}` is of GGUF files, and {program(target)} reads none",
+            f"`--quantize {quantization}` applies to GGUF files, which {program(target)} does not read",
             next_step="--to gguf, or leave it out",
         )
     if not merge:
@@ -198,8 +198,6 @@ def _apart(job: _Job, staging: Path, quantization: Quantization) -> tuple[Callab
             shutil.copyfile(job.folder / name, staging / name)
 
     def load() -> Any:
-        from trietune.io.safetensors import from_numpy, serialize
-
         weights = serialize({name: from_numpy(values) for name, values in tensors.items()})
         network = load_network(job.base, dtype=torch.float32, device=torch.device("cpu"), report=job.report)
         return load_adapter_files(network, {**files, WEIGHTS_FILE: weights}, where=str(staging))
@@ -254,7 +252,7 @@ def _merged(job: _Job, staging: Path, quantization: Quantization) -> tuple[Calla
                 parameter.copy_(torch.from_numpy(np.array(values)))
         written.pop("rope_freqs.weight", None)
         if written:
-            raise UserError(f"{MODEL_GGUF} holds {len(written)} tensors too many, the first is `{min(written)}`")
+            raise UserError(f"{MODEL_GGUF} holds {len(written)} extra tensors, the first is `{min(written)}`")
         return network
 
     return load_gguf, quantization

@@ -188,7 +188,7 @@ def compare(
 
     Args:
         places: where `run` has its nodes.
-        query_nodes: nodes that the last layer returns, where it returns some alone.
+        query_nodes: nodes that the last layer returns, where it returns only some.
     """
     at = None if query_nodes is None else torch.from_numpy(query_nodes).to(next(iter(records.values())).input.device)
     errors: dict[str, Error] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.tracking import wording
 from trietune.tracking.report.record import RunRecord
 
@@ -12,24 +13,24 @@ MOST_POINTS = 1200
 _TITLES = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
-    "examples_per_second": "examples a second",
-    "tokens_per_second": "distinct tokens a second",
+    "examples_per_second": "examples per second",
+    "tokens_per_second": "distinct tokens per second",
     "sharing_factor": "sharing factor",
     "memory_bytes": "memory, GB",
-    "num_labels": "labels a step",
-    "num_micro_batches": "micro-batches a step",
+    "num_labels": "labels per step",
+    "num_micro_batches": "micro-batches per step",
 }
 _FACTORS = {"memory_bytes": 1e-9}
 _STEP_KEYS = ("event", "step", "epoch", "time")
 
 
-def charts_of(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+def charts_of(runs: Sequence[RunRecord]) -> list[JsonObject]:
     """Charts for the page: results first (loss of training and evaluation in one), then how the run went.
 
     Each is {"title", "is_share", "is_result", "series": [{"run", "key", "name", "kind", "points", "band"}]}; points are
     [step, value], a band's [step, low, high].
     """
-    charts: dict[str, dict[str, Any]] = {}
+    charts: dict[str, JsonObject] = {}
     for index, run in enumerate(runs):
         # Two evaluations of one step are a subset and all examples: the later one, of all, is the point.
         # Of a checkpoint that won over the last step, the values would hide how the curve ended.
@@ -62,13 +63,13 @@ def thin(points: Sequence[Sequence[float]], most: int = MOST_POINTS) -> list[Seq
     return kept
 
 
-def _add(charts: dict[str, dict[str, Any]], key: str, series: Mapping[str, Any]) -> None:
+def _add(charts: dict[str, JsonObject], key: str, series: JsonMapping) -> None:
     title = _TITLES.get(key, wording.metric_name(key))
     empty = {"title": title, "is_share": wording.is_share(key), "series": []}
     charts.setdefault(title, empty)["series"].append(dict(series))
 
 
-def _name_series(all_series: Sequence[dict[str, Any]], run_names: Sequence[str]) -> None:
+def _name_series(all_series: Sequence[JsonObject], run_names: Sequence[str]) -> None:
     """After what tells them apart: the run, the kind, or both."""
     has_two_kinds = len({series["kind"] for series in all_series}) > 1
     for series in all_series:

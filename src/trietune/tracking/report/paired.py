@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -24,12 +26,12 @@ class PairedTest:
     """How much better the second is than the first.
 
     Attributes:
-        name: of what was compared, such as `accuracy`.
+        name: what was compared, such as `accuracy`.
         num_examples: answered by both.
         num_better, num_worse: examples on which the second did better, or worse.
-        difference: of the means.
-        interval: 95 %, of the difference, by the bootstrap over examples.
-        p_value: of no difference, two-sided: McNemar's exact test for right and wrong, a sign-flip test for scores.
+        difference: difference of the means.
+        interval: 95%, of the difference, by the bootstrap over examples.
+        p_value: two-sided, of no difference: McNemar's exact test for right and wrong, a sign-flip test for scores.
     """
 
     name: str
@@ -51,8 +53,6 @@ class PairedTest:
 
 def compare_scores(name: str, first: Sequence[float], second: Sequence[float]) -> PairedTest:
     """The paired test of scores from 0 to 1, `second` against `first`, example by example."""
-    import numpy as np  # trackers are made before anything heavy is loaded
-
     before, after = np.asarray(first, np.float64), np.asarray(second, np.float64)
     change = after - before
     better, worse = int((change > 0).sum()), int((change < 0).sum())
@@ -77,7 +77,7 @@ def mcnemar(num_fixed: int, num_broken: int) -> float:
     n, fewest = num_fixed + num_broken, min(num_fixed, num_broken)
     if n == 0:
         return 1.0
-    # Logarithms, for the powers of two of ten thousand changed examples are no floats.
+    # Logarithms, for the powers of two of ten thousand changed examples do not fit into floats.
     terms = [
         math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(fewest + 1)
     ]
@@ -86,8 +86,6 @@ def mcnemar(num_fixed: int, num_broken: int) -> float:
 
 def _sign_flips(change: np.ndarray, generator: np.random.Generator) -> float:
     """Share of random signs that give a mean at least as far from zero (with the usual one added)."""
-    import numpy as np
-
     kept = change[change != 0]
     if len(kept) == 0:
         return 1.0

@@ -1,6 +1,6 @@
 """Read a run's folder back: what `FilesListener` wrote, as one frozen record.
 
-A run that is still going, was killed, or went on from a checkpoint reads like any other.
+A run that is still going, was killed, or resumed from a checkpoint reads like any other.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping, JsonObject
+from trietune.io.run_folders import which_run
 from trietune.tracking.events import Evaluated, Prediction
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS
 
@@ -24,8 +29,8 @@ class RunRecord:
     """One run, as its files tell it.
 
     Attributes:
-        status: of its last end: `finished`, `stopped`, `failed`; `running` where the file says nothing of an end.
-        seconds: of the last end; None while it runs.
+        status: how it last ended: `finished`, `stopped`, `failed`; `running` where the file says nothing of an end.
+        seconds: how long it took until then; None while it runs.
         steps: the logged steps, as lines of `metrics.jsonl`.
         notes: (level, text) of what the run said.
         predictions: the latest ones, and whether they are from before or after training.
@@ -33,7 +38,7 @@ class RunRecord:
         before: the same as whole predictions.
         batch: the picture of the first batch, as `trietune.run.batch_picture` describes it; None if there is none.
         times: (step, seconds of work since the start).
-        num_unreadable: lines that are no records.
+        num_unreadable: lines that are not records.
     """
 
     name: str
@@ -43,9 +48,9 @@ class RunRecord:
     num_steps: int
     seconds: float | None
     plan: Sequence[tuple[str, str]]
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    steps: Sequence[Mapping[str, Any]]
+    config: JsonMapping
+    environment: JsonMapping
+    steps: Sequence[JsonMapping]
     evaluations: Sequence[Evaluated]
     notes: Sequence[tuple[str, str]]
     predictions: Sequence[Prediction]
@@ -53,7 +58,7 @@ class RunRecord:
     predicted_before: Mapping[str, str]
     num_unreadable: int
     before: Mapping[str, Prediction] = field(default_factory=dict)
-    batch: Mapping[str, Any] | None = None
+    batch: JsonMapping | None = None
     times: Sequence[tuple[int, float]] = ()
 
     def evaluation(self, when: str) -> Evaluated | None:
@@ -70,15 +75,16 @@ def read_run(directory: Path) -> RunRecord:
     path = directory / METRICS
     if not path.is_file():
         raise UserError(
-            f"`{directory}` is no run: it has no {METRICS}", next_step=f"name a run's folder: {_near_runs(directory)}"
+            f"`{directory}` is not a run: it has no {METRICS}",
+            next_step=which_run(directory),
         )
     lines, num_unreadable = _read_lines(path)
-    of_kind: dict[str, list[dict[str, Any]]] = {}
+    of_kind: dict[str, list[JsonObject]] = {}
     for line in lines:
         of_kind.setdefault(str(line.get("event")), []).append(line)
     start = of_kind.get("start", [{}])[-1]
     # An end that is followed by another start belongs to an earlier sitting of the same run.
-    end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") in ("start", "end")), {})
+    end: JsonObject = next((line for line in reversed(lines) if line.get("event") in ("start", "end")), {})
     is_over = end.get("event") == "end"
     predictions, when, earlier = _read_predictions(directory / PREDICTIONS)
     return RunRecord(
@@ -106,7 +112,7 @@ def read_run(directory: Path) -> RunRecord:
     )
 
 
-def _times(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+def _times(lines: Sequence[JsonMapping]) -> list[tuple[int, float]]:
     """(step, seconds of work since the start), without the time between two sittings of one run."""
     found: list[tuple[int, float]] = []
     spent = 0.0
@@ -123,7 +129,7 @@ def _times(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     return found
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _read_lines(path: Path) -> tuple[list[JsonObject], int]:
     records, num_unreadable = [], 0
     for line in path.read_bytes().splitlines():
         try:
@@ -137,7 +143,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, num_unreadable
 
 
-def _evaluations(lines: Sequence[Mapping[str, Any]]) -> list[Evaluated]:
+def _evaluations(lines: Sequence[JsonMapping]) -> list[Evaluated]:
     """In their order. Before 0.1.0 the step of the final weights stood only where the adapter was saved after them."""
     found: list[Evaluated] = []
     for line in lines:
@@ -150,7 +156,7 @@ def _evaluations(lines: Sequence[Mapping[str, Any]]) -> list[Evaluated]:
     return found
 
 
-def _evaluation(line: Mapping[str, Any]) -> Evaluated:
+def _evaluation(line: JsonMapping) -> Evaluated:
     return Evaluated(
         step=int(line.get("step") or 0),
         epoch=float(line.get("epoch") or 0.0),
@@ -177,7 +183,7 @@ def _read_predictions(path: Path) -> tuple[list[Prediction], Literal["before", "
     return [_prediction(record) for record in _without_repeats(newest)], last[1] or "after", before
 
 
-def _prediction(record: Mapping[str, Any]) -> Prediction:
+def _prediction(record: JsonMapping) -> Prediction:
     texts = {name: str(record.get(name, "")) for name in ("id", "prompt", "expected", "predicted", "kind")}
     shares = record.get("probabilities")
     return Prediction(
@@ -188,15 +194,12 @@ def _prediction(record: Mapping[str, Any]) -> Prediction:
     )
 
 
-def _without_repeats(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_repeats(records: Iterable[JsonObject]) -> list[JsonObject]:
     """A run that came to this step twice wrote twice; the later answer counts."""
     return list({record.get("id"): record for record in records}.values())
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
+def _read_yaml(path: Path) -> JsonObject:
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text())
     except (OSError, YAMLError, UnicodeDecodeError):
@@ -204,18 +207,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _near_runs(directory: Path) -> str:
-    """Runs below `directory`, or beside it: what was probably meant."""
-    for parent in (directory, directory.parent):
-        found = sorted(path.parent for path in parent.glob(f"*/{METRICS}")) if parent.is_dir() else []
-        if found:
-            return ", ".join(f"`{path}`" for path in found[-3:])
-    return "the one that `trietune train` printed"

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from trietune.errors import UserError
+from trietune.io.columns import columns
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.outputs import write_output
 from trietune.tracking import wording
 from trietune.tracking.console import result
@@ -100,7 +102,7 @@ def report_text(run_directories: Sequence[Path]) -> str:
     lines += [*data_warnings(runs), *comparison_lines(runs)]
     differing = differences([run.config for run in runs])
     if differing:
-        lines += ["settings that differ", *result.columns([["", *(run.name for run in runs)], *differing]), ""]
+        lines += ["settings that differ", *columns([["", *(run.name for run in runs)], *differing]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -111,7 +113,7 @@ def compare_text(run_directories: Sequence[Path]) -> str:
     lines += ["", *data_warnings(runs), *comparison_lines(runs)]
     differing = differences([run.config for run in runs])
     if differing:
-        lines += ["", "settings that differ", *result.columns([["", *(run.name for run in runs)], *differing])]
+        lines += ["", "settings that differ", *columns([["", *(run.name for run in runs)], *differing])]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -120,7 +122,7 @@ def comparison_lines(runs: Sequence[RunRecord]) -> list[str]:
     lines = []
     for name, tests in comparisons(runs):
         lines.append(f"{name} against {runs[0].name}")
-        lines += [f"  {test}" for test in tests] or ["  no example was answered by both with a right or wrong"]
+        lines += [f"  {test}" for test in tests] or ["  no example was judged right or wrong in both runs"]
     return lines
 
 
@@ -139,7 +141,7 @@ def comparisons(runs: Sequence[RunRecord]) -> list[tuple[str, list[PairedTest]]]
 def data_warnings(runs: Sequence[RunRecord]) -> list[str]:
     """What keeps runs from being compared: other data to train on, or other examples to be measured on."""
     names = {
-        "validation_fingerprint": "the runs were measured on different validation data: their figures do not compare",
+        "validation_fingerprint": "the runs were measured on different validation data: figures are not comparable",
         "data_fingerprint": "the runs were trained on different data",
         "base_digest": "the runs have different base models",
     }
@@ -179,7 +181,7 @@ def _commands(run: RunRecord) -> list[tuple[str, str]]:
     ]
 
 
-def _data_of(runs: Sequence[RunRecord]) -> dict[str, Any]:
+def _data_of(runs: Sequence[RunRecord]) -> JsonObject:
     """What the page's script draws."""
     return {
         "runs": [run.name for run in runs],
@@ -241,7 +243,7 @@ def embedded_json(content: Any) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def differences(configs: Sequence[JsonMapping]) -> list[list[str]]:
     """Settings that are not the same in all of these, as rows of key and one value each."""
     keys = dict.fromkeys(key for config in configs for key in config)
     rows = [[key, *(_shown_value(config.get(key)) for config in configs)] for key in keys]
@@ -261,7 +263,7 @@ def sparklines(run: RunRecord) -> list[str]:
             levels = [round(7 * (y - low) / (high - low)) if high > low else 0 for y in values]
             first, last = (wording.metric_value(series["key"], y) for y in (values[0], series["points"][-1][1]))
             rows.append((series["key"], first, "".join("▁▂▃▄▅▆▇█"[level] for level in levels), last))
-    return result.columns(rows)
+    return columns(rows)
 
 
 def _read_runs(directories: Sequence[Path]) -> list[RunRecord]:
@@ -277,7 +279,7 @@ def status_line(run: RunRecord) -> str:
     return f"{text} in {wording.duration(run.seconds)}" if run.seconds is not None else text
 
 
-def _rows_of(run: RunRecord) -> dict[str, Any]:
+def _rows_of(run: RunRecord) -> JsonObject:
     """What the page says of one run, in words."""
     before, after = run.evaluation("before"), run.newest_evaluation()
     keys = dict.fromkeys(key for evaluation in (before, after) if evaluation for key in evaluation.metrics)
@@ -291,7 +293,7 @@ def _rows_of(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def _cell(evaluation: Evaluated | None, key: str) -> dict[str, Any]:
+def _cell(evaluation: Evaluated | None, key: str) -> JsonObject:
     if evaluation is None or key not in evaluation.metrics:
         return {"value": "-", "interval": None}
     pair = evaluation.intervals.get(key)
