@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,25 @@ def folder_unusable(folder: Path, reason: str, number: int = 0) -> UserError:
         next_step=REMEDIES.get(
             number, "give a `project_dir` on a file system that renames folders, such as a local disk"
         ),
+    )
+
+
+def place_unusable(folder: Path, error: OSError | ValueError, where: str) -> UserError:
+    """The run's folder cannot be made or written to."""
+    reason, number = str(error), 0
+    if isinstance(error, OSError):
+        reason, number = error.strerror or reason, error.errno or 0
+        for part in [*reversed(folder.parents), folder]:
+            if os.path.islink(part) and not os.path.exists(part):  # noqa: PTH110, PTH114  (raise nothing)
+                reason = f"{part} is a link to {part.readlink()}, which leads nowhere"
+                break
+            if os.path.exists(part) and not os.path.isdir(part):  # noqa: PTH110, PTH112
+                reason = f"{part} is not a folder"
+                break
+    return UserError(
+        f"the run's folder {folder} cannot be used: {reason}",
+        where=f"`project_dir` ({where}); nothing was loaded",
+        next_step=REMEDIES.get(number, "`--set project_dir=FOLDER` with a folder that this user may write to"),
     )
 
 

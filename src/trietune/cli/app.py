@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from trietune.cli.streams import OutputLost, end_streams, exit_code_of, guard_streams, verdict
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_THRESHOLD_MISSED, EXIT_UPLOAD_INCOMPLETE, StopRequested, UserError
 from trietune.io.outputs import check_output, write_output
 from trietune.ranks.launched import command_began, refuse_several_processes
@@ -146,24 +146,24 @@ def evaluate(
         found = measure(
             target, overrides=overrides, split=split, max_examples=max_examples, tracker=hub, keep=predictions
         )
-    if as_json:
-        _print_json(
-            {
-                "target": target,
-                "split": split or ("validation" if dataset is None else None),
-                "num_examples": found.num_examples,
-                "metrics": dict(found.metrics),
-                "intervals": {name: list(bound) for name, bound in found.intervals.items()},
-            }
-        )
-    else:
-        for line in _evaluation_lines(found):
-            _say(line)
     missed = [text for text, (name, is_least, value) in zip(require, bounds, strict=True)
               if not _holds(found, name, is_least, value)]  # fmt: skip
-    if missed:
-        _say(f"not reached: {', '.join(missed)}", err=True)
-        raise typer.Exit(EXIT_THRESHOLD_MISSED)
+    with verdict(EXIT_THRESHOLD_MISSED if missed else EXIT_DONE):
+        if as_json:
+            _print_json(
+                {
+                    "target": target,
+                    "split": split or ("validation" if dataset is None else None),
+                    "num_examples": found.num_examples,
+                    "metrics": dict(found.metrics),
+                    "intervals": {name: list(bound) for name, bound in found.intervals.items()},
+                }
+            )
+        else:
+            for line in _evaluation_lines(found):
+                _say_line(line)
+        if missed:
+            _say(f"not reached: {', '.join(missed)}", err=True)
 
 
 @app.command()
@@ -246,7 +246,7 @@ def export(
             target, out, hub, merge=merge, plain=plain, to=to, quantize=quantize, push=push, is_public=public
         )
     for line in lines:
-        _say(line)
+        _say_line(line)
 
 
 @app.command()
@@ -277,7 +277,7 @@ def report(
         return
     page = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     write_output(page, render_runs(runs).encode(), "--out")
-    _say(str(page))
+    _say_line(str(page))
 
 
 @app.command()
@@ -302,7 +302,7 @@ def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
         _print_json({"run": str(run), "metric": store.metric, "checkpoints": [row.as_json() for row in rows]})
         return
     if not rows:
-        _say(f"{run} has no checkpoints")
+        _say_line(f"{run} has no checkpoints")
         return
     table = [("step", settings.checkpoint_metric, "size", "state", "where", "")]
     for row in rows:
@@ -312,7 +312,7 @@ def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
             (f"{row.step:,}", value, f"{row.size_bytes / 1e6:.1f} MB", state, row.place, "best" if row.is_best else "")
         )
     for line in columns(table):
-        _say(line)
+        _say_line(line)
 
 
 @app.command()
@@ -323,18 +323,17 @@ def verify(
     from trietune.checkpoints.overview import verify_path
 
     proofs = verify_path(path)
-    if as_json:
-        _print_json(
-            {"proofs": [{"path": str(p.path), "step": p.step, "size_bytes": p.size_bytes, "damage": p.damage,
-                         "extra": list(p.extra)} for p in proofs]}
-        )  # fmt: skip
-    else:
+    with verdict(EXIT_BUG if any(proof.damage is not None for proof in proofs) else EXIT_DONE):
+        if as_json:
+            _print_json(
+                {"proofs": [{"path": str(p.path), "step": p.step, "size_bytes": p.size_bytes, "damage": p.damage,
+                             "extra": list(p.extra)} for p in proofs]}
+            )  # fmt: skip
+            return
         for proof in proofs:
             state = f"whole, {proof.size_bytes:,} bytes" if proof.damage is None else f"damaged: {proof.damage}"
             also = f"; beside it: {', '.join(proof.extra)}" if proof.extra else ""
-            _say(f"{proof.path}: {state}{also}")
-    if any(proof.damage is not None for proof in proofs):
-        raise typer.Exit(EXIT_BUG)
+            _say_line(f"{proof.path}: {state}{also}")
 
 
 @app.command()
@@ -359,7 +358,7 @@ def sync(run: RunFolder) -> None:
             _say(f"error: {remote.location}: {error}\nnext:  the same command tries again", err=True)
             raise typer.Exit(EXIT_UPLOAD_INCOMPLETE) from error
     for warning in result.warnings:
-        _say(f"warning: {warning}", err=True)
+        _say_line(f"warning: {warning}", err=True)
     _say(f"{remote.location}: {len(result.uploaded)} uploaded" + "".join(f"\n  {n}" for n in result.uploaded))
 
 
@@ -381,8 +380,8 @@ def init(
     check_output(schema, "init")
     write_output(target, render_template(kind).encode(), "--out")
     write_output(schema, (json.dumps(json_schema(), indent=1) + "\n").encode(), "init")
-    _say(f"{target}: every line has its meaning beside it")
-    _say(f"next:  trietune train {target} --dry-run")
+    _say_line(f"{target}: every line has its meaning beside it")
+    _say_line(f"next:  trietune train {target} --dry-run")
 
 
 @app.command()
@@ -400,15 +399,9 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of the user are printed without a traceback."""
-    code = _run(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            # Python would end with 120 for what its exit cannot write; the terminal has gone, or the disk is full.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return code
+    if arguments is None:
+        guard_streams()
+    return end_streams(_run(arguments))
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -428,30 +421,62 @@ def _run(arguments: Sequence[str] | None) -> int:
         _say(str(without_secrets(str(error))), err=True)
         return error.exit_code
     except StopRequested as stop:
-        with contextlib.suppress(OSError):  # after a hang-up there is no terminal
-            _say(f"stopped by {stop.signal_name} before there was anything to save", err=True)
+        _say(f"stopped by {stop.signal_name} before there was anything to save", err=True)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone, as `| head` does; nothing is left to say to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+    except OutputLost as lost:
+        return exit_code_of(lost)
+    except OSError as error:
+        return _refused_by_the_system(error)
+    except MemoryError as error:
+        return _refused_by_the_system(error)
     except Exception as error:
         return _report_bug(error)
     return EXIT_DONE
 
 
-def _report_bug(error: Exception) -> int:
+def _refused_by_the_system(error: OSError | MemoryError) -> int:
+    """A file that vanished, a right that is missing, a full disk or memory: no change of ours would mend it."""
+    from trietune.config.secrets import without_secrets
+    from trietune.io.disk_errors import REMEDIES
+
+    number = error.errno if isinstance(error, OSError) else None
+    names = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
+    reason = "memory ran out" if isinstance(error, MemoryError) else getattr(error, "strerror", None) or str(error)
+    try:
+        trace = f"\n       where it happened is in {_write_traceback(error)}"
+    except OSError:
+        trace = ""
+    mistake = UserError(
+        f"the system refused: {reason or type(error).__name__}",
+        where=(" and ".join(names) or "it named no file") + trace,
+        next_step=REMEDIES.get(number or 0, "look at that file or folder, its disk and its rights; then try again"),
+    )
+    _say(str(without_secrets(str(mistake))), err=True)
+    return mistake.exit_code
+
+
+def _write_traceback(error: BaseException) -> str:
     from trietune.config.secrets import without_secrets
 
     with tempfile.NamedTemporaryFile(
         "w", prefix="trietune-error-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
         file.write(str(without_secrets("".join(traceback.format_exception(error)))))
+    return file.name
+
+
+def _report_bug(error: Exception) -> int:
+    from trietune.config.secrets import without_secrets
+
+    try:
+        name = _write_traceback(error)
+    except OSError as refused:  # no room in the temporary folder
+        name = f"no file, for it could not be written: {refused.strerror}"
     _say(
         f"error: a bug in TrieTune: {type(error).__name__}: {without_secrets(str(error))[:300]}\n"
-        f"       the whole traceback is in {file.name}\n"
+        f"       the whole traceback is in {name}\n"
         "next:  please report it with that file and the output of `trietune doctor`",
         err=True,
     )
@@ -527,7 +552,7 @@ def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) ->
         _print_json({"plan": dict(prepared.plan.lines()), "num_steps": prepared.plan.num_steps})
         return
     for line in columns(prepared.plan.lines()):
-        _say(line)
+        _say_line(line)
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -545,6 +570,13 @@ def _say(text: str, *, err: bool = False, nl: bool = True) -> None:
     from trietune.tracking.terminal import write_text
 
     write_text(sys.stderr if err else sys.stdout, f"{text}\n" if nl else text)
+
+
+def _say_line(text: str, *, err: bool = False) -> None:
+    """One line for people: what is in it, such as the name of a file, makes no second one."""
+    from trietune.tracking import wording
+
+    _say("\t".join(map(wording.line, text.split("\t"))), err=err)
 
 
 def _parse_bound(text: str) -> tuple[str, bool, float]:
@@ -610,10 +642,12 @@ def _read_inputs(path: Path | None, *, has_text: bool) -> Iterator[Any]:
 
 
 def _answer_line(record: dict[str, Any]) -> str:
+    from trietune.tracking import wording
+
     if "label" not in record:
         return str(record["text"])
     others = "  ".join(f"{name} {share:.1%}" for name, share in record["probabilities"].items())
-    return f"{record['label']}\t{others}"
+    return f"{wording.line(str(record['label']))}\t{wording.line(others)}"
 
 
 def _chat(opened: Opened, max_new_tokens: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from trietune.config.settings import Settings
@@ -14,6 +13,7 @@ from trietune.data.encoder import check_tokenizer, find_bos_id, find_stop_ids, h
 from trietune.data.examples import Message, Task
 from trietune.data.templates import PromptFormat, literal_text
 from trietune.errors import UserError
+from trietune.io.places import expand
 
 
 def make_prompt_format(
@@ -93,7 +93,7 @@ def _find_chat_template(settings: Settings, tokenizer: Any, recipe: Recipe) -> s
         if "{{" in own or "{%" in own:
             return str(own).removeprefix("\ufeff")
         try:
-            return Path(own).expanduser().read_text("utf-8-sig")
+            return expand(own).read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"`chat_template: {own}` is not UTF-8 text (byte {error.start + 1})", next_step="save it as UTF-8"

@@ -30,6 +30,7 @@ from trietune.demo.locations import (
     demo_reviews,
 )
 from trietune.errors import UserError
+from trietune.io.places import expand
 
 SplitRole = Literal["train", "validation", "test"]
 PlacedRow = tuple[str, Row | BrokenRow]
@@ -267,7 +268,7 @@ def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str, re
     demo = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions, DEMO_PREFERENCES: demo_preferences}.get(
         dataset_id
     )
-    path = demo() if demo else Path(dataset_id).expanduser()
+    path = demo() if demo else expand(dataset_id)
     if path.exists() or glob.has_magic(dataset_id):
         return _from_splits(_local_splits(str(path), "dataset_id", report), task_name, split, f"`{dataset_id}`")
     looks_like_a_path = path.suffix.lower() in FORMAT_OF_SUFFIX or dataset_id.startswith((".", "/", "~"))
@@ -342,7 +343,7 @@ def _select(rows: Rows, request: Mapping[str, str | None]) -> Rows:
 
 def _local_splits(value: str, key: str, report: Callable[[str], None]) -> dict[str, Rows]:
     """What a path stands for; a file, or files that a pattern finds, are one split called `train`."""
-    path = Path(value).expanduser()
+    path = expand(value)
     return _splits_of_folder(path, report) if path.is_dir() else {"train": FileRows.of(_expand(path, key))}
 
 

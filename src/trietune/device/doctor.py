@@ -24,6 +24,8 @@ from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_way
 from trietune.device.precision import product_seconds
 from trietune.device.xla.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
 from trietune.device.xla.runtime import INSTALL_TORCH_XLA, torch_xla_version
+from trietune.errors import UserError
+from trietune.io.places import expand
 
 # Older ones have holes: CVE-2026-24747 (torch), CVE-2026-4372 and -5241 (transformers), CVE-2026-22701 (filelock).
 SECURE_VERSIONS = {
@@ -165,9 +167,11 @@ def _disk(folder: Path) -> Finding:
 
 
 def _cache(environ: Mapping[str, str]) -> Finding:
-    chosen = environ.get("TRIETUNE_CACHE")
-    shared = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = (Path(chosen) if chosen else shared / "trietune").expanduser()
+    try:
+        chosen = environ.get("TRIETUNE_CACHE")
+        folder = expand(chosen) if chosen else expand(environ.get("XDG_CACHE_HOME") or "~/.cache") / "trietune"
+    except UserError as error:
+        return Finding("cache", error.what, "problem", "set TRIETUNE_CACHE to a folder")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if os.access(existing, os.W_OK):
         return Finding("cache", f"{folder} can be written")

@@ -20,6 +20,7 @@ import numpy as np
 from trietune.config import load_config
 from trietune.config.settings import Settings
 from trietune.errors import UserError
+from trietune.io.places import expand
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
 from trietune.run.fitting import check_ids, check_vocabulary
@@ -278,7 +279,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.data.templates import PromptFormat
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound, widths_of
 
-    path = Path(target).expanduser()
+    path = expand(target)
     adapter = _find_adapter(path)
     run = path if (path / "config.yaml").is_file() else None
     if path.is_dir() and adapter is None and run is not None:
@@ -377,7 +378,7 @@ def _names_data(opened: Opened, target: str | Path, overrides: Sequence[str] | M
 
 
 def _is_run(target: str | Path) -> bool:
-    return (Path(target).expanduser() / "config.yaml").is_file()
+    return (expand(target) / "config.yaml").is_file()
 
 
 def _overridden_data(overrides: Sequence[str] | Mapping[str, Any]) -> set[str]:

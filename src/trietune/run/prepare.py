@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from trietune.data.answers import AnswerSets
 from trietune.data.examples import TokenSequences
 from trietune.errors import UserError
+from trietune.io.places import expand
 from trietune.run.device_plan import check_device, check_processes, check_sharding, device_options, plan_shapes
 from trietune.run.environment import PACKAGES, installed_version, sampled_digest, start_adapter
 from trietune.run.fitting import check_positions, check_vocabulary
@@ -161,7 +162,7 @@ def prepare(
     if settings.start_adapter is not None:
         from trietune.model.adapter.export import find_adapter
 
-        start = find_adapter(Path(settings.start_adapter).expanduser())
+        start = find_adapter(expand(settings.start_adapter))
     tokenizer = load_tokenizer(base.path)
     shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout)
     check_sharding(settings, shape)
@@ -418,11 +419,11 @@ def validation_bound(settings: Settings, data: Data) -> int | None:
 
 def run_directory(settings: Settings) -> Path:
     """`<project_dir>/<run name>`; a name that exists gets `-2`, `-3`, unless the run is resumed."""
-    first = Path(settings.project_dir).expanduser() / settings.wandb_run_name
+    first = expand(settings.project_dir) / settings.wandb_run_name
     if settings.resume_from_checkpoint:
         return first
     directory, number = first, 1
-    while directory.exists():
+    while os.path.lexists(directory):
         number += 1
         directory = first.with_name(f"{first.name}-{number}")
     return directory

@@ -21,7 +21,7 @@ import numpy as np
 
 from trietune.checkpoints.lock import LOCK_NAME, RunLock
 from trietune.checkpoints.messages import folder_lost
-from trietune.checkpoints.probe import check_folder, check_plain_files
+from trietune.checkpoints.probe import check_folder, check_place, check_plain_files
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_LOSS_NOT_FINITE, StopRequested, UserError
 from trietune.io.files import make_folders, remove_tree
@@ -30,7 +30,7 @@ from trietune.ranks.opening import open_ranks
 from trietune.ranks.ranks import ALONE, Ranks
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
 from trietune.run.objective import reference_keys
-from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of
+from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of, run_directory
 from trietune.run.proving import positions_under_masks, prove_on_data, prove_on_host
 from trietune.run.shared_keeper import open_keeper
 from trietune.run.signals import StopSignals
@@ -114,6 +114,7 @@ def train(
         hub = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
         stack.callback(hub.close)
         stop = TimedStop(signals, settings.max_time, began)
+        ranks.once(lambda: check_place(run_directory(settings), where=settings.where("project_dir")))
         prepared = prepare_together(settings, hub, stop.check, ranks)
         locks: list[RunLock] = []
         # Rank 0 holds the folder for all.

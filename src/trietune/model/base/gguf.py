@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from trietune.errors import UserError
+from trietune.io.places import expand
 from trietune.io.whole_folder import whole_folder, write_error
 
 # Part of the folder's name: a change of what is written here must not meet folders of an older version.
@@ -107,8 +108,8 @@ def _digests(folder: Path) -> dict[str, str]:
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Where TrieTune keeps what it can make again."""
     if chosen := environ.get("TRIETUNE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "trietune"
+        return expand(chosen)
+    return expand(environ.get("XDG_CACHE_HOME") or "~/.cache") / "trietune"
 
 
 def _check_and_hash(file: Path) -> str:
