@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 WIDTH, LEFT, BAR, GAP = 720, 150, 18, 6
-COLOURS = {"trietune": "#d9480f", "trietune-packed": "#f59f00", "trietune-padded": "#f59f00"}
-PEER_COLOUR = "#748ffc"
+COLORS = {"trietune": "#d9480f", "trietune-packed": "#f59f00", "trietune-padded": "#f59f00"}
+PEER_COLOR = "#748ffc"
 STYLE = (
     "<style>text{font:13px sans-serif;fill:#444}.h{font-weight:bold}.s{font-size:11px;fill:#777}"
     "@media(prefers-color-scheme:dark){text{fill:#ddd}.s{fill:#aaa}}</style>"
@@ -30,10 +30,10 @@ def bar_chart(results: Sequence[dict[str, Any]], *, title: str) -> str:
         for result in done:
             rate = result["examples_per_second"]
             scale = (WIDTH - LEFT - 170) / largest
-            colour = COLOURS.get(result["engine"], PEER_COLOUR)
+            color = COLORS.get(result["engine"], PEER_COLOR)
             parts.append(_text(10, y + 14, result["engine"]))
             parts.append(
-                f'<rect x="{LEFT}" y="{y}" width="{rate["median"] * scale:.1f}" height="{BAR}" fill="{colour}"/>'
+                f'<rect x="{LEFT}" y="{y}" width="{rate["median"] * scale:.1f}" height="{BAR}" fill="{color}"/>'
             )
             low, high = LEFT + rate["lowest"] * scale, LEFT + rate["highest"] * scale
             middle = y + BAR / 2
@@ -64,9 +64,9 @@ def line_chart(
         parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="#999" stroke-width="0.5"/>')
         parts.append(_text(14, y + 4, f"{largest * share:.3g}", "s"))
     for name, points in lines.items():
-        colour = COLOURS.get(name, PEER_COLOUR)
+        color = COLORS.get(name, PEER_COLOR)
         path = "L".join(f"{place_x[x]:.1f} {place_y(y):.1f}" for x, y in sorted(points))
-        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+        parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="2.5"/>')
         last_x, last_y = sorted(points)[-1]
         parts.append(_text(place_x[last_x] + 8, place_y(last_y) + 4, name))
     return _svg(height, parts)

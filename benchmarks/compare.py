@@ -59,7 +59,7 @@ DEFAULT_WORKLOADS = [
 # Not measured by default: minimal_loop is Trainer's work without Trainer.
 DEFAULT_ENGINES = [name for name in ENGINES if name != "minimal"]
 # Of logits at every position: as the model gives them, in fp32, and the gradients of both.
-BYTES_A_LOGIT = 16
+BYTES_PER_LOGIT = 16
 REFERENCE = "trietune"
 OURS = (REFERENCE, "trietune-packed", "trietune-padded")
 
@@ -74,7 +74,7 @@ def main() -> None:
     work = count_work(model)
     out = Path(options.out) / f"{options.name or default_name(model)}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    max_logits = int(options.logits_gb * 1e9 / BYTES_A_LOGIT)
+    max_logits = int(options.logits_gb * 1e9 / BYTES_PER_LOGIT)
     results: list[dict[str, Any]] = []
     for workload_name in options.workloads:
         workload = real_workload(workload_name, tokenizer, Path(options.data), num_rounds=options.rounds)

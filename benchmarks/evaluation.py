@@ -180,7 +180,7 @@ def label_ways(plain: Any, model: TrieModel, tokenizer: Any, data: Path, count: 
             chosen[indices],
             completions,
             batching="trie",
-            max_nodes=MAX_NODES,
+            max_positions=MAX_NODES,
             check_stop=no_stop,
             progress=no_progress,
         )

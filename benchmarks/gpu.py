@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
 import torch  # noqa: E402
-from compare import BYTES_A_LOGIT, DATA, find_gemma_tokenizer, say, table, to_result  # noqa: E402
+from compare import BYTES_PER_LOGIT, DATA, find_gemma_tokenizer, say, table, to_result  # noqa: E402
 from measure import environment  # noqa: E402
 from models import GEMMA_LAYERS, ModelChoice, count_work, find_smollm2  # noqa: E402
 from rounds import measure  # noqa: E402
@@ -126,7 +126,9 @@ def measure_kernels(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def trie_of(workload: Workload, number: int) -> Trie:
-    [micro_batch] = make_micro_batches(workload.sequences, workload.batches[number], batching="trie", max_nodes=2**40)
+    [micro_batch] = make_micro_batches(
+        workload.sequences, workload.batches[number], batching="trie", max_positions=2**40
+    )
     assert micro_batch.trie is not None
     return micro_batch.trie
 
@@ -157,10 +159,10 @@ def measure_ways(
                     found[way]["largest_error"] = error(outputs, formula(trie, inputs))
                 continue
             before = reset_peak(device.torch_device)
-            device.synchronise()
+            device.synchronize()
             began = time.perf_counter()
             step()
-            device.synchronise()
+            device.synchronize()
             found[way]["milliseconds"].append(1000 * (time.perf_counter() - began))
             found[way]["peak_bytes"] = max(found[way]["peak_bytes"], peak(device.torch_device) - before)
     return found
@@ -261,7 +263,7 @@ def measure_training(name: str, options: argparse.Namespace) -> list[dict[str, A
                 device,
                 options.rounds,
                 say,
-                max_logits=int(options.logits_gb * 1e9 / BYTES_A_LOGIT),
+                max_logits=int(options.logits_gb * 1e9 / BYTES_PER_LOGIT),
             )
             here += [{**to_result(one, workload, model, work, measured), "group": number} for one in measured.engines]
         print(table(here), flush=True)

@@ -70,6 +70,7 @@ class Job:
                 offsets=workload.sequences.offsets,
                 batches=np.concatenate(workload.batches),
                 batch_ends=np.cumsum([len(batch) for batch in workload.batches]),
+                **({} if workload.row_start is None else {"row_start": workload.row_start}),
             )
 
     @staticmethod
@@ -80,6 +81,7 @@ class Job:
                 **settings["workload"],
                 sequences=Sequences(arrays["input_ids"], arrays["labels"], arrays["offsets"]),
                 batches=np.split(arrays["batches"], arrays["batch_ends"][:-1]),
+                row_start=arrays.get("row_start"),
             )
         model = settings["model"]
         if isinstance(model["lora_targets"], list):
@@ -96,13 +98,13 @@ class Gate:
 
     Args:
         commands, replies: JSON, one object a line.
-        synchronise: waits until the device has done what it was asked.
+        synchronize: waits until the device has done what it was asked.
     """
 
-    def __init__(self, commands: IO[str], replies: IO[str], synchronise: Callable[[], None]) -> None:
+    def __init__(self, commands: IO[str], replies: IO[str], synchronize: Callable[[], None]) -> None:
         self._commands = commands
         self._replies = replies
-        self._synchronise = synchronise
+        self._synchronize = synchronize
         self._losses: list[float] = []
         self._examples = 0
         self._left = 0
@@ -110,7 +112,7 @@ class Gate:
 
     def open(self) -> None:
         """Everything is built: wait for the first round. Call it right before the first step."""
-        self._synchronise()
+        self._synchronize()
         self._memory_before = reset_peak_memory()
         self._reply({"event": "ready"})
         self._wait()
@@ -121,7 +123,7 @@ class Gate:
         self._examples += num_examples
         self._left -= 1
         if self._left == 0:
-            self._synchronise()
+            self._synchronize()
             seconds = time.perf_counter() - self._began
             self._reply(
                 {
@@ -146,5 +148,5 @@ class Gate:
         self._replies.flush()
 
 
-def synchroniser(device: torch.device) -> Callable[[], None]:
+def synchronizer(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -27,10 +27,10 @@ def matmul_ceiling(dtype: torch.dtype, device: torch.device, repeats: int = 3) -
         b = torch.randn(columns, inner, device=device).to(dtype)
         torch.nn.functional.linear(a, b)
         for _ in range(repeats):
-            _synchronise(device)
+            _synchronize(device)
             began = time.perf_counter()
             torch.nn.functional.linear(a, b)
-            _synchronise(device)
+            _synchronize(device)
             best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - began))
     return best
 
@@ -83,7 +83,7 @@ def without_folder(argument: str) -> str:
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -151,7 +151,7 @@ def lay_out(positions: int, vocabulary: int) -> Any:
         question=QUESTION,
         answer=ANSWER,
     )
-    return make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_nodes=2**31)
+    return make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_positions=2**31)
 
 
 if __name__ == "__main__":

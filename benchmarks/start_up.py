@@ -157,12 +157,12 @@ def plan_and_train(settings: list[str]) -> dict[str, float]:
     began = time.perf_counter()
     for number in range(num_batches):
         micro_batches = make_micro_batches(
-            prepared.data.train, sampler.batch(0, number), batching="trie", max_nodes=plan.max_positions
+            prepared.data.train, sampler.batch(0, number), batching="trie", max_positions=plan.max_positions
         )
         for micro_batch in micro_batches:
             layout = model.layout(micro_batch.trie, np.unique(micro_batch.label_index))  # type: ignore[arg-type]
             layout.rows(None, head_size, plan.dtype)
-            layout.rows(None, head_size, plan.dtype, of_needed=True)
+            layout.rows(None, head_size, plan.dtype, is_pruned=True)
         planned.append(micro_batches)
     planning = (time.perf_counter() - began) / num_batches
     accumulate_gradients(model, planned[0])

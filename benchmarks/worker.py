@@ -28,6 +28,8 @@ ENGINES = {
     "trietune-packed": "peers.trietune_loop",
     "trietune": "peers.trietune_loop",
 }
+# Of rows of preferences; for `preferences.py`.
+DPO = dict.fromkeys(("dpo-trl", "dpo-strongest", "dpo-trietune"), "peers.dpo")
 # TrieTune made to attend in one way; for `gpu.py`, where it matters.
 WAYS = {f"trietune-{way}": "peers.trietune_loop" for way in ("varlen", "flex", "mask", "rows")}
 
@@ -42,16 +44,16 @@ def main(job_file: Path) -> None:
     # `trietune train` does it for itself; here every engine gets it.
     keep_freed_memory()
     import torch
-    from job import FinishedError, Gate, Job, synchroniser
+    from job import FinishedError, Gate, Job, synchronizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     job = Job.read(job_file)
-    engine = importlib.import_module({**ENGINES, **WAYS}[job.engine])
+    engine = importlib.import_module({**ENGINES, **DPO, **WAYS}[job.engine])
     device = torch.device(job.device)
     try:
-        engine.train(job, device, Gate(sys.stdin, replies, synchroniser(device)))
+        engine.train(job, device, Gate(sys.stdin, replies, synchronizer(device)))
     except FinishedError:
         return
     raise RuntimeError(f"{job.engine} ran out of batches")

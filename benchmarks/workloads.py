@@ -53,6 +53,8 @@ class Workload:
         batches: sequence indices of each optimizer step.
         steps_a_round: optimizer steps between two changes of engine.
         num_too_long: examples left out.
+        row_start: int64 [R + 1], for preferences: the first sequence of each row, whose answers stand side by side, the
+            best first. `batches` are then rows, and `batch_size` counts them. None: every sequence by itself.
     """
 
     name: str
@@ -62,6 +64,12 @@ class Workload:
     batches: list[np.ndarray]
     steps_a_round: int
     num_too_long: int
+    row_start: np.ndarray | None = None
+
+    def answers_of(self, row: int) -> range:
+        """The sequences of a row of preferences, the best first."""
+        assert self.row_start is not None
+        return range(int(self.row_start[row]), int(self.row_start[row + 1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +86,7 @@ class Shape:
 def measure_shape(workload: Workload, batches: Sequence[np.ndarray]) -> Shape:
     nodes = tokens = labels = pairs = 0
     for batch in batches:
-        for part in make_micro_batches(workload.sequences, batch, batching="trie", max_nodes=2**40):
+        for part in make_micro_batches(workload.sequences, batch, batching="trie", max_positions=2**40):
             nodes += part.num_positions
             tokens += part.num_tokens
             labels += part.total_weight
@@ -161,6 +169,41 @@ def random_questions(
         shared = draw(paragraph)
         rows += [(shared + draw(question), draw(answer)) for _ in range(questions)]
     return flatten(rows)
+
+
+# prompt and answer tokens, answers of a row, rows of a step
+PREFERENCES = {
+    "pairs-equal": (128, 128, 2, 8),
+    "pairs-long-prompt": (256, 64, 2, 8),
+    "ranked-4": (128, 32, 4, 8),
+    "ranked-7": (128, 32, 7, 4),
+}
+
+
+def preferences(name: str, *, vocabulary: int, num_rounds: int, steps_a_round: int = 2, seed: int = SEED) -> Workload:
+    """Random tokens: rows of a prompt and its answers, the best first. Lengths vary by a quarter."""
+    prompt, answer, num_answers, batch_size = PREFERENCES[name]
+    generator = np.random.default_rng(seed)
+
+    def draw(length: int) -> list[int]:
+        size = int(generator.integers(length * 3 // 4, length * 5 // 4 + 1))
+        return [int(token) for token in generator.integers(3, vocabulary, size)]
+
+    num_rows = batch_size * steps_a_round * (num_rounds + 1)
+    rows = []
+    for _ in range(num_rows):
+        shared = draw(prompt)
+        rows += [(shared, draw(answer)) for _ in range(num_answers)]
+    return Workload(
+        name,
+        flatten(rows),
+        max_length=(prompt + answer) * 5 // 4,
+        batch_size=batch_size,
+        batches=np.split(np.arange(num_rows), num_rows // batch_size),
+        steps_a_round=steps_a_round,
+        num_too_long=0,
+        row_start=np.arange(num_rows + 1) * num_answers,
+    )
 
 
 def find_file(data: Path, name: str) -> Path:

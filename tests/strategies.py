@@ -47,7 +47,7 @@ def batches(draw: st.DrawFn, max_sequences: int = 9, max_length: int = 8) -> tup
 def question_batch(
     generator: np.random.Generator, *, vocabulary: int, paragraphs: int = 3, questions: int = 4, scale: int = 1
 ) -> FlatSequences:
-    """Paragraphs with several questions each, some questions with a common beginning, completions labelled.
+    """Paragraphs with several questions each, some questions with a common beginning, completions labeled.
 
     One sequence stands twice, one is a prefix of another, one has a single token and one no label.
     """

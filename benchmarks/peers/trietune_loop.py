@@ -18,10 +18,9 @@ from models import add_lora, build_network, trained_parameters
 
 from trietune.device import Device, choose_device
 from trietune.device.device import AttentionNeeds
-from trietune.device.kernels import choose_way
+from trietune.device.kernels import choose_backend
 from trietune.model.assemble import assemble
-from trietune.training.loop import Schedules
-from trietune.training.loop import train as train_steps
+from trietune.training.loop import StepRange, training_steps
 from trietune.training.optimizer import build_optimizer
 from trietune.trie import make_micro_batches
 
@@ -54,7 +53,7 @@ def way_to_attend(job: Job, config: Any, device: Device) -> str:
         num_positions=MAX_NODES,
     )
     asked = job.engine.removeprefix("trietune").removeprefix("-")
-    return choose_way(asked if asked in WAYS else "auto", device, needs, where=job.engine)[0]
+    return choose_backend(asked if asked in WAYS else "auto", device, needs, where=job.engine)[0]
 
 
 def train(job: Job, device: torch.device, gate: Gate) -> None:
@@ -76,16 +75,16 @@ def train(job: Job, device: torch.device, gate: Gate) -> None:
         device=place,
     )
     workload = job.workload
-    steps = train_steps(
+    steps = training_steps(
         model,
         optimizer,
         GivenBatches(workload.batches),  # type: ignore[arg-type]
-        Schedules(len(workload.batches), 0, 1, lambda step: LEARNING_RATE),
+        StepRange(len(workload.batches), 0, 1, lambda step: LEARNING_RATE),
         lambda batch: make_micro_batches(
             workload.sequences,
             batch,
             batching=batching,  # type: ignore[arg-type]
-            max_nodes=MAX_PADDED if batching == "padded" else MAX_NODES,
+            max_positions=MAX_PADDED if batching == "padded" else MAX_NODES,
         ),
         seed=1,
         device=place,

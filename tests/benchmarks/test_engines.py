@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ import workloads
 from compare import to_result
 from job import FinishedError, Job
 from models import ModelChoice, Work, build_network, count_work
-from worker import ENGINES
+from worker import DPO, ENGINES
 
 from tiny_model import write_tiny_model
 
@@ -285,3 +286,22 @@ def test_results_name_no_folder_of_this_machine(model: ModelChoice, monkeypatch:
     command = environment(torch.device("cpu"))["command"]
     assert command == "python benchmarks/compare.py --model-folder smollm2 --rounds 5"
     assert model.record()["folder"] == Path(model.folder).name
+
+
+@pytest.mark.skipif(not HAS_TRL, reason="benchmarks/requirements.txt is not installed")
+@pytest.mark.parametrize("name", ["pairs-equal", "ranked-4"])
+def test_engines_of_preferences_take_the_same_steps(
+    name: str, model: ModelChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(workloads.PREFERENCES, name, (12, 6, 2 if name == "pairs-equal" else 4, 4))
+    rows = workloads.preferences(name, vocabulary=90, num_rounds=1)
+    found = {}
+    for engine in DPO:
+        recorder = Recorder(3)
+        with pytest.raises(FinishedError):
+            importlib.import_module(DPO[engine]).train(Job(engine, model, rows, "cpu"), torch.device("cpu"), recorder)
+        found[engine] = recorder.losses
+    assert found["dpo-trl"] == pytest.approx(found["dpo-trietune"], rel=LOSS_TOLERANCE)
+    assert found["dpo-strongest"] == pytest.approx(found["dpo-trietune"], rel=LOSS_TOLERANCE)
+    assert found["dpo-trietune"][0] == pytest.approx(math.log(2))
+    assert found["dpo-trietune"][1] != found["dpo-trietune"][0]

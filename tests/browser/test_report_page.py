@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from chromium import Chromium, find_chromium
 
-from trietune.tracking.console.console import ConsoleConsumer
+from trietune.tracking.console.console import ConsoleListener
 from trietune.tracking.events import Evaluated, RunStarted, StepFinished
 from trietune.tracking.open import open_tracker
 from trietune.tracking.report.report import write_report
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def make_run(directory: Path, num_steps: int, offset: float) -> None:
-    tracker = open_tracker(console=ConsoleConsumer(io.StringIO(), io.StringIO()))
+    tracker = open_tracker(console=ConsoleListener(io.StringIO(), io.StringIO()))
     tracker.emit(RunStarted(directory.name, directory, num_steps, 0, {"learning_rate": offset}, {"device": "cpu"}))
     for step in range(1, num_steps + 1):
         metrics = {"train/loss": offset + 2.0 / step, "memory_bytes": 1e9}
@@ -41,7 +41,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_run(folder / "long", 120, 0.3)
     write_report([hostile], folder / "one.html")
     write_report([hostile, folder / "long"], folder / "two.html")
-    tracker = open_tracker(console=ConsoleConsumer(io.StringIO(), io.StringIO()))
+    tracker = open_tracker(console=ConsoleListener(io.StringIO(), io.StringIO()))
     tracker.emit(RunStarted("empty", folder / "empty", 5, 0, {}, {}))
     tracker.close()
     write_report([folder / "empty"], folder / "empty.html")
@@ -129,7 +129,7 @@ def test_a_curve_can_be_hidden(browser: Chromium, pages: dict[str, Path]) -> Non
 
 
 def test_a_wide_fall_is_drawn_on_a_log_scale_until_told_otherwise(browser: Chromium, tmp_path: Path) -> None:
-    tracker = open_tracker(console=ConsoleConsumer(io.StringIO(), io.StringIO()))
+    tracker = open_tracker(console=ConsoleListener(io.StringIO(), io.StringIO()))
     tracker.emit(RunStarted("fall", tmp_path / "fall", 4, 0, {}, {}))
     for step, loss in enumerate((10.0, 1.0, 0.1), start=1):
         tracker.emit(StepFinished(step, step, {"train/loss": loss}, [], True))

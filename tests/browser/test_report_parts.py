@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from chromium import Chromium, find_chromium
 
-from tracking.test_changes import labelled
+from tracking.test_changes import labeled
 from trietune.tracking.report.report import write_report
 
 pytestmark = [
@@ -33,7 +33,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     n, p = "negative", "positive"
     runs = []
     for name in ("one", "two", "three"):
-        run = labelled(folder / name, [p, p, n, n, p, p], [n, p, p, p, n, n])
+        run = labeled(folder / name, [p, p, n, n, p, p], [n, p, p, p, n, n])
         (run / "batch.json").write_text(json.dumps(BATCH))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [

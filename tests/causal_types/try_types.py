@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SECONDS_A_TYPE = 240
+SECONDS_PER_TYPE = 240
 LEARNING_RATE = 0.5
 STEPS = 3
 # fp32, three steps: right ways differ in the order of sums; the largest seen is 7e-6. bf16 rounds at every layer.
@@ -78,7 +78,7 @@ def try_type_apart(model_type: str, dtype: str) -> dict[str, Any]:
     process.start()
     sender.close()
     row: dict[str, Any] = {"type": model_type, "dtype": dtype, "built": {"status": "crashed", "said": "no answer"}}
-    if receiver.poll(SECONDS_A_TYPE):
+    if receiver.poll(SECONDS_PER_TYPE):
         try:
             row = receiver.recv()
         except EOFError:

@@ -12,8 +12,8 @@ import pytest
 from trietune.checkpoints.retention import STEP_NAME
 from trietune.io import directory, files, manifest
 from trietune.io.directory import (
-    Damaged,
-    Streamed,
+    DamagedDirectory,
+    LazyContent,
     clean_leftovers,
     read_directory,
     remove_directory,
@@ -39,13 +39,13 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 def test_a_streamed_file_is_hashed_on_its_way(tmp_path: Path) -> None:
     pieces = [os.urandom(3 * 2**20 + 1) for _ in range(3)]
     size = sum(map(len, pieces))
-    written = write_directory(tmp_path / "adapter", {"big.bin": Streamed(size, lambda: iter(pieces))}, info=INFO)
+    written = write_directory(tmp_path / "adapter", {"big.bin": LazyContent(size, lambda: iter(pieces))}, info=INFO)
     assert read_directory(written.path)[1]["big.bin"] == b"".join(pieces)
 
 
 def test_a_streamed_file_that_breaks_its_word_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"big\.bin has 5 bytes, 6 were promised"):
-        write_directory(tmp_path / "adapter", {"big.bin": Streamed(6, lambda: iter([b"123", b"45"]))}, info=INFO)
+        write_directory(tmp_path / "adapter", {"big.bin": LazyContent(6, lambda: iter([b"123", b"45"]))}, info=INFO)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,7 +55,7 @@ def test_a_streamed_file_that_cannot_be_written_leaves_nothing(
 ) -> None:
     fail_always(monkeypatch, call)
     with pytest.raises(SaveFailed, match="adapter was not saved: Input/output error"):
-        write_directory(tmp_path / "adapter", {"big.bin": Streamed(6, lambda: iter([b"123", b"456"]))}, info=INFO)
+        write_directory(tmp_path / "adapter", {"big.bin": LazyContent(6, lambda: iter([b"123", b"456"]))}, info=INFO)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,7 +64,7 @@ def test_space_is_looked_for_before_a_streamed_file_is_asked_for(
 ) -> None:
     monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: _Usage(free=2**20))
     with pytest.raises(SaveFailed, match=r"1,000,000 bytes and one megabyte to spare"):
-        write_directory(tmp_path / "adapter", {"big.bin": Streamed(10**6, lambda: pytest.fail("asked"))}, info=INFO)
+        write_directory(tmp_path / "adapter", {"big.bin": LazyContent(10**6, lambda: pytest.fail("asked"))}, info=INFO)
 
 
 def test_modes_follow_the_umask(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     written = write_directory(tmp_path / "adapter", CONTENTS, info=INFO)
     (written.path / name).unlink()
-    with pytest.raises(Damaged) as caught:
+    with pytest.raises(DamagedDirectory) as caught:
         verify_directory(written.path)
     assert (caught.value.file, caught.value.reason) == (name, "is missing")
 
@@ -89,12 +89,12 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 def test_a_short_file_is_named_with_both_sizes(tmp_path: Path) -> None:
     written = write_directory(tmp_path / "adapter", CONTENTS, info=INFO)
     os.truncate(written.path / "adapter_model.safetensors", 1234)
-    with pytest.raises(Damaged, match=r"adapter_model\.safetensors has 1,234 of 7,000 bytes"):
+    with pytest.raises(DamagedDirectory, match=r"adapter_model\.safetensors has 1,234 of 7,000 bytes"):
         read_directory(written.path)
 
 
 def test_every_flipped_bit_of_a_manifest_is_damage() -> None:
-    data = manifest.serialise(manifest.Manifest(INFO, {"a.bin": manifest.FileEntry(1, "0" * 64)}))
+    data = manifest.serialize(manifest.Manifest(INFO, {"a.bin": manifest.FileEntry(1, "0" * 64)}))
     manifest.parse(data)
     for position in range(len(data)):
         for bit in range(8):
@@ -105,7 +105,7 @@ def test_every_flipped_bit_of_a_manifest_is_damage() -> None:
 
 
 def test_a_newer_format_is_refused_by_name() -> None:
-    data = manifest.serialise(manifest.Manifest(INFO, {})).replace(b'"1.0"', b'"1.7"')
+    data = manifest.serialize(manifest.Manifest(INFO, {})).replace(b'"1.0"', b'"1.7"')
     with pytest.raises(manifest.ManifestError, match=r"its format 1\.7 is newer than 1\.0"):
         manifest.parse(data)
 

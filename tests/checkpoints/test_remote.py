@@ -16,10 +16,9 @@ from trietune.checkpoints.overview import list_checkpoints
 from trietune.checkpoints.remote import retry as attempts
 from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.remote.open import open_storage
-from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import FolderStorage, FsspecStorage, Storage
-from trietune.checkpoints.remote.uploads import Uploader, fetch, synchronise
-from trietune.checkpoints.resume import load_or_create_run_id
+from trietune.checkpoints.remote.uploads import Uploader, fetch, synchronize
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 
@@ -72,13 +71,13 @@ class Flaky:
         return self.inner.discard_unfinished(prefix)
 
 
-def patience(waits: list[float] | None = None, **changes: Any) -> Patience:
+def policy(waits: list[float] | None = None, **changes: Any) -> RetryPolicy:
     def sleep(seconds: float) -> bool:
         if waits is not None:
             waits.append(seconds)
         return False
 
-    return Patience(sleep=sleep, randomness=random.Random(1), **changes)
+    return RetryPolicy(sleep=sleep, randomness=random.Random(1), **changes)
 
 
 def make_store(run: Path, **changes: Any) -> CheckpointStore:
@@ -104,17 +103,18 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Flaky]:
 
 
 def test_a_copy_is_whole_and_comes_back_on_an_empty_machine(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "a" / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "a" / "run"), RemoteRun(storage, "run", policy())
     for step in (50, 100):
         save(store, step)
     (store.run_directory / "metrics.jsonl").write_text("{}\n")
-    result = synchronise(store, remote)
+    result = synchronize(store, remote)
     assert (result.uploaded, result.is_complete) == (("step-00000100", "step-00000050"), True)
     assert storage.exists("run/metrics.jsonl")
 
     empty = tmp_path / "b" / "run"
     empty.mkdir(parents=True)
-    run_id = load_or_create_run_id(empty, adopt=remote.find_run_id())
+    run_id = remote.find_run_id()
+    assert run_id is not None
     other = make_store(empty, run_id=run_id)
     assert fetch(other, remote, "last") == [f"step-00000100 was copied from {storage.location}"]
     loaded, original = other.load("last"), store.load("last")
@@ -128,10 +128,10 @@ def test_a_copy_is_whole_and_comes_back_on_an_empty_machine(storage: Flaky, tmp_
 
 
 def test_the_manifest_is_put_last_and_deleted_first(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "run", keep_last_n=1), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "run", keep_last_n=1), RemoteRun(storage, "run", policy())
     for step in (50, 100):
         save(store, step)
-        synchronise(store, remote)
+        synchronize(store, remote)
     puts = [key.rpartition("/")[2] for verb, key in storage.requests if verb == "put"]
     assert puts == ["adapter_config.json", "adapter_model.safetensors", "manifest.json"] * 2
     deleted = [key.split("/", 2)[2] for verb, key in storage.requests if verb == "delete"]
@@ -141,7 +141,7 @@ def test_the_manifest_is_put_last_and_deleted_first(storage: Flaky, tmp_path: Pa
 
 
 def test_the_same_bytes_are_not_sent_twice_and_others_replace_them(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", policy())
     path = save(store, 50)
     remote.upload(path)
     before = len(storage.requests)
@@ -158,12 +158,12 @@ def test_the_same_bytes_are_not_sent_twice_and_others_replace_them(storage: Flak
 
 def test_a_foreign_run_is_an_error_and_is_left_alone(storage: Flaky, tmp_path: Path) -> None:
     theirs, ours = make_store(tmp_path / "a" / "run", run_id="theirs"), make_store(tmp_path / "b" / "run")
-    remote = RemoteRun(storage, "run", patience())
+    remote = RemoteRun(storage, "run", policy())
     save(theirs, 50)
-    synchronise(theirs, remote)
+    synchronize(theirs, remote)
     save(ours, 100)
     before = storage.list("run")
-    for action in (lambda: synchronise(ours, remote), lambda: fetch(ours, remote, "last")):
+    for action in (lambda: synchronize(ours, remote), lambda: fetch(ours, remote, "last")):
         with pytest.raises(UserError, match="holds checkpoints of another run"):
             action()
     assert storage.list("run") == before
@@ -172,7 +172,7 @@ def test_a_foreign_run_is_an_error_and_is_left_alone(storage: Flaky, tmp_path: P
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_transient_answers_are_tried_again(storage: Flaky, tmp_path: Path, status: int) -> None:
     waits: list[float] = []
-    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", patience(waits))
+    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", policy(waits))
     path = save(store, 50)
     storage.failure = lambda number: Answered(status, {"Retry-After": "7"}) if number % 2 else None
     remote.upload(path)
@@ -182,7 +182,7 @@ def test_transient_answers_are_tried_again(storage: Flaky, tmp_path: Path, statu
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 412])
 def test_permanent_answers_are_asked_once(storage: Flaky, tmp_path: Path, status: int) -> None:
-    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", policy())
     path = save(store, 50)
     storage.failure = lambda number: Answered(status)
     with pytest.raises(Answered):
@@ -194,7 +194,7 @@ def test_attempts_end(storage: Flaky) -> None:
     waits: list[float] = []
     storage.failure = lambda number: ConnectionResetError()
     with pytest.raises(ConnectionResetError):
-        RemoteRun(storage, "run", patience(waits, num_attempts=4)).scan()
+        RemoteRun(storage, "run", policy(waits, num_attempts=4)).scan()
     assert len(storage.requests) == 4
     assert 0.25 <= waits[0] <= 0.5 <= waits[1] <= 1.0 <= waits[2] <= 2.0
 
@@ -203,16 +203,16 @@ def test_an_upload_cut_at_any_request_never_shows_a_manifest_without_its_payload
     storage: Flaky, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "run", keep_last_n=1)
-    remote = RemoteRun(storage, "run", patience(num_attempts=1))
+    remote = RemoteRun(storage, "run", policy(num_attempts=1))
     save(store, 50)
-    synchronise(store, remote)
+    synchronize(store, remote)
     save(store, 100)
     number_of_requests = None
     for cut in range(1, 100):
         storage.requests.clear()
         storage.failure = lambda number, cut=cut: Answered(403) if number >= cut else None
         try:
-            synchronise(store, remote, final=False)
+            synchronize(store, remote, final=False)
         except Answered:
             storage.failure = lambda number: None
             whole = [copy.step for copy in remote.scan() if copy.damage is None]
@@ -229,10 +229,10 @@ def test_an_upload_cut_at_any_request_never_shows_a_manifest_without_its_payload
 
 
 def test_a_changed_download_is_not_believed_and_the_next_is_taken(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "a" / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "a" / "run"), RemoteRun(storage, "run", policy())
     for step in (50, 100, 150):
         save(store, step)
-    synchronise(store, remote)
+    synchronize(store, remote)
     wrong = tmp_path / "wrong"
     good = (store.folder / "step-00000150" / "adapter_model.safetensors").read_bytes()
     wrong.write_bytes(good[:-1] + b"x")
@@ -247,10 +247,10 @@ def test_a_changed_download_is_not_believed_and_the_next_is_taken(storage: Flaky
 
 
 def test_best_and_path_are_fetched_too(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "a" / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "a" / "run"), RemoteRun(storage, "run", policy())
     for step, loss in ((50, 0.3), (100, 0.1), (150, 0.2)):
         save(store, step, loss)
-    synchronise(store, remote)
+    synchronize(store, remote)
     other = make_store(tmp_path / "b" / "run")
     fetch(other, remote, "best")
     fetch(other, remote, "path", other.folder / "step-00000050")
@@ -258,9 +258,9 @@ def test_best_and_path_are_fetched_too(storage: Flaky, tmp_path: Path) -> None:
 
 
 def test_a_damaged_local_one_is_healed_from_its_copy(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", policy())
     path = save(store, 50)
-    synchronise(store, remote)
+    synchronize(store, remote)
     (path / "adapter_config.json").write_bytes(b"[]\n")
     fetch(store, remote, "last")
     loaded = store.load("last")
@@ -270,41 +270,41 @@ def test_a_damaged_local_one_is_healed_from_its_copy(storage: Flaky, tmp_path: P
 
 
 def test_a_newer_local_one_is_not_overruled(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", policy())
     save(store, 50)
-    synchronise(store, remote)
+    synchronize(store, remote)
     save(store, 100)
     (store.folder / "step-00000050").rename(tmp_path / "elsewhere")
     assert fetch(store, remote, "last") == []
 
 
 def test_going_back_replaces_the_line_that_was_given_up(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", policy())
     for step in (50, 100, 150):
         save(store, step)
-    synchronise(store, remote)
+    synchronize(store, remote)
     store.set_aside_newer(50)
     assert fetch(store, remote, "last") == [], "a checkpoint that was given up does not come back"
     save(store, 75, salt="new")
-    synchronise(store, remote, resumed_step=50)
+    synchronize(store, remote, resumed_step=50)
     assert [copy.step for copy in remote.scan()] == [50, 75]
 
 
 def test_a_restart_on_an_empty_machine_keeps_the_best_copy(storage: Flaky, tmp_path: Path) -> None:
     limits = {"keep_last_n": 1, "keep_best_n": 1}
-    store, remote = make_store(tmp_path / "a" / "run", **limits), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "a" / "run", **limits), RemoteRun(storage, "run", policy())
     save(store, 50, 0.1)
     save(store, 100, 0.4)
-    synchronise(store, remote)
+    synchronize(store, remote)
     other = make_store(tmp_path / "b" / "run", **limits)
     fetch(other, remote, "last")
     save(other, 150, 0.3)
-    synchronise(other, remote, resumed_step=100)
+    synchronize(other, remote, resumed_step=100)
     assert [copy.step for copy in remote.scan()] == [50, 150]
 
 
 def test_a_checkpoint_that_is_uploaded_is_not_removed_meanwhile(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "run", keep_last_n=1), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "run", keep_last_n=1), RemoteRun(storage, "run", policy())
     save(store, 50)
 
     def save_during_upload(number: int) -> None:
@@ -314,12 +314,12 @@ def test_a_checkpoint_that_is_uploaded_is_not_removed_meanwhile(storage: Flaky, 
             assert [item.step for item in store.scan()] == [50, 100]
 
     storage.failure = save_during_upload
-    synchronise(store, remote)
+    synchronize(store, remote)
     assert [copy.step for copy in remote.scan()] == [100]
 
 
 def uploader_for(store: CheckpointStore, storage: Storage) -> Uploader:
-    remote = RemoteRun(storage, "run", Patience(sleep=lambda s: False, first_wait_s=0.01, longest_wait_s=0.02))
+    remote = RemoteRun(storage, "run", RetryPolicy(sleep=lambda s: False, first_wait_s=0.01, longest_wait_s=0.02))
     return Uploader(store, remote, resumed_step=None, longest_wait_s=0.05)
 
 
@@ -332,19 +332,19 @@ def test_uploads_happen_in_the_background_and_are_drained(storage: Flaky, tmp_pa
         uploader.saved()
     result = uploader.close(20)
     assert result.is_complete
-    assert [copy.step for copy in RemoteRun(storage, "run", patience()).scan()] == [100, 150]
+    assert [copy.step for copy in RemoteRun(storage, "run", policy()).scan()] == [100, 150]
 
 
 def test_a_foreign_run_is_an_error_before_training(storage: Flaky, tmp_path: Path) -> None:
     theirs = make_store(tmp_path / "a" / "run", run_id="theirs")
     save(theirs, 50)
-    synchronise(theirs, RemoteRun(storage, "run", patience()))
+    synchronize(theirs, RemoteRun(storage, "run", policy()))
     with pytest.raises(UserError, match="another run"):
         uploader_for(make_store(tmp_path / "b" / "run"), storage).start()
 
 
 def test_a_storage_that_cannot_be_read_is_a_refusal_to_resume_and_not_to_train(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", policy())
     storage.failure = lambda number: Answered(403)
     for read in (remote.find_run_id, lambda: fetch(store, remote, "last")):
         with pytest.raises(UserError, match=r"cannot be read: the store answered 403 \(no right\)") as caught:
@@ -370,7 +370,7 @@ def test_an_outage_is_said_once_and_caught_up_with(storage: Flaky, tmp_path: Pat
     result = uploader.close(20)
     assert result.is_complete
     assert [text for text in uploader.news() if "is back" in text]
-    assert [copy.step for copy in RemoteRun(storage, "run", patience()).scan()] == [50]
+    assert [copy.step for copy in RemoteRun(storage, "run", policy()).scan()] == [50]
 
 
 def test_a_storage_that_stays_away_is_waited_for_within_bounds_and_synced_later(storage: Flaky, tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_storage_that_stays_away_is_waited_for_within_bounds_and_synced_later(
     assert (result.is_complete, result.missing) == (False, ("step-00000050",))
     assert result.error == "the store did not answer in time"
     storage.failure = lambda number: None
-    assert synchronise(store, RemoteRun(storage, "run", patience())).is_complete
+    assert synchronize(store, RemoteRun(storage, "run", policy())).is_complete
 
 
 def test_a_permanent_refusal_is_not_asked_for_ever(storage: Flaky, tmp_path: Path) -> None:
@@ -417,10 +417,10 @@ def test_a_second_signal_ends_the_drain(storage: Flaky, tmp_path: Path) -> None:
 
 
 def test_the_list_shows_both_places(storage: Flaky, tmp_path: Path) -> None:
-    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", patience())
+    store, remote = make_store(tmp_path / "run"), RemoteRun(storage, "run", policy())
     save(store, 50, 0.4)
     save(store, 100, 0.3)
-    synchronise(store, remote)
+    synchronize(store, remote)
     save(store, 150, 0.35)
     (store.folder / "step-00000050").rename(tmp_path / "gone")
     (store.folder / "step-00000150" / "adapter_config.json").unlink()
@@ -459,7 +459,7 @@ def test_leftovers_of_a_killed_copy_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".staging-manifest.json-0123456789ab").write_text("{")
     assert storage.list("run") == {}
-    assert RemoteRun(storage, "run", patience()).discard_unfinished() == 1
+    assert RemoteRun(storage, "run", policy()).discard_unfinished() == 1
 
 
 def test_descriptions_never_quote() -> None:

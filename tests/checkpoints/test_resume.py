@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from trietune.checkpoints.resume import abandon_lines, check_differences, compare, load_or_create_run_id, table_lines
+from trietune.checkpoints.resume import (
+    abandon_lines,
+    check_differences,
+    compare,
+    keep_run_id,
+    load_run_id,
+    new_run_id,
+    table_lines,
+)
 from trietune.errors import UserError
 from trietune.io import files
 
@@ -87,13 +95,35 @@ def test_lines_beyond_the_checkpoint_move_and_a_torn_one_with_them(tmp_path: Pat
     log = tmp_path / "metrics.jsonl"
     write_log(log, [1, 2, 3, 4], tail=b'{"step": 5, "lo')
     result = abandon_lines(log, 2)
-    assert (result.num_beyond, result.num_torn) == (2, 1)
+    assert result.num_beyond == 2
     assert result.path == tmp_path / "metrics.abandoned-1.jsonl"
     assert steps_in(log) == [1, 2]
     assert result.path.read_bytes().endswith(b'"}\n{"step": 5, "lo\n')
     assert abandon_lines(log, 2).path is None
     write_log(log, [1, 2, 3])
     assert abandon_lines(log, 2).path == tmp_path / "metrics.abandoned-2.jsonl"
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 70_000, b'{"st\n', b"\xff\xfe", b"[3]\n"])
+def test_whatever_a_crash_leaves_at_the_end_is_taken_out_of_the_log(tmp_path: Path, tail: bytes) -> None:
+    log = tmp_path / "metrics.jsonl"
+    write_log(log, [1, 2], tail=tail)
+    result = abandon_lines(log, 2)
+    assert result.num_beyond == 0
+    assert result.path is not None
+    assert result.path.read_bytes().rstrip(b"\n") == tail.rstrip(b"\n")
+    assert steps_in(log) == [1, 2]
+
+
+def test_a_log_cut_anywhere_keeps_every_whole_line(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    write_log(log, [1, 2, 3])
+    content = log.read_bytes()
+    for cut in range(len(content)):
+        log.write_bytes(content[:cut])
+        abandon_lines(log, 3)
+        # The last byte of a line is its break, which is put back.
+        assert steps_in(log) == list(range(1, (content[:cut] + b"\n").count(b"}\n") + 1))
 
 
 def test_a_last_line_that_lost_its_line_break_is_mended(tmp_path: Path) -> None:
@@ -126,18 +156,17 @@ def test_a_stop_between_the_two_files_loses_and_doubles_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.abandoned-1.jsonl", "metrics.jsonl"]
 
 
-def test_the_run_id_is_made_once(tmp_path: Path) -> None:
-    run_id = load_or_create_run_id(tmp_path)
-    assert load_or_create_run_id(tmp_path, adopt="other") == run_id
-    (tmp_path / "new").mkdir()
-    assert load_or_create_run_id(tmp_path / "new", adopt="fromremote") == "fromremote"
+def test_a_run_id_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert load_run_id(tmp_path) is None
+    keep_run_id(tmp_path, run_id := new_run_id())
+    assert load_run_id(tmp_path) == run_id
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\n", b"../../x\n"])
 def test_a_broken_run_id_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / ".run-id").write_bytes(data)
     with pytest.raises(UserError, match="does not hold the id of a run"):
-        load_or_create_run_id(tmp_path)
+        load_run_id(tmp_path)
 
 
 def test_a_data_set_that_nobody_named_is_no_difference_where_the_data_are_the_same() -> None:

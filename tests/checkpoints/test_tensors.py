@@ -24,7 +24,7 @@ NAMES = st.text(st.characters(codec="ascii", categories=["L", "N"], include_char
 
 @given(st.dictionaries(NAMES.filter(lambda name: ".." not in name and name != "__metadata__"), ARRAYS, max_size=6))
 def test_the_library_reads_what_we_write_and_we_read_what_it_writes(arrays: dict[str, Any]) -> None:
-    ours = tensors.serialise({name: tensors.from_numpy(array) for name, array in arrays.items()})
+    ours = tensors.serialize({name: tensors.from_numpy(array) for name, array in arrays.items()})
     theirs = safetensors.numpy.save(arrays)
     for data in (ours, theirs):
         library = safetensors.numpy.load(data)
@@ -37,7 +37,7 @@ def test_the_library_reads_what_we_write_and_we_read_what_it_writes(arrays: dict
 
 def test_bf16_goes_through_as_bit_patterns() -> None:
     patterns = np.array([[0x3F80, 0xC000], [0x7FC0, 0x0001]], dtype=np.uint16)
-    data = tensors.serialise({"w": tensors.from_numpy(patterns, dtype="BF16")}, metadata={"format": "pt"})
+    data = tensors.serialize({"w": tensors.from_numpy(patterns, dtype="BF16")}, metadata={"format": "pt"})
     found, metadata = tensors.parse(data)
     assert (found["w"].dtype, metadata) == ("BF16", {"format": "pt"})
     np.testing.assert_array_equal(found["w"].to_numpy(), patterns)
@@ -66,14 +66,14 @@ def test_pieces_give_the_same_bytes_one_at_a_time() -> None:
     assert alive == ["a0"], "more than one piece was asked for"
     assert [bytes(piece[:1]) for piece in given] == [b"a"] * 2 + [b"b"] * 3 + [b"c"] * 3 + [b"1"]
     text = b"".join(tensors.pieces(lazy))
-    assert text == tensors.serialise(lazy)
+    assert text == tensors.serialize(lazy)
     assert len(text) == tensors.size_bytes(lazy)
 
 
 def test_a_tensor_that_gives_other_than_its_shape_says_is_an_error() -> None:
     short = {"a": RawTensor("F32", (2,), lambda: iter([b"1234"]))}
     with pytest.raises(TensorError, match="`a` has 4 bytes, its shape says 8"):
-        tensors.serialise(short)
+        tensors.serialize(short)
 
 
 def header(document: Any, data: bytes = b"") -> bytes:

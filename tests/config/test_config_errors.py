@@ -135,7 +135,7 @@ def test_foreign_names_are_none_of_ours_and_point_to_ours() -> None:
         (["warmup_steps=10", "max_steps=10"], ["warmup_steps", "max_steps"]),
         (["batching=padded", "attention=rows"], ["attention", "batching"]),
         (["batching=packed", "group_by_prefix=true"], ["group_by_prefix", "batching"]),
-        (["max_tokens_per_micro_batch=16"], ["max_tokens_per_micro_batch", "max_length"]),
+        (["max_tokens_per_micro_batch=16", "max_length=32"], ["max_tokens_per_micro_batch", "max_length"]),
         (["use_wandb=false", "tracker=wandb"], ["tracker", "use_wandb"]),
         (["use_wandb=false", "model_to_wandb=true"], ["model_to_wandb", "use_wandb"]),
         (
@@ -178,7 +178,7 @@ def test_contradiction_names_both_keys_and_their_places(overrides: list[str], ke
         ("test_config", "{max_steps_per_epoch: 3}"),
     ],
 )
-def test_key_that_this_build_cannot_honour_is_refused_by_name(key: str, value: str) -> None:
+def test_key_that_this_build_cannot_honor_is_refused_by_name(key: str, value: str) -> None:
     refusal = {**NOT_YET, **ELSEWHERE}.get(key)
     if refusal is None:
         pytest.skip("built by now")

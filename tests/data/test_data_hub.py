@@ -34,7 +34,7 @@ SST2 = {
         [{"idx": i, "sentence": f"film {i} ", "label": i % 2} for i in range(6)]
     ),
     "data/validation-00000-of-00001.parquet": parquet([{"idx": 0, "sentence": "a fine film ", "label": 1}]),
-    "data/test-00000-of-00001.parquet": parquet([{"idx": 0, "sentence": "unlabelled ", "label": -1}]),
+    "data/test-00000-of-00001.parquet": parquet([{"idx": 0, "sentence": "unlabeled ", "label": -1}]),
 }
 SQUAD = {
     "train.parquet": parquet(

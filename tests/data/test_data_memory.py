@@ -12,10 +12,10 @@ import pytest
 
 from trietune.config import Settings
 from trietune.data import load_data
-from trietune.data.encode_rows import ROWS_A_BLOCK
+from trietune.data.encode_rows import ROWS_PER_BLOCK
 
 # A row more costs its 8-byte hash, its place in a sort of those, and nothing else; the text alone would be 30 times it.
-BYTES_A_ROW = 64
+BYTES_PER_ROW = 64
 
 
 def peak_bytes(path: Path, num_rows: int, tokenizer: Any, settings: Settings) -> int:
@@ -49,5 +49,5 @@ def test_a_file_is_never_held_as_a_whole(
     for num_blocks in (1, 2, 6):
         path = tmp_path / f"{num_blocks}.jsonl"
         settings = make_settings(train_file=str(path), validation_file=str(tmp_path / "dev.jsonl"))
-        peaks[num_blocks] = peak_bytes(path, num_blocks * ROWS_A_BLOCK, tokenizer, settings)
-    assert peaks[6] - peaks[2] < 4 * ROWS_A_BLOCK * BYTES_A_ROW, peaks
+        peaks[num_blocks] = peak_bytes(path, num_blocks * ROWS_PER_BLOCK, tokenizer, settings)
+    assert peaks[6] - peaks[2] < 4 * ROWS_PER_BLOCK * BYTES_PER_ROW, peaks

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from trietune.data.columns import Recipe, Unlabelled, WrongRow, choose_recipe, example_maker
+from trietune.data.columns import RowFormat, Unlabeled, WrongRow, choose_row_format, example_maker
 from trietune.data.examples import Example, Message
 from trietune.data.templates import PromptFormat, fill_template, find_columns, literal_text, read_messages
 from trietune.errors import UserError
 
 
-def recipe_for(columns: list[str], **changes: Any) -> Recipe:
+def recipe_for(columns: list[str], **changes: Any) -> RowFormat:
     defaults: dict[str, Any] = {"task_name": None, "prompt_template": None, "completion_template": None}
-    return choose_recipe(columns, source="data.jsonl", **{**defaults, **changes})
+    return choose_row_format(columns, source="data.jsonl", **{**defaults, **changes})
 
 
 def make(row: dict[str, Any], **changes: Any) -> Example:
@@ -72,11 +72,11 @@ def test_a_wrong_label_is_named(label: Any) -> None:
 
 @pytest.mark.parametrize("label", [-1, "-1", "", None])
 def test_the_label_of_a_test_split_is_none(label: Any) -> None:
-    with pytest.raises(Unlabelled):
+    with pytest.raises(Unlabeled):
         make({"sentence": "fine", "label": label})
 
 
-def test_recognised_columns() -> None:
+def test_recognized_columns() -> None:
     assert make({"prompt": "p", "completion": " c", "more": 1}) == Example("data.jsonl:1", "p", " c")
     assert make({"text": "all of it"}) == Example("data.jsonl:1", "", "all of it")
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -109,7 +109,7 @@ def test_a_conversation_that_cannot_be_one_says_why(messages: Any, reason: str) 
         make({"messages": messages})
 
 
-def test_own_templates_come_before_recognised_columns() -> None:
+def test_own_templates_come_before_recognized_columns() -> None:
     row = {"sentence": "fine", "label": "1", "why": "moving"}
     assert make(row, prompt_template="{sentence}?", completion_template=" {why}") == Example(
         "data.jsonl:1", "fine?", " moving"
@@ -147,7 +147,7 @@ def test_a_list_in_a_template_is_a_wrong_row() -> None:
     with pytest.raises(WrongRow, match="`a` holds a list"):
         make({"a": [1], "b": "x"}, prompt_template="{a}", completion_template="{b}")
     with pytest.raises(WrongRow, match="no column `completion`"):
-        example_maker(Recipe("columns"))({"prompt": "x"}, "data.jsonl:1")
+        example_maker(RowFormat("columns"))({"prompt": "x"}, "data.jsonl:1")
 
 
 @pytest.mark.parametrize(

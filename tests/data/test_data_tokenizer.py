@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizer_families import BUILDERS, Family, gpt2
 
 from trietune.config import load_config
-from trietune.data.columns import Recipe, WrongRow
+from trietune.data.columns import RowFormat, WrongRow
 from trietune.data.encoder import Encoder, find_stop_ids, hash_tokenizer, load_tokenizer, make_encoder
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.preview import split_text
@@ -42,7 +42,7 @@ CONVERSATION = Example(
 
 
 def encoder_for(tokenizer: Any, make_settings: Any, kind: str = "sst2") -> Encoder:
-    prompt_format = make_prompt_format(make_settings(), tokenizer, Recipe(kind))  # type: ignore[arg-type]
+    prompt_format = make_prompt_format(make_settings(), tokenizer, RowFormat(kind))  # type: ignore[arg-type]
     return make_encoder(tokenizer, prompt_format)
 
 
@@ -206,7 +206,7 @@ REWRITING = (
 
 def test_a_template_that_rewrites_earlier_turns_is_learnt_turn_by_turn(tokenizer: Any, make_settings: Any) -> None:
     own = make_settings(chat_template=REWRITING)
-    prompt_format = make_prompt_format(own, tokenizer, Recipe("messages"))
+    prompt_format = make_prompt_format(own, tokenizer, RowFormat("messages"))
     assert prompt_format.is_turn_by_turn
     assert not encoder_for(tokenizer, make_settings, kind="messages").prompt_format.is_turn_by_turn
     encoder = make_encoder(tokenizer, prompt_format)
@@ -222,6 +222,17 @@ def test_a_tokenizer_that_declines_bos_gets_none(make_settings: Any) -> None:
     assert encoder_for(tokenizer, make_settings).prompt_format.bos_id == tokenizer.bos_token_id
     tokenizer.init_kwargs["add_bos_token"] = False
     assert encoder_for(tokenizer, make_settings).prompt_format.bos_id is None
+
+
+def test_whoever_sets_the_beginning_decides_it(make_settings: Any) -> None:
+    tokenizer = gpt2()
+    assert make_prompt_format(make_settings(add_bos=False), tokenizer, RowFormat("columns")).bos_id is None
+    tokenizer.init_kwargs["add_bos_token"] = False
+    wanted = make_prompt_format(make_settings(add_bos=True), tokenizer, RowFormat("columns"))
+    assert wanted.bos_id == tokenizer.bos_token_id
+    tokenizer.bos_token = None
+    with pytest.raises(UserError, match="no beginning-of-sequence token"):
+        make_prompt_format(make_settings(add_bos=True), tokenizer, RowFormat("columns"))
 
 
 def test_a_base_model_is_asked_as_its_tokenizer_says(family: Family) -> None:
@@ -330,6 +341,6 @@ def encoders() -> dict[str, Encoder]:
     defaults = load_config(environ={})
     tokenizers = {name: BUILDERS[name]() for name in ("llama2", "gemma", "gpt2", "smollm2")}
     return {
-        name: make_encoder(tokenizer, make_prompt_format(defaults, tokenizer, Recipe("sst2")))
+        name: make_encoder(tokenizer, make_prompt_format(defaults, tokenizer, RowFormat("sst2")))
         for name, tokenizer in tokenizers.items()
     }

@@ -12,7 +12,7 @@ import pytest
 from data.test_preferences import USER, Loader, says
 from tiny_model import write_tiny_model
 from trietune import UserError
-from trietune.data.columns import Recipe
+from trietune.data.columns import RowFormat
 from trietune.data.encoder import load_tokenizer
 from trietune.data.load import Data
 from trietune.data.sources import FileRows, SlicedRows
@@ -100,11 +100,11 @@ def test_conversations_without_weights_are_not_parsed_for_them(tmp_path: Path, m
     passes: list[int] = []
     monkeypatch.setattr(FileRows, "read", lambda self: (passes.append(1), read(self))[1])
     rows = SlicedRows(FileRows.of([path]), 0, 1)
-    assert find_weighting(rows, Recipe("messages")) is None
+    assert find_weighting(rows, RowFormat("messages")) is None
     assert not passes
     # A file that is a table, or escapes letters, is read.
     path.write_text(json.dumps({"messages": [USER, says("a")]}).replace("hi", "h\\u0069") + "\n")
-    assert find_weighting(rows, Recipe("messages")) is None
+    assert find_weighting(rows, RowFormat("messages")) is None
     assert passes
 
 

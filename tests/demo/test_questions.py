@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from trietune.data.columns import choose_recipe, example_maker
+from trietune.data.columns import choose_row_format, example_maker
 from trietune.data.files import BrokenRow, detect_format, read_rows
 from trietune.demo.locations import demo_questions
 
 FEWEST_PARAGRAPHS = {"train": 44, "dev": 12}
-QUESTIONS_A_PARAGRAPH = 6
-UNANSWERABLE_A_PARAGRAPH = 2
-WORDS_A_PARAGRAPH = range(60, 121)
+QUESTIONS_PER_PARAGRAPH = 6
+UNANSWERABLE_PER_PARAGRAPH = 2
+WORDS_PER_PARAGRAPH = range(60, 121)
 # Two texts that share as many words in a row are a copy; "in the second half of the century" is shorter.
 COPIED_WORDS = 8
 # Two thirds of the questions have an answer, so always guessing that is right in 67 of 100.
@@ -68,13 +68,13 @@ def test_there_are_enough_paragraphs_of_a_readable_length(split: str) -> None:
     paragraphs = paragraphs_of(split)
     assert len(paragraphs) >= FEWEST_PARAGRAPHS[split]
     wrong = {p["context"][:40]: len(p["context"].split()) for p in paragraphs}
-    assert {start: length for start, length in wrong.items() if length not in WORDS_A_PARAGRAPH} == {}
+    assert {start: length for start, length in wrong.items() if length not in WORDS_PER_PARAGRAPH} == {}
 
 
 def test_a_third_of_the_questions_of_each_paragraph_has_no_answer(split: str) -> None:
     for paragraph in paragraphs_of(split):
         impossible = [qa["is_impossible"] for qa in paragraph["qas"]]
-        assert (len(impossible), sum(impossible)) == (QUESTIONS_A_PARAGRAPH, UNANSWERABLE_A_PARAGRAPH), paragraph
+        assert (len(impossible), sum(impossible)) == (QUESTIONS_PER_PARAGRAPH, UNANSWERABLE_PER_PARAGRAPH), paragraph
         for qa in paragraph["qas"]:
             assert bool(qa["answers"]) != qa["is_impossible"], qa
 
@@ -145,7 +145,7 @@ def test_the_reader_of_squad_files_makes_an_example_of_each_question(split: str)
     path = demo_questions() / f"{split}.json"
     assert detect_format(path) == "squad"
     rows = [row for _, row in read_rows(path) if not isinstance(row, BrokenRow)]
-    recipe = choose_recipe(
+    recipe = choose_row_format(
         list(rows[0]), task_name="squad", prompt_template=None, completion_template=None, source=path.name
     )
     make_example = example_maker(recipe)

@@ -11,14 +11,14 @@ import torch
 from trietune.device.cpu import describe_cpu
 from trietune.device.device import AttentionNeeds, Device
 from trietune.device.doctor import find_attention
-from trietune.device.kernels import Card, card_refuses, choose_way
+from trietune.device.kernels import CudaDevice, choose_backend, unsupported_reason
 from trietune.errors import UserError
 
 KB = 1024
-T4 = Card(capability=(7, 5), shared_memory_bytes=64 * KB)
-RTX_4090 = Card(capability=(8, 9), shared_memory_bytes=99 * KB)
-A100 = Card(capability=(8, 0), shared_memory_bytes=163 * KB)
-H100 = Card(capability=(9, 0), shared_memory_bytes=227 * KB)
+T4 = CudaDevice(capability=(7, 5), shared_memory_bytes=64 * KB)
+RTX_4090 = CudaDevice(capability=(8, 9), shared_memory_bytes=99 * KB)
+A100 = CudaDevice(capability=(8, 0), shared_memory_bytes=163 * KB)
+H100 = CudaDevice(capability=(9, 0), shared_memory_bytes=227 * KB)
 
 GEMMA = AttentionNeeds(head_size=256, dtype=torch.bfloat16, has_soft_cap=False, num_positions=4096)
 GEMMA2 = replace(GEMMA, has_soft_cap=True)
@@ -26,14 +26,14 @@ LLAMA = replace(GEMMA, head_size=128)
 SMOLLM2 = replace(GEMMA, head_size=64)
 
 
-def on(card: Card) -> Device:
+def on(card: CudaDevice) -> Device:
     """A device with this card's kernels; nothing is computed on it."""
     return replace(
         describe_cpu(),
         kind="cuda",
         name="a card",
         attentions=("varlen", "flex", "mask", "rows"),
-        refuses_attention=partial(card_refuses, card),
+        refuses_attention=partial(unsupported_reason, card),
     )
 
 
@@ -87,7 +87,7 @@ def on(card: Card) -> Device:
             "not installed; not mask: it pays for micro-batches of at most 2,048 tokens",
         ),
         (
-            Card(capability=(6, 1), shared_memory_bytes=48 * KB),
+            CudaDevice(capability=(6, 1), shared_memory_bytes=48 * KB),
             replace(LLAMA, dtype=torch.float32, num_positions=2048),
             "mask",
             "not varlen: its kernel needs compute capability 8.0, and this card has 6.1; not flex: Triton needs "
@@ -95,18 +95,20 @@ def on(card: Card) -> Device:
         ),
     ],
 )
-def test_the_best_way_that_takes_the_model(card: Card, needs: AttentionNeeds, kind: str, reason: str | None) -> None:
-    assert choose_way("auto", on(card), needs, where="attention") == (kind, reason)
+def test_the_best_way_that_takes_the_model(
+    card: CudaDevice, needs: AttentionNeeds, kind: str, reason: str | None
+) -> None:
+    assert choose_backend("auto", on(card), needs, where="attention") == (kind, reason)
 
 
 @pytest.mark.parametrize("asked", ["varlen", "flex", "mask", "rows"])
 def test_a_way_that_was_asked_for_is_taken_without_a_word(asked: str) -> None:
-    assert choose_way(asked, on(H100), GEMMA, where="attention") == (asked, None)
+    assert choose_backend(asked, on(H100), GEMMA, where="attention") == (asked, None)
 
 
 def test_a_way_that_was_asked_for_and_does_not_take_the_model_is_refused() -> None:
     with pytest.raises(UserError) as refused:
-        choose_way("varlen", on(H100), GEMMA2, where="sst2.yaml, line 3")
+        choose_backend("varlen", on(H100), GEMMA2, where="sst2.yaml, line 3")
     assert refused.value.what == "`attention: varlen` does not run here: its kernel knows no soft-capping"
     assert refused.value.where == "sst2.yaml, line 3"
     assert refused.value.next_step == "`--set attention=auto`, which takes `flex` on this device"
@@ -116,7 +118,7 @@ def test_a_way_that_was_asked_for_and_does_not_take_the_model_is_refused() -> No
 def test_ways_of_cuda_are_refused_on_a_cpu(asked: str) -> None:
     cpu = replace(describe_cpu(), name="CPU, 2 threads")
     with pytest.raises(UserError) as refused:
-        choose_way(asked, cpu, LLAMA, where="attention")
+        choose_backend(asked, cpu, LLAMA, where="attention")
     assert refused.value.what == (
         f"`attention: {asked}` does not run here: its kernel runs on CUDA, and this run is on CPU, 2 threads"
     )
@@ -125,7 +127,7 @@ def test_ways_of_cuda_are_refused_on_a_cpu(asked: str) -> None:
 
 def test_a_cpu_takes_rows_whatever_the_model() -> None:
     for needs in (GEMMA, GEMMA2, replace(LLAMA, dtype=torch.float32, num_positions=100)):
-        assert choose_way("auto", describe_cpu(), needs, where="attention") == ("rows", None)
+        assert choose_backend("auto", describe_cpu(), needs, where="attention") == ("rows", None)
 
 
 @pytest.mark.parametrize(

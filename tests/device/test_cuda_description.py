@@ -89,7 +89,7 @@ def test_rows_are_copied_from_pinned_memory_without_waiting(calls: dict[str, Any
             done.append((device.type, non_blocking))
             return self
 
-    place = cuda.describe_cuda().place_rows
+    place = cuda.describe_cuda().to_device
     assert place is not None
     place(Array())  # type: ignore[arg-type]
     assert done == ["pinned", ("cuda", True)]

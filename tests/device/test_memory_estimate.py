@@ -67,7 +67,7 @@ def kept_bytes(model: TrieModel, micro_batch: Any) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_estimate_covers_what_is_kept_and_not_much_more(dtype: torch.dtype, fused: bool) -> None:
     sequences = question_batch(np.random.default_rng(2), vocabulary=VOCABULARY, paragraphs=6, scale=4)
-    [micro_batch] = make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_nodes=10**6)
+    [micro_batch] = make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_positions=10**6)
     network = build(dtype, fused=fused)
     model = TrieModel(network, device=torch.device("cpu"), prunes_last=fused)
     work = measure_work([micro_batch])
@@ -86,7 +86,7 @@ def test_the_estimate_covers_what_is_kept_and_not_much_more(dtype: torch.dtype, 
 def test_work_is_counted() -> None:
     sequences = question_batch(np.random.default_rng(2), vocabulary=VOCABULARY)
     indices = np.arange(len(sequences))
-    [one] = make_micro_batches(sequences, indices, batching="trie", max_nodes=10**6)
+    [one] = make_micro_batches(sequences, indices, batching="trie", max_positions=10**6)
     work = measure_work([one])
     assert (work.num_positions, work.largest) == (one.num_positions, one.num_positions)
     assert work.num_labels == len(one.labels)
@@ -94,7 +94,7 @@ def test_work_is_counted() -> None:
     assert one.trie is not None
     paths = np.repeat(np.diff(one.trie.row_path_start), np.diff(one.trie.row_start))
     assert work.num_scores == paths.sum()
-    rows = make_micro_batches(sequences, indices, batching="padded", max_nodes=60)
+    rows = make_micro_batches(sequences, indices, batching="padded", max_positions=60)
     padded = measure_work(rows)
     assert padded.largest == max(row.input_ids.size for row in rows)
     assert padded.num_scores == sum(row.input_ids.size * row.input_ids.shape[1] for row in rows)
@@ -133,7 +133,7 @@ def test_the_bound_follows_free_memory_within_limits() -> None:
         (ValueError("out of memory"), False),
     ],
 )
-def test_errors_of_allocators_are_recognised(error: Exception, expected: bool) -> None:
+def test_errors_of_allocators_are_recognized(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 
@@ -169,7 +169,7 @@ def test_what_is_counted_covers_what_is_kept(model_type: str) -> None:
     widths = widths_of(network.config, network)
     add_adapter(network, r=4, alpha=8, base=ModelFolder(Path(), "x", "folder"))
     sequences = question_batch(np.random.default_rng(2), vocabulary=VOCABULARY, paragraphs=4, scale=3)
-    [micro_batch] = make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_nodes=10**6)
+    [micro_batch] = make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_positions=10**6)
     model = TrieModel(network.train(), device=torch.device("cpu"))
     work = measure_work([micro_batch])
     estimate = work.num_positions * bytes_per_position(

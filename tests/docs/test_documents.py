@@ -38,7 +38,7 @@ from trietune.config.documentation import ORIGINAL_KEYS
 from trietune.config.not_yet import ELSEWHERE, NOT_YET
 from trietune.data.templates import PromptFormat
 from trietune.io.manifest import MANIFEST_NAME
-from trietune.run.throughput import Meter
+from trietune.run.throughput import Throughput
 from trietune.trie.dealing import Deal
 
 CLI: Any = typer.main.get_command(app)
@@ -210,12 +210,12 @@ def test_run_folder_names_every_training_metric() -> None:
         loss=1.0, learning_rate=1.0, grad_norm=1.0, sequence_indices=np.arange(2), num_positions=3, num_tokens=4,
         num_labels=5, num_micro_batches=1, metrics={},
     )  # fmt: skip
-    meter = Meter()
-    meter.start()
+    throughput = Throughput()
+    throughput.start()
     named = set(re.findall(r"`([\w/]+)`", section(RUN_FOLDER, "metrics.jsonl")))
     parts = (np.zeros(1, np.int64), np.zeros(1, np.int64))
     step.deal = Deal(parts=parts, costs=np.ones(2), cost_of_whole=2.0, num_labels=1)
-    assert set(meter.metrics(step, 0, num_compilations=1)) <= named
+    assert set(throughput.metrics(step, 0, num_compilations=1)) <= named
 
 
 def test_run_folder_names_every_key_of_the_prompt_format() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from trietune.data.examples import Example, Task, TokenSequences
 from trietune.data.templates import SQUAD_TASK, SST2_TASK
-from trietune.evaluation.evaluate import choose_examples, evaluate, longest_completion
+from trietune.evaluation.evaluate import choose_examples, evaluate_model, longest_completion
 from trietune.evaluation.metrics import exact_match, f1_score, wilson_interval
 from trietune.model.causal_lm import TrieModel
 
@@ -72,12 +72,12 @@ def test_label_tasks_get_loss_and_accuracy_from_every_label_of_every_example(
     network, encoder, examples = talkative("gemma2"), make_test_encoder(SST2_TASK), reviews()
     model = TrieModel(network, device=torch.device("cpu"), attention=None if batching == "padded" else "rows")
     done: list[tuple[str, int, int]] = []
-    evaluation = evaluate(
+    evaluation = evaluate_model(
         model,
         encode(encoder, examples),
         encoder,
         batching=batching,
-        max_nodes=120,
+        max_positions=120,
         batch_size=4,
         progress=lambda *at: done.append(at),
     )
@@ -115,12 +115,12 @@ def test_question_answering_gets_answers_their_scores_and_the_loss(
     encoder = make_test_encoder(SQUAD_TASK, stop_ids=tuple(range(1, 120, 6)))
     sequences = encode(encoder, QUESTIONS)
     model = TrieModel(network, device=torch.device("cpu"), attention=attention)
-    evaluation = evaluate(
+    evaluation = evaluate_model(
         model,
         sequences,
         encoder,
         batching="trie" if attention else "padded",
-        max_nodes=500,
+        max_positions=500,
         batch_size=3,
         max_new_tokens=9,
     )
@@ -143,7 +143,7 @@ def test_a_perfect_model_answers_perfectly(talkative: Any, make_test_encoder: An
     sequences = encode(encoder, QUESTIONS)
     learn_by_heart(network, sequences)
     model = TrieModel(network, device=torch.device("cpu"))
-    evaluation = evaluate(model, sequences, encoder, batching="trie", max_nodes=500, batch_size=3)
+    evaluation = evaluate_model(model, sequences, encoder, batching="trie", max_positions=500, batch_size=3)
     assert [p.text for p in evaluation.predictions] == [question.completion for question in QUESTIONS]
     rates = {name: value for name, value in evaluation.metrics.items() if name not in ("eval/loss", "eval/perplexity")}
     assert set(rates.values()) == {1.0}
@@ -153,10 +153,10 @@ def test_a_perfect_model_answers_perfectly(talkative: Any, make_test_encoder: An
 def test_answers_may_be_left_out(talkative: Any, make_test_encoder: Any, encode: Any) -> None:
     encoder = make_test_encoder(SQUAD_TASK)
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
-    how: dict[str, Any] = {"batching": "trie", "max_nodes": 500, "batch_size": 3}
+    how: dict[str, Any] = {"batching": "trie", "max_positions": 500, "batch_size": 3}
     sequences = encode(encoder, QUESTIONS)
-    quick = evaluate(model, sequences, encoder, **how, generate=False)
-    whole = evaluate(model, sequences, encoder, **how)
+    quick = evaluate_model(model, sequences, encoder, **how, generate=False)
+    whole = evaluate_model(model, sequences, encoder, **how)
     assert list(quick.metrics) == ["eval/loss", "eval/perplexity"]
     assert quick.predictions == []
     assert quick.metrics["eval/loss"] == pytest.approx(whole.metrics["eval/loss"], rel=FP32_ROUNDING)
@@ -165,7 +165,9 @@ def test_answers_may_be_left_out(talkative: Any, make_test_encoder: Any, encode:
 def test_any_other_task_is_measured_by_its_loss(talkative: Any, make_test_encoder: Any, encode: Any) -> None:
     network, encoder = talkative("mistral"), make_test_encoder(Task(kind="text"))
     model = TrieModel(network, device=torch.device("cpu"))
-    evaluation = evaluate(model, encode(encoder, QUESTIONS), encoder, batching="packed", max_nodes=500, batch_size=3)
+    evaluation = evaluate_model(
+        model, encode(encoder, QUESTIONS), encoder, batching="packed", max_positions=500, batch_size=3
+    )
     losses = np.concatenate([token_losses(network, encoder, question) for question in QUESTIONS])
     assert evaluation.metrics["eval/loss"] == pytest.approx(losses.mean(), rel=FP32_ROUNDING)
     assert evaluation.num_examples == len(QUESTIONS)
@@ -175,7 +177,7 @@ def test_any_other_task_is_measured_by_its_loss(talkative: Any, make_test_encode
 def test_an_empty_set_has_no_numbers(task: Task, talkative: Any, make_test_encoder: Any, encode: Any) -> None:
     encoder = make_test_encoder(task)
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
-    evaluation = evaluate(model, encode(encoder, []), encoder, batching="trie", max_nodes=500, batch_size=3)
+    evaluation = evaluate_model(model, encode(encoder, []), encoder, batching="trie", max_positions=500, batch_size=3)
     assert (evaluation.metrics, evaluation.intervals, evaluation.num_examples) == ({}, {}, 0)
 
 
@@ -193,10 +195,10 @@ def test_a_subset_is_random_fixed_and_by_seed() -> None:
 def test_a_subset_is_measured_as_those_examples_alone(talkative: Any, make_test_encoder: Any, encode: Any) -> None:
     encoder, examples = make_test_encoder(SST2_TASK), reviews()
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
-    how: dict[str, Any] = {"batching": "trie", "max_nodes": 500, "batch_size": 3}
-    subset = evaluate(model, encode(encoder, examples), encoder, **how, max_examples=4, seed=3)
+    how: dict[str, Any] = {"batching": "trie", "max_positions": 500, "batch_size": 3}
+    subset = evaluate_model(model, encode(encoder, examples), encoder, **how, max_examples=4, seed=3)
     chosen = [examples[index] for index in choose_examples(len(examples), 4, seed=3)]
-    alone = evaluate(model, encode(encoder, chosen), encoder, **how)
+    alone = evaluate_model(model, encode(encoder, chosen), encoder, **how)
     assert subset.num_examples == 4
     assert subset.metrics == pytest.approx(alone.metrics, rel=FP32_ROUNDING)
     assert [p.id for p in subset.predictions] == [example.id for example in chosen]
@@ -208,7 +210,7 @@ def test_a_completion_that_is_no_label_is_named(talkative: Any, make_test_encode
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
     sequences = encode(encoder, [*reviews(), Example("dev.tsv:99", "Review: x\nOutput:", " neutral")])
     with pytest.raises(ValueError, match=r"dev\.tsv:99"):
-        evaluate(model, sequences, encoder, batching="trie", max_nodes=500, batch_size=3)
+        evaluate_model(model, sequences, encoder, batching="trie", max_positions=500, batch_size=3)
 
 
 def test_answers_may_be_as_long_as_the_longest_gold_one(make_test_encoder: Any, encode: Any) -> None:

@@ -60,7 +60,7 @@ def test_tokens_are_those_of_one_prompt_at_a_time(family: str, attention: Any, t
     before = network.config._attn_implementation
     for batch_size in (1, 6, 64):
         seen: list[tuple[str, int, int]] = []
-        limits = GenerationLimits(STOP_IDS, max_new_tokens=10, max_nodes=120, batch_size=batch_size)
+        limits = GenerationLimits(STOP_IDS, max_new_tokens=10, max_positions=120, batch_size=batch_size)
         answers = generate(model, prompts, limits, progress=lambda *at, seen=seen: seen.append(at))
         assert answers == expected
         assert seen[-1] == ("answers", len(prompts), len(prompts))
@@ -72,7 +72,7 @@ def test_a_row_for_each_group_and_one_group_for_all_say_the_same(
 ) -> None:
     model = TrieModel(talkative("gemma2"), device=torch.device("cpu"))
     prompts = random_prompts(seed=5)
-    limits = GenerationLimits(STOP_IDS, max_new_tokens=8, max_nodes=1000, batch_size=8)
+    limits = GenerationLimits(STOP_IDS, max_new_tokens=8, max_positions=1000, batch_size=8)
     answers = []
     for scores_worth_a_group in (0, 40, 10**9):
         monkeypatch.setattr(decoding, "SCORES_WORTH_A_GROUP", scores_worth_a_group)
@@ -87,7 +87,7 @@ def test_rows_outgrow_the_memory_that_was_first_kept(talkative: Any, monkeypatch
     prompts = random_prompts(seed=7)
     expected = [decode_alone(network, prompt, max_new_tokens=13) for prompt in prompts]
     assert max(map(len, expected)) == 13
-    limits = GenerationLimits(STOP_IDS, max_new_tokens=13, max_nodes=1000, batch_size=6)
+    limits = GenerationLimits(STOP_IDS, max_new_tokens=13, max_positions=1000, batch_size=6)
     assert generate(model, prompts, limits) == expected
 
 
@@ -110,7 +110,7 @@ def test_every_distinct_context_is_computed_once(attention: Any, talkative: Any)
     network.model.layers[0].register_forward_pre_hook(
         lambda module, arguments: num_positions.append(arguments[0].shape[0] * arguments[0].shape[1])
     )
-    generate(model, prompts, GenerationLimits(frozenset(), max_new_tokens=3, max_nodes=1000, batch_size=4))
+    generate(model, prompts, GenerationLimits(frozenset(), max_new_tokens=3, max_positions=1000, batch_size=4))
     # The tokens of the trie and then three distinct rows a step; padded rows compute four whole prompts.
     assert num_positions == ([33, 3, 3] if attention == "rows" else [124, 4, 4])
 
@@ -128,7 +128,7 @@ def test_losses_of_gold_completions_come_with_the_answers(attention: Any, talkat
         np.concatenate(([0], np.cumsum(lengths))),
     )
     indices = np.random.default_rng(1).permutation(len(prompts))[:11]
-    limits = GenerationLimits(STOP_IDS, max_new_tokens=6, max_nodes=90, batch_size=5)
+    limits = GenerationLimits(STOP_IDS, max_new_tokens=6, max_positions=90, batch_size=5)
     answers, losses, weights = generate_and_score(model, sequences, indices, limits)
     assert answers == generate(model, [prompts[index] for index in indices], limits)
     expected, num_labels = sequence_losses(
@@ -136,7 +136,7 @@ def test_losses_of_gold_completions_come_with_the_answers(attention: Any, talkat
         sequences,
         indices,
         batching="padded",
-        max_nodes=200,
+        max_positions=200,
         check_stop=no_stop,
         progress=no_progress,
     )
@@ -148,7 +148,7 @@ def test_losses_of_gold_completions_come_with_the_answers(attention: Any, talkat
 def test_tokens_are_told_as_they_come(attention: Any, talkative: Any) -> None:
     model = TrieModel(talkative("llama"), device=torch.device("cpu"), attention=attention)
     told: list[int] = []
-    limits = GenerationLimits(STOP_IDS, max_new_tokens=7, max_nodes=100, batch_size=1)
+    limits = GenerationLimits(STOP_IDS, max_new_tokens=7, max_positions=100, batch_size=1)
     [answer] = generate(model, [[5, 6]], limits, on_token=lambda places, token: told.append(token))
     assert told[: len(answer)] == answer
     assert len(told) <= len(answer) + 1
@@ -168,7 +168,7 @@ def test_a_stop_is_noticed_between_decoding_steps(attention: Any, talkative: Any
         if num_checks == 3:
             raise StopRequested("SIGINT", 130)
 
-    limits = GenerationLimits(frozenset(), max_new_tokens=20, max_nodes=100, batch_size=4)
+    limits = GenerationLimits(frozenset(), max_new_tokens=20, max_positions=100, batch_size=4)
     with pytest.raises(StopRequested):
         generate(model, [[5, 6]], limits, check_stop=stop_at_the_third_check)
     assert network.config._attn_implementation == before
@@ -177,7 +177,7 @@ def test_a_stop_is_noticed_between_decoding_steps(attention: Any, talkative: Any
 
 def test_nothing_to_say_and_nobody_to_say_it_to(talkative: Any) -> None:
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
-    limits = GenerationLimits(frozenset(range(VOCAB_SIZE)), max_new_tokens=5, max_nodes=100, batch_size=4)
+    limits = GenerationLimits(frozenset(range(VOCAB_SIZE)), max_new_tokens=5, max_positions=100, batch_size=4)
     assert generate(model, [[5, 6], [7]], limits) == [[], []]
     assert generate(model, [], limits) == []
     with pytest.raises(ValueError, match="at least one token"):

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from trietune.evaluation.evaluate_model import evaluate_model
 
 from trietune.data.examples import Example, Message, Task
 from trietune.data.templates import SQUAD_PROMPT, SQUAD_TASK, SST2_PROMPT, SST2_TASK
 from trietune.errors import UserError
-from trietune.evaluation.evaluate import evaluate
 from trietune.evaluation.predict import answer_turn, make_examples, predict_labels, predict_text
 from trietune.model.causal_lm import TrieModel
 
@@ -25,23 +25,27 @@ def test_labels_of_raw_texts_are_those_of_the_evaluation(talkative: Any, make_te
     encoder = make_test_encoder(SST2_TASK, prompt_template=SST2_PROMPT)
     model = TrieModel(talkative("gemma"), device=torch.device("cpu"))
     sentences = ["a fine film", "bad", "a {strange} one", "a fine film"]
-    predictions = predict_labels(model, encoder, sentences, batching="trie", max_nodes=200)
+    predictions = predict_labels(model, encoder, sentences, batching="trie", max_positions=200)
     examples = [Example(s, SST2_PROMPT.replace("{sentence}", s), SST2_TASK.labels[0]) for s in sentences]
-    evaluation = evaluate(model, encode(encoder, examples), encoder, batching="trie", max_nodes=200, batch_size=2)
+    evaluation = evaluate_model(
+        model, encode(encoder, examples), encoder, batching="trie", max_positions=200, batch_size=2
+    )
     assert [p.label for p in predictions] == [p.text for p in evaluation.predictions]
     for prediction, expected in zip(predictions, evaluation.predictions, strict=True):
         assert prediction.probabilities == pytest.approx(expected.probabilities)
-    assert predict_labels(model, encoder, [], batching="trie", max_nodes=200) == []
+    assert predict_labels(model, encoder, [], batching="trie", max_positions=200) == []
 
 
 def test_answers_to_rows_are_those_of_the_evaluation(talkative: Any, make_test_encoder: Any, encode: Any) -> None:
     encoder = make_test_encoder(SQUAD_TASK, prompt_template=SQUAD_PROMPT, stop_ids=tuple(range(1, 120, 6)))
     model = TrieModel(talkative("qwen3"), device=torch.device("cpu"))
     rows = [{"context": "Rain fell.", "question": question} for question in ("What?", "Who fell?", "When did it?")]
-    texts = predict_text(model, encoder, rows, max_nodes=200, batch_size=2, max_new_tokens=8)
+    texts = predict_text(model, encoder, rows, max_positions=200, batch_size=2, max_new_tokens=8)
     prompts = [SQUAD_PROMPT.replace("{context}", row["context"]).replace("{question}", row["question"]) for row in rows]
     sequences = encode(encoder, [Example(prompt, prompt, "Rain", ("Rain",)) for prompt in prompts])
-    evaluation = evaluate(model, sequences, encoder, batching="trie", max_nodes=200, batch_size=2, max_new_tokens=8)
+    evaluation = evaluate_model(
+        model, sequences, encoder, batching="trie", max_positions=200, batch_size=2, max_new_tokens=8
+    )
     assert texts == [p.text for p in evaluation.predictions]
     assert any(texts)
 
@@ -71,13 +75,13 @@ def test_a_turn_of_a_chat_streams_its_text(talkative: Any, make_test_encoder: An
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
     messages = [Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "And you?")]
     pieces: list[str] = []
-    turn = answer_turn(model, encoder, messages, max_nodes=200, max_new_tokens=12, on_text=pieces.append)
+    turn = answer_turn(model, encoder, messages, max_positions=200, max_new_tokens=12, on_text=pieces.append)
     row = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
-    [expected] = predict_text(model, encoder, [row], max_nodes=200, batch_size=1, max_new_tokens=12)
+    [expected] = predict_text(model, encoder, [row], max_positions=200, batch_size=1, max_new_tokens=12)
     assert turn == Message("assistant", expected)
     assert "".join(pieces) == expected
     assert len(pieces) > 1
-    assert turn == answer_turn(model, encoder, messages, max_nodes=200, max_new_tokens=12)
+    assert turn == answer_turn(model, encoder, messages, max_positions=200, max_new_tokens=12)
 
 
 @pytest.mark.parametrize(
@@ -134,14 +138,14 @@ def test_a_conversation_that_the_template_refuses_is_a_users_mistake(talkative: 
     encoder = make_test_encoder(Task(kind="text"), kind="chat", chat_template=refusing)
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
     with pytest.raises(UserError, match="roles must alternate"):
-        answer_turn(model, encoder, [Message("user", "Hi")], max_nodes=200)
+        answer_turn(model, encoder, [Message("user", "Hi")], max_positions=200)
 
 
 def test_an_empty_input_is_refused_where_nothing_stands_before_it(talkative: Any, make_test_encoder: Any) -> None:
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
     encoder = make_test_encoder(Task(kind="text"), bos_id=None)
     with pytest.raises(UserError, match="input 2 is empty"):
-        predict_text(model, encoder, ["Hi", ""], max_nodes=200, batch_size=2)
+        predict_text(model, encoder, ["Hi", ""], max_positions=200, batch_size=2)
 
 
 def test_half_a_character_is_refused_in_every_input(make_test_encoder: Any) -> None:
@@ -161,4 +165,4 @@ def test_a_conversation_that_the_assistant_begins_is_refused(talkative: Any, mak
     begun = {"role": "assistant", "content": "Hi"}
     for messages in ([begun], [begun, {"role": "user", "content": "Hi"}]):
         with pytest.raises(UserError, match="begins with the assistant"):
-            predict_text(model, encoder, [{"messages": messages}], max_nodes=200, batch_size=2)
+            predict_text(model, encoder, [{"messages": messages}], max_positions=200, batch_size=2)

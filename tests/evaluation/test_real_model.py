@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trietune.data.columns import choose_recipe, example_maker
+from trietune.data.columns import choose_row_format, example_maker
 from trietune.data.encoder import find_bos_id, load_tokenizer
 from trietune.data.files import read_rows
 from trietune.data.templates import SQUAD_PROMPT, SQUAD_TASK
@@ -42,13 +42,13 @@ def test_answers_of_the_sample_model_are_those_of_padded_rows(make_test_encoder:
         stop_ids=(eos_id,),
     )
     rows = [row for _, row in read_rows(demo_questions() / "dev.json")][:NUM_QUESTIONS]
-    recipe = choose_recipe(
+    row_format = choose_row_format(
         list(rows[0]), task_name="squad", prompt_template=None, completion_template=None, source="dev.json"
     )
-    make_example = example_maker(recipe)
+    make_example = example_maker(row_format)
     sequences = encode(encoder, [make_example(row, str(number)) for number, row in enumerate(rows)])
     network = load_network(folder, dtype=torch.float32, device=torch.device("cpu"))
-    limits = GenerationLimits(frozenset({eos_id}), max_new_tokens=8, max_nodes=4096, batch_size=8)
+    limits = GenerationLimits(frozenset({eos_id}), max_new_tokens=8, max_positions=4096, batch_size=8)
     outcomes = [
         generate_and_score(
             TrieModel(network, device=torch.device("cpu"), attention=attention), sequences, np.arange(len(rows)), limits

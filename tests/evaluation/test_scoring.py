@@ -64,7 +64,7 @@ def test_label_scores_are_those_of_plain_rows(family: str, batching: Batching) -
         indices,
         COMPLETIONS,
         batching=batching,
-        max_nodes=30,
+        max_positions=30,
         check_stop=scoring.no_stop,
         progress=lambda *at: seen.append(at),
     )
@@ -90,7 +90,7 @@ def test_sequence_losses_are_those_of_plain_rows_and_nothing_is_dropped(batching
         sequences,
         indices,
         batching=batching,
-        max_nodes=40,
+        max_positions=40,
         check_stop=scoring.no_stop,
         progress=scoring.no_progress,
     )
@@ -101,7 +101,7 @@ def test_sequence_losses_are_those_of_plain_rows_and_nothing_is_dropped(batching
 def test_a_prompt_is_computed_once_for_all_its_labels() -> None:
     prompts = random_prompts(seed=3)
     branches = scoring.branch(prompts, np.array([0, 1]), np.diff(prompts.offsets)[[0, 1]], COMPLETIONS)
-    [micro_batch] = make_micro_batches(branches, np.arange(6), batching="trie", max_nodes=1000)
+    [micro_batch] = make_micro_batches(branches, np.arange(6), batching="trie", max_positions=1000)
     # Prompts 0 and 1 are equal. Of the labels 50 51 1, 50 60 61 1 and 70 1 only 50, 51, 60, 61 and 70 are computed.
     assert micro_batch.num_positions == len(prompt_of(prompts, 0)) + 5
 
@@ -119,7 +119,7 @@ def test_planning_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
             np.arange(9),
             COMPLETIONS,
             batching="trie",
-            max_nodes=1000,
+            max_positions=1000,
             check_stop=scoring.no_stop,
             progress=lambda phase, num_done, total: done.append(num_done),
         )
@@ -158,7 +158,7 @@ def test_training_goes_on_after_an_evaluation(family: str) -> None:
     model = TrieModel(network, device=torch.device("cpu"))
     prompts = random_prompts(seed=5)
     sequences = scoring.branch(prompts, np.arange(9), np.diff(prompts.offsets), COMPLETIONS)
-    [micro_batch] = make_micro_batches(sequences, np.arange(27), batching="trie", max_nodes=1000)
+    [micro_batch] = make_micro_batches(sequences, np.arange(27), batching="trie", max_positions=1000)
     with scoring.inference(network):
         loss = model.label_losses(micro_batch).sum()
     trained = model.label_losses(micro_batch).sum()
@@ -176,7 +176,7 @@ def test_a_stop_is_noticed_between_micro_batches(fails: Callable[[], None]) -> N
             np.arange(9),
             COMPLETIONS,
             batching="trie",
-            max_nodes=30,
+            max_positions=30,
             check_stop=fails,
             progress=scoring.no_progress,
         )

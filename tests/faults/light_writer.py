@@ -19,12 +19,12 @@ from typing import Any
 from trietune.checkpoints import resume
 from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.remote.copies import RemoteRun
-from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import FolderStorage
-from trietune.checkpoints.remote.uploads import synchronise
+from trietune.checkpoints.remote.uploads import synchronize
 from trietune.checkpoints.store import CheckpointStore
 from trietune.io import directory, files
-from trietune.io.directory import Content, Streamed
+from trietune.io.directory import FileContent, LazyContent
 from trietune.io.disk_errors import SaveFailed
 from trietune.io.manifest import ManifestInfo
 
@@ -54,12 +54,12 @@ def contents_of(weights: bytes, step: int, size: int) -> dict[str, bytes]:
     }
 
 
-def streamed(contents: dict[str, bytes]) -> dict[str, Content]:
+def streamed(contents: dict[str, bytes]) -> dict[str, FileContent]:
     """The same with the weights given in three pieces, as those of a large adapter are."""
     weights = contents["adapter_model.safetensors"]
     third = len(weights) // 3
     pieces = [weights[:third], weights[third : 2 * third], weights[2 * third :]]
-    return {**contents, "adapter_model.safetensors": Streamed(len(weights), lambda: iter(pieces))}
+    return {**contents, "adapter_model.safetensors": LazyContent(len(weights), lambda: iter(pieces))}
 
 
 def make_store(run: Path) -> CheckpointStore:
@@ -97,7 +97,7 @@ def train(options: Any) -> None:
     resume.abandon_lines(log, step)
     remote = None
     if options.mirror:
-        remote = RemoteRun(FolderStorage(options.mirror), "run", Patience(sleep=lambda s: False, num_attempts=1))
+        remote = RemoteRun(FolderStorage(options.mirror), "run", RetryPolicy(sleep=lambda s: False, num_attempts=1))
     while step < options.until:
         step += 1
         weights = next_weights(weights, step)
@@ -131,7 +131,7 @@ def save(store: CheckpointStore, remote: RemoteRun | None, step: int, weights: b
         say("warning", step, warning)
     if remote is not None:
         try:
-            synchronise(store, remote, final=False)
+            synchronize(store, remote, final=False)
             say("copied", step)
         except OSError as error:
             say("uncopied", step, error.errno)

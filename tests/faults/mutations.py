@@ -139,7 +139,7 @@ MUTATIONS = [
         ("tests/checkpoints/test_retention.py",),
     ),
     Mutation(
-        "pins not honoured", "checkpoints/retention.py",
+        "pins not honored", "checkpoints/retention.py",
         "item.step not in kept | set(pinned)", "item.step not in kept",
         ("tests/checkpoints/test_retention.py", "tests/checkpoints/test_remote.py"),
     ),
@@ -201,7 +201,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no limit of attempts", "checkpoints/remote/retry.py",
-        "            if number >= patience.num_attempts or not is_transient(error):\n",
+        "            if number >= policy.num_attempts or not is_transient(error):\n",
         "            if number >= 50 or not is_transient(error):\n",
         ("tests/checkpoints/test_remote.py",),
     ),
@@ -284,7 +284,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gaps between tensors allowed", "io/safetensors.py",
-        "    _check_no_gaps(spans, len(view))\n", "", ("tests/checkpoints/test_tensors.py",),
+        "    _check_no_gaps(entries, num_data_bytes)\n", "", ("tests/checkpoints/test_tensors.py",),
     ),
     Mutation(
         "a key may stand twice", "io/strict_json.py",

@@ -9,7 +9,7 @@ from light_writer import contents_of, make_store, weights_at
 
 from trietune.checkpoints import resume
 from trietune.checkpoints.remote.copies import RemoteRun
-from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import FolderStorage
 from trietune.io.directory import read_directory, verify_directory
 
@@ -63,7 +63,7 @@ def check_log(log: Path, step: int) -> None:
 
 def check_mirror(mirror: Path, output: str) -> None:
     """A manifest implies its payload, and what was copied last is there."""
-    remote = RemoteRun(FolderStorage(mirror), "run", Patience(sleep=lambda s: False, num_attempts=1))
+    remote = RemoteRun(FolderStorage(mirror), "run", RetryPolicy(sleep=lambda s: False, num_attempts=1))
     copies = {copy.step: copy for copy in remote.scan()}
     for copy in copies.values():
         if copy.manifest is not None:

@@ -31,7 +31,7 @@ import numpy as np
 
 from trietune import load_config, train
 from trietune.checkpoints.remote.copies import RemoteRun
-from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import FolderStorage
 from trietune.checkpoints.remote.uploads import Uploader
 from trietune.checkpoints.store import CheckpointStore
@@ -39,7 +39,7 @@ from trietune.demo import demo_config
 from trietune.io import safetensors as tensors
 from trietune.io.directory import verify_directory
 from trietune.tracking.events import Event, Saved, StepFinished
-from trietune.tracking.jsonl import FilesConsumer
+from trietune.tracking.jsonl import FilesListener
 from trietune.tracking.tracker import Tracker
 
 RANK, LAYERS = 4, 18
@@ -62,11 +62,11 @@ def adapter() -> dict[str, np.ndarray]:
 def contents(arrays: dict[str, np.ndarray], *, with_adam: bool) -> dict[str, bytes]:
     files = {
         "adapter_config.json": b"{}\n",
-        "adapter_model.safetensors": tensors.serialise({n: tensors.from_numpy(a) for n, a in arrays.items()}),
+        "adapter_model.safetensors": tensors.serialize({n: tensors.from_numpy(a) for n, a in arrays.items()}),
     }
     if with_adam:
         moments = {f"{moment}.{n}": tensors.from_numpy(a) for moment in "mv" for n, a in arrays.items()}
-        files["optimizer.safetensors"] = tensors.serialise(moments)
+        files["optimizer.safetensors"] = tensors.serialize(moments)
     return files
 
 
@@ -83,7 +83,7 @@ def seconds_of_saves(folder: Path, arrays: dict[str, np.ndarray], *, with_adam: 
 def seconds_of_steps(folder: Path, arrays: dict[str, np.ndarray], *, with_upload: bool) -> list[float]:
     (folder / "run").mkdir(parents=True)
     store = CheckpointStore(folder / "run", "run1", 2, 0, "eval/loss", "min")
-    remote = RemoteRun(FolderStorage(folder / "mirror"), "run", Patience(sleep=lambda s: False))
+    remote = RemoteRun(FolderStorage(folder / "mirror"), "run", RetryPolicy(sleep=lambda s: False))
     uploader = Uploader(store, remote, resumed_step=None)
     if with_upload:
         uploader.start()
@@ -143,7 +143,7 @@ def watch_training(project: Path, model: str, overrides: list[str], **changes: A
     written = as_written(settings_of(project, model, max_steps=NUM_REAL_STEPS, **changes))
     watch = Watch()
     tracker = Tracker([watch])
-    tracker.add(FilesConsumer(lambda text: None))
+    tracker.add(FilesListener())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert train(load_config(demo_config(), [*written, *overrides]), tracker=tracker).status == "finished"

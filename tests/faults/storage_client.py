@@ -9,17 +9,17 @@ from light_writer import contents_of, say, weights_at
 
 from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.remote.open import open_storage
-from trietune.checkpoints.remote.retry import Patience
-from trietune.checkpoints.remote.uploads import synchronise
+from trietune.checkpoints.remote.retry import RetryPolicy
+from trietune.checkpoints.remote.uploads import synchronize
 from trietune.checkpoints.store import CheckpointStore
 
 
 def main() -> None:
     store = CheckpointStore(Path(sys.argv[1]), "run1", 1, 0, "eval/loss", "min")
-    remote = RemoteRun(open_storage("s3", "bucket/runs"), "run", Patience(sleep=lambda s: False, num_attempts=1))
+    remote = RemoteRun(open_storage("s3", "bucket/runs"), "run", RetryPolicy(sleep=lambda s: False, num_attempts=1))
     for step in (2, 3):
         store.save(step, contents_of(weights_at(step), step, 20_000), metrics={"eval/loss": 0.5})
-        synchronise(store, remote, final=False)
+        synchronize(store, remote, final=False)
         say("copied", step)
 
 

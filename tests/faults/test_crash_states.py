@@ -17,16 +17,16 @@ from fault_table import Tally
 
 from trietune.checkpoints import resume
 from trietune.checkpoints.remote.copies import RemoteRun
-from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import FolderStorage
-from trietune.checkpoints.remote.uploads import synchronise
+from trietune.checkpoints.remote.uploads import synchronize
 from trietune.checkpoints.store import CheckpointStore
 from trietune.io import directory
-from trietune.io.directory import Damaged, Streamed, verify_directory, write_directory
+from trietune.io.directory import DamagedDirectory, LazyContent, verify_directory, write_directory
 from trietune.io.manifest import ManifestInfo
 
 MEMORY = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
-NO_WAIT = Patience(sleep=lambda seconds: False, num_attempts=1)
+NO_WAIT = RetryPolicy(sleep=lambda seconds: False, num_attempts=1)
 LIMITS: dict[str, Any] = {"keep_last_n": 2, "keep_best_n": 0, "metric": "eval/loss", "mode": "min"}
 
 
@@ -45,7 +45,7 @@ def contents(step: int, salt: str = "") -> dict[str, Any]:
     return {
         "adapter_config.json": b'{"r": 4}\n',
         "adapter_model.safetensors": big,
-        "optimizer.safetensors": Streamed(len(big), lambda: iter([big[:-3000:-1], big[-3000::-1]])),
+        "optimizer.safetensors": LazyContent(len(big), lambda: iter([big[:-3000:-1], big[-3000::-1]])),
         "trainer_state.json": f'{{"step": {step}}}\n'.encode(),
     }
 
@@ -123,15 +123,15 @@ def copies_with_retention(script: Script) -> None:
     store, remote = script.store, remote_in(script.root)
     for step in (50, 100, 150):
         store.save(step, contents(step))
-        synchronise(store, remote)
+        synchronize(store, remote)
         script.promise("copied", step)
     store.save(150, contents(150, "new"))
-    synchronise(store, remote)
+    synchronize(store, remote)
 
 
 def logs_cut_back(script: Script) -> None:
     run = script.root / "run"
-    resume.load_or_create_run_id(run)
+    resume.keep_run_id(run, resume.new_run_id())
     script.promise("run id")
     resume.abandon_lines(run / "metrics.jsonl", 2)
     script.promise("cut")
@@ -259,7 +259,7 @@ def check_copies(root: Path, promises: list[Any], start: set[int], limits: dict[
         assert whole, "no whole copy is left"
     store = store_in(root)
     store.clean_leftovers()
-    synchronise(store, remote)
+    synchronize(store, remote)
     again = {copy.step for copy in remote.scan() if copy.damage is None}
     assert max((item.step for item in store.scan()), default=0) in again | {0}
 
@@ -315,7 +315,7 @@ def run_scenario(
             (folder / "run").mkdir(exist_ok=True)
             try:
                 check(folder, promises, start, script.limits)
-            except (AssertionError, Damaged, KeyError) as error:
+            except (AssertionError, DamagedDirectory, KeyError) as error:
                 after = operations[position - 1] if position else "start"
                 violations.append(f"{act.__name__} after {position} ({after}): {error}"[:400])
             num_states += 1
@@ -358,7 +358,7 @@ def test_a_second_power_cut_while_starting_again_breaks_no_promise(
                 (folder / "run").mkdir(exist_ok=True)
                 try:
                     check_saves(folder, promises + more, set(), {})
-                except (AssertionError, Damaged) as error:
+                except (AssertionError, DamagedDirectory) as error:
                     violations.append(f"{index}, {position}: {error}"[:300])
                 num_states += 1
                 shutil.rmtree(folder)

@@ -15,9 +15,9 @@ from fault_table import Tally
 from light_writer import contents_of, make_store, weights_at
 
 from trietune.checkpoints.lock import RunLock
-from trietune.checkpoints.resume import abandon_lines, load_or_create_run_id
+from trietune.checkpoints.resume import abandon_lines, keep_run_id, new_run_id
 from trietune.errors import UserError
-from trietune.io.directory import Damaged, read_directory, verify_directory
+from trietune.io.directory import DamagedDirectory, read_directory, verify_directory
 from trietune.io.disk_errors import SaveFailed
 
 
@@ -50,7 +50,7 @@ def damage_at_random(folder: Path, num_damages: int) -> tuple[int, list[str]]:
             try:
                 reader(path)
                 missed.append(f"{name}, {what}: not noticed by {reader.__name__}")
-            except Damaged as damage:
+            except DamagedDirectory as damage:
                 if damage.file != name:
                     missed.append(f"{name}, {what}: blamed on {damage.file}")
         (path / name).write_bytes(originals[name])
@@ -154,7 +154,7 @@ def test_a_mount_that_turns_read_only_is_named_and_still_read(tmp_path: Path) ->
         assert loaded is not None
         assert loaded.step == 1
         with pytest.raises(UserError, match="could not be written"):
-            load_or_create_run_id(disk)
+            keep_run_id(disk, new_run_id())
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 from trietune.io import manifest, strict_json
 from trietune.io import safetensors as tensors
-from trietune.io.directory import Damaged, read_directory, write_directory
+from trietune.io.directory import DamagedDirectory, read_directory, write_directory
 from trietune.io.manifest import FileEntry, Manifest, ManifestInfo
 
 INFO = ManifestInfo(run_id="run1", step=50)
@@ -292,7 +292,7 @@ def test_what_is_no_plain_file_is_refused(name: str, where: str, tmp_path: Path)
 def test_a_terabyte_of_holes_that_its_manifest_vouches_for_is_refused_for_its_size(tmp_path: Path) -> None:
     path = write_whole_in_run(tmp_path)
     special_payload(path, make_sparse)
-    (path / "manifest.json").write_bytes(manifest.serialise(Manifest(INFO, {"a.bin": FileEntry(2**40, "0" * 64)})))
+    (path / "manifest.json").write_bytes(manifest.serialize(Manifest(INFO, {"a.bin": FileEntry(2**40, "0" * 64)})))
     assert "more than the memory that is free" in refuse(lambda: read_directory(path), UserError)
 
 
@@ -309,7 +309,7 @@ def test_a_link_to_the_very_bytes_is_still_a_link(name: str, tmp_path: Path) -> 
     path = write_whole_in_run(tmp_path)
     (path / name).rename(tmp_path / "elsewhere")
     (path / name).symlink_to(tmp_path / "elsewhere")
-    assert f"{name} is a link" in refuse(lambda: read_directory(path), Damaged)
+    assert f"{name} is a link" in refuse(lambda: read_directory(path), DamagedDirectory)
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -376,5 +376,5 @@ def test_texts_full_of_brackets_are_no_attack() -> None:
 
 def test_a_whole_one_is_read(tmp_path: Path) -> None:
     assert read_directory(write_whole(tmp_path / "step-00000050"))[1] == {"a.bin": b"x"}
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedDirectory):
         read_directory(tmp_path / "nowhere")

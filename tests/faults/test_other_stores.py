@@ -18,8 +18,8 @@ from light_writer import contents_of, weights_at
 from trietune.checkpoints.remote import retry as attempts
 from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.remote.open import open_storage
-from trietune.checkpoints.remote.retry import Patience
-from trietune.checkpoints.remote.uploads import fetch, synchronise
+from trietune.checkpoints.remote.retry import RetryPolicy
+from trietune.checkpoints.remote.uploads import fetch, synchronize
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 
@@ -114,11 +114,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 def test_a_run_goes_there_and_comes_back(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     place = "me/adapters/runs" if backend == "hf" else None
     fixture = request.getfixturevalue("hub" if backend == "hf" else backend)
-    remote = RemoteRun(open_storage(backend, place or fixture), "run", patience())
+    remote = RemoteRun(open_storage(backend, place or fixture), "run", policy())
     store = make_store(tmp_path / "a")
     for step in (1, 2, 3):
         save(store, step)
-        synchronise(store, remote)
+        synchronize(store, remote)
     copies = remote.scan()
     assert [(copy.step, copy.damage) for copy in copies] == [(2, None), (3, None)]
     other = make_store(tmp_path / "b")
@@ -129,26 +129,26 @@ def test_a_run_goes_there_and_comes_back(backend: str, request: pytest.FixtureRe
     assert loaded.contents == contents_of(weights_at(3), 3, 20_000)
     foreign = CheckpointStore(tmp_path / "a", "run2", 2, 0, "eval/loss", "min")
     with pytest.raises(UserError, match="another run"):
-        synchronise(foreign, remote)
+        synchronize(foreign, remote)
 
 
 def test_on_the_hub_a_checkpoint_is_one_commit_in_a_private_repository(hub: FakeHub, tmp_path: Path) -> None:
-    remote = RemoteRun(open_storage("hf", "me/adapters"), "run", patience())
+    remote = RemoteRun(open_storage("hf", "me/adapters"), "run", policy())
     store = make_store(tmp_path)
     save(store, 1)
-    synchronise(store, remote)
+    synchronize(store, remote)
     assert hub.private == {"me/adapters"}
     assert len(hub.commits) == 1
     assert {path.rpartition("/")[2] for path in hub.commits[0]} == {*contents_of(b"", 1, 1), "manifest.json"}
 
 
 def test_the_hub_is_not_asked_for_ever(hub: FakeHub, tmp_path: Path) -> None:
-    remote = RemoteRun(open_storage("hf", "me/adapters"), "run", patience())
+    remote = RemoteRun(open_storage("hf", "me/adapters"), "run", policy())
     store = make_store(tmp_path)
     save(store, 1)
     hub.answer_first = lambda method, path: 403
     with pytest.raises(Exception) as caught:
-        synchronise(store, remote)
+        synchronize(store, remote)
     assert attempts.status_of(caught.value) == 403
     assert len(hub.requests) <= 2
     assert "hunter2" not in attempts.describe(caught.value)
@@ -163,9 +163,9 @@ def save(store: CheckpointStore, step: int) -> None:
     store.save(step, contents_of(weights_at(step), step, 20_000), metrics={"eval/loss": 0.5})
 
 
-def patience() -> Patience:
+def policy() -> RetryPolicy:
     def sleep(seconds: float) -> bool:
         time.sleep(seconds)
         return False
 
-    return Patience(sleep, 4, first_wait_s=0.01, longest_wait_s=0.05, randomness=random.Random(1))
+    return RetryPolicy(sleep, 4, first_wait_s=0.01, longest_wait_s=0.05, randomness=random.Random(1))

@@ -18,9 +18,9 @@ from storage_proxy import Fault, Proxy, proxy_to
 
 from trietune.checkpoints.remote import retry as attempts
 from trietune.checkpoints.remote.copies import RemoteRun
-from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import FsspecStorage
-from trietune.checkpoints.remote.uploads import Uploader, fetch, synchronise
+from trietune.checkpoints.remote.uploads import Uploader, fetch, synchronize
 from trietune.checkpoints.store import CheckpointStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -59,17 +59,19 @@ def client_environment(proxy: Proxy) -> dict[str, str]:
     }  # fmt: skip
 
 
-def patience(num_attempts: int = 4, longest_wait_s: float = 0.05) -> Patience:
+def policy(num_attempts: int = 4, longest_wait_s: float = 0.05) -> RetryPolicy:
     def sleep(seconds: float) -> bool:
         time.sleep(seconds)
         return False
 
-    return Patience(sleep, num_attempts, first_wait_s=0.01, longest_wait_s=longest_wait_s, randomness=random.Random(1))
+    return RetryPolicy(
+        sleep, num_attempts, first_wait_s=0.01, longest_wait_s=longest_wait_s, randomness=random.Random(1)
+    )
 
 
 def remote_of(num_attempts: int = 4, *, read_timeout_s: float = 30) -> RemoteRun:
     timeouts = {"config_kwargs": {"connect_timeout": 30, "read_timeout": read_timeout_s}}
-    return RemoteRun(FsspecStorage("s3", "bucket/runs", timeouts), "run", patience(num_attempts))
+    return RemoteRun(FsspecStorage("s3", "bucket/runs", timeouts), "run", policy(num_attempts))
 
 
 def make_store(folder: Path, keep_last_n: int = 2) -> CheckpointStore:
@@ -96,7 +98,7 @@ def test_a_run_goes_to_s3_and_comes_back(proxy: Proxy, tmp_path: Path) -> None:
     store, remote = make_store(tmp_path / "a"), remote_of()
     for step in (1, 2, 3):
         save(store, step)
-        synchronise(store, remote)
+        synchronize(store, remote)
     assert whole_copies(remote) == [2, 3]
     other = make_store(tmp_path / "b")
     assert remote.find_run_id() == "run1"
@@ -130,7 +132,7 @@ def test_a_client_killed_at_any_request_leaves_whole_copies_alone(
             system.rm("bucket/runs", recursive=True)
         store = make_store(folder, keep_last_n=1)
         save(store, 1)
-        synchronise(store, remote_of())
+        synchronize(store, remote_of())
         proxy.forget()
 
     begin(tmp_path / "clean")
@@ -159,7 +161,7 @@ def test_a_client_killed_at_any_request_leaves_whole_copies_alone(
             copied = [int(line.split()[1]) for line in output.splitlines() if line.startswith("copied")]
             assert found, "no whole copy is left"
             assert max(found) >= max(copied, default=1), f"copied {copied}, found {found}"
-            synchronise(make_store(folder, keep_last_n=1), remote_of())
+            synchronize(make_store(folder, keep_last_n=1), remote_of())
             assert whole_copies(remote_of())[-1] == make_store(folder).scan()[-1].step
         except AssertionError as error:
             failures.append(f"request {number}: {error}")
@@ -186,7 +188,7 @@ def test_an_upload_survives_one_request_in_three_failing(name: str, proxy: Proxy
     save(store, 1)
     dice = random.Random(5)
     proxy.rule = lambda number, *_: TRANSIENT[name] if dice.random() < 1 / 3 else None
-    synchronise(store, remote)
+    synchronize(store, remote)
     num_faults = proxy.num_faults
     proxy.forget()
     assert num_faults >= 3
@@ -197,7 +199,7 @@ def test_an_upload_survives_one_request_in_three_failing(name: str, proxy: Proxy
 def test_an_answer_cut_in_the_middle_is_asked_for_again(proxy: Proxy, tmp_path: Path) -> None:
     store, remote = make_store(tmp_path / "a"), remote_of()
     save(store, 1)
-    synchronise(store, remote)
+    synchronize(store, remote)
     proxy.forget()
     seen = set()
 
@@ -218,7 +220,7 @@ def test_a_download_that_lies_is_not_believed(proxy: Proxy, tmp_path: Path) -> N
     store, remote = make_store(tmp_path / "a"), remote_of()
     save(store, 1)
     save(store, 2)
-    synchronise(store, remote)
+    synchronize(store, remote)
     proxy.forget()
 
     def flip(body: bytes) -> bytes:
@@ -260,7 +262,7 @@ def test_an_upload_that_arrives_short_is_sent_again(proxy: Proxy, tmp_path: Path
             shorten()
 
     remote.storage.put = put  # type: ignore[method-assign]
-    synchronise(store, remote)
+    synchronize(store, remote)
     assert spoiled[1:] == ["short"]
     assert whole_copies(remote) == [1]
 
@@ -270,7 +272,7 @@ def test_a_permanent_refusal_costs_one_request(proxy: Proxy, tmp_path: Path) -> 
     save(store, 1)
     proxy.rule = lambda *_: Fault(status=403)
     with pytest.raises(Exception) as caught:
-        synchronise(store, remote)
+        synchronize(store, remote)
     assert len(proxy.requests) == 1
     assert attempts.status_of(caught.value) == 403
     assert "hunter2" not in attempts.describe(caught.value)
@@ -323,7 +325,7 @@ def test_a_store_that_stays_away_leaves_everything_here_for_later(proxy: Proxy, 
     assert (result.is_complete, result.missing) == (False, ("step-00000001",))
     proxy.forget()
     assert whole_on_disk(store) == [1]
-    assert synchronise(store, remote_of()).is_complete
+    assert synchronize(store, remote_of()).is_complete
     assert whole_copies(remote_of()) == [1]
 
 

@@ -56,9 +56,9 @@ def set_clock_back() -> None:
 
     now, looks = time.time(), itertools.count()
     time.time = lambda: now - 3600 * next(looks)
-    from trietune.tracking.jsonl import FilesConsumer
+    from trietune.tracking.jsonl import FilesListener
 
-    FilesConsumer.__init__.__kwdefaults__["now"] = time.time
+    FilesListener.__init__.__kwdefaults__["now"] = time.time
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def skip_if_refused(way: str, device: torch.device, asked: AttentionNeeds) -> No
 
 
 def attended(
-    way: str, inputs: tuple[Tensor, Tensor, Tensor], trie: Trie, *, needed: np.ndarray | None = None, **how: Any
+    way: str, inputs: tuple[Tensor, Tensor, Tensor], trie: Trie, *, query_nodes: np.ndarray | None = None, **how: Any
 ) -> Tensor:
     """By `way`, as layers call it: [N, H, d]."""
     query, key, value = inputs
@@ -51,10 +51,10 @@ def attended(
         num_heads=query.shape[1],
         num_key_heads=key.shape[1],
         device=query.device,
-        needed=needed,
+        query_nodes=query_nodes,
     )
     if way != "mask":
-        return attend(query, key, value, layout, **how, of_needed=needed is not None)
+        return attend(query, key, value, layout, **how, is_pruned=query_nodes is not None)
     library = (x.transpose(0, 1)[None] for x in inputs)
     out, _ = trie_attention(
         torch.nn.Module(),
@@ -107,14 +107,14 @@ def compare(
     )
     how: dict[str, Any] = {"window": window, "scale": heads[2] ** -0.5, "softcap": softcap}
     exact = on(torch.device("cpu"), drawn, torch.float64)
-    expected = results(dense_attention(*exact, trie, **how, querying=needed), exact)
+    expected = results(dense_attention(*exact, trie, **how, query_nodes=needed), exact)
     inputs = on(device, drawn, dtype)
-    own = error(results(attended(way, inputs, trie, needed=needed, **how), inputs), expected)
+    own = error(results(attended(way, inputs, trie, query_nodes=needed, **how), inputs), expected)
     if dtype == torch.float32:
         assert own < FP32_TOLERANCE, f"{way}: {own:.1e}"
         return
     plain = on(device, drawn, dtype)
-    bound = error(results(dense_attention(*plain, trie, **how, querying=needed), plain), expected)
+    bound = error(results(dense_attention(*plain, trie, **how, query_nodes=needed), plain), expected)
     assert own < SPREAD * bound, f"{way}: {own:.1e}, the formula in {dtype}: {bound:.1e}"
 
 

@@ -60,7 +60,7 @@ def batched(network: nn.Module, device: torch.device, batching: str, **how: Any)
     batch = question_batch(np.random.default_rng(5), vocabulary=120)
     network.zero_grad()
     model = TrieModel(network, device=device, **how)
-    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_nodes=10_000)  # type: ignore[arg-type]
+    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_positions=10_000)  # type: ignore[arg-type]
     for micro_batch in micro_batches:
         losses = model.label_losses(micro_batch)
         weight = torch.from_numpy(micro_batch.label_weight / total_weight(micro_batches)).to(losses)

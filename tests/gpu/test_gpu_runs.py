@@ -15,7 +15,7 @@ import torch
 from run.conftest import overrides, reviews, tiny_model  # noqa: F401  # fixtures
 from run.test_cuda_stand_in import wide  # noqa: F401  # a fixture
 from run.test_run import Recorder, adapter_of, run
-from trietune.tracking.events import RunStarted, Said, StepFinished
+from trietune.tracking.events import Message, RunStarted, StepFinished
 
 # PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed.
 pytestmark = [
@@ -76,7 +76,7 @@ def test_memory_that_runs_out_is_written_down_and_survived(
     finished, recorder = run({**wide, "device": "cuda", "batch_size": 16})
     assert finished.step == 3
     assert (finished.directory / "memory_snapshot.pickle").stat().st_size > 1000
-    assert any(event.text.startswith("memory ran out") for event in recorder.of(Said))
+    assert any(event.text.startswith("memory ran out") for event in recorder.of(Message))
 
 
 def test_a_checkpoint_moves_to_the_cpu_and_back(wide: dict[str, object]) -> None:  # noqa: F811

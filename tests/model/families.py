@@ -1,7 +1,7 @@
 """A tiny model with random weights of each supported family, for every test that compares two ways to one number.
 
 Each has what makes its family hard: grouped heads, soft-capping, windows shorter than the sequences, biases, norms
-inside attention. Weights are large enough that attention is far from uniform: with the library's own initialisation
+inside attention. Weights are large enough that attention is far from uniform: with the library's own initialization
 a wrong mask would change the loss in the seventh digit.
 
     network = in_double(FAMILIES["gemma2"]())     # fp64 throughout, attention by `reference_attention`

@@ -56,7 +56,7 @@ def odd(family: str, **changes: Any) -> PreTrainedModel:
     """A network of the family, in evaluation mode; `changes` go to its configuration."""
     config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **changes})
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # biases and sinks keep a part of what they are initialised with
+        torch.manual_seed(0)  # biases and sinks keep a part of what they are initialized with
         network = AutoModelForCausalLM.from_config(config).float()
     generator = torch.Generator().manual_seed(20)
     with torch.no_grad():

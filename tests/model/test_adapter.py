@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from model.families import FAMILIES
 from trietune.errors import UserError
-from trietune.io.safetensors import RawTensor, from_numpy, parse, serialise
+from trietune.io.safetensors import RawTensor, from_numpy, parse, serialize
 from trietune.model.adapter.adapter import (
     WEIGHTS_FILE,
     adapter_files,
@@ -93,7 +93,7 @@ def test_what_is_trained_is_fp32_and_the_base_is_frozen(dtype: torch.dtype) -> N
         assert parameter.dtype == (torch.float32 if name in trained else dtype), name
 
 
-def test_modules_trained_whole_compute_in_fp32_between_neighbours_that_do_not() -> None:
+def test_modules_trained_whole_compute_in_fp32_between_neighbors_that_do_not() -> None:
     exact = _logits(FAMILIES["llama"]())
     network = FAMILIES["llama"]().to(torch.bfloat16)
     before = _logits(network)
@@ -301,14 +301,14 @@ def test_a_missing_tensor(files: dict[str, bytes]) -> None:
     tensors = _tensors(files)
     name = sorted(tensors)[0]
     del tensors[name]
-    error = _error({**files, WEIGHTS_FILE: serialise(tensors)})
+    error = _error({**files, WEIGHTS_FILE: serialize(tensors)})
     assert f"1 missing: `{name}`" in error
     assert f"runs/x/adapter/{WEIGHTS_FILE}" in error
 
 
 def test_an_unexpected_tensor(files: dict[str, bytes]) -> None:
     tensors = {**_tensors(files), "base_model.model.score.weight": from_numpy(np.zeros((2, 2), np.float32))}
-    error = _error({**files, WEIGHTS_FILE: serialise(tensors)})
+    error = _error({**files, WEIGHTS_FILE: serialize(tensors)})
     assert "1 unexpected: `base_model.model.score.weight`" in error
 
 
@@ -316,7 +316,7 @@ def test_a_tensor_of_another_shape(files: dict[str, bytes]) -> None:
     tensors = _tensors(files)
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
     tensors[name] = from_numpy(np.zeros((40, 4), np.float32))
-    error = _error({**files, WEIGHTS_FILE: serialise(tensors)})
+    error = _error({**files, WEIGHTS_FILE: serialize(tensors)})
     assert f"`{name}` has the shape [40, 4], this model's has [48, 4]" in error
 
 
@@ -368,7 +368,7 @@ def test_a_tensor_of_whole_numbers(files: dict[str, bytes]) -> None:
     tensors = _tensors(files)
     name = sorted(tensors)[0]
     tensors[name] = from_numpy(np.zeros(tensors[name].shape, np.int32))
-    assert "not floating-point numbers" in _error({**files, WEIGHTS_FILE: serialise(tensors)})
+    assert "not floating-point numbers" in _error({**files, WEIGHTS_FILE: serialize(tensors)})
 
 
 def test_an_adapter_of_another_model(files: dict[str, bytes]) -> None:
@@ -453,9 +453,9 @@ def test_a_configuration_without_what_it_needs(key: str, files: dict[str, bytes]
 
 
 def test_every_key_of_the_installed_peft_is_known() -> None:
-    """A new version of PEFT brings new keys; each must be looked at once, and honoured or named as off."""
+    """A new version of PEFT brings new keys; each must be looked at once, and honored or named as off."""
     from trietune.model.adapter import config as adapter_config
 
-    assert set(LoraConfig().to_dict()) - set(adapter_config._HONOURED) - set(adapter_config._OFF) == {
+    assert set(LoraConfig().to_dict()) - set(adapter_config._HONORED) - set(adapter_config._OFF) == {
         *adapter_config._READ_OVER
     }

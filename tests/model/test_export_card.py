@@ -93,13 +93,13 @@ def test_scores_on_a_file_of_ones_own_are_no_scores_on_the_data_set_that_was_tra
     assert not {"model-index", "metrics"} & set(card)
 
 
-def test_the_licence_is_that_of_the_base(base: ModelFolder) -> None:
+def test_the_license_is_that_of_the_base(base: ModelFolder) -> None:
     assert base_license(base) == "gemma"
     assert ModelCard(model_card(_facts(base))).data.license == "gemma"
 
 
 @pytest.mark.parametrize("text", ["", "no front matter", "---\nlicense: [a, b\n---\n", "---\nlicense: [a, b]\n---\n"])
-def test_a_base_without_a_licence(base: ModelFolder, text: str) -> None:
+def test_a_base_without_a_license(base: ModelFolder, text: str) -> None:
     (base.path / "README.md").write_text(text)
     assert base_license(base) is None
     assert "license" not in ModelCard(model_card(_facts(base))).data.to_dict()

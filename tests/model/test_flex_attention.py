@@ -59,15 +59,15 @@ def test_blocks_are_those_of_the_library(trie: Trie, window: int | None) -> None
 @settings(deadline=None, max_examples=30)
 @given(large_tries(), WINDOWS, st.booleans())
 def test_the_mask_is_that_of_the_trie(trie: Trie, window: int | None, prunes: bool) -> None:
-    querying = np.unique(trie.label_index[::3]).astype(np.int64) if prunes else np.arange(trie.num_nodes)
-    layout = build_flex_layout(trie, querying if prunes else None, window=window)
+    query_nodes = np.unique(trie.label_index[::3]).astype(np.int64) if prunes else np.arange(trie.num_nodes)
+    layout = build_flex_layout(trie, query_nodes if prunes else None, window=window)
     mask = layout.block_mask
     num_queries, num_keys = mask.seq_lengths
     assert num_queries % BLOCK == num_keys % BLOCK == 0
     asked = create_mask(mask.mask_mod, None, None, num_queries, num_keys, device="cpu")[0, 0].numpy()
-    sees = visibility(trie, window)[querying]
-    np.testing.assert_array_equal(asked[: len(querying), : trie.num_nodes], sees)
-    assert not asked[: len(querying), trie.num_nodes :].any(), "padding is seen"
+    sees = visibility(trie, window)[query_nodes]
+    np.testing.assert_array_equal(asked[: len(query_nodes), : trie.num_nodes], sees)
+    assert not asked[: len(query_nodes), trie.num_nodes :].any(), "padding is seen"
     assert asked.any(1).all(), "a padding query sees nothing"
     # What the tables say of the blocks agrees with what each pair would answer.
     each = asked.reshape(num_queries // BLOCK, BLOCK, num_keys // BLOCK, BLOCK).swapaxes(1, 2)
@@ -119,14 +119,14 @@ def test_outputs_and_gradients_are_those_of_the_mask(
     tokens = [stem + generator.integers(2, 40, length).tolist() for length in (3, 90, 40)]
     trie = trie_of(flat(tokens, [[IGNORED] * 150 + row[150:] for row in tokens]))
     needed = np.unique(trie.label_index).astype(np.int64)
-    layout = TrieLayout(trie, kind="flex", num_heads=heads[0], num_key_heads=heads[1], device=CPU, needed=needed)
+    layout = TrieLayout(trie, kind="flex", num_heads=heads[0], num_key_heads=heads[1], device=CPU, query_nodes=needed)
     for prunes in (False, True):
         num_queries = len(needed) if prunes else trie.num_nodes
         inputs = random_nodes(trie.num_nodes, num_queries, heads=heads, head_size=8, dtype=dtype)
         how = {"window": window, "scale": 0.3, "softcap": softcap}
         with flex_on_cpu():
-            ours = attend(*inputs, layout, **how, of_needed=prunes)
-            expected = dense_attention(*inputs, trie, **how, querying=needed if prunes else None)
+            ours = attend(*inputs, layout, **how, is_pruned=prunes)
+            expected = dense_attention(*inputs, trie, **how, query_nodes=needed if prunes else None)
             difference = largest_difference(ours, expected, inputs)
         assert difference < TOLERANCES[dtype], f"{difference:.1e}"
 
@@ -137,10 +137,12 @@ def attended(seed: int, *, window: int | None, softcap: float | None, prunes: bo
     needed = np.unique(trie.label_index).astype(np.int64)
     num_queries = len(needed) if prunes else trie.num_nodes
     inputs = random_nodes(trie.num_nodes, num_queries, heads=(4, 2), head_size=16, dtype=torch.float64)
-    layout = TrieLayout(trie, kind="flex", num_heads=4, num_key_heads=2, device=CPU, needed=needed)
+    layout = TrieLayout(trie, kind="flex", num_heads=4, num_key_heads=2, device=CPU, query_nodes=needed)
     how: dict[str, Any] = {"window": window, "scale": 0.3, "softcap": softcap}
-    ours = attend(*inputs, layout, **how, of_needed=prunes)
-    return largest_difference(ours, dense_attention(*inputs, trie, **how, querying=needed if prunes else None), inputs)
+    ours = attend(*inputs, layout, **how, is_pruned=prunes)
+    return largest_difference(
+        ours, dense_attention(*inputs, trie, **how, query_nodes=needed if prunes else None), inputs
+    )
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from trietune.model.adapter.adapter import adapter_files, add_adapter
 from trietune.model.adapter.export import export_adapter
 from trietune.model.base import load
 from trietune.model.base.folder import ModelFolder
-from trietune.model.base.four_bits import BYTES_A_WEIGHT, check_four_bits, is_quantized
+from trietune.model.base.four_bits import BYTES_PER_WEIGHT, check_four_bits, is_quantized
 from trietune.model.base.load import load_network
 from trietune.model.base.locate import locate_model
 from trietune.model.base.shape import describe_network
@@ -129,7 +129,7 @@ def test_layers_in_four_bits_keep_the_librarys_code(family: str) -> None:
     losses = []
     for batching, attention in (("trie", "rows"), ("padded", None)):
         trie_model = TrieModel(network, device=CPU, attention=attention)  # type: ignore[arg-type]
-        micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_nodes=10_000)  # type: ignore[arg-type]
+        micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_positions=10_000)  # type: ignore[arg-type]
         total = sum(
             torch.dot(trie_model.label_losses(mb), torch.from_numpy(mb.label_weight).float()) for mb in micro_batches
         )
@@ -156,7 +156,7 @@ def test_memory_counts_layers_in_four_bits_and_the_rest_whole(tmp_path: Path) ->
     whole = shape.num_bytes(torch.bfloat16)
     assert whole == 2 * shape.num_parameters
     saved = whole - shape.num_bytes(torch.bfloat16, load_in_4bit=True)
-    assert saved == pytest.approx((2 - BYTES_A_WEIGHT) * in_layers, abs=1)
+    assert saved == pytest.approx((2 - BYTES_PER_WEIGHT) * in_layers, abs=1)
     # As the headers of the files say it.
     found = load._needed_bytes(base.path, torch.bfloat16, True)
     assert found == pytest.approx(shape.num_bytes(torch.bfloat16, load_in_4bit=True), rel=0.01)
@@ -189,7 +189,7 @@ def test_a_real_base_in_four_bits_trains(tmp_path: Path) -> None:
     add_adapter(network, base=base, r=3, alpha=7)
     fuse_network(network)
     batch = question_batch(np.random.default_rng(3), vocabulary=90)
-    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_nodes=10_000)
+    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_positions=10_000)
     model = TrieModel(network, device=CPU)
     parameters = [p for p in network.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in parameters)

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trietune.checkpoints.resume import compare
 from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
+from trietune.io.cache_folder import cache_folder
 from trietune.model.base import gguf as gguf_module
 from trietune.model.base.folder import ModelFolder
-from trietune.model.base.gguf import cache_folder, convert_gguf
+from trietune.model.base.gguf import convert_gguf
 from trietune.model.base.load import load_network
 from trietune.model.base.locate import locate_model
 

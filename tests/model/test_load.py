@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from model.families import FAMILIES
+from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
 from trietune.model.architecture import TESTED_FAMILIES, check_architecture
 from trietune.model.base import load
 from trietune.model.base.folder import ModelFolder
-from trietune.model.base.load import is_out_of_memory, load_network
+from trietune.model.base.load import load_network
 from trietune.model.base.locate import locate_model
 
 CPU = torch.device("cpu")

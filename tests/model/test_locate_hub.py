@@ -238,7 +238,7 @@ def test_free_space_is_not_asked_for_what_is_there(hub: FakeHub, monkeypatch: py
     assert locate_model("owner/tiny").revision == COMMIT
 
 
-def test_variables_of_the_hub_are_honoured(httpserver: HTTPServer, tmp_path: Path) -> None:
+def test_variables_of_the_hub_are_honored(httpserver: HTTPServer, tmp_path: Path) -> None:
     """A process of its own, because the hub's library reads them when it is imported."""
     hub = FakeHub(httpserver, {"owner/tiny": Repository(dict(FILES), needs_token=TOKEN)})
     environ = {

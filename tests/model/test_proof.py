@@ -302,7 +302,7 @@ def test_what_is_proven_has_the_gradients_of_plain_rows(family: str) -> None:
     network = in_dtype(lambda: odd(family), torch.float32)
     model = model_of(network)
     proof_of(model)
-    micro_batches = make_micro_batches(sequences, np.arange(7), batching="trie", max_nodes=10_000)
+    micro_batches = make_micro_batches(sequences, np.arange(7), batching="trie", max_positions=10_000)
     ours = 0.0
     for micro_batch in micro_batches:
         losses = model.label_losses(micro_batch)

@@ -119,7 +119,7 @@ def test_what_branches_share_is_drawn_once_on_a_trie() -> None:
         labels=np.array([-100, -100, -100, 8, 9, 12, -100, -100, -100, 8, 10, 13], np.int32),
         offsets=np.array([0, 6, 12]),
     )
-    [micro_batch] = make_micro_batches(sequences, np.arange(2), batching="trie", max_nodes=100)
+    [micro_batch] = make_micro_batches(sequences, np.arange(2), batching="trie", max_positions=100)
     model = TrieModel(network, device=torch.device("cpu"))
     network.train()
     torch.manual_seed(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trietune.io.directory import Streamed
+from trietune.io.directory import LazyContent
 from trietune.io.safetensors import parse
 from trietune.model.adapter import tensors as raw_tensors
 from trietune.model.adapter.tensors import bytes_to_tensors, copy_into, tensors_to_content
@@ -23,7 +23,7 @@ def test_pieces_give_the_bytes_of_the_whole_and_come_back(monkeypatch: pytest.Mo
     monkeypatch.setattr(raw_tensors, "_PIECE_BYTES", 64)
     monkeypatch.setattr(raw_tensors, "STREAMED_ABOVE_BYTES", 1000)
     pieces = tensors_to_content(TENSORS)
-    assert isinstance(pieces, Streamed)
+    assert isinstance(pieces, LazyContent)
     assert pieces.size_bytes == len(whole)
     assert b"".join(pieces.pieces()) == b"".join(pieces.pieces()) == whole
     found = bytes_to_tensors(whole)

@@ -27,10 +27,10 @@ def test_each_query_sees_exactly_its_ancestors(
     if trie.num_nodes == 0:
         return
     keep = np.array([random.random() < 0.6 for _ in range(trie.num_nodes)])  # type: ignore[attr-defined]
-    querying = np.flatnonzero(keep) if keep.any() else np.arange(trie.num_nodes)
+    query_nodes = np.flatnonzero(keep) if keep.any() else np.arange(trie.num_nodes)
     layout = build_row_layout(
         trie,
-        querying,
+        query_nodes,
         window=window,
         num_heads=HEADS,
         num_key_heads=KEY_HEADS,
@@ -39,7 +39,7 @@ def test_each_query_sees_exactly_its_ancestors(
         device=torch.device("cpu"),
         cost=COSTS[which],
     )
-    sees = visibility(trie, window)[querying]
+    sees = visibility(trie, window)[query_nodes]
     outputs = []
     for bucket in layout.buckets:
         num_blocks, num_queries, num_keys = bucket.shape
@@ -55,7 +55,7 @@ def test_each_query_sees_exactly_its_ancestors(
                 assert set(found) == set(np.flatnonzero(sees[query]))
         outputs.append(queries.reshape(-1))
     laid_end_to_end = np.concatenate(outputs)
-    assert (laid_end_to_end[layout.output_rows.numpy()] == np.arange(len(querying) * HEADS)).all()
+    assert (laid_end_to_end[layout.output_rows.numpy()] == np.arange(len(query_nodes) * HEADS)).all()
 
 
 def questions(num_paragraphs: int, num_questions: int, paragraph: int, question: int) -> FlatSequences:

@@ -65,18 +65,18 @@ def test_queries_see_their_ancestors_and_nothing_else(
     trie = trie_of(flat(*batch))
     if not trie.num_nodes:
         return
-    querying = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=trie.num_nodes, max_size=trie.num_nodes)))
-    if not len(querying):
-        querying = np.arange(trie.num_nodes)
-    layout = build_varlen_layout(trie, querying, window=window)
-    seen = np.zeros((len(querying), trie.num_nodes), bool)
+    query_nodes = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=trie.num_nodes, max_size=trie.num_nodes)))
+    if not len(query_nodes):
+        query_nodes = np.arange(trie.num_nodes)
+    layout = build_varlen_layout(trie, query_nodes, window=window)
+    seen = np.zeros((len(query_nodes), trie.num_nodes), bool)
     queries, keys = layout.query_start.tolist(), layout.key_start.tolist()
     for q, q_end, k, k_end in zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True):
         for i in range(q, q_end):
             at = k_end - q_end + i  # the last query is at the last key
             first = k if layout.window < 0 else max(k, at - layout.window)
             seen[i, layout.key_nodes[first : at + 1]] = True
-    np.testing.assert_array_equal(seen, visibility(trie, window)[querying])
+    np.testing.assert_array_equal(seen, visibility(trie, window)[query_nodes])
 
 
 @settings(deadline=None, max_examples=25)
@@ -94,7 +94,7 @@ def test_outputs_and_gradients_are_those_of_the_mask(
     if not trie.num_nodes:
         return
     needed = np.unique(trie.label_index).astype(np.int64)
-    querying = needed if prunes else None
+    query_nodes = needed if prunes else None
     inputs = random_nodes(
         trie.num_nodes,
         len(needed) if prunes else trie.num_nodes,
@@ -104,11 +104,16 @@ def test_outputs_and_gradients_are_those_of_the_mask(
         seed=seed,
     )
     layout = TrieLayout(
-        trie, kind="varlen", num_heads=heads[0], num_key_heads=heads[1], device=CPU, needed=needed if prunes else None
+        trie,
+        kind="varlen",
+        num_heads=heads[0],
+        num_key_heads=heads[1],
+        device=CPU,
+        query_nodes=needed if prunes else None,
     )
     with flash_on_cpu():
-        ours = attend(*inputs, layout, window=window, scale=0.3, softcap=None, of_needed=prunes)
-        expected = dense_attention(*inputs, trie, window=window, scale=0.3, querying=querying)
+        ours = attend(*inputs, layout, window=window, scale=0.3, softcap=None, is_pruned=prunes)
+        expected = dense_attention(*inputs, trie, window=window, scale=0.3, query_nodes=query_nodes)
         difference = largest_difference(ours, expected, inputs)
     assert difference < FP64_TOLERANCE, f"{difference:.1e}"
 

@@ -35,7 +35,7 @@ def dense_attention(
     window: int | None,
     scale: float,
     softcap: float | None = None,
-    querying: np.ndarray | None = None,
+    query_nodes: np.ndarray | None = None,
 ) -> Tensor:
     """[N, H, d] by the formula, all nodes under one mask."""
     groups = query.shape[1] // key.shape[1]
@@ -44,7 +44,7 @@ def dense_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     sees = visibility(trie, window)
-    sees = torch.from_numpy(sees if querying is None else sees[querying]).to(query.device)
+    sees = torch.from_numpy(sees if query_nodes is None else sees[query_nodes]).to(query.device)
     return (scores.masked_fill(~sees, -torch.inf).softmax(-1) @ value).transpose(0, 1)
 
 

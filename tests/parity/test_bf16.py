@@ -38,7 +38,7 @@ def network_in(family: str, dtype: torch.dtype) -> torch.nn.Module:
 def batched(network: torch.nn.Module, batch: FlatSequences, batching: str, **how: object) -> dict[str, torch.Tensor]:
     network.zero_grad()
     model = TrieModel(network, device=torch.device("cpu"), **how)  # type: ignore[arg-type]
-    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_nodes=10_000)  # type: ignore[arg-type]
+    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_positions=10_000)  # type: ignore[arg-type]
     for micro_batch in micro_batches:
         losses = model.label_losses(micro_batch)
         weight = torch.from_numpy(micro_batch.label_weight / total_weight(micro_batches)).to(losses.dtype)

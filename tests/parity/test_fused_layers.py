@@ -42,9 +42,9 @@ def test_gradients_with_every_layer_replaced(
     assert found.attentions == network.config.num_hidden_layers  # type: ignore[union-attr]
     assert found.prunes_last
     model = TrieModel(network, device=torch.device("cpu"), prunes_last=True)
-    for max_nodes in (10_000, 60):
+    for max_positions in (10_000, 60):
         network.zero_grad()
-        micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_nodes=max_nodes)  # type: ignore[arg-type]
+        micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_positions=max_positions)  # type: ignore[arg-type]
         divisor, ours = total_weight(micro_batches), 0.0
         for micro_batch in micro_batches:
             losses = model.label_losses(micro_batch)
@@ -53,7 +53,7 @@ def test_gradients_with_every_layer_replaced(
             ours += part.item()
         error = relative_error(gradients(network), expected)
         assert abs(ours - loss) / loss < tolerance, f"loss {ours} instead of {loss}"
-        assert error < tolerance, f"{family}, {batching}, {max_nodes}: relative error {error:.1e}"
+        assert error < tolerance, f"{family}, {batching}, {max_positions}: relative error {error:.1e}"
 
 
 def test_the_last_layer_computes_label_positions_alone() -> None:
@@ -61,7 +61,7 @@ def test_the_last_layer_computes_label_positions_alone() -> None:
     assert fuse_network(network).prunes_last
     model = TrieModel(network, device=torch.device("cpu"), prunes_last=True)
     batch = question_batch(np.random.default_rng(5), vocabulary=120)
-    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_nodes=10_000)
+    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_positions=10_000)
     seen: list[int] = []
     for layer in network.get_decoder().layers:  # type: ignore[operator]
         layer.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))

@@ -55,11 +55,11 @@ def one_row_an_example(network: nn.Module, batch: FlatSequences) -> tuple[float,
 
 
 def with_micro_batches(
-    network: nn.Module, batch: FlatSequences, batching: str, attention: str | None, max_nodes: int
+    network: nn.Module, batch: FlatSequences, batching: str, attention: str | None, max_positions: int
 ) -> tuple[float, dict[str, torch.Tensor], int]:
     network.zero_grad()
     model = TrieModel(network, device=torch.device("cpu"), attention=attention)
-    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_nodes=max_nodes)
+    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_positions=max_positions)
     divisor, loss = total_weight(micro_batches), 0.0
     for micro_batch in micro_batches:
         losses = model.label_losses(micro_batch)
@@ -89,11 +89,11 @@ def test_gradients_are_those_of_one_row_an_example(
     batch = question_batch(np.random.default_rng(3), vocabulary=120)
     loss, expected = one_row_an_example(build(family, dtype), batch)
     network = build(family, dtype)
-    for max_nodes in (10_000, 60):
-        ours, found, _ = with_micro_batches(network, batch, batching, attention, max_nodes)
+    for max_positions in (10_000, 60):
+        ours, found, _ = with_micro_batches(network, batch, batching, attention, max_positions)
         error = relative_error(found, expected)
         assert abs(ours - loss) / loss < tolerance, f"loss {ours} instead of {loss}"
-        assert error < tolerance, f"{family}, {batching}, {attention}, {max_nodes}: relative error {error:.1e}"
+        assert error < tolerance, f"{family}, {batching}, {attention}, {max_positions}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize(("cut", "cost"), CUTS.items())

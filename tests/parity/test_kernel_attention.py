@@ -48,9 +48,9 @@ def test_gradients_are_those_of_one_row_an_example(
     prunes_last = is_fused and fuse_network(network).prunes_last
     assert prunes_last == is_fused
     model = TrieModel(network, device=torch.device("cpu"), attention=way, prunes_last=prunes_last)  # type: ignore[arg-type]
-    for max_nodes in (10_000, 60) if way == "varlen" else (10_000,):
+    for max_positions in (10_000, 60) if way == "varlen" else (10_000,):
         network.zero_grad()
-        micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_nodes=max_nodes)
+        micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_positions=max_positions)
         divisor, ours = total_weight(micro_batches), 0.0
         with on_cpu(way):
             for micro_batch in micro_batches:
@@ -60,7 +60,7 @@ def test_gradients_are_those_of_one_row_an_example(
                 ours += part.item()
         error = relative_error(gradients(network), expected)
         assert abs(ours - loss) / loss < tolerance, f"loss {ours} instead of {loss}"
-        assert error < tolerance, f"{family}, {way}, {max_nodes}: relative error {error:.1e}"
+        assert error < tolerance, f"{family}, {way}, {max_positions}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("way", ["varlen", "flex"])
@@ -69,7 +69,7 @@ def test_recomputed_activations_change_no_gradient(way: str) -> None:
     from trietune.model.base.load import enable_checkpointing
 
     batch = question_batch(np.random.default_rng(3), vocabulary=120)
-    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_nodes=10_000)
+    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_positions=10_000)
     found = []
     for is_recomputed in (False, True):
         network: Any = build("mistral", torch.float64)
@@ -85,7 +85,7 @@ def test_recomputed_activations_change_no_gradient(way: str) -> None:
 
 def test_soft_capped_families_are_no_matter_for_varlen() -> None:
     batch = question_batch(np.random.default_rng(3), vocabulary=120)
-    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_nodes=10_000)
+    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_positions=10_000)
     for family in SOFT_CAPPED:
         model = TrieModel(build(family, torch.float64), device=torch.device("cpu"), attention="varlen")
         with flash_on_cpu(), pytest.raises(ValueError, match="no soft-capping"):
@@ -96,7 +96,7 @@ def test_soft_capped_families_are_no_matter_for_varlen() -> None:
 def test_the_kernels_are_called_with_what_they_declare(family: str) -> None:
     """Forward and backward on tensors without data: arguments and shapes go through PyTorch's own declarations."""
     batch = question_batch(np.random.default_rng(3), vocabulary=120)
-    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_nodes=10_000)
+    [micro_batch] = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_positions=10_000)
     network = build(family, torch.bfloat16).to("meta")
     model = TrieModel(network, device=torch.device("meta"), attention="varlen")
     model.label_losses(micro_batch).sum().backward()

@@ -42,13 +42,15 @@ def flat_loop(family: str, batch: FlatSequences, weights: np.ndarray) -> tuple[f
     return loss.item(), gradients(network)
 
 
-def learn(family: str, batch: FlatSequences, weights: np.ndarray, batching: str, max_nodes: int) -> tuple[float, dict]:
+def learn(
+    family: str, batch: FlatSequences, weights: np.ndarray, batching: str, max_positions: int
+) -> tuple[float, dict]:
     network = build(family, torch.float64)
     model = TrieModel(network, device=torch.device("cpu"), attention=None if batching == "padded" else "rows")
     parts = np.array_split(np.random.default_rng(1).permutation(len(batch)), 2)
     micro_batches: list[MicroBatch] = []
     for part in parts:
-        micro_batches += make_micro_batches(batch, part, batching=batching, max_nodes=max_nodes)
+        micro_batches += make_micro_batches(batch, part, batching=batching, max_positions=max_positions)
     work = Work(np.arange(len(batch)), micro_batches, describe_cpu(), lambda: None, None)
     learnt = LearnWeightedLabels.of(batch, weights)(model, work)
     return float(learnt.loss), gradients(network)
@@ -59,8 +61,8 @@ def learn(family: str, batch: FlatSequences, weights: np.ndarray, batching: str,
 def test_weighted_labels_have_the_gradients_of_a_flat_loop(family: str, batching: str) -> None:
     batch, weights = weighted_batch()
     loss, expected = flat_loop(family, batch, weights)
-    for max_nodes in (10_000, 60):
-        ours, found = learn(family, batch, weights, batching, max_nodes)
+    for max_positions in (10_000, 60):
+        ours, found = learn(family, batch, weights, batching, max_positions)
         assert abs(ours - loss) < FP64_TOLERANCE * abs(loss)
         assert relative_error(found, expected) < FP64_TOLERANCE
 
@@ -70,7 +72,7 @@ def test_weights_of_one_change_nothing() -> None:
     ours, found = learn("llama", batch, np.ones(len(batch.labels)), "trie", 60)
     network = build("llama", torch.float64)
     model = TrieModel(network, device=torch.device("cpu"), attention="rows")
-    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_nodes=60)
+    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_positions=60)
     plain = learn_labels(model, Work(np.arange(len(batch)), micro_batches, describe_cpu(), lambda: None, None))
     assert abs(ours - float(plain.loss)) < FP64_TOLERANCE
     assert relative_error(found, gradients(network)) < FP64_TOLERANCE

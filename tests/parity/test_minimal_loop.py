@@ -24,7 +24,7 @@ from trietune.errors import UserError
 from trietune.model.base.locate import locate_model
 from trietune.model.causal_lm import TrieModel
 from trietune.model.fast.linear import fuse_linears
-from trietune.training.loop import Schedules, Step, train
+from trietune.training.loop import Step, StepRange, training_steps
 from trietune.training.optimizer import build_optimizer
 from trietune.training.sampler import Sampler
 from trietune.trie import make_micro_batches
@@ -85,7 +85,7 @@ def rows_of(sequences: FlatSequences, indices: np.ndarray) -> list[tuple[list[in
 
 
 def steps_of_trietune(
-    model: Any, sequences: FlatSequences, *, num_steps: int, batch_size: int, batching: str, max_nodes: int
+    model: Any, sequences: FlatSequences, *, num_steps: int, batch_size: int, batching: str, max_positions: int
 ) -> Iterator[Step]:
     network = model.get_base_model()
     assert fuse_linears(network) > 0
@@ -97,25 +97,25 @@ def steps_of_trietune(
         weight_decay=minimal_loop.WEIGHT_DECAY,
         device=device,
     )
-    return train(
+    return training_steps(
         TrieModel(network, device=device.torch_device, attention=None if batching == "padded" else "rows"),
         optimizer,
         Sampler(len(sequences), batch_size=batch_size, seed=5),
-        Schedules(num_steps, 0, 1, lambda step: minimal_loop.LEARNING_RATE),
-        lambda batch: make_micro_batches(sequences, batch, batching=batching, max_nodes=max_nodes),  # type: ignore[arg-type]
+        StepRange(num_steps, 0, 1, lambda step: minimal_loop.LEARNING_RATE),
+        lambda batch: make_micro_batches(sequences, batch, batching=batching, max_positions=max_positions),  # type: ignore[arg-type]
         seed=1,
     )
 
 
 def compare(
-    make_network: Any, sequences: FlatSequences, *, num_steps: int, batch_size: int, batching: str, max_nodes: int
+    make_network: Any, sequences: FlatSequences, *, num_steps: int, batch_size: int, batching: str, max_positions: int
 ) -> tuple[float, float]:
     """Train both on the same batches; how far apart the adapters end, as parts of the update and of the weights."""
     ours, theirs = with_adapter(make_network()), with_adapter(make_network())
     before = adapter_weights(theirs)
     optimizer = minimal_loop.make_optimizer(theirs)
     theirs.train()
-    options = {"batch_size": batch_size, "batching": batching, "max_nodes": max_nodes}
+    options = {"batch_size": batch_size, "batching": batching, "max_positions": max_positions}
     for step in steps_of_trietune(ours, sequences, num_steps=num_steps, **options):
         loss = minimal_loop.train_step(theirs, optimizer, rows_of(sequences, step.sequence_indices))
         assert abs(step.loss - loss) / loss < 1e-4, f"step {step.number}: loss {step.loss}, minimal loop {loss}"
@@ -141,7 +141,7 @@ def no_short_sequences(sequences: FlatSequences) -> FlatSequences:
 def test_one_step_equals_the_minimal_loop(family: str, batching: str) -> None:
     sequences = no_short_sequences(question_batch(np.random.default_rng(3), vocabulary=120))
     differences = compare(
-        FAMILIES[family], sequences, num_steps=1, batch_size=len(sequences), batching=batching, max_nodes=60
+        FAMILIES[family], sequences, num_steps=1, batch_size=len(sequences), batching=batching, max_positions=60
     )
     check(differences, UPDATE_TOLERANCE, WEIGHTS_TOLERANCE)
 
@@ -149,7 +149,9 @@ def test_one_step_equals_the_minimal_loop(family: str, batching: str) -> None:
 def test_twenty_steps_equal_the_minimal_loop() -> None:
     generator = np.random.default_rng(4)
     sequences = no_short_sequences(question_batch(generator, vocabulary=120, paragraphs=6, questions=5))
-    differences = compare(FAMILIES["llama"], sequences, num_steps=20, batch_size=6, batching="trie", max_nodes=10_000)
+    differences = compare(
+        FAMILIES["llama"], sequences, num_steps=20, batch_size=6, batching="trie", max_positions=10_000
+    )
     check(differences, UPDATE_TOLERANCE, WEIGHTS_TOLERANCE)
 
 
@@ -173,6 +175,6 @@ def test_one_step_of_smollm2_equals_the_minimal_loop() -> None:
         num_steps=1,
         batch_size=16,
         batching="trie",
-        max_nodes=10_000,
+        max_positions=10_000,
     )
     check(differences, TRAINED_UPDATE_TOLERANCE, TRAINED_WEIGHTS_TOLERANCE)

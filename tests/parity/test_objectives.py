@@ -201,7 +201,7 @@ def learn(
     objective: Objective,
     pairs: str,
     *,
-    max_nodes: int,
+    max_positions: int,
     batching: str = "trie",
     keeps_draws: bool = False,
 ) -> tuple[Learnt, dict[str, torch.Tensor], TrieModel]:
@@ -212,7 +212,7 @@ def learn(
         sequences = sets.sequences_of(rows)
         for trained in (True, False):
             chosen = sequences[sets.is_trained[sequences] == trained]
-            micro_batches += make_micro_batches(sets, chosen, batching=batching, max_nodes=max_nodes)
+            micro_batches += make_micro_batches(sets, chosen, batching=batching, max_positions=max_positions)
     work = Work(np.concatenate(batches), micro_batches, describe_cpu(), lambda: None, None)
     learner = LearnByScores(objective, sets, reference_of(sets), pairs, keeps_draws)
     return learner(model, work), gradients(network), model
@@ -230,11 +230,11 @@ def test_an_objective_has_the_gradients_of_one_row_an_answer(
     loss, expected = one_row_an_answer(build(family, dtype), sets, rows, formula)
     network = build(family, dtype)
     # Whole: one pass. Cut anywhere, also through a pair: two. Accumulated: one divisor over several batches.
-    for max_nodes, batches in ((10_000, [rows]), (40, [rows]), (60, [rows[:1], rows[1:4], rows[4:]])):
-        learnt, found, _ = learn(network, sets, batches, objective, pairs, max_nodes=max_nodes)
+    for max_positions, batches in ((10_000, [rows]), (40, [rows]), (60, [rows[:1], rows[1:4], rows[4:]])):
+        learnt, found, _ = learn(network, sets, batches, objective, pairs, max_positions=max_positions)
         error = relative_error(found, expected)
         assert abs(float(learnt.loss) - loss) / abs(loss) < tolerance
-        assert error < tolerance, f"{case}, {family}, {max_nodes}: relative error {error:.1e}"
+        assert error < tolerance, f"{case}, {family}, {max_positions}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -243,9 +243,15 @@ def test_an_objective_has_the_same_gradients_on_packed_and_padded_rows(case: str
     objective, kind, pairs, formula = CASES[case]
     sets, rows = sets_of(kind), np.arange(6)
     loss, expected = one_row_an_answer(build("llama", torch.float64), sets, rows, formula)
-    for max_nodes in (10_000, 60):
+    for max_positions in (10_000, 60):
         learnt, found, _ = learn(
-            build("llama", torch.float64), sets, [rows], objective, pairs, max_nodes=max_nodes, batching=batching
+            build("llama", torch.float64),
+            sets,
+            [rows],
+            objective,
+            pairs,
+            max_positions=max_positions,
+            batching=batching,
         )
         assert abs(float(learnt.loss) - loss) < FP64_TOLERANCE * abs(loss)
         assert relative_error(found, expected) < FP64_TOLERANCE
@@ -260,8 +266,8 @@ def test_an_adapters_gradients_are_those_of_one_row_an_answer() -> None:
         network.double()
     base = [network.get_base_model() for network in networks]
     _, expected = one_row_an_answer(base[0], sets, rows, formula)
-    for max_nodes in (10_000, 40):
-        _, found, _ = learn(base[1], sets, [rows], objective, pairs, max_nodes=max_nodes)
+    for max_positions in (10_000, 40):
+        _, found, _ = learn(base[1], sets, [rows], objective, pairs, max_positions=max_positions)
         assert set(found) == {name for name, p in base[1].named_parameters() if p.requires_grad}
         assert relative_error(found, expected) < FP64_TOLERANCE
 
@@ -278,9 +284,9 @@ def test_the_common_beginning_of_two_answers_needs_no_logits(monkeypatch: pytest
 
     monkeypatch.setattr(TrieModel, "label_losses", counted)
     both = sets.sequences_of(rows)
-    (whole,) = make_micro_batches(sets, both, batching="trie", max_nodes=10_000)
+    (whole,) = make_micro_batches(sets, both, batching="trie", max_positions=10_000)
     other = sets.sequences_of(np.array([2]))
-    (second,) = make_micro_batches(sets, other, batching="trie", max_nodes=10_000)
+    (second,) = make_micro_batches(sets, other, batching="trie", max_positions=10_000)
     work = Work(np.array([0, 2]), [whole, second], describe_cpu(), lambda: None, None)
     model = TrieModel(build("llama", torch.float64), device=torch.device("cpu"), attention="rows")
     LearnByScores(objective, sets, reference_of(sets))(model, work)
@@ -300,7 +306,7 @@ def test_a_batch_that_fits_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> 
         "label_losses",
         lambda self, micro_batch: (calls.append(torch.is_grad_enabled()), label_losses(self, micro_batch))[1],
     )
-    learn(build("llama", torch.float32), sets, [np.arange(6)], objective, pairs, max_nodes=10_000)
+    learn(build("llama", torch.float32), sets, [np.arange(6)], objective, pairs, max_positions=10_000)
     assert calls == [True]
 
 
@@ -319,7 +325,7 @@ def test_both_passes_draw_the_same_dropout(monkeypatch: pytest.MonkeyPatch) -> N
         return losses
 
     monkeypatch.setattr(TrieModel, "label_losses", noted)
-    micro_batches = make_micro_batches(sets, sets.sequences_of(rows), batching="trie", max_nodes=40)
+    micro_batches = make_micro_batches(sets, sets.sequences_of(rows), batching="trie", max_positions=40)
     work = Work(rows, micro_batches, describe_cpu(), lambda: torch.manual_seed(5), None)
     torch.manual_seed(5)
     LearnByScores(objective, sets, reference_of(sets), "all", keeps_draws=True)(model, work)

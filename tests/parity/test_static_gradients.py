@@ -20,12 +20,12 @@ def test_gradients_in_static_shapes(family: str, num_rows: int) -> None:
     batch = question_batch(np.random.default_rng(3), vocabulary=120)
     network = build(family, torch.float64)
     expected_loss, expected = one_row_an_example(network, batch)
-    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_nodes=70)
+    micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching="trie", max_positions=70)
     shapes = choose_shapes(
         [(mb.num_positions, len(mb.labels)) for mb in micro_batches], longest=1, deepest=60, num_rows=num_rows
     )
     model = TrieModel(network, device=torch.device("cpu"), attention="mask", shapes=shapes)
-    arranged = model.arrange(micro_batches)
+    arranged = model.pad_to_shapes(micro_batches)
     assert {mb.input_ids.shape for mb in arranged} <= {(num_rows, s.num_positions) for s in shapes.shapes}
     network.zero_grad()
     divisor, loss = total_weight(micro_batches), 0.0

@@ -21,7 +21,7 @@ from trietune.model.causal_lm import TrieModel
 from trietune.ranks.opening import open_ranks
 from trietune.ranks.ranks import ALONE
 from trietune.training.gradients import MicroBatchTooLargeError
-from trietune.training.loop import Schedules, train
+from trietune.training.loop import StepRange, training_steps
 from trietune.training.objectives.learning import Learn
 from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
 from trietune.training.optimizer import build_optimizer, learning_rate_schedule
@@ -40,7 +40,7 @@ def train_family(
     max_grad_norm: float | None = None,
     dropout: float = 0.0,
     optim: str = "adamw",
-    max_nodes: int = 200,
+    max_positions: int = 200,
     dtype: torch.dtype = torch.float64,
     runs_out_on: int | None = None,
     wants_stop_on: int | None = None,
@@ -50,7 +50,7 @@ def train_family(
     ranks = open_ranks()
     try:
         return _train_family(ranks, family, num_steps, batch_size, batches_per_step, batching, max_grad_norm, dropout,
-                             optim, max_nodes, dtype, runs_out_on, wants_stop_on, has_weights)  # fmt: skip
+                             optim, max_positions, dtype, runs_out_on, wants_stop_on, has_weights)  # fmt: skip
     finally:
         ranks.close()
 
@@ -65,7 +65,7 @@ def _train_family(
     max_grad_norm: float | None,
     dropout: float,
     optim: str,
-    max_nodes: int,
+    max_positions: int,
     dtype: torch.dtype,
     runs_out_on: int | None,
     wants_stop_on: int | None,
@@ -87,25 +87,25 @@ def _train_family(
     optimizer = build_optimizer(
         optim, parameters.values(), learning_rate=2e-3, weight_decay=0.01, device=describe_cpu()
     )
-    state = {"max_nodes": max_nodes, "cuts": [], "failures": 0}
+    state = {"max_positions": max_positions, "cuts": [], "failures": 0}
 
     def cut(indices: np.ndarray) -> Any:
-        return make_micro_batches(data, indices, batching=batching, max_nodes=state["max_nodes"])
+        return make_micro_batches(data, indices, batching=batching, max_positions=state["max_positions"])
 
     def smaller(error: MicroBatchTooLargeError) -> None:
-        state["max_nodes"] = max(error.num_positions // 2, error.longest)
-        state["cuts"].append(state["max_nodes"])
+        state["max_positions"] = max(error.num_positions // 2, error.longest)
+        state["cuts"].append(state["max_positions"])
 
     losses: list[float] = []
     counts = []
     if runs_out_on == number:
         model.label_losses = _failing_at(model.label_losses, 3)  # type: ignore[method-assign]
     with closing(
-        train(
+        training_steps(
             model,
             optimizer,
             Sampler(len(data), batch_size=batch_size, seed=3),
-            Schedules(
+            StepRange(
                 num_steps,
                 0,
                 batches_per_step,
@@ -245,12 +245,12 @@ def whole_run(settings: dict[str, Any], *, react: str = "", allowed_changes: tup
     """`trietune.train` on this rank, and what it said."""
     from trietune import load_config
     from trietune.run.session import train as train_run
-    from trietune.tracking.jsonl import FilesConsumer
+    from trietune.tracking.jsonl import FilesListener
     from trietune.tracking.tracker import Tracker
 
     heard = _Heard(REACTIONS.get(react, lambda event: None))
     tracker = Tracker([heard])
-    tracker.add(FilesConsumer(lambda text: None))
+    tracker.add(FilesListener())
     try:
         run = train_run(load_config(None, settings), tracker=tracker, allowed_changes=frozenset(allowed_changes))
     except Exception as error:
@@ -272,9 +272,9 @@ class _Heard:
         self.react = react
 
     def handle(self, event: Any) -> None:
-        from trietune.tracking.events import RunStarted, Said, StepFinished
+        from trietune.tracking.events import Message, RunStarted, StepFinished
 
-        if isinstance(event, Said):
+        if isinstance(event, Message):
             self.said.append(event.text)
         if isinstance(event, StepFinished):
             self.metrics.append(dict(event.metrics))
@@ -383,12 +383,12 @@ def train_folder(folder: str, *, is_sharded: bool, num_steps: int = 8) -> dict[s
         )
         data = question_batch(np.random.default_rng(0), vocabulary=100, paragraphs=5, questions=4)
         rate = learning_rate_schedule("constant", peak=2e-3, num_steps=num_steps, num_warmup_steps=0)
-        steps = train(
+        steps = training_steps(
             model,
             optimizer,
             Sampler(len(data), batch_size=5, seed=3),
-            Schedules(num_steps, 0, 1, rate),
-            lambda indices: make_micro_batches(data, indices, batching="trie", max_nodes=50),
+            StepRange(num_steps, 0, 1, rate),
+            lambda indices: make_micro_batches(data, indices, batching="trie", max_positions=50),
             seed=5,
             ranks=ranks,
             deal=None

@@ -64,8 +64,8 @@ def test_a_batch_of_3_on_4_processes_is_trained_whole(pool: Pool) -> None:
         {"max_grad_norm": 0.05},
         {"batching": "padded"},
         {"batching": "packed"},
-        {"optim": "sgd", "max_nodes": 40},
-        {"has_weights": True, "max_nodes": 40, "batches_per_step": 2},
+        {"optim": "sgd", "max_positions": 40},
+        {"has_weights": True, "max_positions": 40, "batches_per_step": 2},
     ],
     ids=str,
 )
@@ -88,7 +88,7 @@ def test_dropout_differs_by_rank_and_repeats(pool: Pool) -> None:
 
 
 def test_memory_that_runs_out_on_one_rank_makes_all_cut_smaller(pool: Pool) -> None:
-    how: dict[str, Any] = {"num_steps": 8, "batch_size": 12, "max_nodes": 150}
+    how: dict[str, Any] = {"num_steps": 8, "batch_size": 12, "max_positions": 150}
     alone = jobs.train_family(**how)
     together = pool.run(3, jobs.train_family, runs_out_on=1, **how)
     assert all(one["cuts"] == together[0]["cuts"] for one in together)

@@ -15,7 +15,7 @@ from trietune.io import manifest
 from trietune.io.directory import read_directory, read_manifest
 from trietune.model.adapter import adapter as adapter_module
 from trietune.run.session import Run, Session
-from trietune.tracking.events import Event, Said, Saved
+from trietune.tracking.events import Event, Message, Saved
 from trietune.tracking.tracker import Tracker
 
 WEIGHTS = "adapter_model.safetensors"
@@ -34,8 +34,8 @@ class Stopper:
         if isinstance(event, Saved) and event.kind == "checkpoint" and event.step == 2:
             found = read_manifest(event.directory)
             info = replace(found.info, metrics={"eval/loss": 1e-6})
-            (event.directory / "manifest.json").write_bytes(manifest.serialise(replace(found, info=info)))
-        if isinstance(event, Said) and "the final adapter is that of step" in event.text:
+            (event.directory / "manifest.json").write_bytes(manifest.serialize(replace(found, info=info)))
+        if isinstance(event, Message) and "the final adapter is that of step" in event.text:
             self.has_taken_best = True
             if self.number is not None:
                 os.kill(os.getpid(), self.number)

@@ -22,8 +22,8 @@ from run.test_run import Recorder, adapter_of, run
 from trietune import UserError
 from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
-from trietune.device.kernels import Card, card_refuses
-from trietune.tracking.events import RunStarted, Said, StepFinished
+from trietune.device.kernels import Card, unsupported_reason
+from trietune.tracking.events import Message, RunStarted, StepFinished
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -40,8 +40,8 @@ def describe(card: Card, **changes: Any) -> Device:
         name="NVIDIA stand-in",
         dtypes=(torch.bfloat16, torch.float32, torch.float16),
         attentions=("varlen", "flex", "mask", "rows"),
-        refuses_attention=partial(card_refuses, card),
-        place_rows=lambda tensor: tensor.clone(),
+        refuses_attention=partial(unsupported_reason, card),
+        to_device=lambda tensor: tensor.clone(),
         **changes,
     )
 
@@ -140,7 +140,7 @@ def test_what_took_memory_is_written_once(wide: dict[str, object], card: Any, na
     narrow(60)
     finished, recorder = run({**wide, "batch_size": 16})
     assert written == [finished.directory / "memory_snapshot.pickle"]
-    told = [event.text for event in recorder.of(Said) if "memory_snapshot" in event.text]
+    told = [event.text for event in recorder.of(Message) if "memory_snapshot" in event.text]
     assert told == [f"{written[0]} shows what took memory; open it at https://pytorch.org/memory_viz"]
 
 
@@ -152,7 +152,7 @@ def test_a_full_disk_costs_the_snapshot_not_the_run(wide: dict[str, object], car
     narrow(60)
     finished, recorder = run({**wide, "batch_size": 16})
     assert finished.step == 3
-    assert any(event.text.startswith("no memory snapshot: ") for event in recorder.of(Said))
+    assert any(event.text.startswith("no memory snapshot: ") for event in recorder.of(Message))
 
 
 def test_a_way_that_does_not_take_the_model_is_refused(overrides: dict[str, object], card: Any) -> None:

@@ -20,7 +20,7 @@ from trietune.checkpoints.lock import RunLock
 from trietune.cli.app import main
 from trietune.io.directory import verify_directory
 from trietune.run.session import Run
-from trietune.tracking.events import Event, Said, StepFinished
+from trietune.tracking.events import Event, Message, StepFinished
 from trietune.tracking.tracker import Tracker
 
 Settings = dict[str, object]
@@ -34,7 +34,7 @@ class Reacting:
         self.said: list[str] = []
 
     def handle(self, event: Event) -> None:
-        if isinstance(event, Said):
+        if isinstance(event, Message):
             self.said.append(event.text)
         self.react(event)
 

@@ -43,7 +43,7 @@ def plant(run: Run, losses: dict[int, float], *, is_old: bool) -> None:
         found = read_manifest(path)
         details = {key: value for key, value in found.info.details.items() if key != MEASURED_ON or not is_old}
         info = replace(found.info, metrics={"eval/loss": loss}, details=details)
-        (path / "manifest.json").write_bytes(manifest.serialise(replace(found, info=info)))
+        (path / "manifest.json").write_bytes(manifest.serialize(replace(found, info=info)))
 
 
 @pytest.mark.parametrize("is_old", [False, True])

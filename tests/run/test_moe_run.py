@@ -23,7 +23,7 @@ from trietune.model.adapter.export import export_adapter
 from trietune.run.opened import evaluate, open_model, predict
 from trietune.run.session import train
 from trietune.tracking import events
-from trietune.tracking.jsonl import FilesConsumer
+from trietune.tracking.jsonl import FilesListener
 from trietune.tracking.tracker import Tracker
 
 pytestmark = [
@@ -40,7 +40,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.events: list[Any] = []
-        self.hub = Tracker([self, FilesConsumer(lambda text: None)])
+        self.tracker = Tracker([self, FilesListener()])
 
     def handle(self, event: Any) -> None:
         self.events.append(event)
@@ -50,7 +50,7 @@ class Heard:
 
     @property
     def text(self) -> str:
-        return "\n".join(e.text for e in self.events if isinstance(e, events.Said))
+        return "\n".join(e.text for e in self.events if isinstance(e, events.Message))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_run_with_experts_is_read_back_by_us_and_by_plain_peft(
     model_type: str, moe: Any, overrides: dict[str, object]
 ) -> None:
     folder = moe(model_type)
-    run = train(settings_of(overrides, folder), tracker=Heard().hub)
+    run = train(settings_of(overrides, folder), tracker=Heard().tracker)
     assert run.adapter is not None
     document = json.loads((run.adapter / CONFIG_FILE).read_text())
     assert document["target_parameters"] == ["down_proj", "gate_up_proj"]
@@ -89,7 +89,7 @@ def test_a_run_with_experts_is_read_back_by_us_and_by_plain_peft(
     assert again.metrics["eval/loss"] == pytest.approx(run.after["eval/loss"], rel=1e-5)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, str(run.adapter)).eval()
-    ours = open_model(run.directory, [], Heard().hub).model.network
+    ours = open_model(run.directory, [], Heard().tracker).model.network
     ours.set_attn_implementation("sdpa")  # type: ignore[operator]
     assert (logits_of(plain) - logits_of(ours)).abs().max() < 1e-4
     experts = [p for n, p in plain.named_parameters() if "experts" in n and "lora_B" in n]
@@ -101,10 +101,10 @@ def test_predict_export_merge_and_verify_of_a_run_with_experts(
     moe: Any, overrides: dict[str, object], tmp_path: Path
 ) -> None:
     folder = moe("olmoe")
-    run = train(settings_of(overrides, folder), tracker=Heard().hub)
+    run = train(settings_of(overrides, folder), tracker=Heard().tracker)
     assert run.adapter is not None
     read_directory(run.adapter)
-    opened = open_model(run.directory, [], Heard().hub)
+    opened = open_model(run.directory, [], Heard().tracker)
     [answer] = predict(opened, [{"sentence": "a good film"}])
     assert answer["label"] in ("positive", "negative")
     copied = export_adapter(run.directory, tmp_path / "copy").folder
@@ -122,11 +122,11 @@ def test_predict_export_merge_and_verify_of_a_run_with_experts(
 def test_a_resumed_run_with_experts_equals_one_that_never_stopped(moe: Any, overrides: dict[str, object]) -> None:
     folder = moe("mixtral")
     more: dict[str, object] = {"save_strategy": "step", "save_optim": True, "max_steps": 4}
-    whole = train(settings_of(overrides, folder, **more, wandb_run_name="whole"), tracker=Heard().hub)
+    whole = train(settings_of(overrides, folder, **more, wandb_run_name="whole"), tracker=Heard().tracker)
     parts: dict[str, object] = {**more, "wandb_run_name": "parts"}
-    train(settings_of(overrides, folder, **{**parts, "max_steps": 2}), tracker=Heard().hub)
+    train(settings_of(overrides, folder, **{**parts, "max_steps": 2}), tracker=Heard().tracker)
     resumed = settings_of(overrides, folder, **parts, resume_from_checkpoint=True)
-    again = train(resumed, tracker=Heard().hub, allowed_changes=frozenset({"max_steps"}))
+    again = train(resumed, tracker=Heard().tracker, allowed_changes=frozenset({"max_steps"}))
     assert whole.adapter is not None
     assert again.adapter is not None
     name = adapter_module.WEIGHTS_FILE
@@ -147,7 +147,7 @@ def test_a_file_that_plain_peft_reads_as_another_model_ends_the_run_before_it_tr
     monkeypatch.setattr(adapter_module, "config_for_file", without_parameters)
     heard = Heard()
     with pytest.raises(UserError, match="plain PEFT would not read") as caught:
-        train(settings_of(overrides, moe("mixtral"), save_strategy="step"), tracker=heard.hub)
+        train(settings_of(overrides, moe("mixtral"), save_strategy="step"), tracker=heard.tracker)
     assert dropped
     assert caught.value.exit_code == EXIT_USER_ERROR
     assert not [event for event in heard.events if isinstance(event, events.Saved | events.StepFinished)]
@@ -164,7 +164,7 @@ def test_a_scale_that_plain_peft_reads_differently_ends_the_run(
         adapter_module, "config_for_file", lambda *args, **kwargs: {**made(*args, **kwargs), "lora_alpha": 9}
     )
     with pytest.raises(UserError, match="its logits differ"):
-        train(settings_of(overrides, tiny_model), tracker=Heard().hub)
+        train(settings_of(overrides, tiny_model), tracker=Heard().tracker)
 
 
 def test_the_plan_says_which_weights_carry_adapters_and_its_advice_works(
@@ -172,13 +172,13 @@ def test_the_plan_says_which_weights_carry_adapters_and_its_advice_works(
 ) -> None:
     folder = moe("gpt_oss")
     heard = Heard()
-    train(settings_of(overrides, folder, batching="padded"), tracker=heard.hub)
+    train(settings_of(overrides, folder, batching="padded"), tracker=heard.tracker)
     [started] = [event for event in heard.events if isinstance(event, events.RunStarted)]
     assert "% of the layers' weights" in dict(started.plan)["adapter"]
     assert "`lora_target_parameters: [gate_up_proj, down_proj]` adapts the experts" in heard.text
     more: dict[str, object] = {"lora_target_parameters": ["gate_up_proj", "down_proj"], "wandb_run_name": "experts"}
     heard = Heard()
-    run = train(settings_of(overrides, folder, batching="padded", **more), tracker=heard.hub)
+    run = train(settings_of(overrides, folder, batching="padded", **more), tracker=heard.tracker)
     assert "without one are" not in heard.text
     assert evaluate(run.directory).metrics["eval/loss"] == pytest.approx(run.after["eval/loss"], rel=1e-5)
 
@@ -190,7 +190,7 @@ def test_what_experts_cannot_have_is_refused_with_advice_that_works(
     folder = moe("mixtral")
     value = 0.1 if key == "lora_dropout" else True
     with pytest.raises(UserError, match=f"`{key}` is not possible on experts") as caught:
-        train(settings_of(overrides, folder, **{key: value}), tracker=Heard().hub)
+        train(settings_of(overrides, folder, **{key: value}), tracker=Heard().tracker)
     assert "lora_target_parameters=[]" in str(caught.value)
     settings = settings_of(overrides, folder, **{key: value}, lora_target_parameters=[], max_steps=1)
-    assert train(settings, tracker=Heard().hub).adapter is not None
+    assert train(settings, tracker=Heard().tracker).adapter is not None

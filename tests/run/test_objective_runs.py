@@ -14,7 +14,7 @@ from run.test_run import Recorder, adapter_of, largest_difference, run
 from run.test_static_run import static_cpu
 from trietune import UserError, load_config
 from trietune.run.opened import evaluate
-from trietune.tracking.events import Evaluated, RunStarted, Said, StepFinished
+from trietune.tracking.events import Evaluated, Message, RunStarted, StepFinished
 from trietune.tracking.tracker import Tracker
 
 SLOW = pytest.mark.slow
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(preferences: dict[str, object]) -> No
     resumed, recorder = run({**settings, "wandb_run_name": "half", "resume_from_checkpoint": True})
     assert resumed.step == 6
     assert largest_difference(adapter_of(whole), adapter_of(resumed)) == 0
-    assert not any("reference" in event.text for event in recorder.of(Said))
+    assert not any("reference" in event.text for event in recorder.of(Message))
 
 
 @pytest.mark.slow
@@ -139,19 +139,19 @@ def test_a_resume_under_another_objective_is_refused(preferences: dict[str, obje
 def test_a_checkpoint_older_than_a_key_counts_as_at_its_default(
     overrides: dict[str, object], pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trietune.run.saving import Keeper
+    from trietune.run.saving import RunFiles
 
     settings = {**overrides, "save_strategy": "step", "steps_freq": 3}
     new = ("objective", "dpo_beta", "rank_by", "init_adapter")
-    details = Keeper.details
-    monkeypatch.setattr(Keeper, "details", lambda self: {k: v for k, v in details(self).items() if k not in new})
+    details = RunFiles.details
+    monkeypatch.setattr(RunFiles, "details", lambda self: {k: v for k, v in details(self).items() if k not in new})
     run({**settings, "max_steps": 3})
-    monkeypatch.setattr(Keeper, "details", details)
+    monkeypatch.setattr(RunFiles, "details", details)
     with pytest.raises(UserError, match="objective") as refused:
         run({**settings, "objective": "rank", "resume_from_checkpoint": True})
     assert "sft" in str(refused.value)
     _, recorder = run({**settings, "resume_from_checkpoint": True})
-    assert not any(name in event.text for event in recorder.of(Said) for name in new)
+    assert not any(name in event.text for event in recorder.of(Message) for name in new)
 
 
 def test_memory_that_runs_out_halves_the_micro_batches(
@@ -252,7 +252,7 @@ def test_evaluation_without_a_reference_says_what_it_cannot_tell(preferences: di
     after = evaluations(recorder)["after"].metrics
     assert found.metrics.keys() == {"eval/preference_accuracy", "eval/logps/chosen", "eval/logps/rejected"}
     assert found.metrics["eval/logps/chosen"] == pytest.approx(after["eval/logps/chosen"], rel=1e-5)
-    assert any("compare with the model before training" in event.text for event in watcher.of(Said))
+    assert any("compare with the model before training" in event.text for event in watcher.of(Message))
 
 
 def test_a_base_model_is_measured_on_preferences(preferences: dict[str, object], tiny_model: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trietune import UserError, load_config, train
 from trietune.model.causal_lm import TrieModel
-from trietune.tracking.events import Event, Said, StepFinished
+from trietune.tracking.events import Event, Message, StepFinished
 from trietune.tracking.tracker import Tracker
 from trietune.trie import MicroBatch
 
@@ -36,7 +36,7 @@ def run(settings: dict[str, object]) -> tuple[list[str], list[Any]]:
     """What was warned of, and the metrics of the steps."""
     listener = Listener()
     train(load_config(None, settings), tracker=Tracker([listener]))
-    warnings = [event.text for event in listener.events if isinstance(event, Said) and event.level == "warning"]
+    warnings = [event.text for event in listener.events if isinstance(event, Message) and event.level == "warning"]
     return warnings, [event.metrics for event in listener.events if isinstance(event, StepFinished)]
 
 

@@ -155,7 +155,7 @@ def test_a_longer_run_does_not_restart_the_warm_up(
     own: Own, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, says_it: bool
 ) -> None:
     keys = {"warmup_ratio": 0.5, "max_steps": None, "num_epochs": 1, "save_optim": True}
-    files_of = keeping.Keeper._checkpoint_files
+    files_of = keeping.RunFiles._checkpoint_files
 
     def files_of_before(*arguments: Any) -> Any:
         files = files_of(*arguments)
@@ -163,7 +163,7 @@ def test_a_longer_run_does_not_restart_the_warm_up(
         return {**files, "trainer_state.json": json.dumps(state).encode()}
 
     if not says_it:
-        monkeypatch.setattr(keeping.Keeper, "_checkpoint_files", files_of_before)
+        monkeypatch.setattr(keeping.RunFiles, "_checkpoint_files", files_of_before)
     run = own(**keys)  # 38 examples in batches of 8: 5 steps, 3 of them warm-up
     [checkpoint] = (run / "checkpoints").glob("step-*")
     state = json.loads((checkpoint / "trainer_state.json").read_text())

@@ -101,7 +101,7 @@ def measured_as(run: Path, step: int, loss: float) -> None:
     path = run / "checkpoints" / f"step-{step:08d}"
     found = read_manifest(path)
     info = replace(found.info, metrics={"eval/loss": loss})
-    (path / "manifest.json").write_bytes(manifest.serialise(replace(found, info=info)))
+    (path / "manifest.json").write_bytes(manifest.serialize(replace(found, info=info)))
 
 
 def test_what_a_resume_says(bench: Bench, golden: Callable[[str, str], None]) -> None:

@@ -23,12 +23,12 @@ from trietune.tracking.events import (
     Event,
     ExamplesShown,
     Histograms,
-    Predicted,
+    Message,
+    PredictionsShown,
     RunFinished,
-    Said,
     StepFinished,
 )
-from trietune.tracking.jsonl import FilesConsumer
+from trietune.tracking.jsonl import FilesListener
 from trietune.tracking.tracker import Tracker
 
 
@@ -59,7 +59,7 @@ class Recorder:
 def run(settings: dict[str, object], recorder: Recorder | None = None, **arguments: Any) -> tuple[Run, Recorder]:
     recorder = recorder or Recorder()
     tracker = Tracker([recorder])
-    tracker.add(FilesConsumer(lambda text: None))
+    tracker.add(FilesListener())
     return train(load_config(None, settings), tracker=tracker, **arguments), recorder
 
 
@@ -139,7 +139,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(overrides: dict[str, object
     again, recorder = run({**settings, "wandb_run_name": "broken", "resume_from_checkpoint": True})
     assert again.status == "finished"
     assert not recorder.of(StepFinished)
-    assert any("has finished" in said.text for said in recorder.of(Said))
+    assert any("has finished" in said.text for said in recorder.of(Message))
 
 
 def with_free_memory(monkeypatch: pytest.MonkeyPatch, *, packs: bool, max_positions: int) -> None:
@@ -164,13 +164,13 @@ def test_a_resume_cuts_and_packs_as_before_whatever_memory_is_free(
     assert max(event.metrics["num_micro_batches"] for event in cut.of(StepFinished)) > 1
     assert any((adapter_of(plenty)[name] != tensor).any() for name, tensor in adapter_of(little).items())
     _, warned = run({**settings, "wandb_run_name": "then-little", "resume_from_checkpoint": True})
-    said = [event.text for event in warned.of(Said)]
+    said = [event.text for event in warned.of(Message)]
     assert any("micro-batches of at most 128 tokens instead of 100,000" in text for text in said)
     assert any("fewer weights are packed" in text for text in said)
     run({**settings, "wandb_run_name": "then-plenty"}, Recorder(stop_at_3))
     with_free_memory(monkeypatch, packs=True, max_positions=100_000)
     resumed, recorder = run({**settings, "wandb_run_name": "then-plenty", "resume_from_checkpoint": True})
-    assert not any("less memory is free" in event.text for event in recorder.of(Said))
+    assert not any("less memory is free" in event.text for event in recorder.of(Message))
     one, two = (r.directory / "adapter" / "adapter_model.safetensors" for r in (little, resumed))
     assert one.read_bytes() == two.read_bytes()
 
@@ -243,7 +243,7 @@ def test_questions_are_answered_and_measured(overrides: dict[str, object], quest
     }  # fmt: skip
     finished, recorder = run({**settings, "print_examples": True, "max_steps": 40, "num_epochs": 20})
     # What is shown as right is what the metric counts as right, `unanswerable` included.
-    shown = recorder.of(Predicted)[-1].predictions
+    shown = recorder.of(PredictionsShown)[-1].predictions
     assert len(shown) == 9
     share = sum(bool(prediction.is_right) for prediction in shown) / 9
     assert share == pytest.approx(finished.after["eval/exact_match"])
@@ -278,6 +278,7 @@ EFFECTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "prompt_template": (
         {}, {"prompt_template": "{sentence}?", "completion_template": " {label}"},
     ),
+    "add_bos": ({}, {"add_bos": False}),
     "group_by_prefix": ({"group_by_prefix": False}, {"group_by_prefix": True}),
 }  # fmt: skip
 
@@ -424,7 +425,7 @@ def test_auto_resume_starts_when_there_never_was_a_checkpoint_and_refuses_damage
     settings = {**overrides, "resume_from_checkpoint": "auto", "save_optim": True}
     first, recorder = run({**settings, "max_steps": 2})
     assert recorder.of(StepFinished)[0].step == 1
-    assert any("no checkpoint yet" in said.text for said in recorder.of(Said))
+    assert any("no checkpoint yet" in said.text for said in recorder.of(Message))
     weights = first.directory / "checkpoints" / "step-00000002" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UserError) as caught:
@@ -450,12 +451,12 @@ def test_print_examples_shows_labels_before_and_answers_after(overrides: dict[st
     [examples] = shown.of(ExamplesShown)
     assert len(examples.examples) == 3
     assert all(any(is_label for _, is_label in example.pieces) for example in examples.examples)
-    told = shown.of(Predicted)
+    told = shown.of(PredictionsShown)
     assert [(len(event.predictions), event.num_shown) for event in told] == [(20, 10), (20, 10)]
     assert told[-1].predictions[0].probabilities
     _, silent = run({**overrides, "max_steps": 1, "print_examples": False})
     assert not silent.of(ExamplesShown)
-    assert [(len(event.predictions), event.num_shown) for event in silent.of(Predicted)] == [(20, 0), (20, 0)]
+    assert [(len(event.predictions), event.num_shown) for event in silent.of(PredictionsShown)] == [(20, 0), (20, 0)]
 
 
 def test_a_save_that_fails_is_told_and_training_goes_on_or_stops(
@@ -471,7 +472,7 @@ def test_a_save_that_fails_is_told_and_training_goes_on_or_stops(
     monkeypatch.setattr(files, "write_file", lambda path, *rest: (full(path), write(path, *rest)))
     finished, recorder = run({**overrides, "max_steps": 2, "save_strategy": "step"})
     assert finished.status == "finished"
-    assert any("was not saved: No space left" in said.text for said in recorder.of(Said) if said.level == "warning")
+    assert any("was not saved: No space left" in said.text for said in recorder.of(Message) if said.level == "warning")
     with pytest.raises(UserError, match="was not saved"):
         run({**overrides, "max_steps": 2, "save_strategy": "step", "on_save_error": "stop"})
 

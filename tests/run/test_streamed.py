@@ -11,7 +11,7 @@ import pytest
 
 from trietune import load_config, train
 from trietune.io import directory
-from trietune.io.directory import Streamed, read_directory, write_directory
+from trietune.io.directory import LazyContent, read_directory, write_directory
 from trietune.model.adapter import tensors as raw_tensors
 
 
@@ -28,7 +28,7 @@ def test_a_streamed_run_is_killed_and_ends_with_the_same_bytes(
     real = write_directory
 
     def note(target: Path, contents: Mapping[str, Any], **rest: Any) -> Any:
-        streamed.extend(name for name, content in contents.items() if isinstance(content, Streamed))
+        streamed.extend(name for name, content in contents.items() if isinstance(content, LazyContent))
         return real(target, contents, **rest)
 
     monkeypatch.setattr(directory, "write_directory", note)

@@ -1,4 +1,4 @@
-"""One small run, as the events that it emits; every consumer is tested on it."""
+"""One small run, as the events that it emits; every listener is tested on it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from trietune.tracking.events import (
     ExamplesShown,
     Histograms,
     MarkedExample,
-    Predicted,
+    Message,
+    PhaseProgress,
     Prediction,
+    PredictionsShown,
     Removed,
     RunFinished,
     RunStarted,
-    Said,
     Saved,
     StepFinished,
-    Working,
 )
 
 HOSTILE = "not as bad as the posters say </script><script>alert(1)</script> & \u2028 \x1b[31mred"
@@ -31,10 +31,10 @@ def run_events(
     directory: Path, *, num_steps: int = 12, first_step: int = 0, learning_rate: float = 2e-4
 ) -> Iterator[Event]:
     """A run that logs every second step, evaluates and saves every sixth, and gets better."""
-    yield Working("tokenizing", 0, 800, "examples")
-    yield Working("tokenizing", 800, 800, "examples")
-    yield Said("reviews.tsv: 800 read, 792 kept, 5 duplicates, 3 longer than 64 tokens (reviews.tsv:17, :40, :311)")
-    yield Said("`use_tt: True`, and no Tenstorrent device is here: on the CPU", level="warning")
+    yield PhaseProgress("tokenizing", 0, 800, "examples")
+    yield PhaseProgress("tokenizing", 800, 800, "examples")
+    yield Message("reviews.tsv: 800 read, 792 kept, 5 duplicates, 3 longer than 64 tokens (reviews.tsv:17, :40, :311)")
+    yield Message("`use_tt: True`, and no Tenstorrent device is here: on the CPU", level="warning")
     yield RunStarted(
         name=directory.name,
         directory=directory,
@@ -58,7 +58,7 @@ def run_events(
             )
         ]
     )
-    yield Working("evaluating", 100, 200, "examples")
+    yield PhaseProgress("evaluating", 100, 200, "examples")
     yield evaluation(0, "before", 2.1034, 0.505, 200)
     for step in range(first_step + 1, num_steps + 1):
         metrics = {
@@ -78,7 +78,7 @@ def run_events(
             )
     yield Removed(6, directory / "checkpoints" / "step-00000006")
     yield evaluation(num_steps, "after", 0.3911, 0.875, 200)
-    yield Predicted(
+    yield PredictionsShown(
         num_steps,
         "after",
         [

@@ -17,7 +17,7 @@ from scipy import stats
 
 from tracking.test_report import Page, record
 from trietune.errors import UserError
-from trietune.tracking.events import Predicted, Prediction, RunFinished, RunStarted
+from trietune.tracking.events import Prediction, PredictionsShown, RunFinished, RunStarted
 from trietune.tracking.report.changes import MOST_ROWS, changes_of
 from trietune.tracking.report.paired import compare_scores, mcnemar
 from trietune.tracking.report.record import read_run
@@ -61,14 +61,18 @@ def said(number: int, expected: str, predicted: str, **more: Any) -> Prediction:
     )
 
 
-def labelled(directory: Path, before: list[str], after: list[str], **environment: Any) -> Path:
+def labeled(directory: Path, before: list[str], after: list[str], **environment: Any) -> Path:
     expected = ["positive" if number % 2 else "negative" for number in range(len(after))]
     record(
         iter(
             [
                 RunStarted(directory.name, directory, 10, 0, {"lora_r": 4}, environment),
-                Predicted(0, "before", [said(n, e, p) for n, (e, p) in enumerate(zip(expected, before, strict=True))]),
-                Predicted(10, "after", [said(n, e, p) for n, (e, p) in enumerate(zip(expected, after, strict=True))]),
+                PredictionsShown(
+                    0, "before", [said(n, e, p) for n, (e, p) in enumerate(zip(expected, before, strict=True))]
+                ),
+                PredictionsShown(
+                    10, "after", [said(n, e, p) for n, (e, p) in enumerate(zip(expected, after, strict=True))]
+                ),
                 RunFinished("finished", 10, 1.0, {}),
             ]
         )
@@ -79,7 +83,7 @@ def labelled(directory: Path, before: list[str], after: list[str], **environment
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     n, p = "negative", "positive"
-    return labelled(tmp_path / "run", [p, p, n, n, p, p], [n, p, p, p, n, n])
+    return labeled(tmp_path / "run", [p, p, n, n, p, p], [n, p, p, p, n, n])
 
 
 def test_every_example_is_fixed_broken_or_as_before(run: Path) -> None:
@@ -116,7 +120,7 @@ def test_a_thousand_rows_of_many_examples_are_shown_and_the_rest_is_counted(tmp_
     size = 2500
     draw = np.random.default_rng(1)
     before, after = (draw.choice(["positive", "negative"], size).tolist() for _ in range(2))
-    run = labelled(tmp_path / "run", before, after)
+    run = labeled(tmp_path / "run", before, after)
     changes = changes_of(read_run(run))
     assert changes is not None
     assert len(changes.rows) == MOST_ROWS
@@ -131,7 +135,7 @@ def test_a_thousand_rows_of_many_examples_are_shown_and_the_rest_is_counted(tmp_
 
 def test_long_texts_do_not_make_a_page_long(tmp_path: Path) -> None:
     long = [Prediction(str(n), "word " * 4000, "x" * 5000, "y" * 5000, False) for n in range(MOST_ROWS)]
-    record(iter([RunStarted("run", tmp_path / "run", 1, 0, {}, {}), Predicted(1, "after", long, 0),
+    record(iter([RunStarted("run", tmp_path / "run", 1, 0, {}, {}), PredictionsShown(1, "after", long, 0),
                  RunFinished("finished", 1, 1.0, {})]))  # fmt: skip
     page = (tmp_path / "run" / "report.html").read_text()
     assert len(page) < 3_000_000
@@ -146,7 +150,7 @@ def test_questions_are_told_apart_by_answer_and_length(tmp_path: Path) -> None:
     ]
     events = [
         RunStarted("run", tmp_path / "run", 1, 0, {}, {}),
-        Predicted(1, "after", answers),
+        PredictionsShown(1, "after", answers),
         RunFinished("finished", 1, 1.0, {}),
     ]
     record(iter(events))
@@ -159,8 +163,8 @@ def test_questions_are_told_apart_by_answer_and_length(tmp_path: Path) -> None:
 
 def test_two_runs_are_compared_example_by_example(tmp_path: Path) -> None:
     n, p = "negative", "positive"
-    one = labelled(tmp_path / "one", [p] * 6, [n, p, p, p, n, n], validation_fingerprint="a")
-    two = labelled(tmp_path / "two", [p] * 6, [n, p, n, p, n, p], validation_fingerprint="a")
+    one = labeled(tmp_path / "one", [p] * 6, [n, p, p, p, n, n], validation_fingerprint="a")
+    two = labeled(tmp_path / "two", [p] * 6, [n, p, n, p, n, p], validation_fingerprint="a")
     text = compare_text([one, two])
     assert "two against one\n  accuracy: +33.3 points" in text
     assert "2 better and 0 worse of 6 examples, p = 0.5" in text
@@ -174,8 +178,8 @@ def test_two_runs_are_compared_example_by_example(tmp_path: Path) -> None:
 
 def test_other_validation_data_is_said_first(tmp_path: Path) -> None:
     p = "positive"
-    one = labelled(tmp_path / "one", [p], [p], validation_fingerprint="a")
-    two = labelled(tmp_path / "two", [p], [p], validation_fingerprint="b")
+    one = labeled(tmp_path / "one", [p], [p], validation_fingerprint="a")
+    two = labeled(tmp_path / "two", [p], [p], validation_fingerprint="b")
     warning = "the runs were measured on different validation data"
     assert warning in compare_text([one, two])
     write_report([one, two], tmp_path / "both.html")

@@ -18,10 +18,18 @@ from pathlib import Path
 
 import pytest
 
-from trietune.tracking.console.console import ConsoleConsumer, evaluation_line
+from trietune.tracking.console.console import ConsoleListener, evaluation_line
 from trietune.tracking.console.progress import Progress, progress_lines
 from trietune.tracking.console.result import predictions_table, subject
-from trietune.tracking.events import Evaluated, Event, Predicted, Prediction, RunFinished, RunStarted, Working
+from trietune.tracking.events import (
+    Evaluated,
+    Event,
+    PhaseProgress,
+    Prediction,
+    PredictionsShown,
+    RunFinished,
+    RunStarted,
+)
 
 Events = Callable[..., Iterator[Event]]
 Golden = Callable[[str, str], None]
@@ -42,10 +50,10 @@ class Clock:
 
 def shown(events: Iterator[Event], clock: Clock | None = None, encoding: str = "utf-8") -> tuple[str, str]:
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
-    consumer = ConsoleConsumer(out, err, clock=clock or Clock())
+    listener = ConsoleListener(out, err, clock=clock or Clock())
     for event in events:
-        consumer.handle(event)
-    consumer.close()
+        listener.handle(event)
+    listener.close()
     return tuple(stream.buffer.getvalue().decode(encoding) for stream in (out, err))  # type: ignore[return-value]
 
 
@@ -85,15 +93,15 @@ def test_a_stopped_run_says_where(events: Events) -> None:
 
 def test_a_stream_without_unicode_gets_escapes_instead_of_an_error(events: Events) -> None:
     run = [*events(RUN)][:-1]
-    said = Predicted(12, "after", [Prediction("a", "Review: très bien\nOutput:", "positive", "naïve", True)])
+    said = PredictionsShown(12, "after", [Prediction("a", "Review: très bien\nOutput:", "positive", "naïve", True)])
     out, _ = shown(iter([*run, said, RunFinished("finished", 12, 1.0, {})]), encoding="ascii")
     assert "na\\xefve" in out
 
 
 def test_a_short_phase_passes_in_silence_and_a_long_one_says_how_far_it_is() -> None:
-    quick = [Working("tokenizing", done, 100, "examples") for done in (0, 50, 100)]
+    quick = [PhaseProgress("tokenizing", done, 100, "examples") for done in (0, 50, 100)]
     assert shown(iter(quick), clock=Clock(0.1))[1] == ""
-    slow = [Working("tokenizing", done, 100, "examples") for done in range(0, 100, 10)]
+    slow = [PhaseProgress("tokenizing", done, 100, "examples") for done in range(0, 100, 10)]
     lines = shown(iter(slow), clock=Clock(2.0))[1].splitlines()
     assert all(re.fullmatch(r"tokenizing: \d0 of 100 examples", line) for line in lines)
     assert 1 < len(lines) < 6
@@ -152,7 +160,7 @@ def test_predictions_fit_the_width_and_show_what_they_are_about() -> None:
     prompt = (
         "\nContext: a b c\n\nQuestion: Who sang it, and when and where did the song become so well known?\n\nAnswer:\n"
     )
-    predicted = Predicted(1, "after", [Prediction("q1", prompt, "Ann", "Bob\x1b[0m", False)])
+    predicted = PredictionsShown(1, "after", [Prediction("q1", prompt, "Ann", "Bob\x1b[0m", False)])
     for width in (60, 80, 120):
         lines = predictions_table(predicted, width)
         assert all(len(line) <= width for line in lines)
@@ -169,8 +177,8 @@ SCRIPT = textwrap.dedent(
     sys.path.insert(0, {tests!r})
     from pathlib import Path
     from conftest import run_events
-    from trietune.tracking.console.console import ConsoleConsumer
-    console = ConsoleConsumer()
+    from trietune.tracking.console.console import ConsoleListener
+    console = ConsoleListener()
     for event in run_events(Path("runs/sst2")):
         console.handle(event)
     console.close()

@@ -1,13 +1,13 @@
-"""No consumer can stop a run, and none leaves it in silence."""
+"""No listener can stop a run, and none leaves it in silence."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from trietune.tracking.events import Event, Said, Working
+from trietune.tracking.events import Event, Message, PhaseProgress
 from trietune.tracking.tracker import StillTrying, Tracker
 
-WORK = Working("loading", 1, 2, "files")
+WORK = PhaseProgress("loading", 1, 2, "files")
 
 
 class Recorder:
@@ -21,7 +21,7 @@ class Recorder:
 
     def handle(self, event: Event) -> None:
         self.heard.append(event)
-        if self.error and (isinstance(self.error, StillTrying) or not isinstance(event, Said)):
+        if self.error and (isinstance(self.error, StillTrying) or not isinstance(event, Message)):
             raise self.error
 
     def close(self) -> None:
@@ -29,10 +29,10 @@ class Recorder:
 
     @property
     def said(self) -> list[str]:
-        return [event.text for event in self.heard if isinstance(event, Said)]
+        return [event.text for event in self.heard if isinstance(event, Message)]
 
 
-def test_a_failing_consumer_is_dropped_once_and_aloud() -> None:
+def test_a_failing_listener_is_dropped_once_and_aloud() -> None:
     broken, console = Recorder("W&B", RuntimeError("no such\nproject")), Recorder("console")
     tracker = Tracker([broken, console])
     for _ in range(3):
@@ -43,14 +43,14 @@ def test_a_failing_consumer_is_dropped_once_and_aloud() -> None:
     assert [event for event in console.heard if event is WORK] == [WORK] * 3
 
 
-def test_a_failing_last_consumer_leaves_a_word_to_the_others() -> None:
+def test_a_failing_last_listener_leaves_a_word_to_the_others() -> None:
     files, console = Recorder("files"), Recorder("console", BrokenPipeError(32, "Broken pipe"))
     tracker = Tracker([files, console])
     tracker.emit(WORK)
     assert files.said == ["console: [Errno 32] Broken pipe; the run goes on without it"]
 
 
-def test_a_consumer_that_keeps_trying_stays_and_is_told_once_an_outage() -> None:
+def test_a_listener_that_keeps_trying_stays_and_is_told_once_an_outage() -> None:
     files, console = Recorder("run files", StillTrying("No space left on device")), Recorder("console")
     tracker = Tracker([files, console])
     tracker.emit(WORK)
@@ -64,7 +64,7 @@ def test_a_consumer_that_keeps_trying_stays_and_is_told_once_an_outage() -> None
     assert [event for event in files.heard if event is WORK] == [WORK] * 4
 
 
-def test_two_consumers_that_fail_at_one_event_are_both_dropped() -> None:
+def test_two_listeners_that_fail_at_one_event_are_both_dropped() -> None:
     first, second, console = Recorder("a", ValueError("x")), Recorder("b", KeyError("y")), Recorder("console")
     tracker = Tracker([first, second, console])
     tracker.emit(WORK)
@@ -89,7 +89,7 @@ def test_tracking_loads_neither_torch_nor_a_tracker(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import sys, trietune.tracking.open, trietune.tracking.wandb.consumer, trietune.tracking.tensorboard\n"
+        "import sys, trietune.tracking.open, trietune.tracking.wandb.listener, trietune.tracking.tensorboard\n"
         "loaded = {'torch', 'wandb', 'tensorboard', 'trackio', 'jinja2', 'rich', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {sorted(loaded)}' if loaded else 0)"
     )

@@ -9,24 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from trietune.tracking import jsonl
-from trietune.tracking.events import Event, RunStarted, Said, StepFinished
+from trietune.tracking.events import Event, Message, RunStarted, StepFinished
 from trietune.tracking.tracker import StillTrying, Tracker
 
 Events = Callable[..., Iterator[Event]]
 
 
-def write_run(events: Iterator[Event]) -> list[str]:
-    said: list[str] = []
-    consumer = jsonl.FilesConsumer(said.append, now=lambda: 1764000000.1234)
-    tracker = Tracker([consumer])
+def write_run(events: Iterator[Event]) -> None:
+    listener = jsonl.FilesListener(now=lambda: 1764000000.1234)
+    tracker = Tracker([listener])
     for event in events:
         tracker.emit(event)
     tracker.close()
-    return said
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -110,56 +106,11 @@ def test_numpy_paths_and_lone_surrogates_become_json() -> None:
     assert json.loads(line) == {"a": 0.5, "b": [0, 1], "c": "x/y", "d": "\udcff\u2028", "e": None}
 
 
-GOOD = b'{"step": 1}\n{"step": 2}\n'
-
-
-@pytest.mark.parametrize(
-    ("tail", "num_cut"),
-    [(b"", 0), (b'{"step": 3', 10), (b"\0" * 70_000, 70_000), (b'{"st\n', 5), (b"\xff\xfe", 2), (b"[3]\n", 4)],
-)
-def test_a_torn_last_line_is_cut_off(tmp_path: Path, tail: bytes, num_cut: int) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(GOOD + tail)
-    assert jsonl.repair_last_line(path) == num_cut
-    assert path.read_bytes() == GOOD
-
-
-def test_a_whole_line_without_its_break_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(GOOD + b'{"step": 3}')
-    assert jsonl.repair_last_line(path) == 0
-    assert path.read_bytes() == GOOD + b'{"step": 3}\n'
-
-
-@given(st.integers(0, len(GOOD) + 200_000), st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
-def test_a_file_cut_anywhere_keeps_every_whole_line(
-    tmp_path_factory: pytest.TempPathFactory, cut: int, big: int
-) -> None:
-    path = tmp_path_factory.mktemp("torn") / "metrics.jsonl"
-    lines = [jsonl.to_json_line({"step": number, "text": "x" * 30_000 * big}) for number in range(4)]
-    content = b"".join(lines)[:cut]
-    path.write_bytes(content)
-    jsonl.repair_last_line(path)
-    whole = [line for number, line in enumerate(lines) if len(content) >= sum(map(len, lines[: number + 1])) - 1]
-    assert path.read_bytes() == b"".join(whole)
-
-
-def test_opening_says_what_it_cut(tmp_path: Path, events: Events) -> None:
-    directory = tmp_path / "sst2"
-    directory.mkdir()
-    (directory / "metrics.jsonl").write_bytes(GOOD + b'{"step": 3, "tr')
-    said = write_run(events(directory))
-    assert said == ["metrics.jsonl: cut off a torn last line of 15 bytes"]
-    assert (directory / "metrics.jsonl").read_bytes().startswith(GOOD)
-
-
 def test_a_full_disk_delays_lines_and_tears_none(
     tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk takes half a line, then nothing for a while."""
-    said: list[str] = []
-    consumer = jsonl.FilesConsumer(said.append)
+    listener = jsonl.FilesListener()
     is_full = False
     real_write = os.write
 
@@ -175,14 +126,14 @@ def test_a_full_disk_delays_lines_and_tears_none(
     for number, event in enumerate(events(tmp_path / "sst2")):
         is_full = 8 <= number < 14
         try:
-            consumer.handle(event)
+            listener.handle(event)
         except StillTrying as trouble:
             refusals.append(str(trouble))
         path = tmp_path / "sst2" / "metrics.jsonl"
         if path.exists():
             assert path.read_bytes()[-1:] in (b"\n", b"")
             lines_of(path)
-    consumer.close()
+    listener.close()
     assert len(refusals) > 2
     assert all("No space left on device" in refusal for refusal in refusals)
     assert [line["step"] for line in lines_of(tmp_path / "sst2" / "batches.jsonl")] == list(range(1, 13))
@@ -192,14 +143,14 @@ def test_a_full_disk_delays_lines_and_tears_none(
 def test_a_folder_that_cannot_be_written_is_tried_again(tmp_path: Path, events: Events) -> None:
     directory = tmp_path / "taken"
     directory.write_text("a file where the folder should be")
-    consumer = jsonl.FilesConsumer(lambda text: None)
+    listener = jsonl.FilesListener()
     stream = events(directory)
     started = next(event for event in stream if isinstance(event, RunStarted))
     with pytest.raises(StillTrying):
-        consumer.handle(started)
+        listener.handle(started)
     directory.unlink()
-    consumer.handle(Said("the folder is free now"))
-    consumer.handle(StepFinished(1, 0.1, {"train/loss": 1.0}, ["a"], True))
-    consumer.close()
+    listener.handle(Message("the folder is free now"))
+    listener.handle(StepFinished(1, 0.1, {"train/loss": 1.0}, ["a"], True))
+    listener.close()
     assert [line["event"] for line in lines_of(directory / "metrics.jsonl")] == ["start", "info", "step"]
     assert (directory / "config.yaml").exists()

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from trietune.errors import UserError
-from trietune.tracking.console.console import ConsoleConsumer
+from trietune.tracking.console.console import ConsoleListener
 from trietune.tracking.events import (
     Evaluated,
     Event,
-    Predicted,
     Prediction,
+    PredictionsShown,
     RunFinished,
     RunStarted,
     Saved,
@@ -27,7 +27,7 @@ from trietune.tracking.events import (
 from trietune.tracking.open import open_tracker
 from trietune.tracking.report.curves import charts_of, thin
 from trietune.tracking.report.record import read_run
-from trietune.tracking.report.report import ReportConsumer, embedded_json, report_text, write_report
+from trietune.tracking.report.report import ReportListener, embedded_json, report_text, write_report
 
 Events = Callable[..., Iterator[Event]]
 Golden = Callable[[str, str], None]
@@ -73,7 +73,7 @@ class Page(HTMLParser):
 
 
 def record(events: Iterator[Event]) -> None:
-    tracker = open_tracker(console=ConsoleConsumer(io.StringIO(), io.StringIO()))
+    tracker = open_tracker(console=ConsoleListener(io.StringIO(), io.StringIO()))
     for event in events:
         tracker.emit(event)
     tracker.close()
@@ -216,23 +216,23 @@ def test_writing_the_page_takes_a_hundredth_of_the_time(run: Path) -> None:
         now += 10.0
         return now
 
-    consumer = ReportConsumer(clock=clock)
-    consumer.handle(RunStarted("sst2", run, 12, 0, {}, {}))
+    listener = ReportListener(clock=clock)
+    listener.handle(RunStarted("sst2", run, 12, 0, {}, {}))
     page = run / "report.html"
     num_written = 0
     for _ in range(60):
         page.unlink(missing_ok=True)
-        consumer.handle(Evaluated(1, 0.1, {"eval/loss": 1.0}, 10, "during"))
+        listener.handle(Evaluated(1, 0.1, {"eval/loss": 1.0}, 10, "during"))
         num_written += page.exists()
     assert num_written == 1
-    consumer.handle(RunFinished("finished", 12, 1.0, {}))
+    listener.handle(RunFinished("finished", 12, 1.0, {}))
     assert page.exists()
 
 
 def test_what_the_model_said_before_stands_beside_what_it_says_now(tmp_path: Path, events: Events) -> None:
     run = [*events(tmp_path / "sst2")]
     said = Prediction("dev.tsv:2", "Review: warm and funny\nOutput:", "positive", "dunno", False)
-    before = Predicted(0, "before", [said])
+    before = PredictionsShown(0, "before", [said])
     place = next(number for number, event in enumerate(run) if isinstance(event, Evaluated)) + 1
     record(iter([*run[:place], before, *run[place:]]))
     words = Page((tmp_path / "sst2" / "report.html").read_text()).words

@@ -19,7 +19,7 @@ from strategies import flat
 from trietune.model.causal_lm import TrieModel
 from trietune.training import gradients, loop
 from trietune.training.gradients import MicroBatchTooLargeError
-from trietune.training.loop import Schedules, Step
+from trietune.training.loop import Step, StepRange
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, make_micro_batches
 
@@ -61,31 +61,31 @@ def train(sequences: Any, headroom: int | None) -> tuple[torch.Tensor, list[Step
     network.model.layers[0].mlp.requires_grad_(True)
     model = TrieModel(network, device=torch.device("cpu"))
     parameters = [p for p in network.parameters() if p.requires_grad]
-    max_nodes = 10**6
+    max_positions = 10**6
     trouble: dict[str, list[Any]] = {"failures": [], "errors": [], "need": []}
 
     def cut(indices: np.ndarray) -> list[MicroBatch]:
-        return make_micro_batches(sequences, indices, batching="trie", max_nodes=max_nodes)
+        return make_micro_batches(sequences, indices, batching="trie", max_positions=max_positions)
 
     def halve(error: MicroBatchTooLargeError) -> None:
-        nonlocal max_nodes
+        nonlocal max_positions
         trouble["failures"].append(error.num_positions)
-        max_nodes = max(error.num_positions // 2, error.longest)
+        max_positions = max(error.num_positions // 2, error.longest)
 
     def listen(error: BaseException) -> bool:
-        is_memory = recognise(error)
+        is_memory = recognize(error)
         if is_memory:
             trouble["errors"].append(str(error))
         return is_memory
 
-    recognise, gradients.is_out_of_memory = gradients.is_out_of_memory, listen
+    recognize, gradients.is_out_of_memory = gradients.is_out_of_memory, listen
     sampler = Sampler(len(sequences), batch_size=BATCH_SIZE, seed=0)
     steps = []
     for step in loop.train(
         model,
         torch.optim.AdamW(parameters, lr=1e-2),
         sampler,
-        Schedules(NUM_STEPS, 0, 1, lambda number: 1e-2),
+        StepRange(NUM_STEPS, 0, 1, lambda number: 1e-2),
         cut,
         seed=0,
         cut_smaller=halve,
@@ -99,7 +99,7 @@ def train(sequences: Any, headroom: int | None) -> tuple[torch.Tensor, list[Step
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         elif headroom is None:
             trouble["need"].append(status_bytes("VmHWM") - held)
-    gradients.is_out_of_memory = recognise
+    gradients.is_out_of_memory = recognize
     return torch.cat([p.detach().flatten() for p in parameters]), steps, trouble
 
 

@@ -11,9 +11,9 @@ import torch
 from strategies import question_batch
 from training.test_out_of_memory import adapter_of, difference, make_network
 from trietune.model.causal_lm import TrieModel
-from trietune.training.loop import Schedules, Step, train
+from trietune.training.loop import Step, StepRange, training_steps
 from trietune.training.loss_scale import SMALLEST_SCALE, LossScale
-from trietune.training.readings import LossNotFiniteError
+from trietune.training.pending_losses import LossNotFiniteError
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, make_micro_batches
 
@@ -46,12 +46,12 @@ class SixteenBitModel(TrieModel):
 def take_steps(model: TrieModel, loss_scale: LossScale | None, num_steps: int = 4, **options: Any) -> list[Step]:
     parameters = [p for p in model.network.parameters() if p.requires_grad]
     return list(
-        train(
+        training_steps(
             model,
             torch.optim.AdamW(parameters, lr=1e-3),
             Sampler(len(SEQUENCES), batch_size=16, seed=2),
-            Schedules(num_steps, 0, 1, lambda step: 1e-3),
-            lambda indices: make_micro_batches(SEQUENCES, indices, batching="trie", max_nodes=60),
+            StepRange(num_steps, 0, 1, lambda step: 1e-3),
+            lambda indices: make_micro_batches(SEQUENCES, indices, batching="trie", max_positions=60),
             seed=1,
             max_grad_norm=0.5,
             loss_scale=loss_scale,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from strategies import question_batch
 from trietune.model.causal_lm import TrieModel
-from trietune.training.loop import MicroBatchTooLargeError, Schedules, Step, train
+from trietune.training.loop import MicroBatchTooLargeError, Step, StepRange, training_steps
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, make_micro_batches
 
@@ -77,26 +77,26 @@ def make_network() -> Any:
 class Bound:
     """What a run does when memory runs out: half as much at once."""
 
-    def __init__(self, max_nodes: int) -> None:
-        self.max_nodes = max_nodes
+    def __init__(self, max_positions: int) -> None:
+        self.max_positions = max_positions
         self.failures: list[tuple[int, int]] = []
 
     def cut(self, indices: np.ndarray) -> list[MicroBatch]:
-        return make_micro_batches(SEQUENCES, indices, batching="trie", max_nodes=self.max_nodes)
+        return make_micro_batches(SEQUENCES, indices, batching="trie", max_positions=self.max_positions)
 
     def halve(self, error: MicroBatchTooLargeError) -> None:
         self.failures.append((error.num_positions, error.longest))
-        self.max_nodes = error.num_positions // 2
+        self.max_positions = error.num_positions // 2
 
 
 def take_steps(model: TrieModel, bound: Bound, num_steps: int = 4, **options: Any) -> list[Step]:
     parameters = [p for p in model.network.parameters() if p.requires_grad]
     return list(
-        train(
+        training_steps(
             model,
             torch.optim.AdamW(parameters, lr=1e-3),
             Sampler(len(SEQUENCES), batch_size=BATCH_SIZE, seed=2),
-            Schedules(num_steps, 0, 1, lambda step: 1e-3),
+            StepRange(num_steps, 0, 1, lambda step: 1e-3),
             bound.cut,
             seed=1,
             **options,
@@ -147,14 +147,14 @@ def test_the_bound_stays_low_for_the_rest_of_the_run() -> None:
     model, bound = NarrowModel(60, ERRORS["cuda"]), Bound(10**6)
     take_steps(model, bound, num_steps=8, cut_smaller=bound.halve)
     assert [size for size, _ in bound.failures] == sorted({size for size, _ in bound.failures}, reverse=True)
-    assert bound.max_nodes <= 60
+    assert bound.max_positions <= 60
 
 
 def test_the_one_who_halves_is_told_how_far_it_can_go() -> None:
     model = NarrowModel(10, ERRORS["host"])
     [index] = np.flatnonzero(np.diff(SEQUENCES.offsets) == np.diff(SEQUENCES.offsets).max())[:1]
     bound = Bound(10**6)
-    bound.cut = lambda indices: make_micro_batches(SEQUENCES, np.array([index]), batching="trie", max_nodes=99)  # type: ignore[method-assign]
+    bound.cut = lambda indices: make_micro_batches(SEQUENCES, np.array([index]), batching="trie", max_positions=99)  # type: ignore[method-assign]
 
     def give_up(error: MicroBatchTooLargeError) -> None:
         assert error.num_positions == error.longest

@@ -23,16 +23,16 @@ def deal(sequences: FlatSequences, num_parts: int, *, batching: Batching = "trie
 
 
 def nodes(sequences: FlatSequences, part: np.ndarray) -> int:
-    micro_batches = make_micro_batches(sequences, part, batching="trie", max_nodes=2**31)
+    micro_batches = make_micro_batches(sequences, part, batching="trie", max_positions=2**31)
     return sum(micro_batch.num_positions for micro_batch in micro_batches)
 
 
 @settings(max_examples=40)
 @given(batches(max_sequences=20), st.integers(1, 6), st.sampled_from(BATCHINGS))
-def test_every_labelled_sequence_is_in_one_part(batch: Batch, num_parts: int, batching: Batching) -> None:
+def test_every_labeled_sequence_is_in_one_part(batch: Batch, num_parts: int, batching: Batching) -> None:
     sequences = flat(*batch)
     dealt = deal(sequences, num_parts, batching=batching)
-    whole = make_micro_batches(sequences, np.arange(len(sequences)), batching=batching, max_nodes=2**31)
+    whole = make_micro_batches(sequences, np.arange(len(sequences)), batching=batching, max_positions=2**31)
     computed = sorted(np.concatenate([micro_batch.sequence_indices for micro_batch in whole] or [[]]).tolist())
     assert len(dealt.parts) == num_parts
     assert sorted(np.concatenate(dealt.parts).tolist()) == computed
@@ -45,7 +45,7 @@ def test_the_labels_of_all_parts_are_the_divisor_of_one_process(batch: Batch, nu
     dealt = deal(sequences, num_parts)
 
     def weight(part: np.ndarray) -> float:
-        return total_weight(make_micro_batches(sequences, part, batching="trie", max_nodes=2**31))
+        return total_weight(make_micro_batches(sequences, part, batching="trie", max_positions=2**31))
 
     assert dealt.num_labels == weight(np.arange(len(sequences)))
     assert dealt.num_labels == sum(weight(part) for part in dealt.parts)

@@ -55,7 +55,7 @@ def test_grouping_computes_fewer_positions() -> None:
             micro_batch.num_positions
             for first in range(0, len(order), size)
             for micro_batch in make_micro_batches(
-                sequences, order[first : first + size], batching="trie", max_nodes=10**6
+                sequences, order[first : first + size], batching="trie", max_positions=10**6
             )
         )
         for name, order in orders.items()

@@ -25,7 +25,7 @@ def test_ranges_give_the_order_of_one_sort(
     shared = common_prefix_lengths(sequences.input_ids, sequences.offsets[:-1][order], lengths[order])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sorting, "TOKENS_AT_ONCE", tokens_at_once)
-        patch.setattr(sorting, "SAMPLED_A_RANGE", sampled)
+        patch.setattr(sorting, "SAMPLED_PER_RANGE", sampled)
         found_order, found_lengths, found_shared = sort_all(sequences)
     np.testing.assert_array_equal(found_order, order)
     np.testing.assert_array_equal(found_lengths, lengths[order])

@@ -21,7 +21,7 @@ from trietune.trie.static_shapes import (
 
 def batch(seed: int) -> list:
     sequences = question_batch(np.random.default_rng(seed), vocabulary=120)
-    return make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_nodes=40)
+    return make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_positions=40)
 
 
 def test_one_length_needs_one_shape() -> None:
@@ -65,7 +65,7 @@ def test_padding_changes_no_count_and_no_label(num_rows: int) -> None:
     shapes = choose_shapes(
         [(mb.num_positions, len(mb.labels)) for mb in micro_batches], longest=1, deepest=99, num_rows=num_rows
     )
-    arranged = shapes.arrange(micro_batches)
+    arranged = shapes.pad_to_shapes(micro_batches)
     assert len(arranged) == -(-len(micro_batches) // num_rows)
     assert total_weight(arranged) == total_weight(micro_batches)
     assert sum(mb.num_tokens for mb in arranged) == sum(mb.num_tokens for mb in micro_batches)
@@ -93,7 +93,7 @@ def labels_of(micro_batches: list) -> list:
 def test_padding_nodes_see_themselves_alone() -> None:
     micro_batches = batch(3)[:3]
     shapes = StaticShapes((StaticShape(64, 64),), deepest=99, num_rows=2)
-    last = shapes.arrange(micro_batches)[-1]  # one trie beside a row of padding
+    last = shapes.pad_to_shapes(micro_batches)[-1]  # one trie beside a row of padding
     trie = last.trie
     assert trie.num_nodes == 128
     padding = np.arange(64, 128)
@@ -106,6 +106,6 @@ def test_padding_nodes_see_themselves_alone() -> None:
 
 def test_padded_rows_are_refused() -> None:
     sequences = flat([[1, 2, 3]], [[-100, 2, 3]])
-    rows = make_micro_batches(sequences, np.arange(1), batching="padded", max_nodes=9)
+    rows = make_micro_batches(sequences, np.arange(1), batching="padded", max_positions=9)
     with pytest.raises(ValueError, match="no static shape"):
-        StaticShapes((StaticShape(64, 32),), deepest=9).arrange(rows)
+        StaticShapes((StaticShape(64, 32),), deepest=9).pad_to_shapes(rows)

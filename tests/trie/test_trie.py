@@ -134,13 +134,13 @@ def test_every_example_comes_back_with_its_tokens_and_labels(batch: Batch, share
 
 @given(batches(max_sequences=14), st.integers(1, 30), st.sampled_from(["trie", "packed", "padded"]))
 @settings(max_examples=150)
-def test_micro_batches_hold_every_label_once_within_the_bound(batch: Batch, max_nodes: int, batching: str) -> None:
+def test_micro_batches_hold_every_label_once_within_the_bound(batch: Batch, max_positions: int, batching: str) -> None:
     sequences = flat(*batch)
     micro_batches = make_micro_batches(
         sequences,
         np.arange(len(sequences)),
         batching=batching,
-        max_nodes=max_nodes,  # type: ignore[arg-type]
+        max_positions=max_positions,  # type: ignore[arg-type]
     )
     num_labels = Counter(
         number
@@ -151,14 +151,14 @@ def test_micro_batches_hold_every_label_once_within_the_bound(batch: Batch, max_
     found: Counter[int] = Counter()
     for micro_batch in micro_batches:
         found.update(micro_batch.sequence_indices[micro_batch.sequence_of_label].tolist())
-        assert micro_batch.num_positions <= max_nodes or len(micro_batch.sequence_indices) == 1
+        assert micro_batch.num_positions <= max_positions or len(micro_batch.sequence_indices) == 1
     assert found == num_labels
     assert sum(micro_batch.total_weight for micro_batch in micro_batches) == sum(num_labels.values())
 
 
 @given(batches(max_sequences=14), st.integers(1, 30))
 @settings(max_examples=150)
-def test_no_choice_of_cuts_computes_less(batch: Batch, max_nodes: int) -> None:
+def test_no_choice_of_cuts_computes_less(batch: Batch, max_positions: int) -> None:
     from trietune.trie.batching import NODES_WORTH_A_MICRO_BATCH
 
     sequences = flat(*batch)
@@ -170,14 +170,14 @@ def test_no_choice_of_cuts_computes_less(batch: Batch, max_nodes: int) -> None:
 
     def cost(pieces: list[tuple[int, int]]) -> float:
         nodes = [int(lengths[a] + (lengths - shared)[a + 1 : b].sum()) for a, b in pieces]
-        if any(n > max_nodes and b - a > 1 for n, (a, b) in zip(nodes, pieces, strict=True)):
+        if any(n > max_positions and b - a > 1 for n, (a, b) in zip(nodes, pieces, strict=True)):
             return float("inf")
         return sum(nodes) + NODES_WORTH_A_MICRO_BATCH * len(pieces)
 
     best = [0.0]
     for end in range(1, len(order) + 1):
         best.append(min(best[first] + cost([(first, end)]) for first in range(end)))
-    found = make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_nodes=max_nodes)
+    found = make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_positions=max_positions)
     total = sum(micro_batch.num_positions for micro_batch in found) + NODES_WORTH_A_MICRO_BATCH * len(found)
     assert total == best[-1]
 

@@ -80,7 +80,7 @@ def train_small(
     num_steps: int = 50,
     read_every: int = 1,
     gradient_checkpointing: bool = False,
-    max_nodes: int = 10**6,
+    max_positions: int = 10**6,
     max_grad_norm: float | None = 1.0,
     is_static: bool | None = None,
 ) -> Trained:
@@ -91,14 +91,14 @@ def train_small(
     from trietune.model.adapter.adapter import adapter_tensors, add_adapter
     from trietune.model.assemble import assemble
     from trietune.model.base.folder import ModelFolder
-    from trietune.training.loop import Schedules, train
+    from trietune.training.loop import StepRange, training_steps
     from trietune.training.optimizer import build_optimizer, learning_rate_schedule
     from trietune.trie import make_micro_batches
     from trietune.trie.static_shapes import choose_shapes
 
     sequences, bounds = sequences_of(10)
     sampler = GivenBatches(bounds)
-    cut = partial(make_micro_batches, sequences, batching="trie", max_nodes=max_nodes)
+    cut = partial(make_micro_batches, sequences, batching="trie", max_positions=max_positions)
     laid_out = [mb for number in range(10) for mb in cut(sampler.batch(0, number))]
     shapes = choose_shapes(
         [(mb.num_positions, len(mb.labels)) for mb in laid_out], longest=1, deepest=60, num_rows=device.num_rows
@@ -126,15 +126,15 @@ def train_small(
     used: set[tuple[int, ...]] = set()
 
     def arranged(indices: np.ndarray) -> Any:
-        micro_batches = model.arrange(cut(indices))
+        micro_batches = model.pad_to_shapes(cut(indices))
         used.update((*mb.input_ids.shape, len(mb.labels)) for mb in micro_batches)
         return micro_batches
 
-    steps = train(
+    steps = training_steps(
         model,
         optimizer,
         sampler,
-        Schedules(num_steps, 0, 1, schedule),
+        StepRange(num_steps, 0, 1, schedule),
         arranged,
         seed=3,
         max_grad_norm=max_grad_norm,
@@ -172,7 +172,7 @@ def on_mesh(kind: str, num_devices: int) -> dict[str, Any]:
         data_dimension=None,
         where="test",
     )
-    options = {"num_steps": 12, "read_every": 1, "max_nodes": 70 if kind == "data" else 10**6}
+    options = {"num_steps": 12, "read_every": 1, "max_positions": 70 if kind == "data" else 10**6}
     there = train_small(start(mesh=mesh), **options)
     here = train_small(choose_device("cpu", use_tt=False), **options)
     pairs = zip(there.losses, here.losses, strict=True)

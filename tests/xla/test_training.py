@@ -56,7 +56,7 @@ def test_gradient_checkpointing_gives_the_same_numbers(device: Any) -> None:
 
 
 def test_several_micro_batches_a_step(device: Any) -> None:
-    options: dict[str, Any] = {"num_steps": 20, "max_nodes": 64}
+    options: dict[str, Any] = {"num_steps": 20, "max_positions": 64}
     there, here = train_small(device, **options), train_small(choose_device("cpu", use_tt=False), **options)
     differences = [abs(a - b) for a, b in zip(there.losses, here.losses, strict=True)]
     assert max(differences) < LOSS_TOLERANCE

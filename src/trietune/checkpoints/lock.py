@@ -56,7 +56,7 @@ class RunLock:
                 next_step="wait for it, stop it, or give this run another `wandb_run_name`",
             ) from error
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, it is only not signed
-            files.rewrite_lock(self._descriptor, strict_json.serialise(_this_process()))
+            files.rewrite_lock(self._descriptor, strict_json.serialize(_this_process()))
         _HELD.add(self)
         return self
 

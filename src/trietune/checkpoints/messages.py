@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
-from trietune.io.directory import Damaged
+from trietune.io.directory import DamagedDirectory
 from trietune.io.disk_errors import REMEDIES, SaveFailed
 
 # The one file that a resume can do without, and the word with which a person allows it to.
@@ -115,7 +115,7 @@ def adapter_without_checkpoint(adapter: Path | str, reason: str) -> UserError:
     )
 
 
-def all_damaged(folder: Path, damages: Sequence[Damaged]) -> UserError:
+def all_damaged(folder: Path, damages: Sequence[DamagedDirectory]) -> UserError:
     """Every checkpoint is damaged: never a silent fresh start."""
     shown = "\n       ".join(str(damage) for damage in damages[:5])
     more = f"\n       and {len(damages) - 5} more" if len(damages) > 5 else ""
@@ -145,7 +145,7 @@ def path_is_not_ours(path: Path, folder: Path, whole: Sequence[Path]) -> UserErr
     )
 
 
-def path_is_damaged(damage: Damaged, others: Sequence[Path]) -> UserError:
+def path_is_damaged(damage: DamagedDirectory, others: Sequence[Path]) -> UserError:
     whole = f"; {others[-1].name} is whole" if others else ""
     otherwise = f"checkpoint_path: {others[-1]}" if others else "start anew under another `wandb_run_name`"
     return UserError(
@@ -156,7 +156,7 @@ def path_is_damaged(damage: Damaged, others: Sequence[Path]) -> UserError:
     )
 
 
-def passed_over(damage: Damaged, chosen: Path) -> str:
+def passed_over(damage: DamagedDirectory, chosen: Path) -> str:
     """One sentence: a damaged checkpoint was passed over for an older one."""
     sentence = f"{damage}; going on from {chosen.name}"
     if damage.file != OPTIMIZER_FILE:
@@ -165,12 +165,12 @@ def passed_over(damage: Damaged, chosen: Path) -> str:
     return f"{sentence} (`--allow-change {OPTIMIZER_STATE}` would go on from {newer} with a fresh optimizer)"
 
 
-def left_out(damage: Damaged) -> str:
+def left_out(damage: DamagedDirectory) -> str:
     """One sentence: a file was damaged, and the user allowed to do without it."""
     return f"{damage}; it is left out, as `--allow-change {OPTIMIZER_STATE}` says"
 
 
-def _offer_without_optimizer(damages: Sequence[Damaged]) -> str | None:
+def _offer_without_optimizer(damages: Sequence[DamagedDirectory]) -> str | None:
     """Where the optimizer's state alone is damaged, the weights may still serve; only a person may decide that."""
     for damage in damages:
         if damage.file == OPTIMIZER_FILE:

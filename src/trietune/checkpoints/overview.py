@@ -13,7 +13,7 @@ from trietune.checkpoints.retention import STEP_NAME
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 from trietune.io import directory
-from trietune.io.directory import Damaged
+from trietune.io.directory import DamagedDirectory
 from trietune.io.manifest import MANIFEST_NAME, Manifest
 
 
@@ -34,7 +34,7 @@ class CheckpointRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class Verification:
     """The verdict on one directory: `damage` is None when every byte fits its manifest."""
 
     path: Path
@@ -65,7 +65,7 @@ def list_checkpoints(store: CheckpointStore, remote: RemoteRun | None = None) ->
     return [replace(rows[step], is_best=step in best) for step in sorted(rows)]
 
 
-def verify_path(path: Path) -> list[Proof]:
+def verify_path(path: Path) -> list[Verification]:
     """Prove a checkpoint, an adapter, or all that a run directory holds. Raises `UserError` when nothing is there."""
     path = path.resolve()
     if not path.is_dir():
@@ -79,7 +79,7 @@ def verify_path(path: Path) -> list[Proof]:
     )
     if (path / MANIFEST_NAME).exists() or STEP_NAME.fullmatch(path.name) or not folders:
         folders = [path]
-    return [_prove(folder) for folder in folders]
+    return [_verify(folder) for folder in folders]
 
 
 def read_run_id(run_directory: Path) -> str:
@@ -91,23 +91,23 @@ def read_run_id(run_directory: Path) -> str:
     return load_run_id(run_directory) or ""
 
 
-def _prove(folder: Path) -> Proof:
+def _verify(folder: Path) -> Verification:
     try:
         verified = directory.verify_directory(folder)
-    except Damaged as damage:
-        return Proof(folder, None, 0, f"{damage.file} {damage.reason}")
+    except DamagedDirectory as damage:
+        return Verification(folder, None, 0, f"{damage.file} {damage.reason}")
     info = verified.manifest.info
     match = STEP_NAME.fullmatch(folder.name)
     if match and int(match["step"]) != info.step:
-        return Proof(
+        return Verification(
             folder, info.step, 0, f"{MANIFEST_NAME} says step {info.step:,}, its folder {int(match['step']):,}"
         )
-    return Proof(folder, info.step, verified.manifest.size_bytes, None, verified.extra)
+    return Verification(folder, info.step, verified.manifest.size_bytes, None, verified.extra)
 
 
-def _damage_of(path: Path) -> Damaged | None:
+def _damage_of(path: Path) -> DamagedDirectory | None:
     try:
         directory.verify_directory(path)
-    except Damaged as damage:
+    except DamagedDirectory as damage:
         return damage
     return None

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from trietune.checkpoints import messages
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io import disk_errors, files, strict_json
-from trietune.io.directory import Damaged, read_manifest
+from trietune.io.directory import DamagedDirectory, read_manifest
 
 _NOT_MENTIONED = {
     "card_example", "checkpoint_path", "epoch_freq", "keep_best_n", "keep_last_n", "load_from_storage",
@@ -44,6 +44,8 @@ _WARNED = {
     "enable_trace": _ROUNDING,
     "fused_layers": _ROUNDING,
     "device": _ROUNDING,
+    "early_stopping_patience": "training may end at another step",
+    "early_stopping_threshold": "training may end at another step",
     "eval_batch_size": _ROUNDING,
     "eval_max_examples": _REPORTED,
     "gradient_checkpointing": _ROUNDING,
@@ -94,10 +96,9 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class AbandonedLines:
-    """What `abandon_lines` did: lines beyond the step, lines that were no JSON (torn), and the file they went to."""
+    """What `abandon_lines` moved: how many lines beyond the step, and the file they and torn lines went to."""
 
     num_beyond: int
-    num_torn: int
     path: Path | None
 
 
@@ -189,41 +190,25 @@ def abandon_lines(path: Path, after_step: int) -> AbandonedLines:
     Raises `UserError` when the disk refuses.
     """
     if not path.exists():
-        return AbandonedLines(0, 0, None)
+        return AbandonedLines(0, None)
     kept: list[bytes] = []
     surplus: list[bytes] = []
-    num_torn = 0
+    num_beyond = 0
     data = path.read_bytes()
     for line in data.splitlines(keepends=True):
         event = _parse_line(line)
-        if event is None:
-            num_torn += 1
-            surplus.append(line.rstrip(b"\r\n") + b"\n")
-        elif isinstance(step := event.get("step"), int) and step > after_step:
-            surplus.append(line.rstrip(b"\r\n") + b"\n")
-        else:
-            kept.append(line.rstrip(b"\r\n") + b"\n")
+        is_beyond = event is not None and isinstance(step := event.get("step"), int) and step > after_step
+        num_beyond += is_beyond
+        (surplus if event is None or is_beyond else kept).append(line.rstrip(b"\r\n") + b"\n")
     repaired = b"".join(kept)
     if repaired == data:
-        return AbandonedLines(0, 0, None)
+        return AbandonedLines(0, None)
     try:
         abandoned = _keep_abandoned(path, b"".join(surplus)) if surplus else None
         files.replace_file(path, repaired)
     except OSError as error:
         raise disk_errors.start_failed(error, path) from error
-    return AbandonedLines(len(surplus) - num_torn, num_torn, abandoned)
-
-
-def load_or_create_run_id(run_directory: Path, *, adopt: str | None = None) -> str:
-    """The id that ties checkpoints, adapter and remote copies to one run; made once, kept in `.run-id`.
-
-    `adopt` is an id found elsewhere, in a remote copy for a run directory that is still empty.
-    """
-    run_id = load_run_id(run_directory)
-    if run_id is None:
-        run_id = adopt or new_run_id()
-        keep_run_id(run_directory, run_id)
-    return run_id
+    return AbandonedLines(num_beyond, abandoned)
 
 
 def load_run_id(run_directory: Path) -> str | None:
@@ -250,7 +235,7 @@ def ids_in_manifests(run_directory: Path) -> list[str]:
     """The ids that checkpoints and the final adapter of a folder name, each once."""
     found = []
     for path in [*sorted(run_directory.glob("checkpoints/*step-*")), run_directory / "adapter"]:
-        with contextlib.suppress(Damaged, OSError):
+        with contextlib.suppress(DamagedDirectory, OSError):
             found.append(read_manifest(path).info.run_id)
     return list(dict.fromkeys(found))
 
@@ -289,7 +274,7 @@ def _has_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool
 
 def _plain(value: object) -> object:
     """As JSON would give it back, so that a tuple equals the list that it became."""
-    return value if value is _MISSING else json.loads(strict_json.serialise(strict_json.without_nan(value)))
+    return value if value is _MISSING else json.loads(strict_json.serialize(strict_json.without_nan(value)))
 
 
 def _shown(value: object) -> str:

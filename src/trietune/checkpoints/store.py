@@ -16,7 +16,6 @@ import os
 import re
 import stat
 import threading
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from trietune.checkpoints import messages, retention
 from trietune.checkpoints.measured import measured_on
 from trietune.checkpoints.retention import STEP_NAME, Mode, Ranked, step_name
 from trietune.io import directory, disk_errors, files
-from trietune.io.directory import Content, Damaged
+from trietune.io.directory import DamagedDirectory, FileContent
 from trietune.io.disk_errors import SaveFailed
 from trietune.io.manifest import Manifest, ManifestInfo
 
@@ -45,7 +44,7 @@ class Checkpoint:
     path: Path
     step: int
     manifest: Manifest | None
-    damage: Damaged | None = None
+    damage: DamagedDirectory | None = None
 
     @property
     def metrics(self) -> Mapping[str, float | int | None]:
@@ -58,8 +57,6 @@ class SavedCheckpoint:
 
     path: Path
     step: int
-    seconds: float
-    size_bytes: int
     removed: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -116,7 +113,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        contents: Mapping[str, Content],
+        contents: Mapping[str, FileContent],
         *,
         metrics: Mapping[str, float | int | None] | None = None,
         details: Mapping[str, Any] | None = None,
@@ -132,7 +129,6 @@ class CheckpointStore:
         Raises:
             SaveFailed: the disk refused. Earlier checkpoints are as they were, and the next save starts anew.
         """
-        started = time.perf_counter()
         info = ManifestInfo(run_id=self.run_id, step=step, metrics=metrics or {}, details=details or {})
         target = self.folder / step_name(step)
         warnings: list[str] = []
@@ -157,8 +153,6 @@ class CheckpointStore:
         return SavedCheckpoint(
             path=target,
             step=step,
-            seconds=time.perf_counter() - started,
-            size_bytes=written.manifest.size_bytes,
             removed=tuple(removed),
             warnings=tuple(warnings),
         )
@@ -172,7 +166,7 @@ class CheckpointStore:
                 manifest = directory.check_sizes(path, without=without)
                 self._check_identity(path, step, manifest)
                 found.append(Checkpoint(path, step, manifest))
-            except Damaged as damage:
+            except DamagedDirectory as damage:
                 if damage.file == "it" and not os.path.lexists(path):
                     continue  # removed between the listing and the look
                 found.append(Checkpoint(path, step, None, damage))
@@ -230,12 +224,12 @@ class CheckpointStore:
         notes: list[str] = []
         if option == "best":
             order, notes = self._best_before_newest(found)
-        damages: list[Damaged] = []
+        damages: list[DamagedDirectory] = []
         for checkpoint in order:
             passed_over = [messages.passed_over(damage, checkpoint.path) for damage in damages]
             try:
                 return self._read(checkpoint, expendable, notes=(*notes, *passed_over))
-            except Damaged as damage:
+            except DamagedDirectory as damage:
                 damages.append(damage)
         raise messages.all_damaged(self.folder, damages)
 
@@ -312,7 +306,7 @@ class CheckpointStore:
         # The quick look cannot see rotten bytes. Before others go, one that stays must have been read in full.
         try:
             directory.verify_directory(self.folder / step_name(step))
-        except Damaged:
+        except DamagedDirectory:
             return False
         self._known_whole.add(step)
         return True
@@ -339,7 +333,7 @@ class CheckpointStore:
             raise messages.path_is_not_ours(path, self.folder, whole)
         try:
             return self._read(chosen, expendable)
-        except Damaged as damage:
+        except DamagedDirectory as damage:
             raise messages.path_is_damaged(damage, [other for other in whole if other != chosen.path]) from damage
 
     def _read(
@@ -350,7 +344,7 @@ class CheckpointStore:
             try:
                 manifest, contents = directory.read_directory(checkpoint.path, without=left_out)
                 break
-            except Damaged as damage:
+            except DamagedDirectory as damage:
                 if damage.file not in set(expendable) - left_out:
                     raise
                 left_out.add(damage.file)
@@ -374,11 +368,11 @@ class CheckpointStore:
     def _check_identity(self, path: Path, step: int, manifest: Manifest) -> None:
         info = manifest.info
         if info.step != step:
-            raise Damaged(path, "manifest.json", f"says step {info.step:,}, its folder {step:,}")
+            raise DamagedDirectory(path, "manifest.json", f"says step {info.step:,}, its folder {step:,}")
         if info.kind != "checkpoint":
-            raise Damaged(path, "manifest.json", f"says that this is an {info.kind}")
+            raise DamagedDirectory(path, "manifest.json", f"says that this is an {info.kind}")
         if info.run_id != self.run_id:
-            raise Damaged(path, "manifest.json", f"belongs to another run ({info.run_id[:40]})")
+            raise DamagedDirectory(path, "manifest.json", f"belongs to another run ({info.run_id[:40]})")
 
     def _newest_whole(self) -> Path | None:
         with contextlib.suppress(OSError):

@@ -26,7 +26,7 @@ from trietune.run.signals import process_age_s
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.evaluation.evaluate import Evaluation
-    from trietune.run.opened import Opened
+    from trietune.run.opened import LoadedModel
 
 JSON_VERSION = 1
 # When this command began, on the clock of `time.monotonic`: `max_time` counts from there.
@@ -116,6 +116,38 @@ def train(
 
 
 @app.command()
+def estimate(
+    config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="h200, h100, a100, l4, cpu; default: this machine's, measured."),
+    ] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes that share each step.")] = 1,
+    price: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, metavar="EUR", help="Of one device for an hour; the total is printed."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how long a run would take, how much memory, and at what cost."""
+    from trietune.cli.estimating import estimate_command
+    from trietune.config import load_config
+    from trietune.demo import demo_config
+    from trietune.tracking.console.result import columns
+
+    refuse_several_processes()
+    settings = load_config(config or demo_config(), overrides)
+    with _console() as hub:
+        lines, document = estimate_command(settings, hub, device=device, num_processes=nproc, price=price)
+    if as_json:
+        _print_json({"estimate": document})
+        return
+    for line in columns(lines):
+        _say(line)
+
+
+@app.command()
 def evaluate(
     target: Target,
     dataset: Annotated[Optional[str], typer.Option(help="Hub id, file or folder; default: the run's data.")] = None,  # noqa: UP045
@@ -142,9 +174,9 @@ def evaluate(
         cleared = ["train_file=null", "validation_file=null"]
         overrides = [*cleared, f"dataset_id={dataset}", *overrides]
     bounds = [_parse_bound(text) for text in require]
-    with _console() as hub:
+    with _console() as tracker:
         found = measure(
-            target, overrides=overrides, split=split, max_examples=max_examples, tracker=hub, keep=predictions
+            target, overrides=overrides, split=split, max_examples=max_examples, tracker=tracker, keep=predictions
         )
     missed = [text for text, (name, is_least, value) in zip(require, bounds, strict=True)
               if not _holds(found, name, is_least, value)]  # fmt: skip
@@ -191,8 +223,8 @@ def predict(
         check_output(output_file, "--output")
     is_chat = not text and input_file is None and sys.stdin.isatty()
     inputs = [] if is_chat else [*text, *_read_inputs(input_file, has_text=bool(text))]
-    with _console() as hub:
-        opened = open_model(target, overrides, hub)
+    with _console() as tracker:
+        opened = open_model(target, overrides, tracker)
     if is_chat:
         _chat(opened, max_new_tokens)
         return
@@ -241,9 +273,9 @@ def export(
     from trietune.cli.exporting import export_command
 
     refuse_several_processes()
-    with _console() as hub:
+    with _console() as tracker:
         lines = export_command(
-            target, out, hub, merge=merge, plain=plain, to=to, quantize=quantize, push=push, is_public=public
+            target, out, tracker, merge=merge, plain=plain, to=to, quantize=quantize, push=push, is_public=public
         )
     for line in lines:
         _say_line(line)
@@ -340,7 +372,7 @@ def verify(
 def sync(run: RunFolder) -> None:
     """Upload what the storage does not have yet: checkpoints, the final adapter, the run's files."""
     from trietune.checkpoints.lock import RunLock
-    from trietune.checkpoints.remote.uploads import synchronise
+    from trietune.checkpoints.remote.uploads import synchronize
 
     store, remote, _ = _open_store(run)
     if remote is None:
@@ -351,7 +383,7 @@ def sync(run: RunFolder) -> None:
         )
     with RunLock(run):
         try:
-            result = synchronise(store, remote)
+            result = synchronize(store, remote)
         except UserError:
             raise
         except Exception as error:
@@ -511,11 +543,11 @@ class _console:  # noqa: N801  (reads as a function)
     def __enter__(self) -> Any:
         from trietune.tracking.open import open_tracker
 
-        self.hub = open_tracker(tracker="none", writes_files=False)
-        return self.hub
+        self.tracker = open_tracker(tracker="none", writes_files=False)
+        return self.tracker
 
     def __exit__(self, *exception: object) -> None:
-        self.hub.close()
+        self.tracker.close()
 
 
 def _number_of_processes(nproc: str | None) -> int:
@@ -546,8 +578,8 @@ def _print_plan(settings: Settings, *, as_json: bool, num_processes: int = 1) ->
     from trietune.tracking.console.result import columns
 
     refuse_several_processes()
-    with _console() as hub, StopSignals() as signals, as_one_of(num_processes):
-        prepared = prepare(settings, hub, signals.check, num_processes=num_processes)
+    with _console() as tracker, StopSignals() as signals, as_one_of(num_processes):
+        prepared = prepare(settings, tracker, signals.check, num_processes=num_processes)
     if as_json:
         _print_json({"plan": dict(prepared.plan.lines()), "num_steps": prepared.plan.num_steps})
         return
@@ -650,7 +682,7 @@ def _answer_line(record: dict[str, Any]) -> str:
     return f"{wording.line(str(record['label']))}\t{wording.line(others)}"
 
 
-def _chat(opened: Opened, max_new_tokens: int) -> None:
+def _chat(opened: LoadedModel, max_new_tokens: int) -> None:
     """Ask and answer until the end of input; adapters that were not trained on chats answer one text at a time."""
     from trietune.data.examples import Message
     from trietune.evaluation.predict import answer_turn, prompt_length
@@ -680,7 +712,7 @@ def _chat(opened: Opened, max_new_tokens: int) -> None:
                 opened.model,
                 encoder,
                 messages,
-                max_nodes=opened.prove_for(prompt_length(encoder, messages) + max_new_tokens),
+                max_positions=opened.prove_for(prompt_length(encoder, messages) + max_new_tokens),
                 max_new_tokens=max_new_tokens,
                 on_text=lambda piece: _say(piece, nl=False),
             )

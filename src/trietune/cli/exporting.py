@@ -20,7 +20,7 @@ QUANTIZATIONS = ("f32", "bf16", "f16", "q8_0", "q4_k_m")
 def export_command(
     target: Path,
     out: Path | None,
-    hub: Tracker,
+    tracker: Tracker,
     *,
     merge: bool,
     plain: bool,
@@ -32,12 +32,12 @@ def export_command(
     """What the command prints. Raises `UserError` for options that do not go together, and as the exports do."""
     _check(out, merge=merge, plain=plain, to=to, quantize=quantize, push=push, is_public=is_public)
     if out is not None:
-        lines = _export(target, out, hub, merge=merge, plain=plain, to=to, quantize=quantize)
+        lines = _export(target, out, tracker, merge=merge, plain=plain, to=to, quantize=quantize)
         return lines if push is None else [*lines, _push(out, push, is_public=is_public)]
     assert push is not None
     with tempfile.TemporaryDirectory(prefix="trietune-export-") as folder:
         kept = Path(folder) / push.rpartition("/")[2]
-        lines = _export(target, kept, hub, merge=merge, plain=plain, to=to, quantize=quantize)
+        lines = _export(target, kept, tracker, merge=merge, plain=plain, to=to, quantize=quantize)
         return [*lines[1:], _push(kept, push, is_public=is_public)]
 
 
@@ -80,7 +80,7 @@ def _check(
 
 
 def _export(
-    target: Path, out: Path, hub: Tracker, *, merge: bool, plain: bool, to: str | None, quantize: str | None
+    target: Path, out: Path, tracker: Tracker, *, merge: bool, plain: bool, to: str | None, quantize: str | None
 ) -> list[str]:
     if merge and to is None:
         to = "transformers"
@@ -90,7 +90,7 @@ def _export(
         done = export_to(
             target,
             out,
-            hub,
+            tracker,
             target=cast("Target", to),
             merge=merge,
             quantization=cast("Quantization | None", quantize),
@@ -104,7 +104,7 @@ def _export(
         ]
     from trietune.model.adapter.export import export_adapter
 
-    written = export_adapter(target, out, plain=plain, report=hub.say)
+    written = export_adapter(target, out, plain=plain, report=tracker.info)
     return [f"{written.folder}: {written.num_bytes:,} bytes"]
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from trietune.errors import EXIT_DONE, EXIT_OUTPUT_LOST
+from trietune.tracking.terminal import write_text
 
 
 class OutputLost(Exception):  # noqa: N818  (a state of the reader, not a failure of ours)
@@ -102,7 +103,7 @@ def exit_code_of(lost: OutputLost) -> int:
     if lost.number == errno.EPIPE:
         return EXIT_DONE
     reason = "it is closed" if lost.number == errno.EBADF else lost
-    sys.stderr.write(f"error: standard output could not be written: {reason}\n")
+    write_text(sys.stderr, f"error: standard output could not be written: {reason}\n")
     return EXIT_OUTPUT_LOST
 
 

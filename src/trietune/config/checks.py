@@ -46,6 +46,7 @@ def contradictions(settings: Settings) -> list[Problem]:
         *_batching(settings),
         *_trackers(settings),
         *_checkpoints(settings),
+        *_early_stopping(settings),
         *_storage(settings),
         *_devices(settings),
     ]
@@ -66,7 +67,9 @@ def without_effect(settings: Settings) -> list[str]:
 
 
 def _data(settings: Settings) -> Iterator[Problem]:
-    if settings.dataset_id is None and settings.train_file is None:
+    # Data that nobody named at all is asked for when it is read: to ask a model needs none.
+    is_only_cleared = settings.model_fields_set & {"dataset_id", "train_file"} == {"dataset_id"}
+    if settings.dataset_id is None and settings.train_file is None and is_only_cleared:
         yield _clash(settings, "dataset_id", "train_file", "needs", "write `train_file: data.jsonl`")
     if settings.learns_preferences:
         if settings.completion_template is not None:
@@ -125,7 +128,7 @@ def _batching(settings: Settings) -> Iterator[Problem]:
         why = "only a trie shares a beginning"
         yield _clash(settings, "group_by_prefix", "batching", "does not fit", "write `group_by_prefix: auto`", why)
     bound = settings.max_tokens_per_micro_batch
-    if bound != "auto" and bound < settings.max_length:
+    if bound != "auto" and settings.max_length != "auto" and bound < settings.max_length:
         why = "an example of full length would not fit into a micro-batch"
         remedy = f"write `max_tokens_per_micro_batch: {settings.max_length}` or more"
         yield _clash(settings, "max_tokens_per_micro_batch", "max_length", "is below", remedy, why)
@@ -136,7 +139,7 @@ def _trackers(settings: Settings) -> Iterator[Problem]:
         yield _clash(settings, "tracker", "use_wandb", "does not fit", "write `use_wandb: True`, or `tracker: auto`")
     if settings.model_to_wandb and not settings.use_wandb:
         why = "nothing can be uploaded to W&B without W&B"
-        yield _clash(settings, "model_to_wandb", "use_wandb", "needs", "write `model_to_wandb: False`", why)
+        yield _clash(settings, "model_to_wandb", "use_wandb", "needs", "write `use_wandb: True`", why)
 
 
 def _checkpoints(settings: Settings) -> Iterator[Problem]:
@@ -150,6 +153,12 @@ def _checkpoints(settings: Settings) -> Iterator[Problem]:
         why = "the worst checkpoints would be kept as the best"
         remedy = f"write `checkpoint_metric_mode: {right}`"
         yield _clash(settings, "checkpoint_metric_mode", "checkpoint_metric", "does not fit", remedy, why)
+
+
+def _early_stopping(settings: Settings) -> Iterator[Problem]:
+    if settings.early_stopping_threshold and settings.early_stopping_patience is None:
+        remedy = "write `early_stopping_patience: 3`, the evaluations to wait"
+        yield _clash(settings, "early_stopping_threshold", "early_stopping_patience", "needs", remedy)
 
 
 def _storage(settings: Settings) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trietune.config.allowed import allowed_values
+from trietune.config.defaults import ORIGINAL_DEFAULTS
 from trietune.config.foreign import FOREIGN_NAMES
 from trietune.config.not_yet import ELSEWHERE, NOT_YET
 from trietune.config.settings import Settings
@@ -58,13 +59,22 @@ _INTRODUCTION = """# Configuration
 A run is described by one flat YAML file, `trietune train FILE.yaml`. Every key has a default, so a file names only what
 it changes. `trietune init sst2` writes a commented file to start from.
 
-**Where a value comes from.** `--set key=value` on the command line comes first, then the variable `TRIETUNE_<KEY>`
+**Where a value comes from.** The command line comes first (`--learning-rate 2e-4`, `learning_rate=2e-4` or
+`--set learning_rate=2e-4`; the last one written wins), then the variable `TRIETUNE_<KEY>`
 (`TRIETUNE_BATCH_SIZE=8`), then the file, then the default. `trietune train FILE.yaml --show-config` prints every value
 with its origin. After `--set` and in a variable, text needs no quotes; in double quotes, `\\n` is a line break.
 
 **How a file is read.** As YAML 1.2: `6e-5` is a number, and `yes` and `no` are words (write `True` and `False`). An
 unknown key, a key given twice, a value of the wrong type or outside its range, keys that contradict each other, tags
 and aliases are errors. All are reported at once, each with its line and what to write, and nothing is started.
+
+**Two sets of defaults.** A file that writes both `framework` and `use_tt` is one of the original experiment's, and so
+is any file that runs by the original's command: what it leaves out is as the original had it. Every other file, and a
+run without one, has TrieTune's own. The plan says which set applies.
+
+{both_sets}
+
+`TRIETUNE_DEFAULTS=original` (or `trietune`) decides in place of the file.
 
 **Names.** Keys keep the spelling of the Gemma 1.1 LoRA experiment whose files load unchanged. *original* marks one of
 its 42 keys, *original, later* a key of its later files; the others are ours. Names of other tools are
@@ -81,7 +91,7 @@ def groups() -> Mapping[str, tuple[str, ...]]:
 
 def render_documentation() -> str:
     """`docs/configuration.md`: each key with its meaning, what it allows, its default, and what this build refuses."""
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION.replace("{both_sets}", _both_sets())]
     for (title, keys), (_, _, introduction) in zip(groups().items(), _GROUPS, strict=True):
         parts.append(f"## {title}\n\n{introduction}\n")
         parts += [_section(key) for key in keys]
@@ -98,13 +108,27 @@ def _section(key: str) -> str:
         field.description or "",
         "",
         f"- Allowed: {allowed_values(key)}.",
-        f"- Default: `{write_value(field.default)}`",
+        f"- Default: {_own_default(key)}"
+        + (f"; the original's is `{write_value(ORIGINAL_DEFAULTS[key])}`" if key in ORIGINAL_DEFAULTS else ""),
     ]
     refusal = {**NOT_YET, **ELSEWHERE}.get(key)
     if refusal is not None:
         kind = "Not there yet" if key in NOT_YET else "Refused"
         lines.append(f"- {kind}: {refusal.reason}; {refusal.remedy}.")
     return "\n".join(lines) + "\n"
+
+
+def _both_sets() -> str:
+    rows = ["| key | TrieTune's own | the original's |", "|---|---|---|"]
+    for key, original in ORIGINAL_DEFAULTS.items():
+        rows.append(f"| `{key}` | {_own_default(key)} | `{write_value(original)}` |")
+    return "\n".join(rows)
+
+
+def _own_default(key: str) -> str:
+    if key == "wandb_run_name":
+        return "the YAML file's name, else that of the data"
+    return f"`{write_value(Settings.model_fields[key].default)}`"
 
 
 def _names_in_other_tools() -> str:

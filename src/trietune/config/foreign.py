@@ -50,6 +50,9 @@ _NO_SECRETS = "a configuration is kept and shared, and a secret is not"
 _DTYPE_HERE = "the base model's number format is one key here, and the adapter is float32 in any case"
 _FOUR_BITS = "the base model's layers are held in `dtype` or, with `load_in_4bit: True`, in 4 bits"
 
+_PATIENCE = "early_stopping_patience"
+_COUNTS_EVALUATIONS = "it counts evaluations without a better `checkpoint_metric`; `val_steps_freq` says how often"
+
 FOREIGN_NAMES: Mapping[str, ForeignName] = {
     # model
     "model_name_or_path": _same(f"{HF}, {FACTORY}", "model_name"),
@@ -208,6 +211,19 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
         "`resume_from_checkpoint: True`, `resume_option: path` and `checkpoint_path: {value}`",
     ),
     "auto_resume_from_checkpoints": ForeignName(AXOLOTL, ("resume_from_checkpoint",), "`resume_from_checkpoint: auto`"),
+    # early stopping
+    "early_stopping": ForeignName("several tools", (_PATIENCE,), f"`{_PATIENCE}: 3`", _COUNTS_EVALUATIONS),
+    "early_stop": ForeignName("Ludwig", (_PATIENCE,), f"`{_PATIENCE}: 3`", _COUNTS_EVALUATIONS),
+    "use_early_stopping": ForeignName("Simple Transformers", (_PATIENCE,), f"`{_PATIENCE}: 3`", _COUNTS_EVALUATIONS),
+    "early_stopping_steps": _same(FACTORY, _PATIENCE, _COUNTS_EVALUATIONS),
+    "early_stopping_epochs": _same("several tools", _PATIENCE, _COUNTS_EVALUATIONS),
+    "early_stopping_rounds": _same("XGBoost, LightGBM", _PATIENCE, _COUNTS_EVALUATIONS),
+    "patience": _same("Keras, Lightning", _PATIENCE, _COUNTS_EVALUATIONS),
+    "early_stopping_delta": _same("Simple Transformers", "early_stopping_threshold"),
+    "early_stopping_min_delta": _same("several tools", "early_stopping_threshold"),
+    "min_delta": _same("Keras, Lightning", "early_stopping_threshold"),
+    "early_stopping_metric": _same("several tools", "checkpoint_metric", "our metrics begin with `eval/`"),
+    "monitor": _same("Keras, Lightning", "checkpoint_metric", "our metrics begin with `eval/`"),
     # trackers
     "report_to": _same(f"{HF}, {FACTORY}, {MLX}", "tracker"),
     "run_name": _same(HF, "wandb_run_name"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from trietune.config.allowed import allowed_values, choices, takes_null, takes_text
 from trietune.config.checks import contradictions, without_effect
+from trietune.config.defaults import ORIGINAL_DEFAULTS, is_of_the_original
 from trietune.config.names import printable, unknown_key
 from trietune.config.not_yet import refusals
 from trietune.config.problems import Problem, as_user_error
@@ -28,7 +29,8 @@ from trietune.errors import UserError
 
 PREFIX = "TRIETUNE_"
 # Variables of the program that are no configuration keys.
-OTHER_VARIABLES = frozenset({"TRIETUNE_CACHE"})
+DEFAULTS_VARIABLE = f"{PREFIX}DEFAULTS"
+OTHER_VARIABLES = frozenset({"TRIETUNE_CACHE", DEFAULTS_VARIABLE})
 
 # A configuration has a few kilobytes; a model or a data set that is named by mistake has more.
 _MAX_BYTES = 1_000_000
@@ -66,9 +68,12 @@ def load_config(
     """Settings of a run from a YAML file, the environment and overrides.
 
     Args:
-        path: the file; None takes defaults, environment and overrides alone.
+        path: the file; None takes only defaults, environment and overrides.
         overrides: `key=value` texts as after `--set`, or a mapping of keys to Python values.
         environ: where `TRIETUNE_<KEY>` variables are looked up.
+
+    Keys that nobody wrote are as the original experiment had them if the file writes both `framework` and `use_tt`, or
+    `TRIETUNE_DEFAULTS` is `original`, as the original's command has it.
 
     Raises:
         UserError: naming everything that is wrong, each with its place and a remedy.
@@ -78,10 +83,11 @@ def load_config(
     source = None if path is None else str(path)
     if path is not None:
         given |= _from_file(Path(path), problems)
+    is_original = _asks_for_original_defaults(environ, given)
     given |= _from_environment(environ, problems)
     given |= _from_overrides(overrides, problems)
     known = _known_keys(given, problems)
-    settings = _validated(known, problems)
+    settings = _validated(known, problems, {"is_original": is_original, "file": source})
     if problems:
         command = f"`trietune train {source} --dry-run`" if source else "`trietune train --dry-run`"
         problems.sort(key=lambda problem: problem.line)
@@ -150,6 +156,16 @@ def _nearest_file(path: Path) -> str:
     return "`trietune init sst2` writes a commented one to start from"
 
 
+def _asks_for_original_defaults(environ: Mapping[str, str], in_file: Collection[str]) -> bool:
+    asked = environ.get(DEFAULTS_VARIABLE, "")
+    if asked not in ("", "original", "trietune"):
+        raise UserError(
+            f"`{DEFAULTS_VARIABLE}={printable(asked)}` is not a set of defaults",
+            next_step=f"`{DEFAULTS_VARIABLE}=original`, or `trietune`, or leave it unset",
+        )
+    return asked == "original" or (not asked and is_of_the_original(in_file))
+
+
 def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> dict[str, _Given]:
     given: dict[str, _Given] = {}
     for variable in sorted(environ):
@@ -200,18 +216,20 @@ def _known_keys(given: Mapping[str, _Given], problems: list[Problem]) -> dict[st
     return known
 
 
-def _validated(given: Mapping[str, _Given], problems: list[Problem]) -> Settings:
+def _validated(given: Mapping[str, _Given], problems: list[Problem], context: Mapping[str, Any]) -> Settings:
     values = {key: item.value for key, item in given.items()}
     wrong: set[str] = {key for problem in problems for key in problem.keys}
     try:
-        settings = Settings(**values)
+        settings = Settings.model_validate(values, context=context)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             key = str(detail["loc"][0])
             if key not in wrong:
                 wrong.add(key)
-                problems.append(_wrong_value(key, given[key], detail.get("ctx", {}).get("error")))
-        settings = Settings(**{key: value for key, value in values.items() if key not in wrong})
+                default = _default_of(key, is_original=bool(context["is_original"]))
+                problems.append(_wrong_value(key, given[key], default, detail.get("ctx", {}).get("error")))
+        right = {key: value for key, value in values.items() if key not in wrong}
+        settings = Settings.model_validate(right, context=context)
     settings._origins = {key: item.origin for key, item in given.items()}
     settings._notes = (*settings._notes, *without_effect(settings))
     problems += [
@@ -220,7 +238,12 @@ def _validated(given: Mapping[str, _Given], problems: list[Problem]) -> Settings
     return settings
 
 
-def _wrong_value(key: str, item: _Given, detail: Exception | None) -> Problem:
+def _default_of(key: str, *, is_original: bool) -> Any:
+    own = Settings.model_fields[key].default
+    return ORIGINAL_DEFAULTS.get(key, own) if is_original else own
+
+
+def _wrong_value(key: str, item: _Given, default: Any, detail: Exception | None) -> Problem:
     value = item.value
     shown = write_value(without_secrets(value))
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
@@ -229,7 +252,7 @@ def _wrong_value(key: str, item: _Given, detail: Exception | None) -> Problem:
         what = f"`{key}` ({item.origin}) is empty"
     reason = _REASONS.get(key)
     why = f"allowed: {allowed_values(key)}" + "".join(f"\n{extra}" for extra in (reason, detail) if extra)
-    return Problem(what, why, f"write `{_assignment(key, _suggested(key, value), item.origin)}`", (key,))
+    return Problem(what, why, f"write `{_assignment(key, _suggested(key, value, default), item.origin)}`", (key,))
 
 
 def _assignment(key: str, value: Any, origin: str) -> str:
@@ -240,9 +263,8 @@ def _assignment(key: str, value: Any, origin: str) -> str:
     return f"{origin}={text.strip(chr(34))}" if origin.startswith(PREFIX) else f"{key}: {text}"
 
 
-def _suggested(key: str, value: Any) -> Any:
+def _suggested(key: str, value: Any, default: Any) -> Any:
     """The legal value that is nearest to what was written, else the default."""
-    default = Settings.model_fields[key].default
     if takes_null(key) and (value is False or str(value).lower() in {"none", "off", "no"}):
         return None
     words = choices(key)

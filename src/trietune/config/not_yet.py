@@ -1,4 +1,4 @@
-"""Keys that this build cannot honour: refused by name when they are set to something, never read and ignored.
+"""Keys that this build cannot honor: refused by name when they are set to something, never read and ignored.
 
 The table is the whole list. Whoever builds one of the features deletes its lines.
 """

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from trietune.config.allowed import allowed_values
-from trietune.config.normalise import DTYPE_SPELLINGS, SCHEDULE_SPELLINGS
+from trietune.config.normalize import DTYPE_SPELLINGS, SCHEDULE_SPELLINGS
 from trietune.config.settings import Settings
 
-# Spellings that `normalise` accepts beside those of the types.
+# Spellings that `normalize` accepts beside those of the types.
 _TEXT = {"type": "string"}
 _ALSO: dict[str, list[dict[str, Any]]] = {
     "dtype": [

@@ -2,7 +2,8 @@
 
 The keys are flat and keep the spelling of the original experiment. The first sentence below a key is the short
 phrase that messages use ("`lora_r` (rank of the adapter)"); the rest says what changes. The reference in
-`docs/configuration.md`, the comments of `trietune init` and the JSON Schema are all made from here.
+`docs/configuration.md`, the comments of `trietune init`, the options of `trietune train` and the JSON Schema are all
+made from here. The defaults are TrieTune's own; those of the original's files are in `defaults.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
+    ValidationInfo,
     model_validator,
 )
 
-from trietune.config import normalise
+from trietune.config import normalize
+from trietune.config.defaults import ORIGINAL_DEFAULTS, RUN_NAME, run_name_from
 from trietune.config.secrets import without_secrets
 
-Count = Annotated[int, Field(ge=0), BeforeValidator(normalise.whole_number)]
-Positive = Annotated[int, Field(ge=1), BeforeValidator(normalise.whole_number)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(normalize.whole_number)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(normalize.whole_number)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Auto = Literal["auto"]
 
@@ -40,9 +43,9 @@ def _check_plain(text: str) -> str:
     return text
 
 
-PathText = Annotated[str, BeforeValidator(normalise.path_text), AfterValidator(_check_plain)]
-NonEmpty = Annotated[str, Field(min_length=1), BeforeValidator(normalise.path_text), AfterValidator(_check_plain)]
-Names = Annotated[tuple[str, ...], BeforeValidator(normalise.list_of_names)]
+PathText = Annotated[str, BeforeValidator(normalize.path_text), AfterValidator(_check_plain)]
+NonEmpty = Annotated[str, Field(min_length=1), BeforeValidator(normalize.path_text), AfterValidator(_check_plain)]
+Names = Annotated[tuple[str, ...], BeforeValidator(normalize.list_of_names)]
 
 
 def _check_run_name(name: str) -> str:
@@ -82,17 +85,25 @@ def _check_warmup_steps(steps: float) -> float:
     return steps
 
 
-def _implied_values(written: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of keys that nobody wrote, where another key decides them.
+def _implied_values(written: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of keys that nobody wrote, where the file or another key decides them.
 
     A value says everything: a run's `config.yaml` holds every key, and no later reader can ask which of them were
     defaults.
     """
     implied: dict[str, Any] = {}
+    if context.get("is_original"):
+        implied |= {key: value for key, value in ORIGINAL_DEFAULTS.items() if key not in written}
+    elif "wandb_run_name" not in written:
+        data = written.get("train_file") or written.get("dataset_id")
+        named_by = context.get("file") or (data[0] if isinstance(data, list | tuple) and data else data)
+        implied["wandb_run_name"] = run_name_from(str(named_by)) if named_by else RUN_NAME
     if "dataset_id" not in written and written.get("train_file") is not None:
         implied["dataset_id"] = None
-    if "use_wandb" not in written and written.get("tracker", "auto") not in ("auto", "wandb"):
-        implied["use_wandb"] = False
+    if "use_wandb" not in written and written.get("tracker", "auto") != "auto":
+        implied["use_wandb"] = written["tracker"] == "wandb"
+    if "use_tt" not in written and written.get("device") == "tt":
+        implied["use_tt"] = True
     return implied
 
 
@@ -105,7 +116,7 @@ class Settings(BaseModel):
 
     # Data
 
-    dataset_id: NonEmpty | None = "stanfordnlp/sst2"
+    dataset_id: NonEmpty | None = None
     """Data set that is trained on. `stanfordnlp/sst2` (also `sst2`, `glue/sst2`, `nyu-mll/glue`) and
     `rajpurkar/squad_v2` (also `squad_v2`, `squadv2`) bring their prompts. Any other hub id (`name:config@revision`),
     file or folder is read by its columns, or by the templates below. Beside `train_file` it only names the task, and is
@@ -125,9 +136,10 @@ class Settings(BaseModel):
     max_train_examples: Positive | None = None
     """Number of training examples that are used, the first ones of the data. Without it, all are."""
 
-    max_length: Annotated[int, Field(ge=2), BeforeValidator(normalise.whole_number)] = 32
+    max_length: Annotated[int, Field(ge=2), BeforeValidator(normalize.whole_number)] | Auto = "auto"
     """Longest sequence in tokens, begin and end tokens included. Longer examples follow `overlong`. Nothing is padded
-    to this length, so a large value costs nothing by itself."""
+    to this length, so a large value costs nothing by itself. `auto` leaves out only what is longer than the model has
+    positions; the plan says how long the data is."""
 
     overlong: Literal["drop", "truncate_prompt", "error"] = "drop"
     """Fate of training examples longer than `max_length`: dropped and counted, prompt shortened from the left, or an
@@ -141,9 +153,14 @@ class Settings(BaseModel):
     """Text that the model learns to write after the prompt, with columns in braces. Needed with `prompt_template`, but
     not for preferences, which bring their answers."""
 
-    chat_template: Annotated[str, Field(min_length=1), BeforeValidator(normalise.path_text)] | None = None
+    chat_template: Annotated[str, Field(min_length=1), BeforeValidator(normalize.path_text)] | None = None
     """Chat template (Jinja text, or a file that holds it) for data with `messages`. Without it, the tokenizer's own is
     used."""
+
+    add_bos: bool | Auto = "auto"
+    """Whether every sequence begins with the tokenizer's beginning-of-sequence token, once. `auto` puts it there if the
+    tokenizer has one and does not say `add_bos_token: false`. The adapter's `prompt_format.json` keeps what was done,
+    and `evaluate` and `predict` follow it; a chat template may write the token itself."""
 
     ignored_index: int = -100
     """Label that counts for nothing, in data that brings labels of its own."""
@@ -158,11 +175,11 @@ class Settings(BaseModel):
 
     # Base model
 
-    model_name: Annotated[NonEmpty, BeforeValidator(normalise.published_model)] = "google/gemma-1.1-2b-it"
+    model_name: Annotated[NonEmpty, BeforeValidator(normalize.published_model)] = "smollm2-135m-instruct"
     """Base model: a hub id (a revision may follow after `@`), a folder, a `.gguf` file, or `smollm2-135m-instruct`, the
     sample model."""
 
-    dtype: Annotated[Literal["auto", "bfloat16", "float32", "float16"], BeforeValidator(normalise.dtype)] = "bfloat16"
+    dtype: Annotated[Literal["auto", "bfloat16", "float32", "float16"], BeforeValidator(normalize.dtype)] = "auto"
     """Number format of the base model's weights. The adapter and the optimizer keep float32 in any case. `auto` takes
     what this device multiplies fastest; `float16` needs CUDA."""
 
@@ -181,19 +198,19 @@ class Settings(BaseModel):
     training_model_type: Literal["lora"] = "lora"
     """Later name of `training_type`."""
 
-    lora_r: Positive = 4
+    lora_r: Positive = 8
     """Rank of the adapter. More rank can learn more, and the adapter's size grows with it."""
 
-    lora_alpha: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] = 8
+    lora_alpha: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] = 16
     """Strength of the adapter: its output is scaled by `lora_alpha / lora_r`."""
 
     lora_target_modules: Annotated[
-        str | tuple[str, ...], BeforeValidator(normalise.target_modules), AfterValidator(_check_target_modules)
+        str | tuple[str, ...], BeforeValidator(normalize.target_modules), AfterValidator(_check_target_modules)
     ] = "all-linear"
     """Layers that get an adapter: names, one regular expression over full names, or `all-linear` for every linear
     layer but the output head."""
 
-    lora_target_parameters: Annotated[tuple[NonEmpty, ...] | Auto, BeforeValidator(normalise.list_of_names_or_auto)] = (
+    lora_target_parameters: Annotated[tuple[NonEmpty, ...] | Auto, BeforeValidator(normalize.list_of_names_or_auto)] = (
         "auto"
     )
     """Experts that get an adapter, in models that keep all experts of a layer in one parameter: the ends of names, such
@@ -274,10 +291,10 @@ class Settings(BaseModel):
 
     # Optimization
 
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 6e-5
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
     """Step size of the optimizer. Constant, unless `lr_scheduler_type` says otherwise."""
 
-    batch_size: Positive = 4
+    batch_size: Positive = 16
     """Examples in a batch, over all devices. The last, smaller batch of an epoch is kept. A pair, or a set of ranked
     answers, is one example."""
 
@@ -287,10 +304,10 @@ class Settings(BaseModel):
     num_epochs: Count = 1
     """Passes over the training data. 0 evaluates and trains nothing."""
 
-    max_steps: Annotated[Positive | None, BeforeValidator(normalise.none_if_minus_one)] = None
+    max_steps: Annotated[Positive | None, BeforeValidator(normalize.none_if_minus_one)] = None
     """Optimizer steps after which training ends, even within an epoch. Without it, `num_epochs` decides."""
 
-    max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalise.duration_s)] = None
+    max_time: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalize.duration_s)] = None
     """Time after which the run ends, early enough to save: `55m`, `1h30m`, `01:30:00`, or a number of seconds."""
 
     optim: Literal[
@@ -302,10 +319,10 @@ class Settings(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Pull of the adapter's weights towards zero. 0.01 is AdamW's own default in PyTorch."""
 
-    max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalise.none_if_zero)] = None
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalize.none_if_zero)] = None
     """Length to which longer gradients are shortened. Without it (or with 0), gradients stay as they are."""
 
-    lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], BeforeValidator(normalise.schedule)] = (
+    lr_scheduler_type: Annotated[Literal["constant", "linear", "cosine"], BeforeValidator(normalize.schedule)] = (
         "constant"
     )
     """Course of the learning rate after warm-up: it stays, or falls to zero in a line or along a cosine."""
@@ -318,7 +335,7 @@ class Settings(BaseModel):
     ] = 0
     """Steps over which the learning rate rises from zero. Below 1 it is a share of all steps, like `warmup_ratio`."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(normalise.whole_number)] = 23
+    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(normalize.whole_number)] = 23
     """Seed of the data order, of the adapter's first weights and of dropout."""
 
     deterministic: bool = False
@@ -371,14 +388,14 @@ class Settings(BaseModel):
     # Log and trackers
 
     log_level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(normalise.upper_case)
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(normalize.upper_case)
     ] = "INFO"
     """Least level of the diagnostic messages on stderr."""
 
     steps_freq: Positive = 10
     """Steps between two entries of training metrics. With `save_strategy: step`, also between two checkpoints."""
 
-    use_wandb: bool = True
+    use_wandb: bool = False
     """Whether Weights & Biases is told. If it is not installed, not logged in or not reachable, one line says so and
     the run goes on without it."""
 
@@ -386,14 +403,14 @@ class Settings(BaseModel):
     """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value decides
     alone."""
 
-    wandb_project: NonEmpty = "gemma11-finetuning"
+    wandb_project: NonEmpty = "trietune"
     """Project that the run belongs to in the tracker."""
 
-    wandb_run_name: Annotated[str, AfterValidator(_check_run_name)] = "tt-gemma11-sst2"
-    """Name of the run, in the tracker and as its folder. If the folder exists, `-2`, `-3` is added, unless the run is
-    resumed."""
+    wandb_run_name: Annotated[str, AfterValidator(_check_run_name)] = RUN_NAME
+    """Name of the run, in the tracker and as its folder. Without it, the YAML file's name, else that of the data. If
+    the folder exists, `-2`, `-3` is added, unless the run is resumed."""
 
-    wandb_tags: Names = ("test",)
+    wandb_tags: Names = ()
     """Tags of the run in the tracker."""
 
     wandb_watch_mode: Literal["all", "gradients", "parameters"] | None = "all"
@@ -407,7 +424,7 @@ class Settings(BaseModel):
 
     # Checkpoints
 
-    project_dir: NonEmpty = "blacksmith/experiments/torch/gemma11"
+    project_dir: NonEmpty = "runs"
     """Folder that holds the folders of runs."""
 
     save_strategy: Literal["epoch", "step", "no"] = "epoch"
@@ -428,12 +445,20 @@ class Settings(BaseModel):
     keep_best_n: Count = 3
     """Best checkpoints that are kept, by `checkpoint_metric`."""
 
-    checkpoint_metric: Annotated[str, BeforeValidator(normalise.metric), AfterValidator(_check_metric)] = "eval/loss"
+    checkpoint_metric: Annotated[str, BeforeValidator(normalize.metric), AfterValidator(_check_metric)] = "eval/loss"
     """Metric that ranks checkpoints. `val/loss` is another name of `eval/loss`. A checkpoint whose own weights were not
     evaluated is not ranked."""
 
     checkpoint_metric_mode: Literal["min", "max"] = "min"
     """Direction in which `checkpoint_metric` is better."""
+
+    early_stopping_patience: Positive | None = None
+    """Evaluations without a better `checkpoint_metric` after which training ends. The last evaluation and the choice of
+    the final adapter follow as usual; `val_steps_freq` says how often it is evaluated. Without it, training goes on to
+    the end."""
+
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """Amount by which an evaluation must be better to count as better for `early_stopping_patience`."""
 
     on_save_error: Literal["continue", "stop"] = "continue"
     """Reaction to a checkpoint that cannot be written: go on and try again at the next one, or stop."""
@@ -469,7 +494,7 @@ class Settings(BaseModel):
 
     # Devices
 
-    use_tt: bool = True
+    use_tt: bool = False
     """Whether a Tenstorrent device comes first. If there is none, CUDA is used, else the CPU, and one line says so."""
 
     device: Literal["auto", "cpu", "cuda", "mps", "tt", "xla"] = "auto"
@@ -479,10 +504,10 @@ class Settings(BaseModel):
     """Way in which several devices share the work. With a mesh, the devices of one process; without one, the processes
     that `--nproc` or torchrun started: they share each step (`data_parallel`), or the frozen layers too (`fsdp`)."""
 
-    mesh_shape: Annotated[tuple[Positive, ...] | None, BeforeValidator(normalise.mesh_shape)] = None
+    mesh_shape: Annotated[tuple[Positive, ...] | None, BeforeValidator(normalize.mesh_shape)] = None
     """Shape of the device mesh, as a list or as text such as `8,1`."""
 
-    mesh_axis_names: Annotated[tuple[str, ...] | None, BeforeValidator(normalise.list_of_names)] = None
+    mesh_axis_names: Annotated[tuple[str, ...] | None, BeforeValidator(normalize.list_of_names)] = None
     """Names of the mesh's axes."""
 
     tp_sharding_specs: dict[str, Any] | list[Any] | None = None
@@ -536,15 +561,18 @@ class Settings(BaseModel):
 
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
     _notes: tuple[str, ...] = PrivateAttr(default=())
+    _has_original_defaults: bool = PrivateAttr(default=False)
 
     @model_validator(mode="wrap")
     @classmethod
-    def _note_replacements(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        implied = _implied_values(values) if isinstance(values, Mapping) else {}
+    def _fill_in(cls, values: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        context = info.context or {}
+        implied = _implied_values(values, context) if isinstance(values, Mapping) else {}
         settings = handler({**values, **implied} if implied else values)
         settings.__pydantic_fields_set__.difference_update(implied)
+        settings._has_original_defaults = bool(context.get("is_original"))
         given = values.get("model_name") if isinstance(values, Mapping) else None
-        if isinstance(given, str) and normalise.published_model(given) != given:
+        if isinstance(given, str) and normalize.published_model(given) != given:
             settings._notes = (f"`{given}` was never published; `{settings.model_name}` is used instead",)
         return settings
 
@@ -558,6 +586,11 @@ class Settings(BaseModel):
     def notes(self) -> tuple[str, ...]:
         """What a user should be told once about these settings, one line each."""
         return self._notes
+
+    @property
+    def has_original_defaults(self) -> bool:
+        """Whether keys that nobody wrote are as the original experiment had them, and not TrieTune's own."""
+        return self._has_original_defaults
 
     @property
     def tracker_name(self) -> Literal["wandb", "tensorboard", "trackio", "none"]:

@@ -64,16 +64,15 @@ def template_kinds() -> tuple[TemplateKind, ...]:
     return get_args(TemplateKind)
 
 
-def render_template(kind: TemplateKind, *, schema_location: str = SCHEMA_FILE) -> str:
+def render_template(kind: TemplateKind) -> str:
     """A commented YAML file that loads as it stands.
 
     Args:
         kind: one of `template_kinds()`.
-        schema_location: path or address of the JSON Schema, for the editor's line at the top.
     """
     values = {**_COMMON, **_VALUES[kind]}
     lines = [
-        f"# yaml-language-server: $schema={schema_location}",
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# {_HEADINGS[kind]}",
         "# A key behind `# ` has its default; `trietune train FILE.yaml --dry-run` shows what would run.",
     ]

@@ -63,7 +63,10 @@ class AnswerSets:
 
     def parts_of(self, rows: np.ndarray) -> list[np.ndarray]:
         """The sequences of these rows, apart: those that are learnt from, and those that are only scored, if any."""
-        sequences = self.sequences_of(rows)
+        return self.apart(self.sequences_of(rows))
+
+    def apart(self, sequences: np.ndarray) -> list[np.ndarray]:
+        """These sequences, apart: those that are learnt from, and those that are only scored, if any."""
         is_trained = self.is_trained[sequences]
         parts = [sequences[is_trained], sequences[~is_trained]]
         return [part for part in parts if len(part)]
@@ -163,8 +166,8 @@ def with_every_label(sequences: TokenArrays, completions: Sequence[np.ndarray]) 
 
 def first_labels(labels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Where each sequence's first label is; its end if it has none. int64 [B]."""
-    labelled = np.append(np.flatnonzero(labels != IGNORED_LABEL), offsets[-1])
-    first: np.ndarray = np.minimum(labelled[np.searchsorted(labelled, offsets[:-1])], offsets[1:])
+    labeled = np.append(np.flatnonzero(labels != IGNORED_LABEL), offsets[-1])
+    first: np.ndarray = np.minimum(labeled[np.searchsorted(labeled, offsets[:-1])], offsets[1:])
     return first
 
 

@@ -74,7 +74,6 @@ class CacheWriter:
         parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(parent)
         self._final = parent / key
-        self._cache_folder = cache_folder
         self._folder = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=parent))
         self._input_ids = _ArrayFile(self._folder / "input_ids.npy", np.dtype("<i4"))
         self._labels = _ArrayFile(self._folder / "labels.npy", np.dtype("<i4"))

@@ -1,7 +1,7 @@
 """Which columns of a row make an example, and how.
 
-A recipe is chosen once a data set, from its columns, its name and the templates that the user wrote, and then applied
-to each row of it. The first of these that fits is taken:
+A row format is chosen once per data set, from its columns, its name and the templates that the user wrote, and then
+applied to each row of it. The first of these that fits is taken:
 
     prompt_template, completion_template     the user's own words
     the name or the file's form              SST-2: sentence, label; SQuAD v2: context, question, answers
@@ -37,11 +37,11 @@ from trietune.data.templates import (
 from trietune.errors import UserError
 
 TaskName = Literal["sst2", "squad"]
-RecipeKind = Literal[
+RowFormatKind = Literal[
     "templates", "sst2", "squad", "tokens", "messages", "columns", "text", "answers", "answer_messages"
 ]  # fmt: skip
 
-REQUIRED_COLUMNS: dict[RecipeKind, tuple[str, ...]] = {
+REQUIRED_COLUMNS: dict[RowFormatKind, tuple[str, ...]] = {
     "sst2": ("sentence", "label"),
     "squad": ("context", "question", "answers"),
     "tokens": ("input_ids", "labels"),
@@ -50,28 +50,28 @@ REQUIRED_COLUMNS: dict[RecipeKind, tuple[str, ...]] = {
     "text": ("text",),
 }
 # Columns that say by their names what they hold. Those of SST-2 and SQuAD do not: CoLA has the same as SST-2.
-FORMS: tuple[RecipeKind, ...] = ("tokens", "messages", "columns", "text")
+FORMS: tuple[RowFormatKind, ...] = ("tokens", "messages", "columns", "text")
 _SST2_LABEL_OF: dict[object, int] = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, "positive": 1}
 
 
 # Columns of preferences, ranked answers and verdicts; `data/preferences.py` reads them.
 _OF_PREFERENCES = ("prompt", "chosen", "rejected", "completions", "completion", "scores", "ranking", "label", "tools")
-_ALSO_USED: dict[RecipeKind, tuple[str, ...]] = {"tokens": ("attention_mask",), "squad": ("id",)}
+_ALSO_USED: dict[RowFormatKind, tuple[str, ...]] = {"tokens": ("attention_mask",), "squad": ("id",)}
 
 
 class WrongRow(Exception):  # noqa: N818  (a value of the data, counted and located)
     """A row that was read, but cannot be an example; the text says why."""
 
 
-class Unlabelled(WrongRow):
+class Unlabeled(WrongRow):
     """A row of a split that was published without its labels."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class RowFormat:
     """How a row becomes an example; plain values, so that a cache can be named after them."""
 
-    kind: RecipeKind
+    kind: RowFormatKind
     prompt_template: str = ""
     completion_template: str = ""
     template_columns: tuple[str, ...] | None = None
@@ -81,15 +81,15 @@ class Recipe:
         return {"sst2": SST2_TASK, "squad": SQUAD_TASK}.get(self.kind, Task(kind="text"))
 
 
-def choose_recipe(
+def choose_row_format(
     columns: Sequence[str],
     *,
     task_name: TaskName | None,
     prompt_template: str | None,
     completion_template: str | None,
     source: str,
-) -> Recipe:
-    """The recipe for data with these columns.
+) -> RowFormat:
+    """The row format for data with these columns.
 
     Args:
         task_name: the task that `dataset_id` names, if it names one.
@@ -110,10 +110,10 @@ def choose_recipe(
                 next_step=f"rename its columns to {_names(REQUIRED_COLUMNS[task_name])}, or name no known data set in "
                 "`dataset_id` and write `prompt_template` and `completion_template`",
             )
-        return built_in_recipe(task_name)
+        return built_in_row_format(task_name)
     for kind in FORMS:
         if all(name in columns for name in REQUIRED_COLUMNS[kind]):
-            return built_in_recipe(kind)
+            return built_in_row_format(kind)
     for name, looks_like in _TASK_IN_WORDS.items():
         if all(column in columns for column in REQUIRED_COLUMNS[name]):
             raise UserError(
@@ -134,7 +134,7 @@ def choose_recipe(
     )
 
 
-def find_form(row: Mapping[str, Any]) -> RecipeKind | None:
+def find_form(row: Mapping[str, Any]) -> RowFormatKind | None:
     """The form of one row by the columns in which it holds something; None if it has none of the known ones."""
     return next(
         (kind for kind in FORMS if all(row.get(name) is not None for name in REQUIRED_COLUMNS[kind])),
@@ -148,24 +148,24 @@ def is_squad_row(row: Mapping[str, Any]) -> bool:
     return isinstance(answers, Mapping) and {"text", "answer_start"} <= set(answers)
 
 
-def find_unused(columns: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
+def find_unused(columns: Sequence[str], row_format: RowFormat) -> tuple[str, ...]:
     """The columns that examples are not made of."""
-    if recipe.kind == "templates":
-        both = (recipe.prompt_template, recipe.completion_template)
-        used = {name for one in both for name in find_columns(one, recipe.template_columns)}
-    elif recipe.kind in ("answers", "answer_messages"):
-        used = {*_OF_PREFERENCES, *find_columns(recipe.prompt_template, recipe.template_columns)}
+    if row_format.kind == "templates":
+        both = (row_format.prompt_template, row_format.completion_template)
+        used = {name for one in both for name in find_columns(one, row_format.template_columns)}
+    elif row_format.kind in ("answers", "answer_messages"):
+        used = {*_OF_PREFERENCES, *find_columns(row_format.prompt_template, row_format.template_columns)}
     else:
-        used = {*REQUIRED_COLUMNS[recipe.kind], *_ALSO_USED.get(recipe.kind, ())}
+        used = {*REQUIRED_COLUMNS[row_format.kind], *_ALSO_USED.get(row_format.kind, ())}
     return tuple(name for name in columns if name not in used)
 
 
-def example_maker(recipe: Recipe) -> Callable[[Mapping[str, Any], str], Example]:
+def example_maker(row_format: RowFormat) -> Callable[[Mapping[str, Any], str], Example]:
     """The function from a row and its id to an example.
 
     It raises `WrongRow` for a row that cannot be one. Rows of `tokens` are made elsewhere: they need the tokenizer.
     """
-    makers: dict[RecipeKind, Callable[[Recipe, Mapping[str, Any], str], Example]] = {
+    makers: dict[RowFormatKind, Callable[[RowFormat, Mapping[str, Any], str], Example]] = {
         "templates": _make_from_templates,
         "sst2": _make_sst2,
         "squad": _make_squad,
@@ -173,10 +173,10 @@ def example_maker(recipe: Recipe) -> Callable[[Mapping[str, Any], str], Example]
         "columns": _make_pair,
         "text": _make_text,
     }
-    return partial(makers[recipe.kind], recipe)
+    return partial(makers[row_format.kind], row_format)
 
 
-def _from_templates(columns: Sequence[str], prompt_template: str, completion_template: str, source: str) -> Recipe:
+def _from_templates(columns: Sequence[str], prompt_template: str, completion_template: str, source: str) -> RowFormat:
     for key, template in (("prompt_template", prompt_template), ("completion_template", completion_template)):
         for name in find_unknown_names(template, columns):
             raise UserError(
@@ -190,7 +190,7 @@ def _from_templates(columns: Sequence[str], prompt_template: str, completion_tem
             where=f"`{source}` has the columns {_names(columns)}",
             next_step='completion_template: " {column}"     (with the column that holds the answer)',
         )
-    return Recipe(
+    return RowFormat(
         "templates",
         prompt_template=prompt_template,
         completion_template=completion_template,
@@ -206,13 +206,13 @@ def _instead_of(name: str, columns: Sequence[str]) -> str:
     return f"did you mean `{{{simple[near[0]]}}}`?" if near else f"write `{{{{{name}}}}}` if it is plain text"
 
 
-def built_in_recipe(kind: RecipeKind) -> Recipe:
-    """The recipe that needs no words of the user's."""
-    return Recipe(kind, prompt_template={"sst2": SST2_PROMPT, "squad": SQUAD_PROMPT}.get(kind, ""))
+def built_in_row_format(kind: RowFormatKind) -> RowFormat:
+    """The row format that needs no words of the user's."""
+    return RowFormat(kind, prompt_template={"sst2": SST2_PROMPT, "squad": SQUAD_PROMPT}.get(kind, ""))
 
 
-def recipe_of_adapter(prompt_format: PromptFormat, columns: Sequence[str], source: str) -> Recipe:
-    """The recipe for data with these columns in the templates that an adapter was trained with.
+def row_format_of_adapter(prompt_format: PromptFormat, columns: Sequence[str], source: str) -> RowFormat:
+    """The row format for data with these columns in the templates that an adapter was trained with.
 
     Raises:
         UserError: they ask for columns that are not there.
@@ -225,7 +225,7 @@ def recipe_of_adapter(prompt_format: PromptFormat, columns: Sequence[str], sourc
             where=f"its columns are {_names(columns)}",
             next_step=f"rename columns of the data to {_names(missing)}",
         )
-    return Recipe("templates", *templates, template_columns=prompt_format.template_columns)
+    return RowFormat("templates", *templates, template_columns=prompt_format.template_columns)
 
 
 def find_built_in(prompt_format: PromptFormat) -> TaskName | None:
@@ -235,29 +235,29 @@ def find_built_in(prompt_format: PromptFormat) -> TaskName | None:
     return next((name for name, expected in known.items() if own == expected), None)
 
 
-def _make_from_templates(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
-    completion = _fill(recipe.completion_template, row, recipe.template_columns)
-    prompt = _fill(recipe.prompt_template, row, recipe.template_columns)
+def _make_from_templates(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
+    completion = _fill(row_format.completion_template, row, row_format.template_columns)
+    prompt = _fill(row_format.prompt_template, row, row_format.template_columns)
     return Example(id=example_id, prompt=prompt, completion=completion)
 
 
-def _make_sst2(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_sst2(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
     value = row.get("label")
     label = _SST2_LABEL_OF.get(value.strip() if isinstance(value, str) else value)
     if label is None:
         if str(value).strip() in ("-1", "None", "nan", ""):
-            raise Unlabelled(f"label `{value}` stands for no label")
+            raise Unlabeled(f"label `{value}` stands for no label")
         raise WrongRow(f"label `{value}` is neither 0 (negative) nor 1 (positive)")
-    return Example(id=example_id, prompt=_fill(recipe.prompt_template, row), completion=SST2_TASK.labels[label])
+    return Example(id=example_id, prompt=_fill(row_format.prompt_template, row), completion=SST2_TASK.labels[label])
 
 
-def _make_squad(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_squad(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
     answers = _read_answers(row.get("answers"))
     completion = answers[0] if answers else UNANSWERABLE
     own_id = row.get("id")
     return Example(
         id=own_id if isinstance(own_id, str) and own_id else example_id,
-        prompt=_fill(recipe.prompt_template, row),
+        prompt=_fill(row_format.prompt_template, row),
         completion=completion,
         answers=answers,
     )
@@ -280,7 +280,7 @@ def _read_answers(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _make_conversation(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_conversation(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
     try:
         messages = read_messages(row.get("messages"))
     except TypeError as error:
@@ -293,11 +293,11 @@ def _make_conversation(recipe: Recipe, row: Mapping[str, Any], example_id: str) 
     return Example(id=example_id, prompt="", completion=messages[-1].content, messages=messages)
 
 
-def _make_pair(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_pair(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
     return Example(id=example_id, prompt=_text(row, "prompt"), completion=_text(row, "completion"))
 
 
-def _make_text(recipe: Recipe, row: Mapping[str, Any], example_id: str) -> Example:
+def _make_text(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
     return Example(id=example_id, prompt="", completion=_text(row, "text"))
 
 

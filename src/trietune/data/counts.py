@@ -106,9 +106,9 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
     return lines
 
 
-def name_places(samples: Iterable[str], number: int, *, shown: int = 3) -> str:
+def name_places(samples: Iterable[str], number: int) -> str:
     """`train.tsv:4, train.tsv:9, ...`"""
-    first = list(samples)[:shown]
+    first = list(samples)[:3]
     return ", ".join(first) + (", ..." if number > len(first) else "")
 
 

@@ -16,7 +16,7 @@ from trietune.data.answers import flat_ranges
 from trietune.data.cache import CacheWriter
 from trietune.data.columns import WrongRow
 from trietune.data.counts import Count, SplitCounts
-from trietune.data.encode_rows import ROWS_A_BLOCK, Problems, Rules
+from trietune.data.encode_rows import ROWS_PER_BLOCK, LengthRules, Problems
 from trietune.data.encoder import EncodedExamples, Encoder
 from trietune.data.examples import IGNORED_LABEL
 from trietune.data.files import BrokenRow
@@ -31,7 +31,7 @@ def tokenize_answers(
     source: str,
     form: AnswerForm,
     encoder: Encoder,
-    rules: Rules,
+    rules: LengthRules,
     check_stop: Callable[[], None],
     progress: Callable[[int], None],
     left_out: np.ndarray | None = None,
@@ -46,7 +46,7 @@ def tokenize_answers(
     """
     tally = _Tally(SplitCounts(source=source))
     read = answer_reader(form)
-    while block := list(islice(placed, ROWS_A_BLOCK)):
+    while block := list(islice(placed, ROWS_PER_BLOCK)):
         check_stop()
         rows = _read_block(block, read, left_out, tally)
         if not tally.problems.number:
@@ -101,7 +101,9 @@ def _read_block(
     return rows
 
 
-def _write_block(rows: Sequence[AnswerRow], writer: CacheWriter, encoder: Encoder, rules: Rules, tally: _Tally) -> None:
+def _write_block(
+    rows: Sequence[AnswerRow], writer: CacheWriter, encoder: Encoder, rules: LengthRules, tally: _Tally
+) -> None:
     kept = [told for row in rows if (told := _without_repeats(row, tally)) is not None]
     examples = [example for row in kept for example in row.examples]
     try:
@@ -152,7 +154,12 @@ def _note_refused(rows: Sequence[AnswerRow], encoder: Encoder, tally: _Tally) ->
 
 
 def _fit(
-    encoded: EncodedExamples, sizes: np.ndarray, places: Sequence[str], rules: Rules, encoder: Encoder, tally: _Tally
+    encoded: EncodedExamples,
+    sizes: np.ndarray,
+    places: Sequence[str],
+    rules: LengthRules,
+    encoder: Encoder,
+    tally: _Tally,
 ) -> tuple[EncodedExamples, np.ndarray]:
     """Apply `max_length`; returns the answers that stay, and which rows do: bool [rows]."""
     starts = np.cumsum(sizes) - sizes
@@ -193,8 +200,8 @@ def _cut_prompts(
     for row in np.flatnonzero(surplus).tolist():
         answers = range(int(firsts[row]), int(firsts[row] + sizes[row]))
         first = answers[0]
-        labelled = np.flatnonzero(encoded.labels[begins[first] : ends[first]] != IGNORED_LABEL)
-        if len(labelled) and surplus[row] + int(has_bos) < labelled[0]:
+        labeled = np.flatnonzero(encoded.labels[begins[first] : ends[first]] != IGNORED_LABEL)
+        if len(labeled) and surplus[row] + int(has_bos) < labeled[0]:
             cut[answers.start : answers.stop] = surplus[row]
             is_cut[row] = True
     keep = np.ones(len(encoded.input_ids), bool)

@@ -20,9 +20,9 @@ from trietune.data.chat import Segment
 from trietune.data.columns import (
     FORMS,
     REQUIRED_COLUMNS,
-    Recipe,
-    RecipeKind,
-    Unlabelled,
+    RowFormat,
+    RowFormatKind,
+    Unlabeled,
     WrongRow,
     example_maker,
     find_form,
@@ -39,13 +39,13 @@ from trietune.errors import UserError
 _T = TypeVar("_T")
 
 Overlong = Literal["drop", "truncate_prompt", "error"]
-ROWS_A_BLOCK = 4096
+ROWS_PER_BLOCK = 4096
 # Completions are tallied until there are more different ones than any set of labels has.
 COMPLETIONS_TALLIED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class LengthRules:
     """What to do with examples.
 
     Attributes:
@@ -65,9 +65,9 @@ def tokenize_rows(
     writer: CacheWriter,
     *,
     source: str,
-    recipe: Recipe,
+    row_format: RowFormat,
     encoder: Encoder,
-    rules: Rules,
+    rules: LengthRules,
     check_stop: Callable[[], None],
     progress: Callable[[int], None],
     left_out: np.ndarray | None = None,
@@ -83,15 +83,15 @@ def tokenize_rows(
         UserError: rows are broken or labels wrong; all of them are counted, the first ten are named.
     """
     tally = _Tally(source=source)
-    to_example = _example_reader(recipe, encoder, rules)
+    to_example = _example_reader(row_format, encoder, rules)
     if weighting is not None and weighting.has_column:
         to_example = _with_row_weights(to_example)
-    while block := list(islice(placed, ROWS_A_BLOCK)):
+    while block := list(islice(placed, ROWS_PER_BLOCK)):
         check_stop()
         read = _read_block(block, to_example, left_out, tally)
         # After a first broken row nothing will be written: the rest is only read to be counted.
         if not tally.problems.number:
-            _write_block(read, writer, recipe, encoder, rules, tally, is_weighted=weighting is not None)
+            _write_block(read, writer, row_format, encoder, rules, tally, is_weighted=weighting is not None)
         progress(tally.read)
     tally.problems.raise_any(source, tally.seen)
     tally.too_long.raise_any(source, tally.seen)
@@ -106,12 +106,12 @@ class Problems:
     next_step: str
 
     number: int = 0
-    num_unlabelled: int = 0
+    num_unlabeled: int = 0
     samples: list[str] = field(default_factory=list)
 
-    def add(self, place: str, reason: str, *, is_unlabelled: bool = False) -> None:
+    def add(self, place: str, reason: str, *, is_unlabeled: bool = False) -> None:
         self.number += 1
-        self.num_unlabelled += is_unlabelled
+        self.num_unlabeled += is_unlabeled
         if len(self.samples) < SAMPLES_KEPT:
             self.samples.append(f"{place}: {reason}")
 
@@ -120,7 +120,7 @@ class Problems:
         if not self.number:
             return
         more = self.number - len(self.samples)
-        is_test_split = self.num_unlabelled == self.number
+        is_test_split = self.num_unlabeled == self.number
         raise UserError(
             f"{self.number:,} of {num_rows:,} rows of `{source}` {'have no label' if is_test_split else self.verdict}",
             where="\n       ".join([*self.samples, *([f"and {more:,} more"] if more else [])]),
@@ -201,45 +201,45 @@ class _Tally:
         )
 
 
-def _example_reader(recipe: Recipe, encoder: Encoder, rules: Rules) -> Callable[[Row, str], list[_Read]]:
+def _example_reader(row_format: RowFormat, encoder: Encoder, rules: LengthRules) -> Callable[[Row, str], list[_Read]]:
     """The function from a row and its place to what is written of it; it raises `WrongRow`."""
-    if recipe.kind == "tokens":
+    if row_format.kind == "tokens":
 
         def read_tokens(row: Row, place: str) -> list[_Read]:
-            _check_form(row, recipe)
+            _check_form(row, row_format)
             return [_read_tokens(row, place, encoder, rules)]
 
         return read_tokens
-    make = example_maker(recipe)
-    prompt_columns = find_columns(recipe.prompt_template, recipe.template_columns)
+    make = example_maker(row_format)
+    prompt_columns = find_columns(row_format.prompt_template, row_format.template_columns)
 
     def read(row: Row, place: str) -> list[_Read]:
-        _check_form(row, recipe)
+        _check_form(row, row_format)
         example = make(row, place)
         if encoder.prompt_format.is_turn_by_turn:
             turns = _turns(example)
             return [_Read(place, turn, _segments(turn, encoder), None, has_empty_text=False) for turn in turns]
         is_empty = any(not to_text(row.get(name), name).strip() for name in prompt_columns)
-        if recipe.kind == "columns":
+        if row_format.kind == "columns":
             is_empty = not example.prompt.strip()
         return [_Read(place, example, _segments(example, encoder), None, is_empty)]
 
     return read
 
 
-def _check_form(row: Row, recipe: Recipe) -> None:
+def _check_form(row: Row, row_format: RowFormat) -> None:
     """The first row decides how all are read; one that would be read in another way may not pass in silence."""
-    if recipe.kind not in FORMS:
+    if row_format.kind not in FORMS:
         return
     own = find_form(row)
-    if own is not None and FORMS.index(own) < FORMS.index(recipe.kind):
+    if own is not None and FORMS.index(own) < FORMS.index(row_format.kind):
         raise WrongRow(
-            f"it has {_in_words(own)}, and the first row of the data {_in_words(recipe.kind)}: "
+            f"it has {_in_words(own)}, and the first row of the data {_in_words(row_format.kind)}: "
             "put rows of one form into one file"
         )
 
 
-def _in_words(kind: RecipeKind) -> str:
+def _in_words(kind: RowFormatKind) -> str:
     return ", ".join(f"`{name}`" for name in REQUIRED_COLUMNS[kind])
 
 
@@ -270,7 +270,7 @@ def _turns(example: Example) -> list[Example]:
     ]
 
 
-def _read_tokens(row: Row, place: str, encoder: Encoder, rules: Rules) -> _Read:
+def _read_tokens(row: Row, place: str, encoder: Encoder, rules: LengthRules) -> _Read:
     """Data that somebody else tokenized: kept as it is, checked, and decoded to have a text to show."""
     input_ids, labels, mask = (_read_numbers(row, name) for name in ("input_ids", "labels", "attention_mask"))
     if len(input_ids) != len(labels):
@@ -337,7 +337,7 @@ def _read_block(
         try:
             made = to_example(row, place)
         except WrongRow as error:
-            tally.problems.add(place, str(error), is_unlabelled=isinstance(error, Unlabelled))
+            tally.problems.add(place, str(error), is_unlabeled=isinstance(error, Unlabeled))
             continue
         if is_skipped:
             continue
@@ -359,15 +359,15 @@ def _with_unique_id(one: _Read, own_ids: set[str]) -> _Read:
 def _write_block(
     read: Sequence[_Read],
     writer: CacheWriter,
-    recipe: Recipe,
+    row_format: RowFormat,
     encoder: Encoder,
-    rules: Rules,
+    rules: LengthRules,
     tally: _Tally,
     *,
     is_weighted: bool,
 ) -> None:
     tally.count("without_prompt", [one.place for one in read if one.has_empty_text])
-    if recipe.kind != "tokens":
+    if row_format.kind != "tokens":
         empty = [one for one in read if not one.example.completion.strip()]
         tally.count("without_completion", [one.place for one in empty])
         if empty and not rules.keeps_empty:
@@ -376,7 +376,7 @@ def _write_block(
     else:
         encoded = _encode_tokens([one.tokens for one in read if one.tokens is not None])
         tally.count("padded", [one.place for one in read if one.is_padded])
-    has_labels = _find_labelled(encoded)
+    has_labels = _find_labeled(encoded)
     if not has_labels.all():
         tally.count("without_labels", _chosen([one.place for one in read], ~has_labels))
         encoded, read = _take(encoded, has_labels), _chosen(read, has_labels)
@@ -393,7 +393,7 @@ def _write_block(
 
 
 def _weighted(
-    encoded: EncodedExamples, read: Sequence[_Read], rules: Rules, encoder: Encoder, tally: _Tally
+    encoded: EncodedExamples, read: Sequence[_Read], rules: LengthRules, encoder: Encoder, tally: _Tally
 ) -> tuple[EncodedExamples, Sequence[_Read]]:
     """With the weights of rows and messages; what has only labels of weight 0 is left out of training data."""
     examples = [one.example for one in read]
@@ -422,15 +422,15 @@ def _encode_tokens(tokens: Sequence[tuple[list[int], list[int]]]) -> EncodedExam
     return EncodedExamples(input_ids, labels, lengths)
 
 
-def _find_labelled(encoded: EncodedExamples) -> np.ndarray:
+def _find_labeled(encoded: EncodedExamples) -> np.ndarray:
     """Which sequences have a label; bool [examples]."""
     of_token = np.repeat(np.arange(len(encoded.lengths)), encoded.lengths)
-    labelled = of_token[encoded.labels != IGNORED_LABEL]
-    return np.bincount(labelled, minlength=len(encoded.lengths)) > 0
+    labeled = of_token[encoded.labels != IGNORED_LABEL]
+    return np.bincount(labeled, minlength=len(encoded.lengths)) > 0
 
 
 def _fit(
-    encoded: EncodedExamples, read: Sequence[_Read], rules: Rules, encoder: Encoder, tally: _Tally
+    encoded: EncodedExamples, read: Sequence[_Read], rules: LengthRules, encoder: Encoder, tally: _Tally
 ) -> tuple[EncodedExamples, Sequence[_Read]]:
     """Apply `max_length`: leave out, cut or refuse what is longer."""
     is_long = encoded.lengths > rules.max_length
@@ -466,9 +466,9 @@ def _cut_prompts(encoded: EncodedExamples, max_length: int, *, has_bos: bool) ->
         start, end = int(starts[index]), int(ends[index])
         first = start + int(has_bos)
         surplus = end - start - max_length
-        labelled = np.flatnonzero(encoded.labels[start:end] != IGNORED_LABEL)
+        labeled = np.flatnonzero(encoded.labels[start:end] != IGNORED_LABEL)
         # One token of the prompt stays: without any, the first label would have nothing to be predicted from.
-        if len(labelled) and first + surplus < start + labelled[0] + int(has_bos):
+        if len(labeled) and first + surplus < start + labeled[0] + int(has_bos):
             keep[first : first + surplus] = False
             is_cut[index] = True
     lengths = encoded.lengths - np.where(is_cut, encoded.lengths - max_length, 0)

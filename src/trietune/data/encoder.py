@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from trietune.data.columns import WrongRow
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
+from trietune.io.causes import first_line
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -39,7 +40,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever is wrong with the files, transformers raises a different class for each
         raise UserError(
-            f"the tokenizer of `{folder.name}` cannot be loaded: {_first_line(error)}",
+            f"the tokenizer of `{folder.name}` cannot be loaded: {first_line(error)}",
             where=str(folder),
             next_step="the folder needs `tokenizer.json` and `tokenizer_config.json`; download the model again",
         ) from None
@@ -75,11 +76,25 @@ def hash_tokenizer(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def find_bos_id(tokenizer: Any) -> int | None:
-    """The id to begin every sequence with; None if the tokenizer has none, or says that it wants none."""
+def find_bos_id(tokenizer: Any, add_bos: bool | Literal["auto"] = "auto") -> int | None:
+    """The id to begin every sequence with; None for none.
+
+    Args:
+        add_bos: "auto" takes the tokenizer's, unless it has none or says that it wants none.
+
+    Raises:
+        UserError: a beginning-of-sequence token is asked for, and the tokenizer has none.
+    """
     bos_id = tokenizer.bos_token_id
-    if bos_id is None:
+    if add_bos is True and bos_id is None:
+        raise UserError(
+            "`add_bos: True`, and the tokenizer has no beginning-of-sequence token",
+            next_step='`add_bos: auto`, or add `"bos_token": "..."` to its tokenizer_config.json',
+        )
+    if bos_id is None or add_bos is False:
         return None
+    if add_bos is True:
+        return int(bos_id)
     adds_it = bos_id in _plain_backend(tokenizer).encode("a").ids
     declines_it = tokenizer.init_kwargs.get("add_bos_token") is False
     return None if declines_it and not adds_it else int(bos_id)
@@ -302,7 +317,3 @@ def _without_prefix(rule: Any) -> Any:
     if rule["type"] == "ByteLevel":
         return {**rule, "add_prefix_space": False}
     return rule
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -115,6 +115,10 @@ class TokenSequences:
         """The sequences of these rows, in parts that are laid out apart: here one."""
         return [self.sequences_of(rows)]
 
+    def apart(self, sequences: np.ndarray) -> list[np.ndarray]:
+        """These sequences, in parts that are laid out apart: here one, unless there are none."""
+        return [sequences] if len(sequences) else []
+
     def row_id(self, row: int) -> str:
         """The id of a row's example, or of the row that its answers share."""
         return self.ids[row if self.row_start is None else int(self.row_start[row])]

@@ -113,7 +113,7 @@ def _sniff_json(path: Path) -> Format:
         return "jsonl"
     if b'"data"' in start:
         return "squad"
-    # A file without any recognisable start: the JSON reader says what is wrong with it, and where.
+    # A file without any recognizable start: the JSON reader says what is wrong with it, and where.
     return "json"
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from trietune.data.columns import TaskName
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
 from trietune.errors import UserError
+from trietune.io.causes import causes
 
 
 class _Place(NamedTuple):
@@ -163,7 +164,7 @@ def _quiet() -> Iterator[None]:
 
 def _explain(error: Exception, path: str, dataset_id: str) -> UserError:
     """What a person can do about it. Wordings of the libraries are matched by their stable parts."""
-    chain = _chain(error)
+    chain = list(causes(error))
     names = {type(one).__name__ for one in chain}
     text = " ".join(str(one) for one in chain)
     where = f"dataset_id: {dataset_id}"
@@ -221,15 +222,6 @@ def _explain(error: Exception, path: str, dataset_id: str) -> UserError:
         where=where,
         next_step=local,
     )
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
-    return chain
 
 
 def _is_network_error(error: BaseException) -> bool:

@@ -21,18 +21,18 @@ from trietune.config.settings import Settings
 from trietune.data.cache import CacheWriter, make_key, open_cached
 from trietune.data.columns import (
     REQUIRED_COLUMNS,
-    Recipe,
-    built_in_recipe,
-    choose_recipe,
+    RowFormat,
+    built_in_row_format,
+    choose_row_format,
     find_built_in,
     find_form,
     find_unused,
     is_squad_row,
-    recipe_of_adapter,
+    row_format_of_adapter,
 )
 from trietune.data.counts import SAMPLES_KEPT, DataCounts, SplitCounts, describe, name_places
 from trietune.data.encode_answers import tokenize_answers
-from trietune.data.encode_rows import COMPLETIONS_TALLIED, Rules, tokenize_rows
+from trietune.data.encode_rows import COMPLETIONS_TALLIED, LengthRules, tokenize_rows
 from trietune.data.encoder import hash_tokenizer, make_encoder
 from trietune.data.examples import IGNORED_LABEL, Message, Task, TokenSequences
 from trietune.data.files import BrokenRow, detect_format
@@ -56,6 +56,8 @@ HELD_OUT_SEED = 20_230_712
 # Custom data is a choice between labels if its completions are few, short, and each seen several times.
 LABEL_SEEN_AT_LEAST = 3
 LABEL_CHARACTERS_AT_MOST = 60
+# `max_length: auto` where no model says how long a sequence may be.
+UNBOUNDED = 2**31 - 1
 # Which rows are accepted, and how: an entry of the cache that was made by other rules is not used.
 READING_VERSION = 2
 DEMO_DATA = (DEMO_REVIEWS, DEMO_QUESTIONS)
@@ -109,20 +111,20 @@ def load_data(
     """
     sources = find_sources(settings, report=report)
     watch = _Watch.of(sources)
-    recipe, form = _find_recipe(settings, sources)
-    prompt_format = make_prompt_format(settings, tokenizer, recipe, _first_conversation(sources.train, recipe))
-    weighting = _find_weighting(settings, sources, recipe, report)
-    unused = find_unused(sources.train.columns(), recipe)
+    row_format, form = _find_row_format(settings, sources)
+    prompt_format = make_prompt_format(settings, tokenizer, row_format, _first_conversation(sources.train, row_format))
+    weighting = _find_weighting(settings, sources, row_format, report)
+    unused = find_unused(sources.train.columns(), row_format)
     if weighting is not None and weighting.has_column:
         unused = tuple(name for name in unused if name != COLUMN)
     if unused and (sources.task_name is None or settings.train_file):
         report(f"columns of `{sources.train.name}` that nothing uses: {', '.join(f'`{name}`' for name in unused)}")
-    if recipe.kind == "templates" and not find_columns(recipe.prompt_template, recipe.template_columns):
+    if row_format.kind == "templates" and not find_columns(row_format.prompt_template, row_format.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
     loading = _Loading(
         settings,
         tokenizer,
-        recipe,
+        row_format,
         form,
         weighting,
         prompt_format,
@@ -146,10 +148,10 @@ def load_data(
         )
     if validation is not None:
         _report_shared_rows(train, validation, report)
-    task = recipe.task
-    if recipe.kind in ("templates", "columns"):
+    task = row_format.task
+    if row_format.kind in ("templates", "columns"):
         task = find_label_task(train_counts, validation_counts)
-    if task.kind == "labels" and task != recipe.task:
+    if task.kind == "labels" and task != row_format.task:
         report(
             f"completions take {len(task.labels)} values ({', '.join(task.label_names)}): accuracy is measured on them"
         )
@@ -190,18 +192,18 @@ def load_split(
     """
     sources = find_sources(settings, report=report)
     watch = _Watch.of(sources)
-    recipe, form = _find_recipe(settings, sources, prompt_format)
+    row_format, form = _find_row_format(settings, sources, prompt_format)
     used_format = prompt_format or make_prompt_format(
-        settings, tokenizer, recipe, _first_conversation(sources.train, recipe)
+        settings, tokenizer, row_format, _first_conversation(sources.train, row_format)
     )
     if prompt_format is not None:
-        recipe = _in_words_of(prompt_format, recipe, sources.train.name)
+        row_format = _in_words_of(prompt_format, row_format, sources.train.name)
         if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
             report("the tokenizer is not the one that the adapter was trained with: figures may be worse for it")
     loading = _Loading(
         settings,
         tokenizer,
-        recipe,
+        row_format,
         form,
         None,
         used_format,
@@ -214,7 +216,7 @@ def load_split(
     rows, held_out = _rows_of_split(sources, split, report)
     is_rest = split == "train" and held_out is not None
     sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out, is_rest=is_rest)
-    if prompt_format is None and recipe.kind in ("templates", "columns"):
+    if prompt_format is None and row_format.kind in ("templates", "columns"):
         used_format = replace(used_format, task=find_label_task(counts, None))
     return sequences, used_format
 
@@ -293,7 +295,7 @@ class _Loading:
 
     settings: Settings
     tokenizer: Any
-    recipe: Recipe
+    row_format: RowFormat
     form: AnswerForm | None
     weighting: Weighting | None
     prompt_format: PromptFormat
@@ -321,16 +323,16 @@ class _Loading:
         self.check_stop()
         # Evaluation measures every label alike.
         weighting = self.weighting if is_training else None
-        rules = Rules(
-            max_length=self.settings.max_length,
+        rules = LengthRules(
+            max_length=UNBOUNDED if self.settings.max_length == "auto" else self.settings.max_length,
             overlong=self.settings.overlong if is_training else None,
             keeps_empty=not is_training,
-            ignored_label=self.settings.ignored_index if self.recipe.kind == "tokens" else IGNORED_LABEL,
+            ignored_label=self.settings.ignored_index if self.row_format.kind == "tokens" else IGNORED_LABEL,
         )
         fingerprint = rows.fingerprint()
         key = make_key(
             rows=fingerprint,
-            recipe=_deciding_fields(self.recipe),
+            recipe=_deciding_fields(self.row_format),
             prompt_format=_deciding_fields(self.prompt_format),
             rules=asdict(rules),
             tokenizers=metadata.version("tokenizers"),
@@ -360,7 +362,7 @@ class _Loading:
         self,
         rows: Rows,
         fingerprint: str,
-        rules: Rules,
+        rules: LengthRules,
         key: str,
         is_training: bool,
         held_out: np.ndarray | None,
@@ -385,7 +387,7 @@ class _Loading:
         with CacheWriter(self.cache_folder, key) as writer:
             try:
                 if self.form is None:
-                    counts = tokenize_rows(placed, writer, recipe=self.recipe, weighting=weighting, **common)
+                    counts = tokenize_rows(placed, writer, row_format=self.row_format, weighting=weighting, **common)
                 else:
                     counts = tokenize_answers(placed, writer, form=self.form, **common)
             except StopRequested:
@@ -399,9 +401,9 @@ class _Loading:
             return writer.finish(asdict(counts)), counts
 
 
-def _first_conversation(rows: Rows, recipe: Recipe) -> tuple[Message, ...]:
+def _first_conversation(rows: Rows, row_format: RowFormat) -> tuple[Message, ...]:
     """The first conversation up to its first answer; empty where there is none that can be read."""
-    _, row = next(rows.read(), ("", None)) if recipe.kind == "messages" else ("", None)
+    _, row = next(rows.read(), ("", None)) if row_format.kind == "messages" else ("", None)
     try:
         messages = read_messages(row["messages"]) if isinstance(row, dict) else ()
     except (KeyError, TypeError):
@@ -442,8 +444,8 @@ def _is_in_squads_form(rows: Rows, first: Any) -> bool:
     return has_columns and find_form(first) is None and (is_squad_file or is_squad_row(first))
 
 
-def _deciding_fields(words: Recipe | PromptFormat) -> dict[str, Any]:
-    """What of a recipe or prompt format decides tokens.
+def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
+    """What of a row format or prompt format decides tokens.
 
     Names of columns do only where templates mean others than they meant when identifiers alone were columns; a
     checkpoint of that time then goes on with the same fingerprint.
@@ -456,10 +458,10 @@ def _deciding_fields(words: Recipe | PromptFormat) -> dict[str, Any]:
     return {**fields, "template_columns": [find_columns(one, columns) for one in templates]}
 
 
-def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Recipe:
-    """The recipe for the same rows in the words of an adapter's prompt format."""
+def _in_words_of(prompt_format: PromptFormat, row_format: RowFormat, source: str) -> RowFormat:
+    """The row format for the same rows in the words of an adapter's prompt format."""
     kinds = {"messages": "chat", "answer_messages": "chat", "tokens": "tokens"}
-    kind = kinds.get(recipe.kind, "template")
+    kind = kinds.get(row_format.kind, "template")
     if kind != prompt_format.kind:
         in_words = {"chat": "conversations", "tokens": "tokens that the data brought", "template": "prompts"}
         raise UserError(
@@ -467,16 +469,16 @@ def _in_words_of(prompt_format: PromptFormat, recipe: Recipe, source: str) -> Re
             next_step="evaluate it on data in the form that it was trained on",
         )
     return replace(
-        recipe,
+        row_format,
         prompt_template=prompt_format.prompt_template,
         completion_template=prompt_format.completion_template,
         template_columns=prompt_format.template_columns,
     )
 
 
-def _find_recipe(
+def _find_row_format(
     settings: Settings, sources: Sources, trained_with: PromptFormat | None = None
-) -> tuple[Recipe, AnswerForm | None]:
+) -> tuple[RowFormat, AnswerForm | None]:
     """How rows become examples, and, where preferences are learnt, how they become answers that are compared.
 
     What an adapter was trained with says more about the rows than their columns.
@@ -487,9 +489,9 @@ def _find_recipe(
     if trained_with is not None and trained_with.kind == "template":
         own_task = find_built_in(trained_with)
         if own_task and set(REQUIRED_COLUMNS[own_task]) <= set(columns):
-            return built_in_recipe(own_task), None
+            return built_in_row_format(own_task), None
         if trained_with.completion_template:
-            return recipe_of_adapter(trained_with, columns, rows.name), None
+            return row_format_of_adapter(trained_with, columns, rows.name), None
     if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
         task_name = None
     place, row = next(rows.read(), ("", None))
@@ -507,30 +509,30 @@ def _find_recipe(
             prompt_template=settings.prompt_template,
             source=rows.name,
         )
-        return Recipe("answer_messages" if form.is_chat else "answers", settings.prompt_template or ""), form
+        return RowFormat("answer_messages" if form.is_chat else "answers", settings.prompt_template or ""), form
     if task_name is None and settings.prompt_template is None and _is_in_squads_form(rows, row):
         task_name = "squad"
-    recipe = choose_recipe(
+    row_format = choose_row_format(
         columns,
         task_name=task_name,
         prompt_template=settings.prompt_template,
         completion_template=settings.completion_template,
         source=rows.name,
     )
-    if recipe.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
+    if row_format.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
         raise UserError(
             f"`label` of `{rows.name}` says which completions are wanted, and `objective: sft` would learn all of them",
             where=f"its columns are {', '.join(f'`{name}`' for name in columns)}",
             next_step="objective: kto     (or remove the column `label`)",
         )
-    return recipe, None
+    return row_format, None
 
 
 def _find_weighting(
-    settings: Settings, sources: Sources, recipe: Recipe, report: Callable[[str], None]
+    settings: Settings, sources: Sources, row_format: RowFormat, report: Callable[[str], None]
 ) -> Weighting | None:
     if settings.objective == "sft":
-        return find_weighting(sources.train, recipe)
+        return find_weighting(sources.train, row_format)
     if COLUMN in sources.train.columns():
         report(f"the column `{COLUMN}` is not used: `objective: {settings.objective}` has no weights of examples")
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from trietune.config.settings import Settings
 from trietune.data.chat import rewrites_turns
-from trietune.data.columns import Recipe
+from trietune.data.columns import RowFormat
 from trietune.data.encoder import check_tokenizer, find_bos_id, find_stop_ids, hash_tokenizer
 from trietune.data.examples import Message, Task
 from trietune.data.templates import PromptFormat, literal_text
@@ -17,9 +17,9 @@ from trietune.io.places import expand
 
 
 def make_prompt_format(
-    settings: Settings, tokenizer: Any, recipe: Recipe, conversation: Sequence[Message] = ()
+    settings: Settings, tokenizer: Any, row_format: RowFormat, conversation: Sequence[Message] = ()
 ) -> PromptFormat:
-    """The prompt format of a recipe; the task of custom data is told by the data later.
+    """The prompt format of a row_format; the task of custom data is told by the data later.
 
     Args:
         conversation: the first one of the data, up to an answer; some chat templates refuse a plain one.
@@ -28,28 +28,28 @@ def make_prompt_format(
         UserError: the tokenizer cannot be used, or conversations have no chat template.
     """
     check_tokenizer(tokenizer, name=_name(tokenizer))
-    templates = (recipe.prompt_template, recipe.completion_template)
-    template_text = "".join(literal_text(template, recipe.template_columns) for template in templates)
+    templates = (row_format.prompt_template, row_format.completion_template)
+    template_text = "".join(literal_text(template, row_format.template_columns) for template in templates)
     # Whole prompts that were made elsewhere, and templates that spell special tokens, mean those tokens.
-    is_chat = recipe.kind in ("messages", "answer_messages")
-    may_mean_them = is_chat or recipe.kind in ("columns", "text", "tokens") or _is_bare(recipe)
+    is_chat = row_format.kind in ("messages", "answer_messages")
+    may_mean_them = is_chat or row_format.kind in ("columns", "text", "tokens") or _is_bare(row_format)
     spells_them = any(token in template_text for token in tokenizer.all_special_tokens)
-    chat_template = _find_chat_template(settings, tokenizer, recipe)
+    chat_template = _find_chat_template(settings, tokenizer, row_format)
     prompt_format = PromptFormat(
-        kind="chat" if is_chat else "tokens" if recipe.kind == "tokens" else "template",
-        prompt_template=recipe.prompt_template,
-        completion_template=recipe.completion_template,
+        kind="chat" if is_chat else "tokens" if row_format.kind == "tokens" else "template",
+        prompt_template=row_format.prompt_template,
+        completion_template=row_format.completion_template,
         chat_template=chat_template,
         # Of answers that are compared, the last one alone is learnt.
-        is_turn_by_turn=recipe.kind == "answer_messages"
-        or (recipe.kind == "messages" and rewrites_turns(tokenizer, chat_template)),
+        is_turn_by_turn=row_format.kind == "answer_messages"
+        or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template)),
         parses_special_tokens=may_mean_them or spells_them,
-        bos_id=find_bos_id(tokenizer),
+        bos_id=find_bos_id(tokenizer, settings.add_bos),
         eos_id=int(tokenizer.eos_token_id),
         stop_ids=(int(tokenizer.eos_token_id),),
-        task=recipe.task,
+        task=row_format.task,
         tokenizer_hash=hash_tokenizer(tokenizer),
-        template_columns=recipe.template_columns,
+        template_columns=row_format.template_columns,
     )
     return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversation))
 
@@ -79,10 +79,10 @@ def make_plain_format(tokenizer: Any) -> PromptFormat:
     return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format))
 
 
-def _find_chat_template(settings: Settings, tokenizer: Any, recipe: Recipe) -> str:
+def _find_chat_template(settings: Settings, tokenizer: Any, row_format: RowFormat) -> str:
     """The Jinja source for conversations: the user's own text or file, or the tokenizer's."""
     own = settings.chat_template
-    if recipe.kind not in ("messages", "answer_messages"):
+    if row_format.kind not in ("messages", "answer_messages"):
         if own:
             raise UserError(
                 "`chat_template` is set, and the data has no conversations to use it on",
@@ -113,9 +113,9 @@ def _find_chat_template(settings: Settings, tokenizer: Any, recipe: Recipe) -> s
     return template
 
 
-def _is_bare(recipe: Recipe) -> bool:
+def _is_bare(row_format: RowFormat) -> bool:
     """Whether answers that are compared come with whole prompts, made elsewhere."""
-    return recipe.kind == "answers" and not recipe.prompt_template
+    return row_format.kind == "answers" and not row_format.prompt_template
 
 
 def _own_template(tokenizer: Any) -> str:

@@ -437,8 +437,8 @@ def _expand(path: Path, key: str) -> list[Path]:
 
 
 def _no_such_path(path: Path, key: str) -> UserError:
-    neighbours = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, neighbours, n=1)
+    neighbors = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, neighbors, n=1)
     return UserError(
         f"there is no file or folder `{path}`",
         where=f"`{key}`, looked for in {Path.cwd()}",

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from trietune.data.columns import Recipe, WrongRow
+from trietune.data.columns import RowFormat, WrongRow
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.files import BrokenRow
@@ -40,12 +40,12 @@ class Weighting:
     has_messages: bool
 
 
-def find_weighting(rows: Rows, recipe: Recipe) -> Weighting | None:
+def find_weighting(rows: Rows, row_format: RowFormat) -> Weighting | None:
     """Where these rows have weights; None if nowhere. A column that a template uses is text."""
-    templates = (recipe.prompt_template, recipe.completion_template)
-    used = {name for one in templates for name in find_columns(one, recipe.template_columns)}
+    templates = (row_format.prompt_template, row_format.completion_template)
+    used = {name for one in templates for name in find_columns(one, row_format.template_columns)}
     has_column = COLUMN in rows.columns() and COLUMN not in used
-    has_messages = recipe.kind == "messages" and _any_message_has_one(rows)
+    has_messages = row_format.kind == "messages" and _any_message_has_one(rows)
     return Weighting(has_column, has_messages) if has_column or has_messages else None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from trietune.device.device import Device
-from trietune.device.kernels import Card, card_refuses
+from trietune.device.kernels import CudaDevice, unsupported_reason
 from trietune.errors import UserError
 
 CUDA = torch.device("cuda")
@@ -37,22 +37,22 @@ def describe_cuda(reason: str | None = None) -> Device:
         torch_device=CUDA,
         dtypes=(*((torch.bfloat16,) if has_bfloat16 else ()), torch.float32, torch.float16),
         attentions=("varlen", "flex", "mask", "rows"),
-        refuses_attention=partial(card_refuses, _card()),
+        refuses_attention=partial(unsupported_reason, _card()),
         free_memory_bytes=lambda: int(torch.cuda.mem_get_info()[0]),
         used_memory_bytes=lambda: int(torch.cuda.max_memory_allocated()),
         fastest_dtype=lambda: torch.bfloat16 if has_bfloat16 else torch.float16,
         runs_bitsandbytes=True,
         watch_memory=_watch_memory,
         write_memory_snapshot=_write_memory_snapshot,
-        synchronise=torch.cuda.synchronize,
-        place_rows=_place_rows,
+        synchronize=torch.cuda.synchronize,
+        to_device=_place_rows,
         compilations=_num_compilations,
     )
 
 
-def _card() -> Card:
+def _card() -> CudaDevice:
     properties = torch.cuda.get_device_properties()
-    return Card(
+    return CudaDevice(
         capability=(properties.major, properties.minor),
         shared_memory_bytes=getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
         has_flash=torch.backends.cuda.is_flash_attention_available(),

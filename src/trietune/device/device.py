@@ -85,11 +85,11 @@ class Device:
         fastest_dtype: what `dtype: auto` takes.
         watch_memory: begin to note what allocates memory, for `write_memory_snapshot`.
         write_memory_snapshot: write what took memory until it ran out into a file; False where nothing is noted.
-        synchronise: wait until what was asked of the device is done.
+        synchronize: wait until what was asked of the device is done.
         end_step: what was recorded since the last call is one unit of work: begin it.
         seed: of what is random on the device.
         learning_rate: a learning rate as an optimizer's group keeps it here.
-        place_rows: take a tensor to the device whose first axis is the rows of a micro-batch; where several devices
+        to_device: take a tensor to the device whose first axis is the rows of a micro-batch; where several devices
             share the rows, each gets its part.
         place_network: take a network to the device, and split its weights where several devices share them.
         recompute: run a function that is computed again in the backward instead of keeping its activations.
@@ -118,11 +118,11 @@ class Device:
     runs_bitsandbytes: bool = False
     watch_memory: Callable[[], None] = _nothing
     write_memory_snapshot: Callable[[Path], bool] = _writes_nothing
-    synchronise: Callable[[], None] = _nothing
+    synchronize: Callable[[], None] = _nothing
     end_step: Callable[[], None] = _nothing
     seed: Callable[[int], object] = torch.manual_seed
     learning_rate: Callable[[float], float | Tensor] = _as_it_is
-    place_rows: Callable[[Tensor], Tensor] | None = None
+    to_device: Callable[[Tensor], Tensor] | None = None
     place_network: Callable[[nn.Module], None] | None = None
     recompute: Callable[..., Any] = recompute
     compilations: Callable[[], int | None] = lambda: None

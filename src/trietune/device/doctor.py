@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,12 +19,12 @@ from packaging.version import Version
 
 from trietune.device.choose import choose_device
 from trietune.device.device import AttentionNeeds, Device
-from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_way
+from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_backend
 from trietune.device.precision import product_seconds
 from trietune.device.xla.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
 from trietune.device.xla.runtime import INSTALL_TORCH_XLA, torch_xla_version
 from trietune.errors import UserError
-from trietune.io.places import expand
+from trietune.io.cache_folder import cache_folder
 
 # Older ones have holes: CVE-2026-24747 (torch), CVE-2026-4372 and -5241 (transformers), CVE-2026-22701 (filelock).
 SECURE_VERSIONS = {
@@ -77,7 +76,7 @@ class Examination:
         return {"findings": [asdict(finding) for finding in self.findings]}
 
 
-def examine(environ: Mapping[str, str] = os.environ) -> Examination:
+def examine() -> Examination:
     """Look at devices, versions, disk, cache and logins; starts no accelerator runtime and asks no network."""
     return Examination(
         (
@@ -85,8 +84,8 @@ def examine(environ: Mapping[str, str] = os.environ) -> Examination:
             *_devices(),
             *_versions(),
             _disk(Path.cwd()),
-            _cache(environ),
-            _variables(environ),
+            _cache(),
+            _variables(),
         )
     )
 
@@ -104,7 +103,7 @@ def _devices() -> list[Finding]:
         findings.append(find_attention(chosen))
     speeds = []
     for dtype in (torch.bfloat16, torch.float32):
-        rate = PROBE_FLOPS / product_seconds(dtype, chosen.torch_device, chosen.synchronise)
+        rate = PROBE_FLOPS / product_seconds(dtype, chosen.torch_device, chosen.synchronize)
         speeds.append(f"{str(dtype).removeprefix('torch.')} {rate / 1e9:,.0f} GFLOP/s")
     findings.append(Finding("products", ", ".join(speeds)))
     if torch.cuda.is_available():
@@ -121,7 +120,7 @@ def find_attention(device: Device) -> Finding:
     sizes_of_way: dict[str, list[str]] = {}
     for size in HEAD_SIZES:
         needs = AttentionNeeds(size, torch.bfloat16, has_soft_cap=False, num_positions=ANY_NUMBER_OF_POSITIONS)
-        way, _ = choose_way("auto", device, needs, where="doctor")
+        way, _ = choose_backend("auto", device, needs, where="doctor")
         sizes_of_way.setdefault(way, []).append(str(size))
     if len(sizes_of_way) == 1:
         return Finding("attention", f"tries attend by `{next(iter(sizes_of_way))}`")
@@ -166,10 +165,9 @@ def _disk(folder: Path) -> Finding:
     return Finding("disk", f"{free / 2**30:.1f} GB free here", state, "" if state == "ok" else "free some space")
 
 
-def _cache(environ: Mapping[str, str]) -> Finding:
+def _cache() -> Finding:
     try:
-        chosen = environ.get("TRIETUNE_CACHE")
-        folder = expand(chosen) if chosen else expand(environ.get("XDG_CACHE_HOME") or "~/.cache") / "trietune"
+        folder = cache_folder()
     except UserError as error:
         return Finding("cache", error.what, "problem", "set TRIETUNE_CACHE to a folder")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -178,6 +176,6 @@ def _cache(environ: Mapping[str, str]) -> Finding:
     return Finding("cache", f"{folder} cannot be written", "problem", "set TRIETUNE_CACHE to a folder that can")
 
 
-def _variables(environ: Mapping[str, str]) -> Finding:
-    found = [name for name in VARIABLES if environ.get(name)]
+def _variables() -> Finding:
+    found = [name for name in VARIABLES if os.environ.get(name)]
     return Finding("variables", f"set: {', '.join(found)}" if found else "none of ours is set")

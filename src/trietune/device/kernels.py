@@ -34,7 +34,7 @@ WIDE_HEAD, WIDE_HEAD_BYTES = 128, 160 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class CudaDevice:
     """What decides which kernels a CUDA card runs.
 
     Attributes:
@@ -50,7 +50,7 @@ class Card:
     has_triton: bool = True
 
 
-def choose_way(asked: str, device: Device, needs: AttentionNeeds, *, where: str) -> tuple[str, str | None]:
+def choose_backend(asked: str, device: Device, needs: AttentionNeeds, *, where: str) -> tuple[str, str | None]:
     """How tries attend, and why not in the device's best way (None if they do, or if it was asked for).
 
     Args:
@@ -61,7 +61,7 @@ def choose_way(asked: str, device: Device, needs: AttentionNeeds, *, where: str)
     """
     if asked != "auto":
         if refusal := _refusal(asked, device, needs):
-            kind, _ = choose_way("auto", device, needs, where=where)
+            kind, _ = choose_backend("auto", device, needs, where=where)
             raise UserError(
                 f"`attention: {asked}` does not run here: {refusal}",
                 where=where,
@@ -79,7 +79,7 @@ def choose_way(asked: str, device: Device, needs: AttentionNeeds, *, where: str)
     raise AssertionError(f"every device has a way that takes any model; {device.name} has {device.attentions}")
 
 
-def card_refuses(card: Card, kind: str, needs: AttentionNeeds) -> str | None:
+def unsupported_reason(card: CudaDevice, kind: str, needs: AttentionNeeds) -> str | None:
     """Why the kernel of `kind` does not take this model on this card; None if it does."""
     match kind:
         case "varlen":
@@ -97,7 +97,7 @@ def _refusal(kind: str, device: Device, needs: AttentionNeeds) -> str | None:
     return device.refuses_attention(kind, needs)
 
 
-def _flash_refuses(card: Card, needs: AttentionNeeds) -> str | None:
+def _flash_refuses(card: CudaDevice, needs: AttentionNeeds) -> str | None:
     if not card.has_flash:
         return "this build of PyTorch has no flash attention"
     if card.capability < LEAST_FLASH_CAPABILITY:
@@ -113,7 +113,7 @@ def _flash_refuses(card: Card, needs: AttentionNeeds) -> str | None:
     return None
 
 
-def _flex_refuses(card: Card, needs: AttentionNeeds) -> str | None:
+def _flex_refuses(card: CudaDevice, needs: AttentionNeeds) -> str | None:
     if not card.has_triton:
         return "it is compiled by Triton, which is not installed"
     if card.capability < LEAST_TRITON_CAPABILITY:

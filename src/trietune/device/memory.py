@@ -38,7 +38,14 @@ SMALLEST_BOUND = 256
 LARGEST_BOUND = 16_384
 
 # How PyTorch's allocators, oneDNN and XLA word it where they raise a plain RuntimeError; in lower case.
-OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "out_of_memory", "resource_exhausted")
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "bad_alloc",
+    "out of memory",
+    "out_of_memory",
+    "resource_exhausted",
+    "not enough memory",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +115,7 @@ def _count_widths(network: Any, *, layers: int | None, heads: int | None, vocabu
     table: Any = getattr(embedding, "weight", None)
     num_rows, hidden = (int(table.shape[0]), int(table.shape[-1])) if table is not None else (2**16, 0)
     config = network.config.get_text_config()
-    sent_to = max((_whole(config, name) or 1 for name in _EXPERTS_A_TOKEN), default=1)
+    sent_to = max((_whole(config, name) or 1 for name in _EXPERTS_PER_TOKEN), default=1)
     by_layer: dict[str, int] = {}
     for name, parameter in network.named_parameters():
         if parameter.dim() < 2 or id(parameter) in outside or ".lora_" in name:
@@ -133,7 +140,7 @@ def _count_widths(network: Any, *, layers: int | None, heads: int | None, vocabu
 
 
 # What configurations call the number of experts that compute a token.
-_EXPERTS_A_TOKEN = (
+_EXPERTS_PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k", "top_k_experts",
     "moe_router_topk",
 )  # fmt: skip
@@ -172,7 +179,7 @@ def bytes_per_position(
     if not is_fused:
         more = UNFUSED_16_BITS if size == 2 else UNFUSED
         layer, passing = more * layer, more * passing
-    # The last layer of fused ones computes labelled positions alone.
+    # The last layer of fused ones computes labeled positions alone.
     whole_layers = layers - 1 + labels_per_position if is_fused else layers
     bytes_a_logit = size + LOG_PROBABILITY_BYTES * (2 if size == 2 else 1)
     logits = bytes_a_logit * labels_per_position * found.vocabulary

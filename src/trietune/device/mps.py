@@ -29,7 +29,7 @@ def describe_mps(reason: str | None = None) -> Device:
         free_memory_bytes=free_host_bytes,
         used_memory_bytes=resident_bytes,
         fastest_dtype=lambda: measure_fastest(MPS, torch.mps.synchronize),
-        synchronise=torch.mps.synchronize,
+        synchronize=torch.mps.synchronize,
     )
 
 

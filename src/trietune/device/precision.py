@@ -15,6 +15,7 @@ PROBE_ROWS, PROBE_WIDTH = 512, 1024
 # bfloat16 halves the memory, so it may be a little slower and still be the better choice.
 BFLOAT16_MAY_BE_SLOWER = 1.1
 
+PROBE_REPEATS = 5
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -41,24 +42,22 @@ def choose_dtype(dtype: str, device: Device, *, where: str) -> torch.dtype:
     )
 
 
-def measure_fastest(device: torch.device, synchronise: Callable[[], None] = lambda: None) -> torch.dtype:
+def measure_fastest(device: torch.device, synchronize: Callable[[], None] = lambda: None) -> torch.dtype:
     """bfloat16 where a product in it is not slower than in float32, give or take a little."""
-    bfloat16 = product_seconds(torch.bfloat16, device, synchronise)
-    is_fast = bfloat16 <= BFLOAT16_MAY_BE_SLOWER * product_seconds(torch.float32, device, synchronise)
+    bfloat16 = product_seconds(torch.bfloat16, device, synchronize)
+    is_fast = bfloat16 <= BFLOAT16_MAY_BE_SLOWER * product_seconds(torch.float32, device, synchronize)
     return torch.bfloat16 if is_fast else torch.float32
 
 
-def product_seconds(
-    dtype: torch.dtype, device: torch.device, synchronise: Callable[[], None], repeats: int = 5
-) -> float:
+def product_seconds(dtype: torch.dtype, device: torch.device, synchronize: Callable[[], None]) -> float:
     """The fastest of several products of a [512, 1024] and a [1024, 1024] matrix."""
     a = torch.ones(PROBE_ROWS, PROBE_WIDTH, dtype=dtype, device=device)
     b = torch.ones(PROBE_WIDTH, PROBE_WIDTH, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(repeats + 1):
-        synchronise()
+    for _ in range(PROBE_REPEATS + 1):
+        synchronize()
         begin = time.perf_counter()
         a @ b
-        synchronise()
+        synchronize()
         best = min(best, time.perf_counter() - begin)
     return best

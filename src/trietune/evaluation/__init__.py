@@ -1,6 +1,6 @@
 """How good a model is, and what it says: metrics, label scoring, generation, prediction."""
 
-from trietune.evaluation.evaluate import Evaluation, Prediction, evaluate
+from trietune.evaluation.evaluate import Evaluation, Prediction, evaluate_model
 from trietune.evaluation.generation import GenerationLimits, generate
 from trietune.evaluation.predict import LabelPrediction, answer_turn, predict_labels, predict_text
 
@@ -10,7 +10,7 @@ __all__ = [
     "LabelPrediction",
     "Prediction",
     "answer_turn",
-    "evaluate",
+    "evaluate_model",
     "generate",
     "predict_labels",
     "predict_text",

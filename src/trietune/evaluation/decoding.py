@@ -1,7 +1,7 @@
 """Decode many prompts together that share their beginnings, with the shared keys and values kept once.
 
 Prefill computes the trie of all prompts, each distinct token once, and keeps keys and values of its nodes. Then every
-prompt goes on by itself, one token a step. Prompts that are neighbours in the trie form a *group*, which holds the
+prompt goes on by itself, one token a step. Prompts that are neighbors in the trie form a *group*, which holds the
 nodes that any of them sees; a query attends its group's nodes under a bias, and its own new tokens:
 
     group 0   nodes of paragraph A            rows  A-who  A-when  A-where      new tokens  [3, steps]
@@ -94,7 +94,7 @@ def cut_into_groups(on_path: np.ndarray) -> list[tuple[int, int]]:
 
     Args:
         on_path: bool [B, T], the nodes of each prompt's path. In sorted order a prompt shares with an earlier one at
-            most what it shares with the one before it, so a run's nodes are a sum over neighbours.
+            most what it shares with the one before it, so a run's nodes are a sum over neighbors.
     """
     lengths = on_path.sum(axis=1)
     shared = np.concatenate(([0], (on_path[1:] & on_path[:-1]).sum(axis=1)))
@@ -202,7 +202,7 @@ class Decoding:
         self._keys[layer][self._row, :, self._num_new] = key[0].transpose(0, 1)
         self._values[layer][self._row, :, self._num_new] = value[0].transpose(0, 1)
         new_keys, new_values = (new[layer][:, :, : self._width] for new in (self._keys, self._values))
-        query = query[0].view(num_key_heads, -1, num_rows, head_size)  # heads of one key head are neighbours
+        query = query[0].view(num_key_heads, -1, num_rows, head_size)  # heads of one key head are neighbors
         query = query * (head_size**-0.5 if scaling is None else scaling)
         on_new = query.permute(2, 0, 1, 3) @ new_keys.transpose(2, 3)  # [B, G, H/G, S]
         outputs, first = [], 0

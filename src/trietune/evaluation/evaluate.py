@@ -72,13 +72,13 @@ class Evaluation:
     predictions: Sequence[Prediction]
 
 
-def evaluate(
+def evaluate_model(
     model: TrieModel,
     sequences: TokenSequences,
     encoder: Encoder,
     *,
     batching: Batching,
-    max_nodes: int,
+    max_positions: int,
     batch_size: int,
     max_examples: int | None = None,
     seed: int = 0,
@@ -93,7 +93,7 @@ def evaluate(
     Over several ranks each computes a part, dealt by what its trie costs, and all get the metrics of the whole.
 
     Args:
-        max_nodes: most positions computed at once, which bounds memory.
+        max_positions: most positions computed at once, which bounds memory.
         batch_size: about how many answers are generated together.
         max_examples: of a larger set, a random subset that depends on `seed` alone; None takes all.
         generate: False leaves generated answers out, and their metrics.
@@ -105,7 +105,7 @@ def evaluate(
     indices = choose_examples(len(sequences), max_examples, seed=seed)
     mine = _own_places(sequences, indices, ranks, batching)
     own = indices[mine]
-    how: Any = {"max_nodes": max_nodes, "check_stop": check_stop, "progress": progress}
+    how: Any = {"max_positions": max_positions, "check_stop": check_stop, "progress": progress}
     predictions: list[Prediction] = []
     task = encoder.prompt_format.task
     if task.kind == "labels":
@@ -121,7 +121,7 @@ def evaluate(
         limits = GenerationLimits(
             stop_ids=frozenset(encoder.prompt_format.stop_ids),
             max_new_tokens=longest_completion(sequences) if max_new_tokens is None else max_new_tokens,
-            max_nodes=max_nodes,
+            max_positions=max_positions,
             batch_size=batch_size,
         )
         own_answers, own_losses, own_weights = ranks.together(
@@ -155,8 +155,8 @@ def _own_places(sequences: TokenSequences, indices: np.ndarray, ranks: Ranks, ba
     parts = deal_step(sequences, indices, ranks.count, batching=batching, label_cost=0.0).parts
     places = [np.flatnonzero(np.isin(indices, part)) for part in parts]
     # A sequence without a label costs nothing and is in no part.
-    unlabelled = np.setdiff1d(everything, np.concatenate(places))
-    return np.sort(ranks.mine([np.append(places[0], unlabelled), *places[1:]]))
+    unlabeled = np.setdiff1d(everything, np.concatenate(places))
+    return np.sort(ranks.mine([np.append(places[0], unlabeled), *places[1:]]))
 
 
 def _put_together(ranks: Ranks, mine: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:

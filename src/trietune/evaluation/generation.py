@@ -53,13 +53,13 @@ class GenerationLimits:
     Attributes:
         stop_ids: tokens that end an answer; they are not part of it.
         max_new_tokens: an answer without a stop token ends here.
-        max_nodes: most positions that are prefilled at once.
+        max_positions: most positions that are prefilled at once.
         batch_size: about how many prompts decode together.
     """
 
     stop_ids: frozenset[int]
     max_new_tokens: int
-    max_nodes: int
+    max_positions: int
     batch_size: int
 
 
@@ -111,7 +111,7 @@ def generate_and_score(
 ) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
     """Answers to the prompts of `sequences[indices]`, and how likely their gold completions are, in one pass.
 
-    A prompt ends before the first labelled token, and every sequence has one.
+    A prompt ends before the first labeled token, and every sequence has one.
 
     Returns:
         New tokens of each, the summed loss of its label tokens (float64 [B]), and their number (float64 [B]).
@@ -122,7 +122,7 @@ def generate_and_score(
             sequences,
             indices,
             batching="padded" if model.attention is None else "trie",
-            max_nodes=limits.max_nodes,
+            max_positions=limits.max_positions,
             check_stop=check_stop,
             progress=progress,
         )
@@ -144,7 +144,7 @@ def _way_to_generate(model: TrieModel) -> Callable[..., Iterator[tuple[np.ndarra
 
 
 def _end_in_a_label(prompts: Sequence[Sequence[int] | np.ndarray]) -> FlatSequences:
-    """Each prompt followed by one labelled token, which is never computed: a trie ends where its last label begins."""
+    """Each prompt followed by one labeled token, which is never computed: a trie ends where its last label begins."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     offsets = np.concatenate(([0], np.cumsum(lengths + 1)))
     is_prompt = np.ones(offsets[-1], bool)
@@ -211,7 +211,7 @@ def _run_tries(
 
 
 def _plan_tries(sequences: Sequences, indices: np.ndarray, limits: GenerationLimits) -> Iterator[MicroBatch]:
-    """Tries of about `batch_size` neighbours in sorted order, cut where neighbouring prompts share least."""
+    """Tries of about `batch_size` neighbors in sorted order, cut where neighboring prompts share least."""
     input_ids, starts = np.asarray(sequences.input_ids), np.asarray(sequences.offsets)[indices]
     lengths = find_prompt_lengths(sequences)[indices]
     order = sort_sequences(input_ids, starts, lengths)
@@ -224,7 +224,7 @@ def _plan_tries(sequences: Sequences, indices: np.ndarray, limits: GenerationLim
             candidates = np.arange(last, first + limits.batch_size // 2, -1)
             last = int(candidates[shared[candidates].argmin()])
         yield from make_micro_batches(
-            sequences, indices[order[first:last]], batching="trie", max_nodes=limits.max_nodes
+            sequences, indices[order[first:last]], batching="trie", max_positions=limits.max_positions
         )
         first = last
 
@@ -329,8 +329,10 @@ def _next_tokens(model: TrieModel, rows: list[list[int]], limits: GenerationLimi
     """The most likely token after each row."""
     sequences = _end_in_a_label(rows)
     following = [0] * len(rows)
-    micro_batches = make_micro_batches(sequences, np.arange(len(rows)), batching="trie", max_nodes=limits.max_nodes)
-    for micro_batch in model.arrange(micro_batches):
+    micro_batches = make_micro_batches(
+        sequences, np.arange(len(rows)), batching="trie", max_positions=limits.max_positions
+    )
+    for micro_batch in model.pad_to_shapes(micro_batches):
         chosen = model.likeliest(micro_batch).cpu().numpy()
         of_label = chosen[micro_batch.pair_of_label]
         for sequence, token in zip(micro_batch.sequence_of_label, of_label, strict=True):
@@ -366,7 +368,7 @@ def _run_padded(
     order, first = np.argsort(-lengths, kind="stable"), 0
     while first < len(order):
         width = int(lengths[order[first]])
-        batch = order[first : first + max(1, min(limits.batch_size, limits.max_nodes // width))]
+        batch = order[first : first + max(1, min(limits.batch_size, limits.max_positions // width))]
         first += len(batch)
         input_ids = np.zeros((len(batch), width), np.int64)
         is_real = np.arange(width) >= width - lengths[batch, None]

@@ -22,10 +22,8 @@ from trietune.evaluation.generation import GenerationLimits, generate
 from trietune.evaluation.scoring import (
     CheckStop,
     FlatSequences,
-    Progress,
     label_log_probabilities,
     label_probabilities,
-    no_progress,
     no_stop,
 )
 from trietune.model.causal_lm import TrieModel
@@ -51,9 +49,8 @@ def predict_labels(
     inputs: Sequence[Input],
     *,
     batching: Batching,
-    max_nodes: int,
+    max_positions: int,
     check_stop: CheckStop = no_stop,
-    progress: Progress = no_progress,
 ) -> list[LabelPrediction]:
     """The label of each input, for a prompt format whose task has labels.
 
@@ -73,9 +70,8 @@ def predict_labels(
             np.arange(len(prompts)),
             [np.array(encoder.encode_completion(label), np.int32) for label in task.labels],
             batching=batching,
-            max_nodes=max_nodes,
+            max_positions=max_positions,
             check_stop=check_stop,
-            progress=progress,
         )
     )
     return [
@@ -89,11 +85,10 @@ def predict_text(
     encoder: Encoder,
     inputs: Sequence[Input],
     *,
-    max_nodes: int,
+    max_positions: int,
     batch_size: int,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
-    progress: Progress = no_progress,
 ) -> list[str]:
     """What the model says to each input, greedily; spaces at both ends are left out.
 
@@ -106,8 +101,8 @@ def predict_text(
             raise UserError(
                 f"input {number} is empty, and a model needs something to go on from", next_step="give it a text"
             )
-    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_nodes=max_nodes, batch_size=batch_size)
-    answers = generate(model, prompts, limits, check_stop=check_stop, progress=progress)
+    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=batch_size)
+    answers = generate(model, prompts, limits, check_stop=check_stop)
     return [encoder.decode_completion(tokens).strip() for tokens in answers]
 
 
@@ -116,7 +111,7 @@ def answer_turn(
     encoder: Encoder,
     messages: Sequence[Message],
     *,
-    max_nodes: int,
+    max_positions: int,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
     on_text: Callable[[str], None] | None = None,
@@ -133,7 +128,7 @@ def answer_turn(
     conversation = _conversation(messages)
     _check_text(conversation, "the conversation")
     prompt = encode_prompt(encoder, conversation)
-    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_nodes=max_nodes, batch_size=1)
+    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=1)
     stream = _TextStream(encoder, on_text or (lambda piece: None))
     [answer] = generate(model, [prompt], limits, check_stop=check_stop, on_token=lambda _, token: stream.add(token))
     text = encoder.decode_completion(answer).strip()
@@ -250,11 +245,11 @@ def _sample_row(columns: Sequence[str]) -> str:
     return "{" + ", ".join(f'"{column}": "..."' for column in columns) + "}"
 
 
-def _limits(encoder: Encoder, *, max_new_tokens: int, max_nodes: int, batch_size: int) -> GenerationLimits:
+def _limits(encoder: Encoder, *, max_new_tokens: int, max_positions: int, batch_size: int) -> GenerationLimits:
     return GenerationLimits(
         stop_ids=frozenset(encoder.prompt_format.stop_ids),
         max_new_tokens=max_new_tokens,
-        max_nodes=max_nodes,
+        max_positions=max_positions,
         batch_size=batch_size,
     )
 

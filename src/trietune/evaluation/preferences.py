@@ -27,7 +27,7 @@ def evaluate_answers(
     judge: Judge,
     *,
     batching: Batching,
-    max_nodes: int,
+    max_positions: int,
     max_examples: int | None = None,
     seed: int = 0,
     check_stop: CheckStop = no_stop,
@@ -44,7 +44,7 @@ def evaluate_answers(
         sets,
         sets.sequences_of(rows),
         batching=batching,
-        max_nodes=max_nodes,
+        max_positions=max_positions,
         check_stop=check_stop,
         progress=progress,
     )
@@ -58,13 +58,13 @@ def score_answers(
     sequences: np.ndarray,
     *,
     batching: Batching,
-    max_nodes: int,
+    max_positions: int,
     check_stop: CheckStop,
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sum of the label log-probabilities of these sequences, and how many labels each has; both float64 [E]."""
     losses, counts = sequence_losses(
-        model, sets, sequences, batching=batching, max_nodes=max_nodes, check_stop=check_stop, progress=progress
+        model, sets, sequences, batching=batching, max_positions=max_positions, check_stop=check_stop, progress=progress
     )
     return -losses, counts
 

@@ -7,7 +7,7 @@ one trie, and the prompt is computed once:
                                                   |  negative "} <eos>
 
 The true label's branch is the example itself, so the validation loss comes out of the same pass. The whole set is
-sorted first: neighbours share as much as they ever can. Nothing is drawn, dropped or cut.
+sorted first: neighbors share as much as they ever can. Nothing is drawn, dropped or cut.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ScoringModel(Protocol):
     @property
     def network(self) -> torch.nn.Module: ...
 
-    def arrange(self, micro_batches: Sequence[MicroBatch], /) -> Sequence[MicroBatch]: ...
+    def pad_to_shapes(self, micro_batches: Sequence[MicroBatch], /) -> Sequence[MicroBatch]: ...
 
     def label_losses(self, micro_batch: MicroBatch, /) -> torch.Tensor: ...
 
@@ -59,7 +59,7 @@ class FlatSequences:
 
     @classmethod
     def without_labels(cls, input_ids: np.ndarray, lengths: np.ndarray) -> FlatSequences:
-        """Sequences of these lengths, laid end to end in `input_ids` (int32), none of whose tokens is labelled."""
+        """Sequences of these lengths, laid end to end in `input_ids` (int32), none of whose tokens is labeled."""
         offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
         return cls(input_ids, np.full(len(input_ids), IGNORED_LABEL, np.int32), offsets)
 
@@ -70,7 +70,7 @@ def sequence_losses(
     indices: np.ndarray,
     *,
     batching: Batching,
-    max_nodes: int,
+    max_positions: int,
     check_stop: CheckStop,
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +81,7 @@ def sequence_losses(
     with inference(model.network):
         for chunk in _sorted_chunks(sequences, indices, lengths, chunk_size=SEQUENCES_PLANNED_AT_ONCE):
             losses[chunk], weights[chunk] = _score(
-                model, sequences, indices[chunk], batching=batching, max_nodes=max_nodes, check_stop=check_stop
+                model, sequences, indices[chunk], batching=batching, max_positions=max_positions, check_stop=check_stop
             )
             num_done += len(chunk)
             progress("loss", num_done, len(indices))
@@ -95,14 +95,14 @@ def label_log_probabilities(
     completions: Sequence[np.ndarray],
     *,
     batching: Batching,
-    max_nodes: int,
+    max_positions: int,
     check_stop: CheckStop,
     progress: Progress,
 ) -> np.ndarray:
     """Log-probability of each completion after each prompt, summed over its tokens; float64 [B, number of labels].
 
     Args:
-        prompts: sequences whose prompt ends before their first labelled token, or with the sequence if none is.
+        prompts: sequences whose prompt ends before their first labeled token, or with the sequence if none is.
         indices: int64 [B], which of them.
         completions: the token ids of each label's completion, the end-of-sequence token included.
     """
@@ -118,7 +118,7 @@ def label_log_probabilities(
                 branches,
                 np.arange(len(branches.offsets) - 1),
                 batching=batching,
-                max_nodes=max_nodes,
+                max_positions=max_positions,
                 check_stop=check_stop,
             )
             scores[chunk] = -losses.reshape(len(chunk), len(completions))
@@ -134,10 +134,10 @@ def label_probabilities(log_probabilities: np.ndarray) -> np.ndarray:
 
 
 def find_prompt_lengths(sequences: Sequences) -> np.ndarray:
-    """Tokens before the first labelled one; the whole sequence where none is. int64 [number of sequences]."""
+    """Tokens before the first labeled one; the whole sequence where none is. int64 [number of sequences]."""
     offsets = np.asarray(sequences.offsets)
-    labelled = np.append(np.flatnonzero(np.asarray(sequences.labels) != IGNORED_LABEL), offsets[-1])
-    first = labelled[np.searchsorted(labelled, offsets[:-1])]
+    labeled = np.append(np.flatnonzero(np.asarray(sequences.labels) != IGNORED_LABEL), offsets[-1])
+    first = labeled[np.searchsorted(labeled, offsets[:-1])]
     return np.asarray(np.minimum(first, offsets[1:]) - offsets[:-1])
 
 
@@ -150,10 +150,10 @@ def branch(
     labels: list[np.ndarray] = []
     for start, length in zip(starts.tolist(), prompt_lengths.tolist(), strict=True):
         prompt = prompts.input_ids[start : start + length]
-        unlabelled = np.full(length, IGNORED_LABEL, np.int32)
+        unlabeled = np.full(length, IGNORED_LABEL, np.int32)
         for completion in completions:
             input_ids += (prompt, completion)
-            labels += (unlabelled, completion)
+            labels += (unlabeled, completion)
     lengths = prompt_lengths[:, None] + np.array([len(completion) for completion in completions])
     return FlatSequences(
         input_ids=np.concatenate(input_ids).astype(np.int32),
@@ -196,15 +196,15 @@ def _score(
     indices: np.ndarray,
     *,
     batching: Batching,
-    max_nodes: int,
+    max_positions: int,
     check_stop: CheckStop,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss and number of labels of each of `sequences[indices]`; indices are distinct."""
     place = np.zeros(len(sequences.offsets) - 1, np.int64)
     place[indices] = np.arange(len(indices))
     losses, weights = np.zeros(len(indices)), np.zeros(len(indices))
-    micro_batches = make_micro_batches(sequences, indices, batching=batching, max_nodes=max_nodes)
-    for micro_batch in model.arrange(micro_batches):
+    micro_batches = make_micro_batches(sequences, indices, batching=batching, max_positions=max_positions)
+    for micro_batch in model.pad_to_shapes(micro_batches):
         check_stop()
         pair_losses = model.label_losses(micro_batch).cpu().double().numpy()
         add_up(losses, weights, micro_batch, place[micro_batch.sequence_indices], pair_losses)

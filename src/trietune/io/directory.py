@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import stat
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ SPARE_BYTES = 1 * 2**20
 _CHUNK_BYTES = 4 * 2**20
 
 
-class Damaged(Exception):  # noqa: N818  (a state of a directory, not a failure of ours)
+class DamagedDirectory(Exception):  # noqa: N818  (a state of a directory, not a failure of ours)
     """A directory is not whole: `file` inside it is to blame, and `reason` is what a sentence about it goes on with."""
 
     def __init__(self, directory: Path, file: str, reason: str) -> None:
@@ -55,14 +54,14 @@ class Damaged(Exception):  # noqa: N818  (a state of a directory, not a failure 
 
 
 @dataclass(frozen=True, slots=True)
-class Streamed:
+class LazyContent:
     """A file that is too large to be in memory a second time: its size, and what gives its bytes piece by piece."""
 
     size_bytes: int
     pieces: Callable[[], Iterable[bytes | memoryview]]
 
 
-Content = bytes | Streamed
+FileContent = bytes | LazyContent
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,6 @@ class WrittenDirectory:
 
     path: Path
     manifest: Manifest
-    seconds: float
     moved_aside: Path | None = None
 
 
@@ -84,7 +82,7 @@ class Verified:
     extra: tuple[str, ...] = ()
 
 
-def write_directory(target: Path, contents: Mapping[str, Content], *, info: ManifestInfo) -> WrittenDirectory:
+def write_directory(target: Path, contents: Mapping[str, FileContent], *, info: ManifestInfo) -> WrittenDirectory:
     """Write `contents` as the directory `target`, whole or not at all.
 
     Args:
@@ -102,15 +100,14 @@ def write_directory(target: Path, contents: Mapping[str, Content], *, info: Mani
         raise disk_errors.save_failed(error, target) from error
 
 
-def _write_directory(target: Path, contents: Mapping[str, Content], info: ManifestInfo) -> WrittenDirectory:
-    started = time.perf_counter()
+def _write_directory(target: Path, contents: Mapping[str, FileContent], info: ManifestInfo) -> WrittenDirectory:
     check_space(target.parent, sum(_size_of(content) for content in contents.values()))
     staging = files.hidden_sibling("staging", target)
     try:
         files.make_folder(staging)
         entries = {name: _write_one(staging / name, content) for name, content in contents.items()}
         written = Manifest(info=info, files=entries)
-        files.write_file(staging / MANIFEST_NAME, [manifest.serialise(written)])
+        files.write_file(staging / MANIFEST_NAME, [manifest.serialize(written)])
         files.flush_folder(staging)
         moved_aside = _make_room(target)
         files.rename(staging, target)
@@ -122,13 +119,13 @@ def _write_directory(target: Path, contents: Mapping[str, Content], info: Manife
         files.discard(moved_aside)
         moved_aside = None
     _check_arrived(target, written)
-    return WrittenDirectory(target, written, time.perf_counter() - started, moved_aside)
+    return WrittenDirectory(target, written, moved_aside)
 
 
 def verify_directory(directory: Path, *, without: Collection[str] = ()) -> Verified:
     """Read every byte that the manifest names, in pieces, and compare; files in `without` may differ, or be gone.
 
-    Raises `Damaged`.
+    Raises `DamagedDirectory`.
     """
     found = read_manifest(directory)
     for name, entry in found.files.items():
@@ -147,7 +144,7 @@ def verify_directory(directory: Path, *, without: Collection[str] = ()) -> Verif
 def read_directory(directory: Path, *, without: Collection[str] = ()) -> tuple[Manifest, dict[str, bytes]]:
     """Read each file once and return the bytes that were verified; files named in `without` are left alone.
 
-    Raises `Damaged`; `UserError` when the files do not fit into the memory that is free.
+    Raises `DamagedDirectory`; `UserError` when the files do not fit into the memory that is free.
     """
     found = check_sizes(directory, without=without)
     wanted = {name: entry for name, entry in found.files.items() if name not in without}
@@ -168,19 +165,19 @@ def read_directory(directory: Path, *, without: Collection[str] = ()) -> tuple[M
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest alone, believed by its own digest. Raises `Damaged`."""
+    """The manifest alone, believed by its own digest. Raises `DamagedDirectory`."""
     if directory.is_symlink() or not directory.is_dir():
-        raise Damaged(directory, "it", "is not a folder" if os.path.lexists(directory) else "is not there")
+        raise DamagedDirectory(directory, "it", "is not a folder" if os.path.lexists(directory) else "is not there")
     with _open_plain(directory, MANIFEST_NAME) as file:
         data = file.read(manifest.MAX_MANIFEST_BYTES + 1)
     try:
         return manifest.parse(data)
     except manifest.ManifestError as error:
-        raise Damaged(directory, MANIFEST_NAME, f"is refused: {error}") from error
+        raise DamagedDirectory(directory, MANIFEST_NAME, f"is refused: {error}") from error
 
 
 def check_sizes(directory: Path, *, without: Collection[str] = ()) -> Manifest:
-    """The quick look: manifest, and each file's kind and size, contents unread. Raises `Damaged`."""
+    """The quick look: manifest, and each file's kind and size, contents unread. Raises `DamagedDirectory`."""
     found = read_manifest(directory)
     for name, entry in found.files.items():
         if name not in without:
@@ -250,7 +247,7 @@ def _check_arrived(target: Path, written: Manifest) -> None:
         is_listed = any(entry.name == target.name for entry in entries)
     try:
         is_there = is_listed and check_sizes(target).files == dict(written.files)
-    except Damaged:
+    except DamagedDirectory:
         is_there = False
     if not is_there:
         raise OSError(errno.ESTALE, "it was written, renamed and acknowledged, and is not there", str(target))
@@ -292,7 +289,7 @@ def rename_directory(source: Path, target: Path) -> None:
     files.flush_folder(target.parent)
 
 
-def _write_one(path: Path, content: Content) -> FileEntry:
+def _write_one(path: Path, content: FileContent) -> FileEntry:
     digest, size = hashlib.sha256(), 0
 
     def hashed() -> Iterator[bytes | memoryview]:
@@ -308,7 +305,7 @@ def _write_one(path: Path, content: Content) -> FileEntry:
     return FileEntry(size, digest.hexdigest())
 
 
-def _size_of(content: Content) -> int:
+def _size_of(content: FileContent) -> int:
     return len(content) if isinstance(content, bytes) else content.size_bytes
 
 
@@ -317,7 +314,7 @@ def _make_room(target: Path) -> Path | None:
         return None
     try:
         verify_directory(target)
-    except Damaged:
+    except DamagedDirectory:
         return move_aside(target)
     aside = files.hidden_sibling("replaced", target)
     rename_directory(target, aside)
@@ -330,18 +327,18 @@ def _open_plain(directory: Path, name: str) -> Iterator[BinaryIO]:
     try:
         descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise Damaged(directory, name, "is missing") from error
+        raise DamagedDirectory(directory, name, "is missing") from error
     except OSError as error:
         reason = "is a link" if error.errno == errno.ELOOP else f"cannot be opened ({error.strerror})"
-        raise Damaged(directory, name, reason) from error
+        raise DamagedDirectory(directory, name, reason) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise Damaged(directory, name, "is not a plain file")
+        raise DamagedDirectory(directory, name, "is not a plain file")
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         try:
             yield io.BufferedReader(file)
         except OSError as error:
-            raise Damaged(directory, name, f"cannot be read ({error.strerror})") from error
+            raise DamagedDirectory(directory, name, f"cannot be read ({error.strerror})") from error
 
 
 @contextmanager
@@ -349,10 +346,10 @@ def _open_listed(directory: Path, name: str, entry: FileEntry) -> Iterator[Binar
     with _open_plain(directory, name) as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry.size:
-            raise Damaged(directory, name, f"has {size:,} of {entry.size:,} bytes")
+            raise DamagedDirectory(directory, name, f"has {size:,} of {entry.size:,} bytes")
         yield file
 
 
 def _check_digest(directory: Path, name: str, entry: FileEntry, sha256: str) -> None:
     if sha256 != entry.sha256:
-        raise Damaged(directory, name, "does not hold the bytes that were written (its SHA-256 differs)")
+        raise DamagedDirectory(directory, name, "does not hold the bytes that were written (its SHA-256 differs)")

@@ -73,7 +73,7 @@ class Manifest:
         return sum(entry.size for entry in self.files.values())
 
 
-def serialise(manifest: Manifest) -> bytes:
+def serialize(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`. Raises ValueError for names and details that a reader would refuse."""
     _check_names(manifest.files)
     info = manifest.info
@@ -113,8 +113,8 @@ def parse(data: bytes) -> Manifest:
 
 def _with_digest(document: Mapping[str, Any]) -> bytes:
     try:
-        digest = hashlib.sha256(strict_json.serialise(document)).hexdigest()
-        return strict_json.serialise({**document, "digest": digest})
+        digest = hashlib.sha256(strict_json.serialize(document)).hexdigest()
+        return strict_json.serialize({**document, "digest": digest})
     except UnicodeEncodeError as error:
         raise ManifestError("it holds half a character (a lone surrogate)") from error
 

@@ -4,8 +4,10 @@
     header     {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"format": "pt"}}
     data       the tensors one after another, without gaps
 
-The library's own writer goes through a memory-mapped temporary file with mode 0600 and never flushes it; ours gives
-bytes, which the caller hashes and flushes. The reader checks the header before it touches the data.
+The safetensors package writes and reads the same bytes, but only whole: its reader copies every tensor, and its writer
+needs all of them on the host, so a trained embedding would be in memory twice. Nor does it refuse repeated names, names
+with slashes, or a header of a million entries. Here a large file goes out and comes back in pieces, and the header is
+checked before the data are touched.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -84,7 +86,7 @@ def from_numpy(array: np.ndarray[Any, Any], *, dtype: str | None = None) -> RawT
     return RawTensor(name, array.shape, plain.reshape(-1).view(np.uint8).data)
 
 
-def serialise(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None) -> bytes:
+def serialize(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a `.safetensors` file. Raises `TensorError` for what `parse` would refuse."""
     return b"".join(_pieces(tensors, metadata))
 
@@ -92,7 +94,7 @@ def serialise(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] |
 def pieces(
     tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
-    """The same bytes as `serialise` in pieces: small tensors together, large ones as they come."""
+    """The same bytes as `serialize` in pieces: small tensors together, large ones as they come."""
     small: list[bytes | memoryview] = []
     num_small = 0
     for piece in _pieces(tensors, metadata):
@@ -109,25 +111,23 @@ def pieces(
 
 
 def size_bytes(tensors: Mapping[str, RawTensor], *, metadata: Mapping[str, str] | None = None) -> int:
-    """How many bytes `serialise` and `pieces` give."""
+    """How many bytes `serialize` and `pieces` give."""
     return len(_header(_in_order(tensors), metadata)) + sum(tensor.size_bytes for tensor in tensors.values())
 
 
 def parse(data: bytes) -> tuple[dict[str, RawTensor], dict[str, str]]:
     """Tensors (views into `data`, nothing is copied) and metadata. Raises `TensorError` at the first oddity."""
-    header, start = _read_header(data)
-    metadata = _check_metadata(header.pop("__metadata__", {}))
-    if len(header) > MAX_TENSORS:
-        raise TensorError(f"it names {len(header):,} tensors, more than the {MAX_TENSORS:,} allowed")
+    start = 8 + _header_length(data[:8], len(data))
     view = memoryview(data)[start:]
-    tensors: dict[str, RawTensor] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, entry in header.items():
-        dtype, shape, begin, end = _check_entry(name, entry, len(view))
-        spans.append((begin, end, name))
-        tensors[name] = RawTensor(dtype, shape, view[begin:end])
-    _check_no_gaps(spans, len(view))
-    return tensors, metadata
+    entries, metadata = _parse_header(data[8:start], len(view))
+    return {name: RawTensor(one.dtype, one.shape, view[one.begin : one.end]) for name, one in entries.items()}, metadata
+
+
+def read_shapes(file: BinaryIO, num_bytes: int) -> dict[str, tuple[int, ...]]:
+    """The tensors' shapes by name, from the header of a file of `num_bytes`. Raises `TensorError` as `parse` does."""
+    length = _header_length(file.read(8), num_bytes)
+    entries, _ = _parse_header(file.read(length), num_bytes - 8 - length)
+    return {name: one.shape for name, one in entries.items()}
 
 
 def check_names(found: Iterable[str], expected: Iterable[str]) -> None:
@@ -178,15 +178,27 @@ def _header(ordered: Sequence[tuple[str, RawTensor]], metadata: Mapping[str, str
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_header(data: bytes) -> tuple[dict[str, Any], int]:
-    if len(data) < 10:
-        raise TensorError(f"it has {len(data)} bytes, too few for a header")
-    length = int.from_bytes(data[:8], "little")
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _header_length(start: bytes, num_bytes: int) -> int:
+    """From the first eight bytes of a file of `num_bytes`."""
+    if num_bytes < 10:
+        raise TensorError(f"it has {num_bytes} bytes, too few for a header")
+    length = int.from_bytes(start, "little")
     if length > MAX_HEADER_BYTES:
         raise TensorError(f"its header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
-    if 8 + length > len(data):
-        raise TensorError(f"its header claims {length:,} bytes, the file has {len(data):,}")
-    text = data[8 : 8 + length]
+    if 8 + length > num_bytes:
+        raise TensorError(f"its header claims {length:,} bytes, the file has {num_bytes:,}")
+    return length
+
+
+def _parse_header(text: bytes, num_data_bytes: int) -> tuple[dict[str, _Entry], dict[str, str]]:
     # Counted before parsing: a million tiny entries would cost a gigabyte of Python objects.
     if text.count(b'"data_offsets"') > MAX_TENSORS or text.count(b":") > 5 * MAX_TENSORS:
         raise TensorError(f"it names more than the {MAX_TENSORS:,} tensors allowed")
@@ -196,7 +208,12 @@ def _read_header(data: bytes) -> tuple[dict[str, Any], int]:
         raise TensorError(f"its header: {error}") from error
     if not isinstance(header, dict):
         raise TensorError("its header is not an object")
-    return header, 8 + length
+    metadata = _check_metadata(header.pop("__metadata__", {}))
+    if len(header) > MAX_TENSORS:
+        raise TensorError(f"it names {len(header):,} tensors, more than the {MAX_TENSORS:,} allowed")
+    entries = {name: _check_entry(name, entry, num_data_bytes) for name, entry in header.items()}
+    _check_no_gaps(entries, num_data_bytes)
+    return entries, metadata
 
 
 def _check_metadata(metadata: object) -> dict[str, str]:
@@ -214,7 +231,7 @@ def _check_name(name: str) -> None:
         raise TensorError(f"{name[:80]!r} is not a tensor's name")
 
 
-def _check_entry(name: str, entry: object, num_bytes: int) -> tuple[str, tuple[int, ...], int, int]:
+def _check_entry(name: str, entry: object, num_bytes: int) -> _Entry:
     _check_name(name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise TensorError(f"`{name}` is not described by dtype, shape and data_offsets")
@@ -230,18 +247,18 @@ def _check_entry(name: str, entry: object, num_bytes: int) -> tuple[str, tuple[i
         raise TensorError(f"`{name}` lies at {begin:,} to {end:,} of {num_bytes:,} bytes")
     if math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
         raise TensorError(f"`{name}` has {end - begin:,} bytes, its shape and dtype say another number")
-    return dtype, tuple(shape), begin, end
+    return _Entry(dtype, tuple(shape), begin, end)
 
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _check_no_gaps(spans: list[tuple[int, int, str]], num_bytes: int) -> None:
+def _check_no_gaps(entries: Mapping[str, _Entry], num_bytes: int) -> None:
     position = 0
-    for begin, end, name in sorted(spans):
-        if begin != position:
-            raise TensorError(f"`{name}` begins at byte {begin:,}, the one before ends at {position:,}")
-        position = end
+    for name, one in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end, item[0])):
+        if one.begin != position:
+            raise TensorError(f"`{name}` begins at byte {one.begin:,}, the one before ends at {position:,}")
+        position = one.end
     if position != num_bytes:
         raise TensorError(f"{num_bytes - position:,} bytes after the last tensor belong to none")

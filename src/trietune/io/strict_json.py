@@ -40,7 +40,7 @@ def parse(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
         raise NotStrict(f"it is not JSON ({error})") from error
 
 
-def serialise(value: Any) -> bytes:
+def serialize(value: Any) -> bytes:
     """The one spelling that we write: sorted keys, two blanks, a line break at the end. Raises ValueError on NaN."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 

@@ -1,7 +1,7 @@
 """Which architectures take a trie: those whose every layer lets its attention be replaced, and whose logits are a head.
 
-A trie changes what a position attends to and nothing else. So an architecture is refused if something besides attention
-carries from token to token (a state, a convolution), if attention is not reachable, or if anything depends on how many
+A trie changes what a position attends to, and what states it starts from. So an architecture is refused if anything else
+carries from token to token, if attention or states are not reachable, or if anything depends on how many
 rows or how long a call is.
 """
 
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+
+from trietune.model.states import carries_states
+from trietune.model.states.probe import refuse_mixing
 
 # Tries give the gradients of padded rows for these; a test a family, with windows, soft-capping and grouped heads.
 TESTED_FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -42,12 +45,13 @@ def check_architecture(network: PreTrainedModel) -> str | None:
         return f"`{family}` has an encoder, and its decoder attends to it"
     if config.get_text_config() is not config:
         return f"`{family}` takes more than text, and masks its attention itself"
+    has_states = carries_states(network)
     layers = set(getattr(config, "layer_types", None) or ())
-    if other := sorted(layers - set(_ATTENTION_LAYERS)):
+    if not has_states and (other := sorted(layers - set(_ATTENTION_LAYERS))):
         return f"`{family}` has layers of the kind `{other[0]}`, which carry a state from token to token"
-    if getattr(network, "_is_stateful", False):
+    if not has_states and getattr(network, "_is_stateful", False):
         return f"`{family}` has state-space layers, which carry a state from token to token"
-    if not getattr(network, "_supports_attention_backend", False):
+    if not has_states and not getattr(network, "_supports_attention_backend", False):
         return f"`{family}` computes attention in its own way, which cannot be replaced"
     if (rope := _rope_types(config)) & set(_CALL_DEPENDENT_ROPE):
         kind = sorted(rope & set(_CALL_DEPENDENT_ROPE))[0]
@@ -56,6 +60,8 @@ def check_architecture(network: PreTrainedModel) -> str | None:
         return f"`{family}` is configured with dropout on attention weights"
     if getattr(config, "output_router_logits", False):
         return f"`{family}` adds a loss for its experts, which counts tokens and not labels"
+    if has_states:
+        return refuse_mixing(config)
     if family not in TESTED_FAMILIES and not _attends_through_the_interface(config):
         return f"`{family}` computes attention in its own way, which cannot be replaced"
     return None

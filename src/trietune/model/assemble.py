@@ -58,7 +58,7 @@ def assemble(
         attention=attention,
         prunes_last=prunes_last,
         shapes=shapes,
-        place=device.place_rows,
+        to_device=device.to_device,
         recompute=device.recompute,
         packed_bytes=packed_bytes,
         whole=whole,

@@ -24,6 +24,7 @@ from trietune.model.attention.static_layout import StaticLayout
 from trietune.model.fast.frozen_weight import Whole
 from trietune.model.head import Head
 from trietune.model.loss import label_losses
+from trietune.model.states import carry_states
 from trietune.trie import MicroBatch, Trie, pad_trie
 from trietune.trie.static_shapes import StaticShapes
 
@@ -42,9 +43,9 @@ class TrieModel:
     Args:
         network: a causal language model of transformers, on `device`, its adapter layers in place.
         attention: how tries attend; None leaves the library's attention alone, for padded rows only.
-        prunes_last: whether the network's last layer computes the needed positions alone (`fuse_trie_layers`).
+        prunes_last: whether the network's last layer computes only `query_nodes` (`fuse_trie_layers`).
         shapes: what micro-batches are padded to, on a device that compiles a program for each shape.
-        place: takes what belongs to the rows of a micro-batch to the device; first axis: rows.
+        to_device: takes what belongs to the rows of a micro-batch to the device; first axis: rows.
         recompute: runs a function that is computed again in the backward (`Device.recompute`).
         multiple_of: tries are padded to such a number of positions. Matrix products of odd sizes are slower, by a third
             at worst, and new sizes cost the library time and memory.
@@ -66,7 +67,7 @@ class TrieModel:
         attention: AttentionKind | None = "rows",
         prunes_last: bool = False,
         shapes: StaticShapes | None = None,
-        place: Callable[[Tensor], Tensor] | None = None,
+        to_device: Callable[[Tensor], Tensor] | None = None,
         recompute: Callable[..., Any] = recompute,
         multiple_of: int = 16,
         packed_bytes: int = 0,
@@ -77,7 +78,7 @@ class TrieModel:
         self.needs_masks = False
         self.can_decode = True
         self.shapes = shapes
-        self.place = place or (lambda tensor: tensor.to(device, non_blocking=True))
+        self.to_device = to_device or (lambda tensor: tensor.to(device, non_blocking=True))
         self._recompute = recompute
         self.packed_bytes = packed_bytes
         self.whole = whole
@@ -92,14 +93,15 @@ class TrieModel:
         self._head = Head(network)
         if attention is not None:
             network.set_attn_implementation(register())  # type: ignore[operator]
+            carry_states(network)
 
     @property
     def vocabulary_size(self) -> int:
         return int(self.config.vocab_size)
 
-    def arrange(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    def pad_to_shapes(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """The micro-batches in the shapes that this device computes; what they mean stays."""
-        return micro_batches if self.shapes is None else self.shapes.arrange(micro_batches)
+        return micro_batches if self.shapes is None else self.shapes.pad_to_shapes(micro_batches)
 
     def label_losses(self, micro_batch: MicroBatch) -> Tensor:
         """`-log p(label)` of each (position, label) pair of the micro-batch: [N], fp32 or fp64, with gradients."""
@@ -113,10 +115,10 @@ class TrieModel:
     def _at_labels(self, micro_batch: MicroBatch) -> Tensor:
         """Hidden states [N, D] where labels are predicted."""
         places = micro_batch.label_index
-        needed = None
+        query_nodes = None
         if self.prunes_last and micro_batch.trie is not None:
-            needed, places = np.unique(micro_batch.label_index, return_inverse=True)
-        hidden_SWD = self.hidden_states(micro_batch, needed)
+            query_nodes, places = np.unique(micro_batch.label_index, return_inverse=True)
+        hidden_SWD = self.hidden_states(micro_batch, query_nodes)
         num_rows, width, _ = hidden_SWD.shape
         if self.shapes is None or num_rows == 1:
             return hidden_SWD.flatten(0, 1).index_select(0, self.tensor(places))
@@ -125,8 +127,8 @@ class TrieModel:
         index = self.tensor(in_row)[:, :, None].expand(-1, -1, hidden_SWD.shape[2])
         return hidden_SWD.gather(1, index).flatten(0, 1)
 
-    def hidden_states(self, micro_batch: MicroBatch, needed: np.ndarray | None = None) -> Tensor:
-        """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, N, D] of the `needed` nodes."""
+    def hidden_states(self, micro_batch: MicroBatch, query_nodes: np.ndarray | None = None) -> Tensor:
+        """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, Q, D] of `query_nodes`."""
         trie, input_ids, position_ids = micro_batch.trie, micro_batch.input_ids, micro_batch.position_ids
         if trie is not None and self.shapes is None:
             trie = pad_trie(trie, -(-trie.num_nodes // self._multiple_of) * self._multiple_of)
@@ -134,7 +136,7 @@ class TrieModel:
         if trie is None:
             mask = self.tensor(np.ascontiguousarray(micro_batch.attention_mask)).long()
             return self.decode(input_ids, position_ids, mask, None)
-        layout = self._layout_of(trie, needed)
+        layout = self._layout_of(trie, query_nodes)
         return self.decode(input_ids, position_ids, self.mask_of(layout), layout)
 
     def decode(
@@ -164,20 +166,20 @@ class TrieModel:
         # not guess packed sequences from positions that fall back; the layout says what is seen.
         return torch.zeros(1, 1, 1, 1, device=self.device)
 
-    def _layout_of(self, trie: Trie, needed: np.ndarray | None) -> TrieLayout | StaticLayout:
+    def _layout_of(self, trie: Trie, query_nodes: np.ndarray | None) -> TrieLayout | StaticLayout:
         if self.shapes is None:
-            return self.layout(trie, needed)
-        return StaticLayout(trie, num_rows=self.shapes.num_rows, deepest=self.shapes.deepest, place=self.place)
+            return self.layout(trie, query_nodes)
+        return StaticLayout(trie, num_rows=self.shapes.num_rows, deepest=self.shapes.deepest, to_device=self.to_device)
 
     def layout(
         self,
         trie: Trie,
-        needed: np.ndarray | None = None,
+        query_nodes: np.ndarray | None = None,
         *,
         kind: AttentionKind | None = None,
         forced: ForcedRows | None = None,
     ) -> TrieLayout:
-        """How this model's layers attend on `trie`; of the last layer, only `needed` nodes are wanted.
+        """How this model's layers attend on `trie`; of the last layer, only `query_nodes` are wanted.
 
         Args:
             kind: another way to attend than the model's; `forced`: how its rows are cut. For proofs.
@@ -190,8 +192,8 @@ class TrieModel:
             num_heads=self.heads.num_heads,
             num_key_heads=self.heads.num_key_heads,
             device=self.device,
-            needed=None if needed is None else needed.astype(np.int64),
-            place=self.place,
+            query_nodes=None if query_nodes is None else query_nodes.astype(np.int64),
+            to_device=self.to_device,
             forced=forced,
         )
 
@@ -204,4 +206,4 @@ class TrieModel:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if tensor.dtype == torch.int32:
             tensor = tensor.long()
-        return self.place(tensor)
+        return self.to_device(tensor)

@@ -20,7 +20,7 @@ from trietune.trie import Batching, Sequences, make_micro_batches
 # of it leave about 1 % of a loss.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 NUM_CHECKED = 4
-MAX_LOGITS_A_ROW = 200_000_000
+MAX_LOGITS_PER_ROW = 200_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,13 @@ def check_against_rows(
 ) -> Checked | None:
     """Raise `UserError` if the loss of some of `sequences[indices]` is not that of plain rows.
 
-    Neighbours in sorted order are taken, so that they share what there is to share. Returns None if no example has a
+    Neighbors in sorted order are taken, so that they share what there is to share. Returns None if no example has a
     label or all are too long for full logits.
     """
     lengths = np.diff(np.asarray(sequences.offsets))[indices]
-    fitting = indices[lengths * model.vocabulary_size <= MAX_LOGITS_A_ROW]
-    chosen = _neighbours(sequences, fitting)
-    micro_batches = model.arrange(make_micro_batches(sequences, chosen, batching=batching, max_nodes=2**31))
+    fitting = indices[lengths * model.vocabulary_size <= MAX_LOGITS_PER_ROW]
+    chosen = _neighbors(sequences, fitting)
+    micro_batches = model.pad_to_shapes(make_micro_batches(sequences, chosen, batching=batching, max_positions=2**31))
     if not micro_batches:
         return None
     was_training = model.network.training
@@ -74,8 +74,8 @@ def check_against_rows(
     return checked
 
 
-def _neighbours(sequences: Sequences, indices: np.ndarray) -> np.ndarray:
-    """A few of `indices` that share as much as possible: the first one's neighbours by their tokens."""
+def _neighbors(sequences: Sequences, indices: np.ndarray) -> np.ndarray:
+    """A few of `indices` that share as much as possible: the first one's neighbors by their tokens."""
     offsets = np.asarray(sequences.offsets)
     by_tokens = sorted(
         indices.tolist(), key=lambda i: np.asarray(sequences.input_ids[offsets[i] : offsets[i + 1]]).tolist()

@@ -65,12 +65,12 @@ def read_launched(environ: Mapping[str, str] = os.environ) -> Launched:
     return Launched(int(environ["RANK"]), count, int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"]))
 
 
-def command_began(environ: Mapping[str, str] = os.environ) -> float | None:
+def command_began() -> float | None:
     """When the command began that launched this process, as `time.monotonic` tells it; None if it was not told."""
-    if _started(environ, "WORLD_SIZE") is None:
+    if _started(os.environ, "WORLD_SIZE") is None:
         return None
     try:
-        return float(environ[BEGAN])
+        return float(os.environ[BEGAN])
     except (KeyError, ValueError):
         return None
 

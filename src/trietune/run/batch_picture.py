@@ -36,7 +36,7 @@ def write_batch_picture(
         tokenizer: a fast tokenizer of transformers.
     """
     document = describe_batch(sequences, indices, ids, tokenizer)
-    files.replace_file(directory / BATCH_PICTURE, strict_json.serialise(document))
+    files.replace_file(directory / BATCH_PICTURE, strict_json.serialize(document))
 
 
 def describe_batch(sequences: TokenArrays, indices: np.ndarray, ids: Sequence[str], tokenizer: Any) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def plan_shapes(
             [
                 micro_batch
                 for part in sequences.parts_of(batch)
-                for micro_batch in make_micro_batches(sequences, part, batching=settings.batching, max_nodes=bound)
+                for micro_batch in make_micro_batches(sequences, part, batching=settings.batching, max_positions=bound)
             ]
             for batch in batches
         ]
@@ -206,7 +206,7 @@ def plan_shapes(
     sizes = [(mb.num_positions, len(mb.labels)) for batch in lay_out(bound) for mb in batch]
     shapes = choose_shapes(sizes, longest=longest, deepest=deepest, num_rows=device.num_rows)
     real = [mb for batch in lay_out(shapes.max_positions) for mb in batch]
-    padded = [mb for batch in lay_out(shapes.max_positions) for mb in shapes.arrange(batch)]
+    padded = [mb for batch in lay_out(shapes.max_positions) for mb in shapes.pad_to_shapes(batch)]
     return StaticPlan(
         shapes,
         _sum(padded, lambda mb: mb.num_positions) / _sum(real, lambda mb: mb.num_positions) - 1,

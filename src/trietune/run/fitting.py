@@ -10,7 +10,25 @@ import numpy as np
 from trietune.errors import UserError
 
 if TYPE_CHECKING:
+    from trietune.config.settings import Settings
     from trietune.data.examples import TokenSequences
+
+
+# No sequence is longer: offsets are counted in these.
+LONGEST = 2**31 - 1
+
+
+def with_max_length(settings: Settings, config: object) -> Settings:
+    """The settings with a number for `max_length: auto`: as many tokens as the model has positions.
+
+    Args:
+        config: the text config of a causal model of transformers.
+    """
+    if settings.max_length != "auto":
+        return settings
+    most = getattr(config, "max_position_embeddings", None)
+    longest = most if isinstance(most, int) and most >= 2 else LONGEST
+    return settings.model_copy(update={"max_length": longest})
 
 
 def check_vocabulary(sequences: TokenSequences, num_embeddings: int) -> None:

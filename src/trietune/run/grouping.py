@@ -18,7 +18,6 @@ from trietune.run.plan import ProcessesPlan, Sharing
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
-    from trietune.data.examples import TokenSequences
     from trietune.data.load import Data
     from trietune.run.objective import Rows
     from trietune.tracking.tracker import Tracker
@@ -39,7 +38,7 @@ KEPT_FROM_EXAMPLES = 200_000
 
 
 def choose_groups(
-    settings: Settings, data: Data, sequences: Rows, cache_folder: Path, hub: Tracker
+    settings: Settings, data: Data, sequences: Rows, cache_folder: Path, tracker: Tracker
 ) -> tuple[PrefixGroups | None, Work]:
     """Prefix groups if `group_by_prefix` asks for them, or, with `auto`, if they save much; and a few batches' work."""
     if settings.group_by_prefix is False or settings.batching != "trie":
@@ -47,7 +46,7 @@ def choose_groups(
     if settings.batch_size * settings.gradient_accumulation_steps == 1:
         groups = find_groups(data, sequences, 32, cache_folder)
         if groups.num_distinct < (1 - GROUPING_SAVES) * groups.num_tokens:
-            hub.say(
+            tracker.info(
                 "`batch_size: 1` computes every example alone; the examples share "
                 f"{1 - groups.num_distinct / groups.num_tokens:.0%} of their tokens. `--set batch_size=32` computes "
                 "shared beginnings once (compare the learning rate: docs/batches.md)"
@@ -91,38 +90,66 @@ def measure_batches(settings: Settings, sequences: Rows, groups: PrefixGroups | 
             micro_batch
             for number in range(min(SAMPLED_BATCHES, sampler.batches_per_epoch))
             for part in sequences.parts_of(sampler.batch(0, number))
-            for micro_batch in make_micro_batches(sequences, part, batching=settings.batching, max_nodes=max_positions)
+            for micro_batch in make_micro_batches(
+                sequences, part, batching=settings.batching, max_positions=max_positions
+            )
         ]
     )
 
 
-def sharing_of(work: Work, settings: Settings, num_train: int) -> Sharing:
-    """What the `work` of `measure_batches` says about an example."""
-    num_examples = min(SAMPLED_BATCHES * settings.batch_size, num_train)
+def num_sampled_of(settings: Settings, num_train: int) -> int:
+    """Examples that `measure_batches` looks at."""
+    return min(SAMPLED_BATCHES * settings.batch_size, num_train)
+
+
+def sharing_of(work: Work, num_examples: int) -> Sharing:
+    """What the `work` of `measure_batches`, which looked at `num_examples`, says about an example."""
     return Sharing(work.num_tokens / num_examples, work.num_positions / num_examples)
 
 
 def plan_processes(
-    settings: Settings, sequences: TokenSequences, groups: PrefixGroups | None, count: int, label_cost: float
-) -> ProcessesPlan:
-    """How `count` processes share a few steps of the first epoch, and whether a larger batch would share better."""
+    settings: Settings, rows: Rows, groups: PrefixGroups | None, count: int, label_cost: float, max_positions: int
+) -> tuple[ProcessesPlan, Work, int]:
+    """How `count` processes share a few steps of the first epoch, and whether a larger batch would share better; what
+    all of them compute together, and of how many examples."""
+    from trietune.trie import make_micro_batches
+    from trietune.trie.batch_stats import measure_work
+
     per_step = settings.batch_size * settings.gradient_accumulation_steps
-    deals, num_examples = _deals(settings, sequences, groups, count, label_cost, settings.batch_size)
+    deals, num_examples = _deals(settings, rows, groups, count, label_cost, settings.batch_size)
     speed_up = _speed_up(deals)
     suggestion = None
     if speed_up < GOOD_SHARE * count:
         larger = 4 * settings.batch_size
-        if larger * settings.gradient_accumulation_steps <= len(sequences):
-            better = _speed_up(_deals(settings, sequences, groups, count, label_cost, larger)[0])
+        if larger * settings.gradient_accumulation_steps <= rows.num_rows:
+            better = _speed_up(_deals(settings, rows, groups, count, label_cost, larger)[0])
             suggestion = (larger, better) if better > speed_up else None
-    # Labels at the head are a part of the cost, not of the positions: their share is the same on both sides.
-    nodes = sum(float(deal.costs.sum()) - label_cost * deal.num_labels for deal in deals)
-    return ProcessesPlan(count, min(per_step, len(sequences)), speed_up, nodes / max(num_examples, 1), suggestion)
+    work = measure_work(
+        [
+            micro_batch
+            for deal in deals
+            for part in deal.parts
+            for apart in rows.apart(part)
+            for micro_batch in make_micro_batches(rows, apart, batching=settings.batching, max_positions=max_positions)
+        ]
+    )
+    shares = np.array([deal.costs / max(float(deal.costs.sum()), 1e-9) for deal in deals])
+    plan = ProcessesPlan(
+        count=count,
+        examples_per_step=min(per_step, rows.num_rows),
+        speed_up=speed_up,
+        positions_per_example=work.num_positions / max(num_examples, 1),
+        smallest_part=float(shares.min(1).mean()),
+        largest_part=float(shares.max(1).mean()),
+        repeated=sum(float(deal.costs.sum()) for deal in deals) / max(sum(d.cost_of_whole for d in deals), 1e-9) - 1,
+        suggestion=suggestion,
+    )
+    return plan, work, num_examples
 
 
 def _deals(
     settings: Settings,
-    sequences: TokenSequences,
+    rows: Rows,
     groups: PrefixGroups | None,
     count: int,
     label_cost: float,
@@ -131,13 +158,16 @@ def _deals(
     from trietune.training.sampler import Sampler
     from trietune.trie.dealing import deal_step
 
-    sampler = Sampler(len(sequences), batch_size=batch_size, seed=settings.seed, groups=groups)
+    sampler = Sampler(rows.num_rows, batch_size=batch_size, seed=settings.seed, groups=groups)
     batches = [sampler.batch(0, number) for number in range(sampler.batches_per_epoch)]
     per_step = settings.gradient_accumulation_steps
     steps = [np.concatenate(batches[at : at + per_step]) for at in range(0, len(batches), per_step)][:SAMPLED_BATCHES]
     # The last, smaller step of an epoch would count as much as a whole one.
     steps = [step for step in steps if len(step) == len(steps[0])]
-    deals = [deal_step(sequences, step, count, batching=settings.batching, label_cost=label_cost) for step in steps]
+    deals = [
+        deal_step(rows, rows.sequences_of(step), count, batching=settings.batching, label_cost=label_cost)
+        for step in steps
+    ]
     return deals, sum(len(step) for step in steps)
 
 

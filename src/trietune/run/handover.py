@@ -26,7 +26,7 @@ LONGEST_PROMPT = 512
 def export_to(
     source: Path,
     out: Path,
-    hub: Tracker,
+    tracker: Tracker,
     *,
     target: Target,
     merge: bool = False,
@@ -41,13 +41,15 @@ def export_to(
     from trietune.model.handover.handover import hand_over
 
     def prompts(tokenizer: Any, prompt_format: PromptFormat | None) -> Sequence[Sequence[int]]:
-        found = _of_the_run(source, tokenizer, prompt_format, hub)
+        found = _of_the_run(source, tokenizer, prompt_format, tracker)
         if not found:
-            hub.say(f"no validation examples of a run here: {NUM_PROMPTS} shipped sentences prove the export instead")
+            tracker.info(
+                f"no validation examples of a run here: {NUM_PROMPTS} shipped sentences prove the export instead"
+            )
             found = shipped_prompts(tokenizer, prompt_format)
         return [prompt[-LONGEST_PROMPT:] for prompt in found]
 
-    base = locate_base(base_name_of(find_adapter(source)), hub)
+    base = locate_base(base_name_of(find_adapter(source)), tracker)
     return hand_over(
         source,
         out,
@@ -56,19 +58,19 @@ def export_to(
         prompts=prompts,
         merge=merge,
         quantization=quantization,
-        report=hub.say,
+        report=tracker.info,
     )
 
 
 def _of_the_run(
-    source: Path, tokenizer: Any, prompt_format: PromptFormat | None, hub: Tracker
+    source: Path, tokenizer: Any, prompt_format: PromptFormat | None, tracker: Tracker
 ) -> Sequence[Sequence[int]]:
     """Prompts of the run's first validation examples; none for an adapter alone, or if the data has moved away."""
     if prompt_format is None or not (source / "config.yaml").is_file():
         return ()
     from trietune.data import make_encoder
     from trietune.data.load import load_split
-    from trietune.model.base.gguf import cache_folder
+    from trietune.io.cache_folder import cache_folder
 
     try:
         sequences, _ = load_split(
@@ -77,12 +79,12 @@ def _of_the_run(
             "validation",
             prompt_format=prompt_format,
             cache_folder=cache_folder() / "data",
-            report=hub.say,
+            report=tracker.info,
             progress=lambda phase, done, total: None,
             check_stop=lambda: None,
         )
     except UserError as error:
-        hub.say(f"the run's validation data cannot be read ({error.what})", is_warning=True)
+        tracker.warn(f"the run's validation data cannot be read ({error.what})")
         return ()
     encoder = make_encoder(tokenizer, prompt_format)
     count = min(NUM_PROMPTS, len(sequences))

@@ -54,9 +54,9 @@ def give_back_freed_memory() -> None:
         trim(0)
 
 
-def hand_back_freed_memory(environ: MutableMapping[str, str] = os.environ) -> None:
+def hand_back_freed_memory() -> None:
     """Undo `keep_freed_memory`: a process that gathers layers and lets them go would keep all of them."""
-    if any(environ.get(name) for name in DECIDED_BY_USER):
+    if any(os.environ.get(name) for name in DECIDED_BY_USER):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

@@ -23,7 +23,7 @@ from trietune.errors import UserError
 from trietune.io.places import expand
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
-from trietune.run.fitting import check_ids, check_vocabulary
+from trietune.run.fitting import check_ids, check_vocabulary, with_max_length
 from trietune.run.objective import evaluate_preferences
 from trietune.run.prepare import choose_attention, locate_base, make_deterministic, progress_of
 from trietune.run.proving import length_to_prove, positions_under_masks, prove_for_length, prove_on_data, prove_on_host
@@ -43,7 +43,7 @@ ANSWERS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class LoadedModel:
     """A model ready to be asked.
 
     Attributes:
@@ -144,17 +144,16 @@ def evaluate(
         UserError: there is no such model or data.
     """
     from trietune.data.load import load_split
-    from trietune.evaluation.evaluate import evaluate as measure
-    from trietune.model.base.gguf import cache_folder
+    from trietune.evaluation.evaluate import evaluate_model
+    from trietune.io.cache_folder import cache_folder
     from trietune.run.signals import StopSignals
-    from trietune.tracking.tracker import Tracker as Hub
 
-    hub = tracker or Hub()
+    tracker = tracker or Tracker()
     if split not in (None, "train", "validation", "test"):
         raise UserError(f"there is no split `{split}`", next_step="--split validation   (or train, or test)")
     with StopSignals() as signals:
-        opened = open_model(target, overrides, hub)
-        if opened.prompt_format is not None and not _names_data(opened, target, overrides):
+        opened = open_model(target, overrides, tracker)
+        if not _names_data(opened, target, overrides):
             raise UserError(
                 f"`{target}` is a model without a run, so the data to evaluate it on must be named",
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
@@ -165,14 +164,15 @@ def evaluate(
         if _overridden_data(overrides) == {"validation_file"} and not _is_run(target):
             # Nothing else is to be looked up, least of all the default data set.
             settings = settings.model_copy(update={"train_file": settings.validation_file, "dataset_id": None})
+        settings = with_max_length(settings, opened.model.config)
         sequences, prompt_format = load_split(
             settings,
             opened.tokenizer,
             split,  # type: ignore[arg-type]  # checked above
             prompt_format=opened.prompt_format,
             cache_folder=cache_folder() / "data",
-            report=hub.say,
-            progress=progress_of(hub, "examples"),
+            report=tracker.info,
+            progress=progress_of(tracker, "examples"),
             check_stop=signals.check,
         )
         check_vocabulary(sequences, opened.num_embeddings)
@@ -182,25 +182,25 @@ def evaluate(
                 opened.model,
                 opened.settings,
                 sequences,
-                max_nodes=max_positions,
+                max_positions=max_positions,
                 max_examples=max_examples,
-                report=hub.say,
+                report=tracker.info,
                 check_stop=signals.check,
-                progress=progress_of(hub, "examples"),
+                progress=progress_of(tracker, "examples"),
             )
         size = opened.settings.eval_batch_size
         encoder = opened.encoder(prompt_format)
-        found = measure(
+        found = evaluate_model(
             opened.model,
             sequences,
             encoder,
             batching=opened.settings.batching,
-            max_nodes=max_positions,
+            max_positions=max_positions,
             batch_size=ANSWERS_AT_ONCE if size == "auto" else size,
             max_examples=max_examples,
             seed=opened.settings.seed,
             check_stop=signals.check,
-            progress=progress_of(hub, "examples"),
+            progress=progress_of(tracker, "examples"),
         )
     if keep is not None:
         _keep_predictions(found, sequences, encoder, keep)
@@ -223,7 +223,7 @@ def _keep_predictions(found: Evaluation, sequences: TokenSequences, encoder: Enc
 
 
 def predict(
-    opened: Opened,
+    opened: LoadedModel,
     inputs: Sequence[str | Mapping[str, Any]],
     *,
     max_new_tokens: int | None = None,
@@ -251,7 +251,7 @@ def predict(
             encoder,
             inputs,
             batching=opened.settings.batching,
-            max_nodes=max_positions,
+            max_positions=max_positions,
             check_stop=check_stop,
         )
         return [{"label": found.label, "probabilities": dict(found.probabilities)} for found in labels]
@@ -259,7 +259,7 @@ def predict(
         opened.model,
         encoder,
         inputs,
-        max_nodes=max_positions,
+        max_positions=max_positions,
         batch_size=ANSWERS_AT_ONCE,
         max_new_tokens=new_tokens,
         check_stop=check_stop,
@@ -267,7 +267,7 @@ def predict(
     return [{"text": text} for text in texts]
 
 
-def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any], hub: Tracker) -> Opened:
+def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any], tracker: Tracker) -> LoadedModel:
     """Load the base model and the adapter that `target` names.
 
     Raises:
@@ -293,7 +293,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
         make_deterministic()
     options = device_options(settings)
     device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
-    check_device(settings, device, options, hub.say)
+    check_device(settings, device, options, tracker.info)
     # transformers starts an XLA device when it is imported, so these wait until one has been chosen.
     from trietune.model.adapter.adapter import load_adapter
     from trietune.model.adapter.export import base_name_of
@@ -307,10 +307,10 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
     if settings.load_in_4bit:
         check_four_bits(device, where=settings.where("load_in_4bit"))
-    listed = read_listed(adapter, hub.say) if adapter else None
-    base = locate_base(base_name_of(adapter) if adapter else str(target), hub)
+    listed = read_listed(adapter, tracker.info) if adapter else None
+    base = locate_base(base_name_of(adapter) if adapter else str(target), tracker)
     network = load_network(
-        base, dtype=dtype, device=device.loading_device, load_in_4bit=settings.load_in_4bit, report=hub.say
+        base, dtype=dtype, device=device.loading_device, load_in_4bit=settings.load_in_4bit, report=tracker.info
     )
     silence_rates(network)  # nothing is drawn in evaluation; what is left would have tries refused
     prompt_format = None
@@ -325,7 +325,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
         prompt_format = PromptFormat.from_json(data.decode("utf-8", "replace"), where=str(place / PROMPT_FILE))
     if settings.batching != "padded" and refusal is not None:
         settings = settings.model_copy(update={"batching": "padded"})
-        check_device(settings, device, options, hub.say)
+        check_device(settings, device, options, tracker.info)
     attention, _ = choose_attention(settings, device, network.config.get_text_config(), dtype)
     config = network.config.get_text_config()
     bytes_with_scores = partial(bytes_per_position, config, dtype, widths=widths, gradient_checkpointing=True)
@@ -340,8 +340,8 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     if shapes is not None and settings.self_check:
         on_host = prove_on_host(
             network,
-            partial(prove_for_length, longest=shapes.deepest, free_bytes=device.free_memory_bytes(), say=hub.say),
-            say=hub.say,
+            partial(prove_for_length, longest=shapes.deepest, free_bytes=device.free_memory_bytes(), say=tracker.info),
+            say=tracker.info,
         )
     model = assemble(
         network,
@@ -353,7 +353,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     )
     if on_host is not None:
         model.needs_masks = on_host.needs_masks
-    return Opened(
+    return LoadedModel(
         name=str(target),
         model=model,
         tokenizer=load_tokenizer(base.path),
@@ -362,7 +362,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
         prompt_format=prompt_format,
         device=device,
         max_positions=max_positions,
-        say=hub.say,
+        say=tracker.info,
     )
 
 
@@ -373,7 +373,7 @@ def _find_adapter(path: Path) -> Path | None:
     return None
 
 
-def _names_data(opened: Opened, target: str | Path, overrides: Sequence[str] | Mapping[str, Any]) -> bool:
+def _names_data(opened: LoadedModel, target: str | Path, overrides: Sequence[str] | Mapping[str, Any]) -> bool:
     return _is_run(target) or bool(_overridden_data(overrides))
 
 

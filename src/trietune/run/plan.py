@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trietune.config.defaults import ORIGINAL_DEFAULTS
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,6 +30,15 @@ def num_steps_of(settings: Settings, num_train: int) -> tuple[int, int]:
     per_epoch = math.ceil(batches_per_epoch / settings.gradient_accumulation_steps)
     in_all = per_epoch * settings.num_epochs
     return per_epoch, in_all if settings.max_steps is None else min(settings.max_steps, in_all)
+
+
+def describe_defaults(settings: Settings) -> str:
+    """Which set of defaults applies, for the plan."""
+    if ORIGINAL_DEFAULTS.keys() <= settings.model_fields_set:
+        return "none applies: all keys are set in which TrieTune's and the original's differ"
+    if settings.has_original_defaults:
+        return "the original experiment's, for keys that are not set (docs/configuration.md has both sets)"
+    return "TrieTune's own, for keys that are not set"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,8 @@ class ProcessesPlan:
         examples_per_step: of all together.
         speed_up: over one process, by tokens: what is computed once more and uneven parts count, messages do not.
         positions_per_example: computed by all together.
+        smallest_part, largest_part: of a step's work, as shares of what all compute.
+        repeated: what is computed again because steps are split, as a share of the whole.
         suggestion: a larger batch size and its speed-up, where this one leaves processes idle.
     """
 
@@ -82,6 +95,9 @@ class ProcessesPlan:
     examples_per_step: int
     speed_up: float
     positions_per_example: float
+    smallest_part: float
+    largest_part: float
+    repeated: float
     suggestion: tuple[int, float] | None = None
 
     def lines(self) -> list[tuple[str, str]]:
@@ -91,15 +107,20 @@ class ProcessesPlan:
                 "processes",
                 f"{self.count} processes; each computes its part of {self.examples_per_step} examples: "
                 f"{self.speed_up:.1f} times as fast as one, by tokens ({self.speed_up / self.count:.0%})",
-            )
+            ),
+            (
+                "",
+                f"parts of {self.smallest_part:.0%} to {self.largest_part:.0%} of a step's work; {self.repeated:.0%} "
+                "more to compute because it is split",
+            ),
         ]
         if self.suggestion is not None:
             batch_size, speed_up = self.suggestion
             lines.append(
                 (
                     "",
-                    f"`--set batch_size={batch_size}`: {speed_up:.1f} times ({speed_up / self.count:.0%}); "
-                    "compare the learning rate",
+                    f"the batch is what limits it: `--set batch_size={batch_size}` would be {speed_up:.1f} times "
+                    f"({speed_up / self.count:.0%}); compare the learning rate",
                 )
             )
         return lines
@@ -130,6 +151,8 @@ class Plan:
         objective: what is learnt, in words; None for `sft`.
         label_cost: of one label at the output head, in nodes of the layers before it.
         processes: how a step's examples are shared; None where one process trains.
+        max_length: of an example, in tokens; `longest` is that of the training data.
+        defaults: which set of defaults the keys that nobody wrote have.
     """
 
     directory: Path
@@ -165,6 +188,9 @@ class Plan:
     objective: str | None = None
     label_cost: float = 0.0
     processes: ProcessesPlan | None = None
+    max_length: int | None = None
+    longest: int = 0
+    defaults: str | None = None
 
     @property
     def has_loss_scale(self) -> bool:
@@ -177,6 +203,10 @@ class Plan:
         if self.load_in_4bit:
             name = f"4 bits, computing in {name}"
         return f"{name}, with a scaled loss" if self.has_loss_scale else name
+
+    @property
+    def _length(self) -> str:
+        return f"at most {self.max_length:,} tokens an example; the longest has {self.longest:,}"
 
     @property
     def _adapted(self) -> str:
@@ -207,6 +237,7 @@ class Plan:
             *([("dropout", self._dropout)] if self.base_rates or self.keeps_dropout else []),
             ("device", f"{self.device.name}, base in {self._dtype}"),
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
+            *([("length", self._length)] if self.max_length is not None else []),
             *([("objective", self.objective)] if self.objective else []),
             ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
             *(self.processes.lines() if self.processes else []),
@@ -230,6 +261,8 @@ class Plan:
             ),
             *([("shapes", self.static.description)] if self.static else []),
             ("validation", f"{validation} examples while training, all before and after"),
+            ("run", str(self.directory)),
+            *([("defaults", self.defaults)] if self.defaults else []),
         ]
 
 

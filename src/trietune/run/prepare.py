@@ -15,11 +15,11 @@ from trietune.errors import UserError
 from trietune.io.places import expand
 from trietune.run.device_plan import check_device, check_processes, check_sharding, device_options, plan_shapes
 from trietune.run.environment import PACKAGES, installed_version, sampled_digest, start_adapter
-from trietune.run.fitting import check_positions, check_vocabulary
-from trietune.run.grouping import choose_groups, measure_batches, plan_processes, sharing_of
+from trietune.run.fitting import check_positions, check_vocabulary, with_max_length
+from trietune.run.grouping import choose_groups, measure_batches, num_sampled_of, plan_processes, sharing_of
 from trietune.run.objective import Learning, make_objective, rows_of, rows_to_rank
-from trietune.run.plan import Plan, num_steps_of
-from trietune.tracking.events import Working
+from trietune.run.plan import Plan, describe_defaults, num_steps_of
+from trietune.tracking.events import PhaseProgress
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from trietune.model.adapter.targets import Coverage
     from trietune.model.attention.layout import AttentionKind
     from trietune.model.base.folder import ModelFolder
+    from trietune.model.base.shape import NetworkShape
     from trietune.ranks.ranks import Ranks
     from trietune.tracking.tracker import Tracker
+    from trietune.trie.batch_stats import Work
     from trietune.trie.groups import PrefixGroups
 
 # With `eval_max_examples: auto`, a periodic validation takes about a tenth of the training between two of them; a
@@ -40,7 +42,7 @@ VALIDATION_SHARE = 0.1
 FEWEST_VALIDATED = 32
 DEFAULT_EVAL_BATCH = 32
 # Of a parameter of the adapter, in fp32: itself, its gradient, and two moments of the optimizer.
-BYTES_A_TRAINED_PARAMETER = 16
+BYTES_PER_TRAINED_PARAMETER = 16
 # Ways to attend whose kernels compute probabilities again in the backward.
 KEEP_NO_SCORES = ("varlen", "flex")
 
@@ -51,6 +53,9 @@ class Prepared:
 
     Attributes:
         learning: what is learnt, before its reference has been scored.
+        shape: counts of the network.
+        work: of a few steps, by all processes together.
+        num_sampled: examples of these steps.
         start: folder of the adapter to begin with; None begins with a new one.
     """
 
@@ -61,6 +66,9 @@ class Prepared:
     data: Data
     groups: PrefixGroups | None
     learning: Learning
+    shape: NetworkShape
+    work: Work
+    num_sampled: int
     start: Path | None = None
 
 
@@ -77,7 +85,7 @@ class Chosen:
     dtype: str
 
 
-def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], None], ranks: Ranks) -> Prepared:
+def prepare_together(settings: Settings, tracker: Tracker, check_stop: Callable[[], None], ranks: Ranks) -> Prepared:
     """`prepare` on every rank: rank 0 first, which makes caches and chooses; then one on each other machine; then all.
 
     Raises:
@@ -86,7 +94,7 @@ def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], 
     first: list[Prepared] = []
 
     def choose() -> list[str]:
-        first.append(prepare(settings, hub, check_stop, num_processes=ranks.count))
+        first.append(prepare(settings, tracker, check_stop, num_processes=ranks.count))
         plan = first[0].plan
         return [str(plan.directory), str(plan.dtype).removeprefix("torch.")]
 
@@ -96,7 +104,7 @@ def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], 
     def follow() -> Prepared:
         if first:
             return first[0]
-        return prepare(settings, hub, check_stop, num_processes=ranks.count, chosen=chosen)
+        return prepare(settings, tracker, check_stop, num_processes=ranks.count, chosen=chosen)
 
     prepared = ranks.in_turn(follow)
     plan = prepared.plan
@@ -120,36 +128,42 @@ def prepare_together(settings: Settings, hub: Tracker, check_stop: Callable[[], 
 
 def prepare(
     settings: Settings,
-    hub: Tracker,
+    tracker: Tracker,
     check_stop: Callable[[], None],
     *,
-    directory: Path | None = None,
     num_processes: int = 1,
     chosen: Chosen | None = None,
+    device: Device | None = None,
 ) -> Prepared:
     """Find the model, read the data, choose device and layout; writes nothing but caches.
 
     Args:
-        directory: of the run; by default the one that the settings name.
         num_processes: that will share the training.
         chosen: by another process, for this one too.
+        device: to plan for, which need not be here; None chooses it by the settings.
     """
     from trietune.data.encoder import load_tokenizer
     from trietune.data.load import load_data
     from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
+    from trietune.io.cache_folder import cache_folder
     from trietune.model.base.four_bits import check_four_bits
-    from trietune.model.base.gguf import cache_folder
 
+    if settings.dataset_id is None and settings.train_file is None:
+        raise UserError(
+            "nothing says what to train on: `train_file` and `dataset_id` are not set",
+            next_step="write `train_file: data.jsonl`, or type `--data data.jsonl` (or a hub id)",
+        )
     for note in settings.notes:
-        hub.say(note, is_warning=True)
+        tracker.warn(note)
     if settings.deterministic:
         make_deterministic()
     options = device_options(settings)
-    device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
+    if device is None:
+        device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
     if device.reason:
-        hub.say(device.reason)
-    check_device(settings, device, options, hub.say)
-    check_processes(settings, device, num_processes, hub.say)
+        tracker.info(device.reason)
+    check_device(settings, device, options, tracker.info)
+    check_processes(settings, device, num_processes, tracker.info)
     from trietune.model.base.shape import describe_network  # transformers starts XLA devices when it is imported
 
     asked_dtype = settings.dtype if chosen is None else chosen.dtype
@@ -157,7 +171,7 @@ def prepare(
     if settings.load_in_4bit:
         check_four_bits(device, where=settings.where("load_in_4bit"))
 
-    base = locate_base(settings.model_name, hub)
+    base = locate_base(settings.model_name, tracker)
     start = None
     if settings.start_adapter is not None:
         from trietune.model.adapter.export import find_adapter
@@ -167,7 +181,7 @@ def prepare(
     shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout)
     check_sharding(settings, shape)
     for sentence in uncovered(settings, shape.coverage):
-        hub.say(sentence, is_warning=True)
+        tracker.warn(sentence)
     keeps_dropout = settings.base_dropout and bool(shape.base_rates)
     if settings.batching != "padded" and shape.refusal is not None:
         raise UserError(
@@ -178,16 +192,23 @@ def prepare(
             else "`--set batching=padded`, which trains it on plain rows",
         )
     attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
+    settings = with_max_length(settings, shape.config)
 
     kept = cache_folder() / "data"
     data = load_data(
         settings,
         tokenizer,
         cache_folder=kept,
-        report=hub.say,
-        progress=progress_of(hub, "examples"),
+        report=tracker.info,
+        progress=progress_of(tracker, "examples"),
         check_stop=check_stop,
     )
+    if settings.early_stopping_patience is not None and data.validation is None:
+        raise UserError(
+            "`early_stopping_patience` waits for evaluations, and there is no validation data",
+            where=settings.where("early_stopping_patience"),
+            next_step="write `validation_file: valid.jsonl`, or remove the key",
+        )
     learning, data = _plan_learning(settings, data, tokenizer)
     check_vocabulary(data.train, shape.num_embeddings)
     longest = data.counts.train.longest
@@ -195,14 +216,14 @@ def prepare(
         check_vocabulary(data.validation, shape.num_embeddings)
         longest = max(longest, data.counts.validation.longest)
     most = getattr(shape.config, "max_position_embeddings", None)
-    check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=hub.say)
+    check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=tracker.info)
     rows = learning.rows
     num_train = rows.num_rows
-    groups, work = choose_groups(settings, data, rows, kept, hub)
+    groups, work = choose_groups(settings, data, rows, kept, tracker)
     steps_per_epoch, num_steps = num_steps_of(settings, num_train)
     in_all_epochs = steps_per_epoch * settings.num_epochs
     if settings.max_steps is not None and settings.max_steps > in_all_epochs:
-        hub.say(f"`num_epochs: {settings.num_epochs}` ends after {in_all_epochs:,} steps, before `max_steps`")
+        tracker.info(f"`num_epochs: {settings.num_epochs}` ends after {in_all_epochs:,} steps, before `max_steps`")
     bytes_with_scores = partial(
         bytes_per_position,
         shape.config,
@@ -222,7 +243,7 @@ def prepare(
     base_bytes = shape.num_bytes(dtype, load_in_4bit=settings.load_in_4bit)
     if settings.parallelism_strategy == "fsdp":
         base_bytes -= shape.num_in_layers * dtype.itemsize * (num_processes - 1) // num_processes
-    model_bytes = base_bytes + BYTES_A_TRAINED_PARAMETER * shape.num_trainable
+    model_bytes = base_bytes + BYTES_PER_TRAINED_PARAMETER * shape.num_trainable
     if num_processes > 1 and chosen is None:
         # Now, while nobody has loaded anything: later each process would see what the others have taken.
         _check_base_fits(base.name, base_bytes, device, num_processes)
@@ -242,10 +263,12 @@ def prepare(
     # Multiplications of one label at the head, over those of one token in the layers.
     label_cost = shape.config.vocab_size * shape.config.hidden_size / max(shape.num_in_layers, 1)
     processes = None
+    num_sampled = num_sampled_of(settings, num_train)
+    sharing = sharing_of(work, num_sampled)
     if num_processes > 1:
-        processes = plan_processes(settings, data.train, groups, num_processes, label_cost)
+        processes, work, num_sampled = plan_processes(settings, rows, groups, num_processes, label_cost, max_positions)
     plan = Plan(
-        directory=directory or (run_directory(settings) if chosen is None else chosen.directory),
+        directory=run_directory(settings) if chosen is None else chosen.directory,
         model_name=base.name,
         model_revision=base.revision,
         num_parameters=shape.num_parameters,
@@ -270,7 +293,7 @@ def prepare(
         num_warmup_steps=settings.num_warmup_steps(num_steps),
         eval_max_examples=validation_bound(settings, data),
         eval_batch_size=DEFAULT_EVAL_BATCH if settings.eval_batch_size == "auto" else settings.eval_batch_size,
-        sharing=sharing_of(work, settings, num_train),
+        sharing=sharing,
         model_bytes=model_bytes,
         position_bytes=position_bytes,
         largest_micro_batch=work.largest,
@@ -278,8 +301,11 @@ def prepare(
         objective=_describe_objective(settings, learning),
         label_cost=label_cost,
         processes=processes,
+        max_length=cast("int", settings.max_length),
+        longest=data.counts.train.longest,
+        defaults=describe_defaults(settings),
     )
-    return Prepared(settings, plan, base, tokenizer, data, groups, learning, start)
+    return Prepared(settings, plan, base, tokenizer, data, groups, learning, shape, work, num_sampled, start)
 
 
 def _plan_learning(settings: Settings, data: Data, tokenizer: Any) -> tuple[Learning, Data]:
@@ -359,18 +385,18 @@ def _check_base_fits(name: str, base_bytes: int, device: Device, num_processes: 
         )
 
 
-def locate_base(model_name: str, hub: Tracker) -> ModelFolder:
+def locate_base(model_name: str, tracker: Tracker) -> ModelFolder:
     """The base model's folder; what is fetched or converted on the way is shown."""
     from trietune.model.base.locate import locate_model
 
-    return locate_model(model_name, report=hub.say, progress=progress_of(hub, "bytes"))
+    return locate_model(model_name, report=tracker.info, progress=progress_of(tracker, "bytes"))
 
 
-def progress_of(hub: Tracker, unit: str) -> Callable[[str, int, int | None], None]:
-    """A progress callback that emits `Working`."""
+def progress_of(tracker: Tracker, unit: str) -> Callable[[str, int, int | None], None]:
+    """A progress callback that emits `PhaseProgress`."""
 
     def progress(phase: str, done: int, total: int | None) -> None:
-        hub.emit(Working(phase, done, total, unit))
+        tracker.emit(PhaseProgress(phase, done, total, unit))
 
     return progress
 
@@ -393,7 +419,7 @@ def choose_attention(
         config: the text config of a causal model of transformers.
     """
     from trietune.device.device import AttentionNeeds
-    from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_way
+    from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_backend
 
     if settings.batching == "padded":
         return None, None
@@ -404,7 +430,7 @@ def choose_attention(
         has_soft_cap=getattr(config, "attn_logit_softcapping", None) is not None,
         num_positions=ANY_NUMBER_OF_POSITIONS if bound == "auto" else bound,
     )
-    kind, reason = choose_way(settings.attention, device, needs, where=settings.where("attention"))
+    kind, reason = choose_backend(settings.attention, device, needs, where=settings.where("attention"))
     return cast("AttentionKind", kind), reason
 
 

@@ -32,7 +32,7 @@ from trietune.checkpoints.resume import (
 )
 from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
-from trietune.io.directory import Content, Damaged, read_directory, verify_directory, write_directory
+from trietune.io.directory import DamagedDirectory, FileContent, read_directory, verify_directory, write_directory
 from trietune.io.disk_errors import SaveFailed, start_failed
 from trietune.io.manifest import ManifestInfo
 from trietune.run import environment
@@ -51,7 +51,9 @@ if TYPE_CHECKING:
 
 STATE_FILE, PROMPT_FILE, CARD_FILE = "trainer_state.json", "prompt_format.json", "README.md"
 # A longer or shorter plan is told apart by its steps; the key is the adapter's own.
-STEPS_KEYS = ("trained_steps", "num_epochs", "max_steps")
+STEPS_KEYS = (
+    "trained_steps", "num_epochs", "max_steps", "stopped_early", "early_stopping_patience", "early_stopping_threshold",
+)  # fmt: skip
 # One formula in three kernels, whose state is the same.
 SAME_STATE = {"adamw", "adamw_torch", "adamw_torch_fused"}
 # Shown in the model card.
@@ -61,14 +63,14 @@ CARD_SETTINGS = (
 )  # fmt: skip
 
 
-class Keeper:
+class RunFiles:
     """The files of one run; hold the run's lock while it is in use."""
 
-    def __init__(self, prepared: Prepared, hub: Tracker) -> None:
+    def __init__(self, prepared: Prepared, tracker: Tracker) -> None:
         self.settings = prepared.settings
         self.prepared = prepared
         self.directory = prepared.plan.directory
-        self.hub = hub
+        self.tracker = tracker
         self.environment = environment.describe(prepared)
         self.remote = open_remote(self.settings.storage_backend, self.settings.remote_path, self.directory.name)
         self.run_id = load_run_id(self.directory) or self._id_of_copies() or new_run_id()
@@ -105,7 +107,7 @@ class Keeper:
         trained = _trained_steps(info)
         if info is None or trained is None or info.run_id != self.run_id:
             return None
-        if trained < self.prepared.plan.num_steps:
+        if trained < self.prepared.plan.num_steps and not self._was_stopped_early(info):
             return None
         before, now = (
             {key: value for key, value in details.items() if key not in STEPS_KEYS}
@@ -113,6 +115,11 @@ class Keeper:
         )
         check_differences(compare(before, now, allowed_changes), Path(place))
         return trained, place
+
+    def _was_stopped_early(self, info: ManifestInfo) -> bool:
+        """Whether patience ended that run, and would end it again."""
+        asked = (self.settings.early_stopping_patience, self.settings.early_stopping_threshold)
+        return info.details.get("stopped_early") == list(asked)
 
     def _adapter_info(self) -> tuple[ManifestInfo | None, str]:
         """What the final adapter says of itself, here or in the storage, and where it lies; None if none is whole."""
@@ -122,7 +129,7 @@ class Keeper:
         if os.path.lexists(adapter) or self.remote is None or not self.settings.load_from_storage:
             try:
                 return verify_directory(adapter, without={CARD_FILE}).manifest.info, str(adapter)
-            except Damaged:
+            except DamagedDirectory:
                 return None, str(adapter)
         found = self.remote.adapter_manifest()
         return (found.info if found is not None else None), f"{self.remote.location}/adapter"
@@ -155,7 +162,7 @@ class Keeper:
 
             self._sign()
             for note in fetch(self.store, self.remote, self.settings.resume_option, path):
-                self.hub.say(note)
+                self.tracker.info(note)
         if not self.store.has_traces():
             self._check_no_adapter()
         expendable = {OPTIMIZER_FILE} if OPTIMIZER_STATE in allowed_changes else set()
@@ -163,10 +170,10 @@ class Keeper:
             self.settings.resume_option, path, fresh_if_none=choice == "auto", expendable=expendable
         )
         if loaded is None:
-            self.hub.say("no checkpoint yet: starting from the beginning")
+            self.tracker.info("no checkpoint yet: starting from the beginning")
             return None
         for note in loaded.notes:
-            self.hub.say(note, is_warning=True)
+            self.tracker.warn(note)
         # A key that is newer than the checkpoint was, in effect, at its default.
         saved = {**type(self.settings)().dump_public(), **loaded.details}
         differences = [
@@ -175,9 +182,9 @@ class Keeper:
         ]
         check_differences(differences, loaded.path)
         if differences:
-            self.hub.say("this is not as it was at the checkpoint:", is_warning=True)
+            self.tracker.warn("this is not as it was at the checkpoint:")
             for line in table_lines(differences):
-                self.hub.say(f"  {line}")
+                self.tracker.info(f"  {line}")
         return loaded
 
     def _schedule_differences(self, loaded: LoadedCheckpoint, allowed_changes: frozenset[str]) -> list[Difference]:
@@ -219,10 +226,10 @@ class Keeper:
             abandoned = abandon_lines(self.directory / name, step)
             if abandoned.num_beyond and abandoned.path is not None:
                 beyond = f"beyond step {step:,}" if resumed is not None else "of a start that saved nothing"
-                self.hub.say(f"{abandoned.num_beyond} lines of {name} {beyond} are now in {abandoned.path.name}")
+                self.tracker.info(f"{abandoned.num_beyond} lines of {name} {beyond} are now in {abandoned.path.name}")
         if resumed is not None:
             for path in self.store.set_aside_newer(resumed.step):
-                self.hub.say(f"what lies beyond step {resumed.step:,} is set aside as {path.name}")
+                self.tracker.info(f"what lies beyond step {resumed.step:,} is set aside as {path.name}")
             self.saved_step = resumed.step
         if self.remote is not None and self.settings.sync_to_storage:
             from trietune.checkpoints.remote.uploads import Uploader
@@ -246,9 +253,9 @@ class Keeper:
         set_adapter_tensors(peft_model, resumed.take(WEIGHTS_FILE), where=str(resumed.path))
         if (reason := self._why_moments_start_anew(resumed)) is None:
             restore_optimizer(optimizer, bytes_to_tensors(resumed.take(OPTIMIZER_FILE)))
-            self.hub.say(f"going on from step {resumed.step:,} with the optimizer's state, as if never stopped")
+            self.tracker.info(f"going on from step {resumed.step:,} with the optimizer's state, as if never stopped")
         else:
-            self.hub.say(
+            self.tracker.info(
                 f"going on from step {resumed.step:,}: weights, data order, schedule and step count go on; the "
                 f"optimizer's moments start anew ({reason})"
             )
@@ -299,15 +306,15 @@ class Keeper:
         except SaveFailed as failure:
             if must_succeed or self.settings.on_save_error == "stop":
                 raise
-            self.hub.say(str(failure).removeprefix("error: "), is_warning=True)
+            self.tracker.warn(str(failure).removeprefix("error: "))
             return 0.0
         self.saved_step = step
         for warning in saved.warnings:
-            self.hub.say(warning, is_warning=True)
+            self.tracker.warn(warning)
         seconds = time.monotonic() - begin
-        self.hub.emit(events.Saved("checkpoint", step, saved.path, dict(metrics), seconds))
+        self.tracker.emit(events.Saved("checkpoint", step, saved.path, dict(metrics), seconds))
         for path in saved.removed:
-            self.hub.emit(events.Removed(int(path.name.removeprefix("step-")), path))
+            self.tracker.emit(events.Removed(int(path.name.removeprefix("step-")), path))
         self.tell_uploads()
         if self._uploader is not None:
             self._uploader.saved()
@@ -326,10 +333,10 @@ class Keeper:
             return None
         try:
             weights = read_directory(best.path, without={OPTIMIZER_FILE})[1][WEIGHTS_FILE]
-        except Damaged as damage:
-            self.hub.say(f"{damage}: the final adapter is that of the last step, not the best", is_warning=True)
+        except DamagedDirectory as damage:
+            self.tracker.warn(f"{damage}: the final adapter is that of the last step, not the best")
             return None
-        self.hub.say(
+        self.tracker.info(
             f"the final adapter is that of step {best.step:,}: `{name}` was {value:.4g} there and {last:.4g} at the "
             "last step, on the same examples"
         )
@@ -344,6 +351,7 @@ class Keeper:
         encoder: Any,
         *,
         trained_steps: int,
+        is_stopped_early: bool = False,
     ) -> Path:
         """Write `adapter/` whole, with its model card and prompt format; its weights are those of `step`."""
         from trietune.model.adapter.adapter import adapter_files
@@ -352,7 +360,7 @@ class Keeper:
         begin = time.monotonic()
         target = self.directory / "adapter"
         metrics = dict(after.metrics) if after is not None else {}
-        contents: dict[str, Content] = {
+        contents: dict[str, FileContent] = {
             **adapter_files(peft_model, self.prepared.base),
             PROMPT_FILE: self._prompt_format(),
             CARD_FILE: self._card(before, after, encoder).encode(),
@@ -360,9 +368,11 @@ class Keeper:
         if template := self.prepared.data.prompt_format.chat_template:
             contents[CHAT_TEMPLATE] = template.encode()
         details = {**self.details(), "trained_steps": trained_steps}
+        if is_stopped_early:
+            details["stopped_early"] = [self.settings.early_stopping_patience, self.settings.early_stopping_threshold]
         info = ManifestInfo(self.run_id, step, metrics, kind="adapter", details=details)
         write_directory(target, contents, info=info)
-        self.hub.emit(events.Saved("adapter", step, target, metrics, time.monotonic() - begin))
+        self.tracker.emit(events.Saved("adapter", step, target, metrics, time.monotonic() - begin))
         return target
 
     # Copies
@@ -370,7 +380,7 @@ class Keeper:
     def tell_uploads(self) -> None:
         """Pass on what the uploads have to say."""
         for sentence in self._uploader.news() if self._uploader is not None else ():
-            self.hub.say(sentence, is_warning=True)
+            self.tracker.warn(sentence)
 
     def finish_uploads(self, *, is_final: bool, must_leave: Callable[[], bool]) -> int:
         """Wait for what is left to copy, a bounded time; returns the exit code that it means."""
@@ -381,10 +391,9 @@ class Keeper:
         if result.is_complete:
             return EXIT_DONE
         missing = f": {', '.join(result.missing)}" if result.missing else ""
-        self.hub.say(
+        self.tracker.warn(
             f"not everything was copied to {self.settings.remote_path} ({result.error}){missing}; it is whole on this "
             f"disk, and `trietune sync {self.directory}` copies it",
-            is_warning=True,
         )
         return EXIT_UPLOAD_INCOMPLETE
 
@@ -396,10 +405,10 @@ class Keeper:
         from trietune.model.adapter.push import push_folder
 
         try:
-            self.hub.say(f"the adapter is at {push_folder(adapter, repository)}")
+            self.tracker.info(f"the adapter is at {push_folder(adapter, repository)}")
         except UserError as error:
             again = f"`trietune export {self.directory} --push {repository}` tries again"
-            self.hub.say(f"{error.what}; the adapter is whole on this disk, and {again}", is_warning=True)
+            self.tracker.warn(f"{error.what}; the adapter is whole on this disk, and {again}")
             return EXIT_UPLOAD_INCOMPLETE
         return EXIT_DONE
 
@@ -424,12 +433,12 @@ class Keeper:
         peft_model: PeftModel,
         optimizer: torch.optim.Optimizer,
         further_state: Mapping[str, Any],
-    ) -> dict[str, Content]:
+    ) -> dict[str, FileContent]:
         from trietune.model.adapter.adapter import adapter_files
         from trietune.model.adapter.tensors import tensors_to_content
         from trietune.training.state import optimizer_tensors
 
-        contents: dict[str, Content] = {
+        contents: dict[str, FileContent] = {
             **adapter_files(peft_model, self.prepared.base),
             PROMPT_FILE: self._prompt_format(),
         }

@@ -28,18 +28,19 @@ from trietune.io.files import make_folders, remove_tree
 from trietune.io.metric_names import kind_of
 from trietune.ranks.opening import open_ranks
 from trietune.ranks.ranks import ALONE, Ranks
+from trietune.run.early_stopping import EarlyStopping
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
 from trietune.run.objective import reference_keys
 from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of, run_directory
 from trietune.run.proving import positions_under_masks, prove_on_data, prove_on_host
-from trietune.run.shared_keeper import open_keeper
+from trietune.run.shared_files import open_run_files
 from trietune.run.signals import StopSignals
-from trietune.run.throughput import Meter
+from trietune.run.throughput import Throughput
 from trietune.tracking import events
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, LINE_FILES
 from trietune.tracking.open import open_tracker
 from trietune.tracking.tracker import Tracker
-from trietune.tracking.wandb.consumer import are_histograms_due, watched_kinds
+from trietune.tracking.wandb.listener import are_histograms_due, watched_kinds
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from trietune.training.gradients import MicroBatchTooLargeError
     from trietune.training.loop import Step
     from trietune.training.loss_scale import LossScale
-    from trietune.training.readings import LossNotFiniteError
+    from trietune.training.pending_losses import LossNotFiniteError
 
 # What a run writes in its folder beside its lines and its checkpoints.
 OTHER_FILES = (CONFIG, ENVIRONMENT, ".run-id", "report.html", "wandb.json")
@@ -111,16 +112,16 @@ def train(
         signals = stack.enter_context(StopSignals())
         ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"))
         stack.callback(ranks.close)
-        hub = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
-        stack.callback(hub.close)
+        tracker = ranks.first_of(lambda: tracker or _open_tracker(settings), Tracker)
+        stack.callback(tracker.close)
         stop = TimedStop(signals, settings.max_time, began)
         ranks.once(lambda: check_place(run_directory(settings), where=settings.where("project_dir")))
-        prepared = prepare_together(settings, hub, stop.check, ranks)
+        prepared = prepare_together(settings, tracker, stop.check, ranks)
         locks: list[RunLock] = []
         # Rank 0 holds the folder for all.
         ranks.once(lambda: locks.append(stack.enter_context(_folder_of(prepared.plan.directory))))
         lock = locks[0] if locks else None
-        return Session(prepared, hub, signals, lock, began, allowed_changes, ranks).run()
+        return Session(prepared, tracker, signals, lock, began, allowed_changes, ranks).run()
 
 
 def _open_tracker(settings: Settings) -> Tracker:
@@ -182,7 +183,7 @@ class Session:
     def __init__(
         self,
         prepared: Prepared,
-        hub: Tracker,
+        tracker: Tracker,
         signals: StopSignals,
         lock: RunLock | None,
         began: float,
@@ -199,7 +200,7 @@ class Session:
         self.learning = prepared.learning
         self.start = prepared.start
         self.tokenizer = prepared.tokenizer
-        self.hub = hub
+        self.tracker = tracker
         self.signals = signals
         self.lock = lock
         self.ranks = ranks
@@ -213,9 +214,10 @@ class Session:
         self.epoch = 0.0
         self.measured: dict[str, float] = {}
         self.measured_step: int | None = None
+        self.patience = EarlyStopping.of(self.settings)
         self.max_positions = self.plan.max_positions
-        self.keeper = open_keeper(prepared, hub, ranks)
-        self.meter = Meter()
+        self.files = open_run_files(prepared, tracker, ranks)
+        self.throughput = Throughput()
         self.kept_memory = KeptMemory(resident_bytes)
         self.loss_scale: LossScale | None = None
         self.looked_for_gradients = False
@@ -223,10 +225,10 @@ class Session:
     # The run, in the order in which things happen
 
     def run(self) -> Run:
-        """From the first line to the last; the run's status is told to every consumer whatever happens."""
+        """From the first line to the last; the run's status is told to every listener whatever happens."""
         if (finished := self._already_finished()) is not None:
             return finished
-        resumed = self.keeper.find_checkpoint(self.allowed_changes)
+        resumed = self.files.find_checkpoint(self.allowed_changes)
         try:
             return self._run(resumed)
         except StopRequested as stop:
@@ -236,7 +238,7 @@ class Session:
             raise
 
     def _run(self, resumed: LoadedCheckpoint | None) -> Run:
-        from trietune.training.readings import LossNotFiniteError
+        from trietune.training.pending_losses import LossNotFiniteError
 
         self._start(resumed)
         self.ranks.together(self._build_model)
@@ -249,37 +251,51 @@ class Session:
         self._self_check()
         self.ranks.on_first(self._draw_batch)
         before = self._evaluate("before", max_examples=None) if resumed is None else None
+        if before is not None and self.plan.num_steps:
+            self.patience.check(before.metrics)
         if self.plan.num_steps == 0:
             return self._finished(before, None, adapter=None)
         try:
             with closing(self._steps()) as steps:
-                for step in steps:
+                # A run may have been killed between the end of its patience and its adapter.
+                for step in () if self.patience.is_over else steps:
                     self._after_step(step)
+                    if self.patience.is_over:
+                        break
         except LossNotFiniteError as error:
             # Every rank knows; one says it.
             not_finite = error
             self.ranks.once(lambda: self._raise_not_finite(not_finite))
+        if self.patience.is_over and self.step < self.plan.num_steps:
+            self.tracker.info(f"training ends early, after step {self.step:,}: {self.patience.sentence}")
         with self._best_weights() as step_of_adapter:
             after = self._evaluate("after", max_examples=None, weights_step=step_of_adapter)
             if not self.ranks.once(self._is_in_place):
                 self.ranks.once(lambda: self._raise_folder_lost(None))
-            adapter = self.keeper.write_adapter(
-                step_of_adapter, self.peft_model, before, after, self.encoder, trained_steps=self.step
+            adapter = self.files.write_adapter(
+                step_of_adapter,
+                self.peft_model,
+                before,
+                after,
+                self.encoder,
+                trained_steps=self.step,
+                is_stopped_early=self.patience.is_over,
             )
         return self._finished(before, after, adapter=adapter)
 
     def _restore(self, resumed: LoadedCheckpoint) -> None:
         from trietune.training.loss_scale import LossScale
 
-        state = self.keeper.restore(resumed, self.peft_model, self.optimizer)
+        state = self.files.restore(resumed, self.peft_model, self.optimizer)
         self.epoch = float(state["epoch"])
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale = LossScale(self.plan.device.torch_device, state["loss_scale"])
         if state.get("reference", (digest := self.learning.reference_digest())) != digest:
-            self.hub.say(
+            self.tracker.warn(
                 "the scores of the reference were computed anew: the same numbers up to rounding, not the same bits",
-                is_warning=True,
             )
+        if not self.files.is_comparable(resumed) or not self.patience.restore(state.get("early_stopping")):
+            self.patience.begin_anew(self.tracker.info)
         self._take_over_memory(state)
 
     def _take_over_memory(self, state: Mapping[str, Any]) -> None:
@@ -289,7 +305,7 @@ class Session:
         before, packed = state.get("max_positions"), state.get("packed_bytes")
         if self.settings.max_tokens_per_micro_batch == "auto" and before is not None:
             if self.max_positions < before:
-                self.hub.say(
+                self.tracker.info(
                     f"less memory is free than before: micro-batches of at most {self.max_positions:,} tokens instead "
                     f"of {before:,}; a batch that is cut in another way has the same gradients up to rounding"
                 )
@@ -300,35 +316,35 @@ class Session:
             most = min(packed, self.model.packed_bytes)
             self.model.packed_bytes = pack_frozen_weights(self.model.network, most_bytes=most)
             if self.model.packed_bytes != packed:
-                self.hub.say(
+                self.tracker.info(
                     "less memory is free than before, so fewer weights are packed: the same numbers up to rounding, "
                     "not the same bits"
                 )
 
     def _measure_again(self, resumed: LoadedCheckpoint) -> None:
         """Take the validation that a signal cut short, so that the checkpoint of a due step is ranked after all."""
-        if resumed.metrics and self.keeper.is_comparable(resumed):
+        if resumed.metrics and self.files.is_comparable(resumed):
             self.measured, self.measured_step = _finite(resumed.metrics), resumed.step
         elif resumed.metrics:
             # On other data, and so no figure to compare with; the checkpoint keeps the one that it was ranked by.
             self._validate()
         elif resumed.step % self.settings.val_steps_freq == 0 and self.data.validation is not None:
             self._validate()
-            self.keeper.saved_step = None
+            self.files.saved_step = None
             self._save()
 
     def _start(self, resumed: LoadedCheckpoint | None) -> None:
-        self.keeper.start(resumed)
+        self.files.start(resumed)
         if resumed is not None:
             self.step = self.first_step = resumed.step
-        self.hub.emit(
+        self.tracker.emit(
             events.RunStarted(
                 name=self.plan.directory.name,
                 directory=self.plan.directory,
                 num_steps=self.plan.num_steps,
                 first_step=self.step,
                 config=self.settings.dump_public(),
-                environment=self.keeper.environment,
+                environment=self.files.environment,
                 plan=self.plan.lines(),
             )
         )
@@ -346,24 +362,26 @@ class Session:
 
         device = self.plan.device
         device.watch_memory()
-        self.hub.say(f"loading {self.base.name}")
+        self.tracker.info(f"loading {self.base.name}")
         if self.is_sharded:
             from trietune.model.base.load_sharded import gathering, load_sharded
 
-            network = load_sharded(self.base, dtype=self.plan.dtype, device=device.loading_device, report=self.hub.say)
+            network = load_sharded(
+                self.base, dtype=self.plan.dtype, device=device.loading_device, report=self.tracker.info
+            )
         else:
             network = load_network(
                 self.base,
                 dtype=self.plan.dtype,
                 device=device.loading_device,
                 load_in_4bit=self.plan.load_in_4bit,
-                report=self.hub.say,
+                report=self.tracker.info,
             )
         keeps_dropout = self.settings.base_dropout and bool(self.plan.base_rates)
         if not self.settings.base_dropout:
             silence_rates(network)
             if drawing := silence_draws(network):
-                self.hub.say(f"kept from drawing random numbers: {_few(drawing)}")
+                self.tracker.info(f"kept from drawing random numbers: {_few(drawing)}")
         twin = twin_of(network) if self.plan.num_steps > 0 and not self.is_sharded else None
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         if twin is not None:
@@ -373,7 +391,7 @@ class Session:
             )
             del twin
         elif self.is_sharded and self.plan.num_steps > 0:
-            self.hub.say(
+            self.tracker.info(
                 "not tried before training: whether plain PEFT reads the adapter as the model that is trained, since "
                 "no process holds the whole base model"
             )
@@ -415,27 +433,27 @@ class Session:
 
     def _score_reference(self) -> None:
         """Score all answers while the adapter is as it was at the start, where the objective compares with that."""
-        from trietune.model.base.gguf import cache_folder
+        from trietune.io.cache_folder import cache_folder
 
         self.learning = self.learning.with_reference(
             self.model,
-            reference_keys(self.settings, self.plan, self.keeper.environment),
+            reference_keys(self.settings, self.plan, self.files.environment),
             cache_folder() / "data",
             plan=self.plan,
             max_positions=self.max_positions,
             check_stop=self.signals.check,
-            progress=progress_of(self.hub, "answers"),
+            progress=progress_of(self.tracker, "answers"),
         )
 
     def _steps(self) -> Any:
-        from trietune.training.loop import Schedules, train
+        from trietune.training.loop import StepRange, training_steps
 
-        self.meter.start()
-        return train(
+        self.throughput.start()
+        return training_steps(
             self.model,
             self.optimizer,
             self.sampler,
-            Schedules(self.plan.num_steps, self.step, self.plan.batches_per_step, self.learning_rate),
+            StepRange(self.plan.num_steps, self.step, self.plan.batches_per_step, self.learning_rate),
             self._micro_batches,
             seed=self.settings.seed,
             max_grad_norm=self.settings.max_grad_norm,
@@ -469,8 +487,8 @@ class Session:
         return [
             micro_batch
             for part in rows.parts_of(indices)
-            for micro_batch in self.model.arrange(
-                make_micro_batches(rows, part, batching=self.plan.batching, max_nodes=self.max_positions)
+            for micro_batch in self.model.pad_to_shapes(
+                make_micro_batches(rows, part, batching=self.plan.batching, max_positions=self.max_positions)
             )
         ]
 
@@ -498,10 +516,9 @@ class Session:
             self.ranks.once(lambda: self._raise_too_long(error))
         self.max_positions = max(error.num_positions // 2, error.longest)
         redrawn = "; dropout draws other masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
-        self.hub.say(
+        self.tracker.warn(
             f"memory ran out at a micro-batch of {error.num_positions:,} tokens: at most {self.max_positions:,} from "
             f"here on, and step {self.step + 1:,} begins again{redrawn}",
-            is_warning=True,
         )
 
     def _raise_too_long(self, error: MicroBatchTooLargeError) -> None:
@@ -521,9 +538,9 @@ class Session:
         def write() -> None:
             try:
                 if not path.exists() and self.plan.device.write_memory_snapshot(path):
-                    self.hub.say(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
+                    self.tracker.info(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
             except OSError as error:
-                self.hub.say(f"no memory snapshot: {error}", is_warning=True)
+                self.tracker.warn(f"no memory snapshot: {error}")
 
         self.ranks.on_first(write)
 
@@ -532,11 +549,11 @@ class Session:
         self.step, self.epoch = step.number, step.epoch
         self.kept_memory.after_step()
         is_last, device = step.number == self.plan.num_steps, self.plan.device
-        self.hub.emit(
+        self.tracker.emit(
             events.StepFinished(
                 step=step.number,
                 epoch=step.epoch,
-                metrics=self.meter.metrics(
+                metrics=self.throughput.metrics(
                     step, device.used_memory_bytes(), device.compilations(), waiting_share=self.ranks.waiting_share
                 ),
                 example_ids=[self.data.train.row_id(row) for row in step.sequence_indices],
@@ -547,10 +564,11 @@ class Session:
         self._check_folder(step, must_know=is_saved)
         if step.number % self.settings.val_steps_freq == 0 or is_saved or is_last:
             self._validate()
-        if is_saved:
+        is_over = is_last or self.patience.is_over
+        if is_saved or self._is_save_due(step.number, is_over):
             self._save()
-        self.keeper.tell_uploads()
-        if not is_last:
+        self.files.tell_uploads()
+        if not is_over:
             self.ranks.stop_together(self._check_stop, step.num_stopping)
 
     def _check_stop(self) -> None:
@@ -582,7 +600,7 @@ class Session:
         if is_in_place:
             return
         if now_at is not None:
-            self.keeper.move_to(now_at)
+            self.files.move_to(now_at)
             self._save(must_succeed=True)
         self.ranks.once(lambda: self._raise_folder_lost(now_at))
 
@@ -612,7 +630,7 @@ class Session:
         if self.settings.max_time is None:
             return
         left = self.settings.max_time - (time.monotonic() - self.began)
-        if left < STEPS_LEFT_TO_SAVE * self.meter.slowest_step + SECONDS_LEFT_TO_SAVE:
+        if left < STEPS_LEFT_TO_SAVE * self.throughput.slowest_step + SECONDS_LEFT_TO_SAVE:
             raise StopRequested("max_time", EXIT_DONE)
 
     # Evaluation
@@ -621,11 +639,12 @@ class Session:
         evaluation = self._evaluate("during", max_examples=self.plan.eval_max_examples)
         if evaluation is not None:
             self.measured, self.measured_step = dict(evaluation.metrics), self.step
+            self.patience.note(self.step, evaluation.metrics)
 
     def _evaluate(
         self, when: Literal["before", "during", "after"], *, max_examples: int | None, weights_step: int | None = None
     ) -> Evaluation | None:
-        from trietune.evaluation.evaluate import evaluate
+        from trietune.evaluation.evaluate import evaluate_model
 
         if self.data.validation is None:
             return None
@@ -633,17 +652,17 @@ class Session:
         self.ranks.at("evaluating", self.step)
         common: dict[str, Any] = {
             "batching": self.plan.batching,
-            "max_nodes": self.max_positions,
+            "max_positions": self.max_positions,
             "max_examples": max_examples,
             "seed": self.settings.seed,
             # Sharded, every rank computes the same passes of everything, and none may leave them.
             "check_stop": (lambda: None) if self.is_sharded else self.stop.check,
-            "progress": progress_of(self.hub, "examples"),
+            "progress": progress_of(self.tracker, "examples"),
         }
         if self.learning.validation is not None:
             evaluation = self.learning.evaluate(self.model, is_reference=when == "before", **common)
         else:
-            evaluation = evaluate(
+            evaluation = evaluate_model(
                 self.model,
                 self.data.validation,
                 self.encoder,
@@ -653,8 +672,8 @@ class Session:
                 **common,
             )
         self.kept_memory.give_back()
-        self.meter.leave_out(time.monotonic() - begin)
-        self.hub.emit(
+        self.throughput.leave_out(time.monotonic() - begin)
+        self.tracker.emit(
             events.Evaluated(
                 step=self.step,
                 epoch=self.epoch,
@@ -679,13 +698,13 @@ class Session:
         assert self.data.validation is not None
         told = described(evaluation.predictions, self.data.validation.examples, self.data.task)
         num_shown = SHOWN_PREDICTIONS if self.settings.print_examples else 0
-        self.hub.emit(events.Predicted(self.step, when, told, num_shown))
+        self.tracker.emit(events.PredictionsShown(self.step, when, told, num_shown))
 
     def _show_examples(self) -> None:
         from trietune.data.preview import preview_examples
 
         previews = preview_examples(self.data.train, self.tokenizer, SHOWN_EXAMPLES)
-        self.hub.emit(
+        self.tracker.emit(
             events.ExamplesShown(
                 [events.MarkedExample(p.id, [(t.text, t.is_label) for t in p.tokens]) for p in previews]
             )
@@ -710,7 +729,7 @@ class Session:
             family=str(self.model.config.model_type),
         )
         if checked is not None:
-            self.hub.say(
+            self.tracker.info(
                 f"self-check: {checked.num_examples} examples have a loss of {checked.loss:.5f}, "
                 f"{checked.loss_of_rows:.5f} on plain rows through transformers, both on the device"
             )
@@ -727,7 +746,7 @@ class Session:
             trains=True,
         )
         if bound < self.max_positions:
-            self.hub.say(f"a mask grows squared: micro-batches of at most {bound:,} tokens")
+            self.tracker.info(f"a mask grows squared: micro-batches of at most {bound:,} tokens")
             self.max_positions = bound
 
     def _prove_on_host(self, network: Any) -> Proof | None:
@@ -735,7 +754,7 @@ class Session:
         if not (self.plan.device.has_static_shapes and self.settings.self_check and self.plan.num_steps):
             return None
         free_bytes = self.plan.device.free_memory_bytes()
-        return prove_on_host(network, lambda model: self._prove_on_data(model, free_bytes), say=self.hub.say)
+        return prove_on_host(network, lambda model: self._prove_on_data(model, free_bytes), say=self.tracker.info)
 
     def _prove_on_data(self, model: TrieModel, free_bytes: int) -> Proof | None:
         return prove_on_data(
@@ -745,7 +764,7 @@ class Session:
             batching=self.plan.batching,
             with_gradients=True,
             free_bytes=free_bytes,
-            say=self.hub.say,
+            say=self.tracker.info,
         )
 
     def _draw_batch(self) -> None:
@@ -761,11 +780,11 @@ class Session:
         try:
             write_batch_picture(self.plan.directory, rows, indices, ids, self.tokenizer)
         except OSError as error:
-            self.hub.say(f"no picture of a batch for the report: {error}", is_warning=True)
+            self.tracker.warn(f"no picture of a batch for the report: {error}")
 
     def _save(self, *, must_succeed: bool = False) -> None:
         metrics = self.measured if self.measured_step == self.step else {}
-        seconds = self.keeper.save(
+        seconds = self.files.save(
             self.step,
             self.epoch,
             metrics,
@@ -774,11 +793,13 @@ class Session:
             further_state=self._further_state(),
             must_succeed=must_succeed,
         )
-        self.meter.leave_out(seconds)
+        self.throughput.leave_out(seconds)
 
     def _further_state(self) -> dict[str, Any]:
         """What free memory and fp16 made of this session, for one that goes on from here."""
         state: dict[str, Any] = {"max_positions": self.max_positions, "packed_bytes": self.model.packed_bytes}
+        if self.patience.patience is not None:
+            state["early_stopping"] = self.patience.state()
         if (digest := self.learning.reference_digest()) is not None:
             state["reference"] = digest
         return state if self.loss_scale is None else {**state, "loss_scale": dict(self.loss_scale.state())}
@@ -792,7 +813,7 @@ class Session:
         from trietune.model.adapter.adapter import adapter_tensors, overwrite_tensors, set_adapter_tensors
 
         metrics = self.measured if self.measured_step == self.step else {}
-        best = self.keeper.better_than_last(self.step, metrics)
+        best = self.files.better_than_last(self.step, metrics)
         if best is None:
             yield self.step
             return
@@ -817,10 +838,9 @@ class Session:
         without = [name for name, parameter in trained.items() if parameter.grad is None]
         if without:
             layers = list(dict.fromkeys(name.removeprefix("base_model.model.").split(".lora_")[0] for name in without))
-            self.hub.say(
+            self.tracker.warn(
                 f"{len(without)} of the adapter's {len(trained)} tensors took no part in the first step, on "
                 f"{_few(layers)}: they stay as they are unless later examples reach them",
-                is_warning=True,
             )
 
     def _emit_histograms(self, step: int) -> None:
@@ -836,14 +856,14 @@ class Session:
                 value = values[kind]
                 if value is not None:
                     arrays[f"{kind}/{name}"] = value.float().flatten().cpu().numpy().copy()
-        self.hub.emit(events.Histograms(step, arrays))
+        self.tracker.emit(events.Histograms(step, arrays))
 
     def _already_finished(self) -> Run | None:
-        finished = self.keeper.finished(self.allowed_changes)
+        finished = self.files.finished(self.allowed_changes)
         if finished is None:
             return None
         trained, place = finished
-        self.hub.say(f"{self.plan.directory.name} has finished: its adapter is in {place}; nothing was changed")
+        self.tracker.info(f"{self.plan.directory.name} has finished: its adapter is in {place}; nothing was changed")
         adapter = self.plan.directory / "adapter"
         return Run(self.plan.directory, "finished", trained, adapter=adapter if adapter.is_dir() else None)
 
@@ -856,9 +876,9 @@ class Session:
         commands = [f"trietune report {run}"]
         if adapter is not None:
             commands = [f"trietune predict {run}", f"trietune evaluate {run}", *commands]
-        exit_code = self.keeper.finish_uploads(is_final=True, must_leave=self._must_leave)
+        exit_code = self.files.finish_uploads(is_final=True, must_leave=self._must_leave)
         if adapter is not None:
-            exit_code = self.keeper.push_to_hub(adapter) or exit_code
+            exit_code = self.files.push_to_hub(adapter) or exit_code
         self._finish("finished", summary, commands)
         return Run(
             run,
@@ -876,10 +896,10 @@ class Session:
         if self.step > 0:
             self._save(must_succeed=True)
             commands = ["the same command with `--resume` goes on from here"]
-        self.keeper.finish_uploads(is_final=False, must_leave=self._must_leave)
-        self.hub.say(f"stopped by {reason} after step {self.step:,}")
+        self.files.finish_uploads(is_final=False, must_leave=self._must_leave)
+        self.tracker.info(f"stopped by {reason} after step {self.step:,}")
         if reason == "max_time" and self.step == self.first_step:
-            self.hub.say("no step was taken: `max_time` is shorter than what comes before the first", is_warning=True)
+            self.tracker.warn("no step was taken: `max_time` is shorter than what comes before the first")
         self._finish("stopped", {}, commands)
         return Run(self.plan.directory, "stopped", self.step, exit_code=exit_code)
 
@@ -891,7 +911,9 @@ class Session:
     def _finish(
         self, status: Literal["finished", "stopped", "failed"], summary: Mapping[str, Any], commands: Any
     ) -> None:
-        self.hub.emit(events.RunFinished(status, self.step, time.monotonic() - self.began, summary, tuple(commands)))
+        self.tracker.emit(
+            events.RunFinished(status, self.step, time.monotonic() - self.began, summary, tuple(commands))
+        )
 
     def _raise_not_finite(self, error: LossNotFiniteError) -> None:
         ids = [self.data.train.row_id(row) for row in error.sequence_indices]

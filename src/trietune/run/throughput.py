@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from trietune.training.loop import Step
 
 
-class Meter:
+class Throughput:
     """Rates since the last step, without the time that evaluation and saving took."""
 
     def __init__(self) -> None:

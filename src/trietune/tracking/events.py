@@ -1,6 +1,6 @@
 """What happens in a run, as small frozen records; console, files and trackers consume them.
 
-A consumer never asks the run for anything and imports no stage: whatever it shows is in the record.
+A listener never asks the run for anything and imports no stage: whatever it shows is in the record.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Message:
     """One line for the user: a count, a fall-back, a decision."""
 
     text: str
@@ -39,7 +39,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Working:
+class PhaseProgress:
     """A phase with a bar of its own (tokenizing, evaluating, loading): `done` of `total`; `total` None if unknown."""
 
     phase: str
@@ -129,7 +129,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
-class Predicted:
+class PredictionsShown:
     """What the model says about every evaluated example, `before` or `after` training.
 
     `num_shown` is how many of them belong on a terminal: the first ones, none without `print_examples`.
@@ -145,7 +145,7 @@ class Predicted:
 class Histograms:
     """Values of the adapter's tensors or gradients, flattened NumPy float32 arrays by name, for `wandb_watch_mode`.
 
-    Names begin with `gradients/` or `parameters/`. A consumer may read the arrays later, in another thread: hand over
+    Names begin with `gradients/` or `parameters/`. A listener may read the arrays later, in another thread: hand over
     copies.
     """
 
@@ -185,12 +185,12 @@ class RunFinished:
 
 Event = (
     RunStarted
-    | Said
-    | Working
+    | Message
+    | PhaseProgress
     | ExamplesShown
     | StepFinished
     | Evaluated
-    | Predicted
+    | PredictionsShown
     | Histograms
     | Saved
     | Removed
@@ -198,7 +198,7 @@ Event = (
 )
 
 
-class Consumer(Protocol):
+class Listener(Protocol):
     """Something that shows or keeps events. It may raise: `trietune.tracking.tracker` says what happens then."""
 
     name: str

@@ -6,9 +6,9 @@
     predictions.jsonl   {"step": 400, "when": "after", "id": "dev.tsv:3", "predicted": "positive", ...}
     config.yaml, environment.json
 
-Lines are strict JSON (a number that is not finite becomes null), appended whole and flushed one by one. A process
-that dies in the middle of a line leaves a torn one: opening the file cuts it off. (A resume moves the lines beyond its
-checkpoint aside: `trietune.checkpoints.resume.abandon_lines`.)
+Lines are strict JSON (a number that is not finite becomes null), appended whole and flushed one by one. Before a run
+opens its files, `trietune.checkpoints.resume.abandon_lines` has moved aside the lines beyond its checkpoint and a last
+line that a crash tore.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from trietune.io import files
 from trietune.tracking.events import (
     Evaluated,
     Event,
-    Predicted,
+    Message,
     Prediction,
+    PredictionsShown,
     Removed,
     RunFinished,
     RunStarted,
-    Said,
     Saved,
     StepFinished,
 )
@@ -49,16 +49,15 @@ _ONLY_IF_THERE = ("probabilities", "f1", "kind")
 LINE_FILES = (METRICS, BATCHES, PREDICTIONS)
 
 
-class FilesConsumer:
+class FilesListener:
     """Writes a run's files. Without space or permission it keeps the lines and tries again at the next event."""
 
     name = "run files"
 
-    def __init__(self, say: Callable[[str], None], *, now: Callable[[], float] = time.time) -> None:
-        self._say = say
+    def __init__(self, *, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._step = 0
-        self._early: list[Said] = []
+        self._early: list[Message] = []
         self._started: RunStarted | None = None
         self._has_written_settings = False
         self._files: dict[str, LineFile] = {}
@@ -66,7 +65,7 @@ class FilesConsumer:
     def handle(self, event: Event) -> None:
         """Append the lines of `event`. Raises `StillTrying` when the disk takes nothing."""
         if self._started is None and not isinstance(event, RunStarted):
-            if isinstance(event, Said):
+            if isinstance(event, Message):
                 self._early.append(event)  # the run's folder has no name yet
             return
         if isinstance(event, RunStarted):
@@ -87,7 +86,7 @@ class FilesConsumer:
     def _start(self, event: RunStarted) -> None:
         self._started = event
         self._step = event.first_step
-        self._files = {name: LineFile(event.directory / name, self._say) for name in LINE_FILES}
+        self._files = {name: LineFile(event.directory / name) for name in LINE_FILES}
         for said in self._early:
             self._files[METRICS].add(to_json_line(self._said(said)))
         self._early.clear()
@@ -105,7 +104,7 @@ class FilesConsumer:
             num_waiting = sum(file.num_waiting for file in self._files.values())
             raise StillTrying(f"{error.strerror or error} ({num_waiting} lines wait in memory)") from error
 
-    def _said(self, said: Said) -> dict[str, Any]:
+    def _said(self, said: Message) -> dict[str, Any]:
         return {"event": said.level, "step": self._step, "time": self._time(), "text": said.text}
 
     def _time(self) -> float:
@@ -118,7 +117,7 @@ class FilesConsumer:
             case RunStarted():
                 head = {"event": "start", "step": event.first_step, **stamp, "name": event.name}
                 return [(METRICS, {**head, "num_steps": event.num_steps, "plan": [list(row) for row in event.plan]})]
-            case Said():
+            case Message():
                 return [(METRICS, self._said(event))]
             case StepFinished():
                 self._step = event.step
@@ -133,7 +132,7 @@ class FilesConsumer:
                 if event.weights_step is not None:
                     body["weights_step"] = event.weights_step
                 return [(METRICS, {**body, "intervals": {name: list(pair) for name, pair in event.intervals.items()}})]
-            case Predicted():
+            case PredictionsShown():
                 head = {"step": event.step, "when": event.when}
                 return [(PREDICTIONS, {**head, **prediction_record(prediction)}) for prediction in event.predictions]
             case Saved():
@@ -160,9 +159,8 @@ class FilesConsumer:
 class LineFile:
     """A file of lines that only grows; a failed write leaves nothing half-written and loses nothing."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._say = say
         self._waiting: list[bytes] = []
         self._descriptor: int | None = None
         self._size_bytes = 0
@@ -200,12 +198,8 @@ class LineFile:
             self._descriptor = None
 
     def _open(self) -> None:
-        if os.path.lexists(self._path):
-            if not stat.S_ISREG(self._path.lstat().st_mode):
-                raise OSError(errno.EINVAL, f"{self._path.name} is not a plain file")
-            num_cut_bytes = repair_last_line(self._path)
-            if num_cut_bytes:
-                self._say(f"{self._path.name}: cut off a torn last line of {num_cut_bytes:,} bytes")
+        if os.path.lexists(self._path) and not stat.S_ISREG(self._path.lstat().st_mode):
+            raise OSError(errno.EINVAL, f"{self._path.name} is not a plain file")
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
         self._descriptor = os.open(self._path, flags, 0o666)
         self._size_bytes = os.fstat(self._descriptor).st_size
@@ -242,30 +236,6 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def repair_last_line(path: Path) -> int:
-    """Cut off a last line that was not written whole, and say how many bytes that took.
-
-    After a power failure the end of a file can be zero bytes, or a line that ends but is no JSON: both are cut.
-    """
-    size = path.stat().st_size
-    end = size
-    with path.open("r+b") as file:
-        while end > 0:
-            begin = _begin_of_last_line(file, end)
-            file.seek(begin)
-            line = file.read(end - begin)
-            if line.endswith(b"\n") and _is_json(line):
-                break
-            if _is_json(line):  # only the line break is missing
-                file.seek(end)
-                file.write(b"\n")
-                return size - end
-            end = begin
-        if end < size:
-            file.truncate(end)
-    return size - end
-
-
 def write_settings(directory: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
     """Write `config.yaml` and `environment.json`, each whole or not at all."""
     from ruamel.yaml import YAML
@@ -278,23 +248,3 @@ def write_settings(directory: Path, config: Mapping[str, Any], environment: Mapp
     files.replace_file(directory / CONFIG, text.getvalue().encode())
     content = json.dumps(plain(environment), ensure_ascii=False, allow_nan=False, indent=2)
     files.replace_file(directory / ENVIRONMENT, content.encode("utf-8", "backslashreplace") + b"\n")
-
-
-def _begin_of_last_line(file: io.BufferedRandom, end: int, block_bytes: int = 1 << 16) -> int:
-    """Where the line begins whose last byte is at `end - 1`."""
-    place = end - 1  # that byte may itself be the line break
-    while place > 0:
-        begin = max(0, place - block_bytes)
-        file.seek(begin)
-        found = file.read(place - begin).rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        place = begin
-    return 0
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False

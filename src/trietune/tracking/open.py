@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from trietune.errors import UserError
-from trietune.tracking.console.console import ConsoleConsumer
-from trietune.tracking.events import Consumer
-from trietune.tracking.jsonl import FilesConsumer
-from trietune.tracking.report.report import ReportConsumer
+from trietune.tracking.console.console import ConsoleListener
+from trietune.tracking.events import Listener
+from trietune.tracking.jsonl import FilesListener
+from trietune.tracking.report.report import ReportListener
 from trietune.tracking.tracker import Tracker
 from trietune.tracking.wandb.access import is_installed
 
@@ -25,9 +25,9 @@ def open_tracker(
     tags: Sequence[str] = (),
     model_to_wandb: bool = False,
     writes_files: bool = True,
-    console: Consumer | None = None,
+    console: Listener | None = None,
 ) -> Tracker:
-    """The consumers of one run, in the order in which they hear of an event.
+    """The listeners of one run, in the order in which they hear of an event.
 
     Args:
         tracker: `auto` is W&B if `use_wandb`, else none.
@@ -38,17 +38,17 @@ def open_tracker(
     Raises:
         UserError: `tracker` names one that is not installed.
     """
-    hub = Tracker()
+    opened = Tracker()
     if writes_files:
-        hub.add(FilesConsumer(lambda text: hub.say(text, is_warning=True)))
+        opened.add(FilesListener())
     chosen = ("wandb" if use_wandb else "none") if tracker == "auto" else tracker
     if tracker not in ("auto", "none"):
         _check_installed(tracker)
     if chosen != "none":
-        hub.add(
+        opened.add(
             _open_named(
                 chosen,
-                say=lambda text, is_warning: hub.say(text, is_warning=is_warning),
+                say=lambda text, is_warning: (opened.warn if is_warning else opened.info)(text),
                 project=project,
                 run_name=run_name,
                 tags=tags,
@@ -56,9 +56,9 @@ def open_tracker(
             )
         )
     if writes_files:
-        hub.add(ReportConsumer())
-    hub.add(console or ConsoleConsumer())
-    return hub
+        opened.add(ReportListener())
+    opened.add(console or ConsoleListener())
+    return opened
 
 
 def _open_named(
@@ -69,18 +69,18 @@ def _open_named(
     run_name: str | None,
     tags: Sequence[str],
     model_to_wandb: bool,
-) -> Consumer:
+) -> Listener:
     if name == "wandb":
-        from trietune.tracking.wandb.consumer import WandbConsumer
+        from trietune.tracking.wandb.listener import WandbListener
 
-        return WandbConsumer(say, project=project, name=run_name, tags=tags, uploads_model=model_to_wandb)
+        return WandbListener(say, project=project, name=run_name, tags=tags, uploads_model=model_to_wandb)
     if name == "tensorboard":
-        from trietune.tracking.tensorboard import TensorboardConsumer
+        from trietune.tracking.tensorboard import TensorboardListener
 
-        return TensorboardConsumer()
-    from trietune.tracking.trackio import TrackioConsumer
+        return TensorboardListener()
+    from trietune.tracking.trackio import TrackioListener
 
-    return TrackioConsumer(project=project, name=run_name)
+    return TrackioListener(project=project, name=run_name)
 
 
 def _check_installed(name: str) -> None:

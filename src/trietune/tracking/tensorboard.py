@@ -14,7 +14,7 @@ FOLDER = "tensorboard"
 NUM_BINS = 64
 
 
-class TensorboardConsumer:
+class TensorboardListener:
     """Writes `<run>/tensorboard/`; `tensorboard --logdir <run>` shows it."""
 
     name = "TensorBoard"

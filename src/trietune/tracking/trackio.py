@@ -10,7 +10,7 @@ from trietune.tracking.events import Evaluated, Event, RunFinished, RunStarted, 
 from trietune.tracking.jsonl import plain
 
 
-class TrackioConsumer:
+class TrackioListener:
     """One trackio run in trackio's own folder; `trackio show` opens it."""
 
     name = "trackio"

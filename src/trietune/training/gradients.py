@@ -51,7 +51,7 @@ def accumulate_gradients(
     if divisor is None:
         divisor = total_weight(micro_batches)
     # A tensor of one element from the host is data; a number would be a part of the program.
-    loss = model.place(torch.zeros(1))[0]
+    loss = model.to_device(torch.zeros(1))[0]
     for micro_batch in micro_batches:
         if micro_batch is not micro_batches[0]:
             between()
@@ -82,7 +82,7 @@ def _backward(model: TrieModel, micro_batch: MicroBatch, divisor: float, loss_sc
 
 def _add_gradients(model: TrieModel, micro_batch: MicroBatch, divisor: float, loss_scale: LossScale | None) -> Tensor:
     losses = model.label_losses(micro_batch)
-    weight = model.place(torch.from_numpy(micro_batch.label_weight / divisor).to(losses.dtype))
+    weight = model.to_device(torch.from_numpy(micro_batch.label_weight / divisor).to(losses.dtype))
     part = torch.dot(losses, weight)
     to_differentiate = part if loss_scale is None else loss_scale.multiply(part)
     to_differentiate.backward()  # type: ignore[no-untyped-call]

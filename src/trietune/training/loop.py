@@ -33,8 +33,8 @@ from trietune.training.loss_scale import LossScale
 from trietune.training.objectives.learning import Learn, Work
 from trietune.training.objectives.sft import learn_labels
 from trietune.training.optimizer import Schedule, make_state
-from trietune.training.prefetch import ahead_thread, one_ahead
-from trietune.training.readings import Readings
+from trietune.training.pending_losses import PendingLosses
+from trietune.training.prefetch import ahead_thread, prefetch
 from trietune.training.sampler import Sampler
 from trietune.trie import MicroBatch, total_weight
 from trietune.trie.dealing import Deal
@@ -79,7 +79,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedules:
+class StepRange:
     """What a run's steps are: how many, from where, and with which learning rate.
 
     Attributes:
@@ -95,11 +95,11 @@ class Schedules:
     learning_rate: Schedule
 
 
-def train(
+def training_steps(
     model: TrieModel,
     optimizer: torch.optim.Optimizer,
     sampler: Sampler,
-    schedules: Schedules,
+    step_range: StepRange,
     make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]],
     *,
     seed: int,
@@ -114,7 +114,7 @@ def train(
     deal: Callable[[np.ndarray], Deal] | None = None,
     wants_stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Step, None, None]:
-    """Take the steps `schedules.first_step + 1 .. num_steps`, yielding each.
+    """Take the steps `step_range.first_step + 1 .. num_steps`, yielding each.
 
     Args:
         make_micro_batches: cuts the sequences of one batch into micro-batches; called in another thread.
@@ -139,10 +139,10 @@ def train(
         MicroBatchTooLargeError: without `cut_smaller`; with it, whatever it raises.
     """
     device = device or describe_cpu()
-    taker = _StepTaker(
+    stepper = _Stepper(
         model,
         optimizer,
-        schedules,
+        step_range,
         device,
         seed,
         max_grad_norm,
@@ -158,15 +158,15 @@ def train(
         device.end_step()
 
     def lay_out(number: int) -> _StepLayout:
-        return _lay_out(number, sampler, schedules, make_micro_batches, ranks, deal)
+        return _lay_out(number, sampler, step_range, make_micro_batches, ranks, deal)
 
-    number = schedules.first_step
+    number = step_range.first_step
     with ahead_thread() as thread:
-        while number < schedules.num_steps:
-            with closing(one_ahead(lay_out, range(number, schedules.num_steps), thread)) as layouts:
+        while number < step_range.num_steps:
+            with closing(prefetch(lay_out, range(number, step_range.num_steps), thread)) as layouts:
                 for layout in layouts:
                     try:
-                        step = taker.take(layout)
+                        step = stepper.step(layout)
                     except MicroBatchTooLargeError as error:
                         optimizer.zero_grad(set_to_none=True)
                         if cut_smaller is None:
@@ -193,15 +193,15 @@ class _StepLayout:
 def _lay_out(
     number: int,
     sampler: Sampler,
-    schedules: Schedules,
+    step_range: StepRange,
     make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]],
     ranks: Ranks,
     deal: Callable[[np.ndarray], Deal] | None,
 ) -> _StepLayout:
-    steps_per_epoch = -(-sampler.batches_per_epoch // schedules.batches_per_step)
+    steps_per_epoch = -(-sampler.batches_per_epoch // step_range.batches_per_step)
     epoch, step_in_epoch = divmod(number, steps_per_epoch)
-    first_batch = step_in_epoch * schedules.batches_per_step
-    last_batch = min(first_batch + schedules.batches_per_step, sampler.batches_per_epoch)
+    first_batch = step_in_epoch * step_range.batches_per_step
+    last_batch = min(first_batch + step_range.batches_per_step, sampler.batches_per_epoch)
     batches = [sampler.batch(epoch, b) for b in range(first_batch, last_batch)]
     indices = np.concatenate(batches)
     dealt = None if deal is None else deal(indices)
@@ -254,12 +254,12 @@ def _agreed(own: list[int] | None, ranks: Ranks) -> MicroBatchTooLargeError:
 
 
 @dataclass(frozen=True, slots=True)
-class _StepTaker:
+class _Stepper:
     """What all steps of a run have in common."""
 
     model: TrieModel
     optimizer: torch.optim.Optimizer
-    schedules: Schedules
+    step_range: StepRange
     device: Device
     seed: int
     max_grad_norm: float | None
@@ -269,25 +269,25 @@ class _StepTaker:
     learn: Learn
     ranks: Ranks
     wants_stop: Callable[[], bool]
-    readings: Readings = field(default_factory=Readings)
+    losses: PendingLosses = field(default_factory=PendingLosses)
 
-    def take(self, layout: _StepLayout) -> Step:
+    def step(self, layout: _StepLayout) -> Step:
         """Gradients, update, and what there is to say of them."""
         number, device, optimizer = layout.number, self.device, self.optimizer
-        learning_rate = self.schedules.learning_rate(number)
+        learning_rate = self.step_range.learning_rate(number)
         for group in optimizer.param_groups:
             group["lr"] = device.learning_rate(learning_rate)
         self.model.network.train()
         self.ranks.at("computing", number + 1)
-        loss_there, norm_there, sums, metrics = self._gradients(layout)
-        while self.loss_scale is not None and self.loss_scale.has_overflowed(loss_there, norm_there):
+        loss_on_device, norm_on_device, sums, metrics = self._gradients(layout)
+        while self.loss_scale is not None and self.loss_scale.has_overflowed(loss_on_device, norm_on_device):
             self.loss_scale.update(optimizer)
             optimizer.zero_grad(set_to_none=True)
-            loss_there, norm_there, sums, metrics = self._gradients(layout)
-        self.readings.note(number + 1, loss_there, norm_there, layout.sequence_indices)
+            loss_on_device, norm_on_device, sums, metrics = self._gradients(layout)
+        self.losses.add(number + 1, loss_on_device, norm_on_device, layout.sequence_indices)
         loss = grad_norm = None
         if device.reads_every_step:
-            loss, grad_norm = self.readings.read()
+            loss, grad_norm = self.losses.fetch()
         if self.before_update is not None:
             self.before_update(number + 1)
         if self.loss_scale is None:
@@ -298,7 +298,7 @@ class _StepTaker:
         optimizer.zero_grad(set_to_none=not device.has_static_shapes)
         device.end_step()
         if not device.reads_every_step and self.is_read(number + 1):
-            loss, grad_norm = self.readings.read()
+            loss, grad_norm = self.losses.fetch()
         return Step(
             number=number + 1,
             epoch=layout.epoch,
@@ -358,7 +358,7 @@ class _StepTaker:
             if layout.deal is None or self.ranks.has_equal_passes:
                 raise
             too_large = [error.num_positions, error.longest]
-            loss = self.model.place(torch.zeros(1))[0]
+            loss = self.model.to_device(torch.zeros(1))[0]
         counts = (
             total_weight(layout.micro_batches),
             sum(micro_batch.num_tokens for micro_batch in layout.micro_batches),

@@ -18,13 +18,13 @@ R = TypeVar("R")
 
 
 def ahead_thread() -> ThreadPoolExecutor:
-    """The thread for `one_ahead`, started now: when memory has run out, one may hang in its start for ever."""
+    """The thread for `prefetch`, started now: when memory has run out, one may hang in its start for ever."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="trietune-ahead")
     thread.submit(int).result()
     return thread
 
 
-def one_ahead(
+def prefetch(
     compute: Callable[[A], R], arguments: Iterable[A], thread: Executor | None = None
 ) -> Generator[R, None, None]:
     """`compute(argument)` for each argument, in order; while one result is in use, the next is computed.

@@ -20,6 +20,7 @@ class Work:
         num_labels: (position, label) pairs, which the output head computes.
         num_scores: products of a query and a key in one head: every row's queries with all of its path.
         largest: positions of the largest micro-batch.
+        num_micro_batches: forward and backward passes.
     """
 
     num_tokens: int
@@ -27,6 +28,7 @@ class Work:
     num_labels: int
     num_scores: int
     largest: int
+    num_micro_batches: int
 
     @property
     def labels_per_position(self) -> float:
@@ -45,6 +47,7 @@ def measure_work(micro_batches: Sequence[MicroBatch]) -> Work:
         num_labels=sum(len(micro_batch.labels) for micro_batch in micro_batches),
         num_scores=sum(_num_scores(micro_batch) for micro_batch in micro_batches),
         largest=max((micro_batch.num_positions for micro_batch in micro_batches), default=0),
+        num_micro_batches=len(micro_batches),
     )
 
 

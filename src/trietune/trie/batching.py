@@ -1,7 +1,7 @@
 """Batches become micro-batches: what the model computes at once, as a trie, packed, or as padded rows.
 
 A batch whose trie has more nodes than fit in memory is cut between sorted sequences. A cut before sequence `i` computes
-the prefix that `i` shares with its neighbour a second time, so the cuts are chosen to repeat as little as possible. The
+the prefix that `i` shares with its neighbor a second time, so the cuts are chosen to repeat as little as possible. The
 gradients stay those of the whole batch, because every micro-batch's loss is divided by the weight of the whole step.
 """
 
@@ -75,12 +75,12 @@ class MicroBatch:
 
 
 def make_micro_batches(
-    sequences: Sequences, indices: Int64[np.ndarray, " B"], *, batching: Batching, max_nodes: int
+    sequences: Sequences, indices: Int64[np.ndarray, " B"], *, batching: Batching, max_positions: int
 ) -> list[MicroBatch]:
-    """Cut the batch of `sequences[indices]` into micro-batches of at most `max_nodes` positions.
+    """Cut the batch of `sequences[indices]` into micro-batches of at most `max_positions` positions.
 
-    A single sequence longer than `max_nodes` becomes a micro-batch of its own. Sequences without a label are computed
-    by nobody and appear in no micro-batch; a batch of nothing else gives an empty list.
+    A single sequence longer than `max_positions` becomes a micro-batch of its own. Sequences without a label are
+    computed by nobody and appear in no micro-batch; a batch of nothing else gives an empty list.
     """
     batch = gather(sequences, np.asarray(indices, np.int64))
     lengths = num_nodes_alone(batch.labels, batch.offsets)
@@ -91,11 +91,11 @@ def make_micro_batches(
         case "trie":
             order = with_labels[sort_sequences(batch.input_ids, batch.offsets[with_labels], lengths[with_labels])]
             shared = common_prefix_lengths(batch.input_ids, batch.offsets[order], lengths[order])
-            pieces = _cut(order, lengths[order], shared, max_nodes)
+            pieces = _cut(order, lengths[order], shared, max_positions)
         case "packed":
-            pieces = _cut(with_labels, lengths[with_labels], np.zeros(len(with_labels), np.int64), max_nodes)
+            pieces = _cut(with_labels, lengths[with_labels], np.zeros(len(with_labels), np.int64), max_positions)
         case "padded":
-            pieces = _cut_rows(with_labels, lengths, max_nodes)
+            pieces = _cut_rows(with_labels, lengths, max_positions)
     make = _padded if batching == "padded" else _shared if batching == "trie" else _packed
     return [make(_subset(batch, piece)) for piece in pieces]
 
@@ -126,7 +126,7 @@ def _cut(
     order: Int64[np.ndarray, " B"],
     lengths: Int64[np.ndarray, " B"],
     shared: Int64[np.ndarray, " B"],
-    max_nodes: int,
+    max_positions: int,
 ) -> list[Int64[np.ndarray, " C"]]:
     """Contiguous pieces of `order` that compute the fewest positions in all; dynamic programming over the cuts.
 
@@ -134,7 +134,7 @@ def _cut(
     other, which is the difference of two prefix sums plus `shared[first]`.
     """
     total = np.concatenate(([0], np.cumsum(lengths - shared)))
-    if total[-1] <= max_nodes:
+    if total[-1] <= max_positions:
         return [order]
     num = len(order)
     repeated = shared.copy()
@@ -142,9 +142,9 @@ def _cut(
     cost = np.zeros(num + 1)
     best_first = np.zeros(num + 1, np.int64)
     for end in range(1, num + 1):
-        earliest = int(np.searchsorted(total, total[end] - max_nodes))
+        earliest = int(np.searchsorted(total, total[end] - max_positions))
         first = np.arange(min(earliest, end - 1), end)
-        fits = total[end] - total[first] + repeated[first] <= max_nodes
+        fits = total[end] - total[first] + repeated[first] <= max_positions
         fits[-1] = True  # one sequence longer than the bound stands alone
         choice = np.where(fits, cost[first] + repeated[first] + NODES_WORTH_A_MICRO_BATCH, np.inf)
         at = int(choice.argmin())

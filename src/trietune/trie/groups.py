@@ -1,11 +1,11 @@
-"""Which sequences should meet in a batch: groups of neighbours in sorted order, and batches filled with whole groups.
+"""Which sequences should meet in a batch: groups of neighbors in sorted order, and batches filled with whole groups.
 
     sorted sequences        a b c 1 | a b c 2 | a b c 3 | x y 4 | z 5        (| with the tokens shared across it)
     shared with the last    0         3         3         0       0
     groups                  [---------- 3 ----------]   [------ few ------]
 
-A group is a run of sorted neighbours that share at least half of the shorter one, cut at the batch size; what is left
-between such runs is gathered in runs of a few neighbours, which still share their first words.
+A group is a run of sorted neighbors that share at least half of the shorter one, cut at the batch size; what is left
+between such runs is gathered in runs of a few neighbors, which still share their first words.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from jaxtyping import Int64
 from trietune.trie.batching import Sequences
 from trietune.trie.sorting import sort_all
 
-# Neighbours that share at least this part of the shorter sequence belong together.
+# Neighbors that share at least this part of the shorter sequence belong together.
 SHARED_PART = 0.5
-# Runs of sorted neighbours without such a prefix are this long: on SST-2 that takes 13 % off the distinct tokens, close
+# Runs of sorted neighbors without such a prefix are this long: on SST-2 that takes 13 % off the distinct tokens, close
 # to the limit of a fully sorted order, while batches stay mixed.
 SHORT_RUN = 4
 # How many groups are looked at for one that still fits into a batch before a group is cut.

@@ -1,4 +1,4 @@
-"""Sort all sequences of a data set, and count what neighbours share, with memory for a part of the tokens.
+"""Sort all sequences of a data set, and count what neighbors share, with memory for a part of the tokens.
 
     a sample, sorted       b ......... k ......... r ......
     ranges of the order      0     |      1    |     2         every sequence goes to one, where it is sorted
@@ -20,7 +20,7 @@ from trietune.trie.trie import common_prefix_lengths, num_nodes_alone, sort_keys
 # Tokens sorted at once, at about 100 bytes each.
 TOKENS_AT_ONCE = 4_000_000
 # Sequences that are looked at to find where a range ends; ranges then differ by a fifth.
-SAMPLED_A_RANGE = 32
+SAMPLED_PER_RANGE = 32
 
 
 def sort_all(
@@ -68,9 +68,9 @@ def _ranges_of_order(
         if len(lengths):
             yield np.arange(len(lengths))
         return
-    sampled = np.unique(np.linspace(0, len(lengths) - 1, SAMPLED_A_RANGE * num_ranges).astype(np.int64))
+    sampled = np.unique(np.linspace(0, len(lengths) - 1, SAMPLED_PER_RANGE * num_ranges).astype(np.int64))
     ids, starts = _gather_ids(sequences, offsets[sampled], lengths[sampled])
-    borders = sorted(sort_keys(ids, starts, lengths[sampled]))[SAMPLED_A_RANGE::SAMPLED_A_RANGE]
+    borders = sorted(sort_keys(ids, starts, lengths[sampled]))[SAMPLED_PER_RANGE::SAMPLED_PER_RANGE]
     range_of = np.empty(len(lengths), np.int32)
     for a, b in _blocks(offsets):
         keys = sort_keys(sequences.input_ids[offsets[a] : offsets[b]], offsets[a:b] - offsets[a], lengths[a:b])
@@ -83,7 +83,7 @@ def _ranges_of_order(
 
 
 def _blocks(offsets: Int64[np.ndarray, " B1"]) -> Iterator[tuple[int, int]]:
-    """Neighbouring sequences `a .. b - 1` that hold few enough tokens together, or one that holds more."""
+    """Neighboring sequences `a .. b - 1` that hold few enough tokens together, or one that holds more."""
     first, end = 0, len(offsets) - 1
     while first < end:
         after = int(np.searchsorted(offsets, offsets[first] + TOKENS_AT_ONCE, side="right")) - 1

@@ -72,7 +72,7 @@ class StaticShapes:
         length = min(lengths) if lengths else _doubled(self.max_positions, num_positions)
         return StaticShape(length, _doubled(LABEL_STEP, num_labels))
 
-    def arrange(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
+    def pad_to_shapes(self, micro_batches: Iterable[MicroBatch]) -> list[MicroBatch]:
         """The same micro-batches padded to the shapes, `num_rows` of similar size side by side in one.
 
         Raises:

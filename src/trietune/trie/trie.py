@@ -1,7 +1,7 @@
 """Turn token sequences into one trie whose nodes, in depth-first order, are the positions of the model's input.
 
     sequences      5 6 7 1     5 6 9 1      where 7 1 and 9 1 carry labels
-    node            0  1  2  3              a sequence's last labelled token predicts nothing, so it is no node
+    node            0  1  2  3              a sequence's last labeled token predicts nothing, so it is no node
     input_ids       5  6  7  9
     position_ids    0  1  2  2              depth: rotary positions are those of the plain sequence
     subtree_end     4  4  3  4              one past the last node below; node 3 does not see node 2
@@ -114,10 +114,10 @@ def pad_trie(trie: Trie, num_nodes: int) -> Trie:
 
 def num_nodes_alone(labels: Int32[np.ndarray, " K"], offsets: Int64[np.ndarray, " B1"]) -> Int64[np.ndarray, " B"]:
     """Positions that a plain row of each sequence must compute: up to the one that predicts its last label."""
-    labelled = np.flatnonzero(labels != IGNORED_LABEL)
-    # The last labelled token before each sequence's end; it counts only if it lies inside the sequence.
-    last = np.searchsorted(labelled, offsets[1:]) - 1
-    position = labelled[np.maximum(last, 0)] if len(labelled) else np.full(len(last), -1)
+    labeled = np.flatnonzero(labels != IGNORED_LABEL)
+    # The last labeled token before each sequence's end; it counts only if it lies inside the sequence.
+    last = np.searchsorted(labeled, offsets[1:]) - 1
+    position = labeled[np.maximum(last, 0)] if len(labeled) else np.full(len(last), -1)
     return np.where((last >= 0) & (position > offsets[:-1]), position - offsets[:-1], 0)
 
 
@@ -176,7 +176,7 @@ def _assemble(
     return Trie(
         input_ids=input_ids[np.repeat(starts, added) + depth],
         position_ids=depth.astype(np.int32),
-        subtree_end=_subtree_ends(lengths, shared, node_start, depth),
+        subtree_end=_subtree_ends(lengths, shared, node_start),
         row_start=np.append(node_start[:-1][is_row], node_start[-1]).astype(np.int32),
         row_path=row_path,
         row_path_start=row_path_start,
@@ -211,7 +211,6 @@ def _subtree_ends(
     lengths: Int64[np.ndarray, " B"],
     shared: Int64[np.ndarray, " B"],
     node_start: Int64[np.ndarray, " B+1"],
-    depth_of_node: Int64[np.ndarray, " T"],
 ) -> Int32[np.ndarray, " T"]:
     """A node at depth `d` ends where the next sequence begins that does not share depth `d`."""
     num_nodes = node_start[-1]

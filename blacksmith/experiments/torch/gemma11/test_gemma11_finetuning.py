@@ -2,17 +2,20 @@
 
     python3 blacksmith/experiments/torch/gemma11/test_gemma11_finetuning.py [CONFIG.yaml] [--set key=value] [--dry-run]
 
-Whatever follows the script's name is passed on. The name begins with `test_` because the original's does; importing
-this file does nothing.
+Whatever follows the script's name is passed on, and keys that the file leaves out are as the original had them. The
+name begins with `test_` because the original's does; importing this file does nothing.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve()
 CHECKOUT = HERE.parents[4]
+# Read by TrieTune, and by the processes that it starts.
+DEFAULTS = "TRIETUNE_DEFAULTS"
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +31,14 @@ def main(arguments: list[str]) -> int:
             from trietune.cli.app import main as trietune
         except ModuleNotFoundError as error_in_checkout:
             return _explain_missing(error_in_checkout)
-    return trietune(["train", *file, *arguments])
+    before = os.environ.get(DEFAULTS)
+    os.environ[DEFAULTS] = "original"
+    try:
+        return trietune(["train", *file, *arguments])
+    finally:
+        os.environ.pop(DEFAULTS)
+        if before is not None:
+            os.environ[DEFAULTS] = before
 
 
 def _explain_missing(error: ModuleNotFoundError) -> int:

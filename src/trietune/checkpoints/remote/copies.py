@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from trietune.checkpoints.remote import retry as attempts
-from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import Storage, names_below
 from trietune.checkpoints.retention import STEP_NAME, step_name
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io import directory, manifest
-from trietune.io.directory import Damaged
+from trietune.io.directory import DamagedDirectory
 from trietune.io.manifest import MANIFEST_NAME, FileEntry, Manifest
 
 Result = TypeVar("Result")
@@ -49,12 +49,12 @@ class UploadDamaged(Exception):  # noqa: N818  (what the store did to the bytes)
 
 
 class RemoteRun:
-    """The copies of the run called `name`, below `remote_path`. Every request is tried again as `patience` says."""
+    """The copies of the run called `name`, below `remote_path`. Every request is tried again as `policy` says."""
 
-    def __init__(self, storage: Storage, name: str, patience: Patience) -> None:
+    def __init__(self, storage: Storage, name: str, policy: RetryPolicy) -> None:
         self.storage = storage
         self.name = name
-        self.patience = patience
+        self.policy = policy
 
     @property
     def location(self) -> str:
@@ -75,7 +75,7 @@ class RemoteRun:
     def check_owner(self, run_id: str) -> None:
         """Raise `UserError` when another run's copies lie here, before the first step.
 
-        A storage that is away, or takes longer than five seconds, is no error: each synchronisation asks again.
+        A storage that is away, or takes longer than five seconds, is no error: each synchronization asks again.
         """
         found: list[RemoteCopy] = []
         adapters: list[Manifest | None] = []
@@ -142,7 +142,7 @@ class RemoteRun:
         """Turn the storage's last word into a `UserError`, where there is no going on without it."""
         try:
             yield
-        except (UserError, Damaged):
+        except (UserError, DamagedDirectory):
             raise
         except Exception as error:
             raise UserError(
@@ -156,14 +156,14 @@ class RemoteRun:
         """Copy a checkpoint or the final adapter; a copy of the same bytes is left as it is.
 
         Raises:
-            Damaged: the local directory is not whole, so it is not worth a copy.
+            DamagedDirectory: the local directory is not whole, so it is not worth a copy.
             Exception: the storage's last word, see `retry`.
         """
         local = directory.verify_directory(path).manifest
         prefix = self._prefix(path)
         sizes = self._try(lambda: self.storage.list(prefix))
         expected = {f"{prefix}/{name}": entry.size for name, entry in local.files.items()}
-        text = manifest.serialise(local)
+        text = manifest.serialize(local)
         key = f"{prefix}/{MANIFEST_NAME}"
         payload = [(f"{prefix}/{name}", path / name) for name in sorted(local.files)]
         if key in sizes:
@@ -182,10 +182,10 @@ class RemoteRun:
         self._try(lambda: self.storage.put([(key, path / MANIFEST_NAME)]))
 
     def download(self, copy: RemoteCopy) -> tuple[Manifest, dict[str, bytes]]:
-        """The verified bytes of a copy. Raises `Damaged` when they are not those that were uploaded."""
+        """The verified bytes of a copy. Raises `DamagedDirectory` when they are not those that were uploaded."""
         where = Path(step_name(copy.step))
         if copy.manifest is None or copy.damage:
-            raise Damaged(where, MANIFEST_NAME, copy.damage or "is missing")
+            raise DamagedDirectory(where, MANIFEST_NAME, copy.damage or "is missing")
         contents = {}
         for name, entry in copy.manifest.files.items():
             contents[name] = self._fetch(where, name, entry)
@@ -209,7 +209,7 @@ class RemoteRun:
             self._try(lambda path=path: self.storage.put([(f"{self.name}/{path.name}", path)]))  # type: ignore[misc]
 
     def _try(self, action: Callable[[], Result]) -> Result:
-        return attempts.attempt(action, self.patience)
+        return attempts.retry(action, self.policy)
 
     def _prefix(self, path: Path) -> str:
         return f"{self.name}/checkpoints/{path.name}" if STEP_NAME.fullmatch(path.name) else f"{self.name}/{path.name}"
@@ -240,16 +240,16 @@ class RemoteRun:
             try:
                 data = self._try(lambda: self.storage.get(key, entry.size + 1))
             except FileNotFoundError as error:
-                raise Damaged(where, name, "is missing in the storage") from error
+                raise DamagedDirectory(where, name, "is missing in the storage") from error
             except Exception as error:
                 if not attempts.is_wrong_content(error):
                     raise
-                raise Damaged(where, name, "differs from the checksum that the storage keeps of it") from error
+                raise DamagedDirectory(where, name, "differs from the checksum that the storage keeps of it") from error
             if len(data) == entry.size and hashlib.sha256(data).hexdigest() == entry.sha256:
                 return data
         if len(data) != entry.size:
-            raise Damaged(where, name, f"has {len(data):,} of {entry.size:,} bytes in the storage")
-        raise Damaged(where, name, "does not hold the bytes that were uploaded (its SHA-256 differs)")
+            raise DamagedDirectory(where, name, f"has {len(data):,} of {entry.size:,} bytes in the storage")
+        raise DamagedDirectory(where, name, "does not hold the bytes that were uploaded (its SHA-256 differs)")
 
     def _check_arrived(self, prefix: str, expected: Mapping[str, int], payload: list[tuple[str, Path]]) -> None:
         sizes = self.storage.list(prefix)

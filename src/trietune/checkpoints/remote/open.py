@@ -6,7 +6,7 @@ import threading
 
 from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.remote.hub import HubStorage
-from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import PROTOCOLS, FolderStorage, FsspecStorage, Storage, refuse_credentials
 from trietune.errors import UserError
 from trietune.io.places import expand
@@ -20,7 +20,7 @@ def open_remote(backend: str, remote_path: str | None, run_name: str) -> RemoteR
     """
     if not remote_path:
         return None
-    return RemoteRun(open_storage(backend, remote_path), run_name, Patience(sleep=threading.Event().wait))
+    return RemoteRun(open_storage(backend, remote_path), run_name, RetryPolicy(sleep=threading.Event().wait))
 
 
 def open_storage(backend: str, remote_path: str) -> Storage:

@@ -11,9 +11,11 @@ import os
 import random
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
+
+from trietune.io.causes import causes
 
 Result = TypeVar("Result")
 
@@ -38,7 +40,7 @@ _CONNECTION_CLASSES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How often and how long. Waits double from `first_wait_s` to `longest_wait_s`, each between half and all of it.
 
     `sleep` is given seconds and returns True to give up at once, as when the run is being stopped.
@@ -57,23 +59,23 @@ class Patience:
         return max(wait, min(asked_s, self.longest_wait_s)) if asked_s else wait
 
 
-def attempt(action: Callable[[], Result], patience: Patience) -> Result:
+def retry(action: Callable[[], Result], policy: RetryPolicy) -> Result:
     """The result of `action`, tried again after transient failures. Raises the last failure."""
     number = 1
     while True:
         try:
             return action()
         except Exception as error:
-            if number >= patience.num_attempts or not is_transient(error):
+            if number >= policy.num_attempts or not is_transient(error):
                 raise
-            if patience.sleep(patience.wait_s(number, retry_after_s(error))):
+            if policy.sleep(policy.wait_s(number, retry_after_s(error))):
                 raise
         number += 1
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
-    for link in _chain(error):
+    for link in causes(error):
         # In this order: a cut answer is a connection that failed, though its cause may call itself a "400".
         if _is_connection_failure(link) or is_wrong_content(link):
             return True
@@ -84,12 +86,12 @@ def is_transient(error: BaseException) -> bool:
 
 def is_wrong_content(error: BaseException) -> bool:
     """Whether a client library found that bytes on their way differ from the store's own checksum of them."""
-    return any("Checksum" in type(link).__name__ for link in _chain(error))
+    return any("Checksum" in type(link).__name__ for link in causes(error))
 
 
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error of any client library, or None."""
-    return next((status for link in _chain(error) if (status := _status(link)) is not None), None)
+    return next((status for link in causes(error) if (status := _status(link)) is not None), None)
 
 
 def _status(link: BaseException) -> int | None:
@@ -109,7 +111,7 @@ def _status(link: BaseException) -> int | None:
 
 def retry_after_s(error: BaseException) -> float | None:
     """What the store asked for in `Retry-After`, in seconds; dates are not understood and count as nothing."""
-    for link in _chain(error):
+    for link in causes(error):
         response = getattr(link, "response", None)
         if isinstance(response, dict):
             headers = response.get("ResponseMetadata", {}).get("HTTPHeaders") or {}
@@ -124,11 +126,11 @@ def retry_after_s(error: BaseException) -> float | None:
 
 def describe(error: BaseException) -> str:
     """The failure in our own words. The library's text is left out: it may quote URLs and keys."""
-    status = None if any(_is_connection_failure(link) for link in _chain(error)) else status_of(error)
+    status = None if any(_is_connection_failure(link) for link in causes(error)) else status_of(error)
     if status is not None:
         meaning = {401: "not logged in", 403: "no right", 404: "not found", 429: "too many requests"}.get(status)
         return f"the store answered {status}" + (f" ({meaning})" if meaning else "")
-    for link in _chain(error):
+    for link in causes(error):
         if isinstance(link, socket.gaierror):
             return "the store's name could not be resolved"
         if isinstance(link, TimeoutError) or "imeout" in type(link).__name__:
@@ -140,19 +142,10 @@ def describe(error: BaseException) -> str:
         # EIO is the storage libraries' word for "something".
         if isinstance(link, OSError) and link.errno and link.errno != errno.EIO:
             return os.strerror(link.errno)
-    names = [type(link).__name__ for link in _chain(error)]
+    names = [type(link).__name__ for link in causes(error)]
     if "NoCredentialsError" in names or "DefaultCredentialsError" in names:
         return "no credentials were found"
     return "the connection failed" if is_transient(error) else f"{names[-1]}"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _is_connection_failure(error: BaseException) -> bool:

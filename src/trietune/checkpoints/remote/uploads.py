@@ -20,19 +20,19 @@ from pathlib import Path
 from trietune.checkpoints import retention
 from trietune.checkpoints.remote import retry as attempts
 from trietune.checkpoints.remote.copies import RemoteCopy, RemoteRun
-from trietune.checkpoints.remote.retry import Patience
+from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.retention import step_name
 from trietune.checkpoints.store import Checkpoint, CheckpointStore, ResumeOption
 from trietune.errors import UserError
 from trietune.io import directory, files, manifest
-from trietune.io.directory import Damaged
+from trietune.io.directory import DamagedDirectory
 
 RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "batches.jsonl", "predictions.jsonl", "report.html")
 
 
 @dataclass(frozen=True, slots=True)
 class SyncResult:
-    """What a synchronisation did. `missing` names what is still on this machine alone, and `error` says why."""
+    """What a synchronization did. `missing` names what is still on this machine alone, and `error` says why."""
 
     uploaded: tuple[str, ...]
     removed: tuple[str, ...]
@@ -60,7 +60,7 @@ class Uploader:
         self._store = store
         self._remote = remote
         self._resumed_step = resumed_step
-        self._pause = Patience(sleep=lambda seconds: False, longest_wait_s=longest_wait_s, first_wait_s=1.0)
+        self._pause = RetryPolicy(sleep=lambda seconds: False, longest_wait_s=longest_wait_s, first_wait_s=1.0)
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -72,11 +72,11 @@ class Uploader:
         self._removed: list[str] = []
         self._thread = threading.Thread(target=self._run, name="trietune-upload", daemon=True)
         # The waits inside a request's retries end at once when the run must leave.
-        remote.patience = Patience(
+        remote.policy = RetryPolicy(
             sleep=self._stopping.wait,
-            num_attempts=remote.patience.num_attempts,
-            first_wait_s=remote.patience.first_wait_s,
-            longest_wait_s=remote.patience.longest_wait_s,
+            num_attempts=remote.policy.num_attempts,
+            first_wait_s=remote.policy.first_wait_s,
+            longest_wait_s=remote.policy.longest_wait_s,
         )
 
     def start(self) -> None:
@@ -127,7 +127,7 @@ class Uploader:
             is_last_turn = self._closing.is_set()
             self._wake.clear()
             try:
-                result = synchronise(
+                result = synchronize(
                     self._store,
                     self._remote,
                     resumed_step=self._resumed_step,
@@ -164,7 +164,7 @@ class Uploader:
         return tuple(name for name in names if name not in self._uploaded)
 
 
-def synchronise(
+def synchronize(
     store: CheckpointStore,
     remote: RemoteRun,
     *,
@@ -189,7 +189,7 @@ def synchronise(
                 try:
                     remote.upload(checkpoint.path)
                     uploaded.append(checkpoint.path.name)
-                except Damaged as damage:
+                except DamagedDirectory as damage:
                     warnings.append(f"not copied: {damage}")
         there[checkpoint.step] = checkpoint.manifest
         given_up.discard(checkpoint.step)
@@ -223,7 +223,7 @@ def _fetch(
             return notes
         try:
             found, contents = remote.download(copy)
-        except Damaged as damage:
+        except DamagedDirectory as damage:
             notes.append(f"in {remote.storage.location}, {damage}")
             continue
         files.make_folders(store.folder)
@@ -299,7 +299,7 @@ def _given_up_here(store: CheckpointStore) -> list[tuple[int, manifest.Manifest]
     """Checkpoints that this directory went back behind, though the storage may still hold them."""
     found = []
     for path in store.folder.glob("abandoned-*-step-*"):
-        with contextlib.suppress(Damaged, OSError):
+        with contextlib.suppress(DamagedDirectory, OSError):
             known = directory.read_manifest(path)
             found.append((known.info.step, known))
     return found
@@ -308,7 +308,7 @@ def _given_up_here(store: CheckpointStore) -> list[tuple[int, manifest.Manifest]
 def _is_whole(path: Path) -> bool:
     try:
         directory.verify_directory(path)
-    except Damaged:
+    except DamagedDirectory:
         return False
     return True
 

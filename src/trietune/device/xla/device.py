@@ -74,7 +74,7 @@ def _describe(
     def learning_rate(value: float) -> torch.Tensor:
         return torch.tensor([max(value, LEAST_LEARNING_RATE)]).to(device)[0]
 
-    def place_rows(tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(tensor: torch.Tensor) -> torch.Tensor:
         there = tensor.to(device)
         if sharder is not None:
             sharder.split_rows(there)
@@ -107,12 +107,12 @@ def _describe(
         adamw=CAPTURABLE,
         fastest_adamw=CAPTURABLE,
         optimizers=("adamw", "adamw_torch"),
-        synchronise=lambda: torch_xla.sync(wait=True),
+        synchronize=lambda: torch_xla.sync(wait=True),
         end_step=torch_xla.sync,
         # Its generator holds 32 bits.
         seed=lambda seed: torch_xla.manual_seed(seed & 0xFFFFFFFF),
         learning_rate=learning_rate,
-        place_rows=place_rows,
+        to_device=to_device,
         place_network=place_network,
         recompute=_recompute,
         compilations=num_compilations,

@@ -16,6 +16,7 @@ import torch
 
 from trietune.device.xla.plugin import INSTALL_TENSTORRENT
 from trietune.errors import UserError
+from trietune.io.causes import first_line
 
 TENSTORRENT_TYPE = "TT"
 # What answers when nobody chose: torch_xla's own client for the host's processor.
@@ -52,7 +53,7 @@ def start_runtime(device_type: str, where: str, *, is_mesh: bool) -> torch.devic
         if before is None:
             del os.environ["PJRT_DEVICE"]
         raise UserError(
-            f"torch_xla is installed, but it cannot be imported: {_first_line(error)}",
+            f"torch_xla is installed, but it cannot be imported: {first_line(error)}",
             where=f"{where}; torch {torch.__version__}, torch_xla {torch_xla_version()}",
             next_step=f"install builds that belong together: {_installation(device_type)}; or {WITHOUT_XLA}",
         ) from error
@@ -79,7 +80,7 @@ def torch_xla_version() -> str | None:
 
 
 def _explained(error: RuntimeError, device_type: str, where: str) -> UserError:
-    text, line = str(error), _first_line(error)
+    text, line = str(error), first_line(error)
     if "device_ready_queues_" in text or "after XLA runtime is initialized" in text or "use_spmd" in text:
         return UserError(
             f"the device {device_type} cannot be started any more: this process has computed on another one before",
@@ -110,8 +111,3 @@ def _explained(error: RuntimeError, device_type: str, where: str) -> UserError:
 
 def _installation(device_type: str) -> str:
     return INSTALL_TENSTORRENT if device_type == TENSTORRENT_TYPE else INSTALL_TORCH_XLA
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

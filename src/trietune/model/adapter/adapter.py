@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from trietune.errors import UserError
 from trietune.io import strict_json
-from trietune.io.directory import Content
+from trietune.io.directory import FileContent
 from trietune.io.name_patterns import PatternError, matching
 from trietune.io.safetensors import TensorError, check_names, parse
 from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES, config_for_file, parse_config
@@ -59,7 +59,7 @@ def add_adapter(
             that module names end with.
         target_parameters: names that parameters end with, for experts that are one tensor; `auto` takes those that
             PEFT finds under `target_modules`, without the routers.
-        seed: of the initialisation alone; the global random state is neither read nor changed.
+        seed: of the initialization alone; the global random state is neither read nor changed.
 
     Raises:
         UserError: a name matches nothing, a module is of a kind that LoRA cannot wrap, biases are to be trained on a
@@ -115,13 +115,13 @@ def _check_not_quantized(network: nn.Module, names: Sequence[str]) -> None:
             )
 
 
-def adapter_files(peft_model: PeftModel, base: ModelFolder) -> dict[str, Content]:
+def adapter_files(peft_model: PeftModel, base: ModelFolder) -> dict[str, FileContent]:
     """The two files of the adapter; equal weights give equal bytes. Weights of many megabytes are taken as written."""
     lora_config = peft_model.peft_config["default"]
     assert isinstance(lora_config, LoraConfig)
     config = config_for_file(lora_config, base_name=base.name, revision=base.revision)
     return {
-        CONFIG_FILE: strict_json.serialise(config),
+        CONFIG_FILE: strict_json.serialize(config),
         WEIGHTS_FILE: tensors_to_content(adapter_tensors(peft_model)),
     }
 
@@ -284,7 +284,7 @@ def _wrap(network: PreTrainedModel, config: LoraConfig, *, base: ModelFolder, se
 
 
 def _keep_saved_modules_in_fp32(peft_model: PeftModel, base_dtype: torch.dtype) -> None:
-    """Let modules that are trained whole compute in fp32 between neighbours that do not."""
+    """Let modules that are trained whole compute in fp32 between neighbors that do not."""
     if base_dtype not in (torch.bfloat16, torch.float16):
         return
 

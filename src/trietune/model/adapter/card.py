@@ -1,6 +1,6 @@
 """The README.md of an adapter or a merged model: what it is, how good it is, and code that runs as it stands.
 
-The front matter is what the hub indexes: the base model, the library, the licence carried on from the base, the data
+The front matter is what the hub indexes: the base model, the library, the license carried on from the base, the data
 and the scores.
 """
 
@@ -118,16 +118,16 @@ def merged_card(card: str) -> str:
 
 
 def base_license(base: ModelFolder) -> str | None:
-    """The licence that the base model's own card names, in the hub's spelling."""
+    """The license that the base model's own card names, in the hub's spelling."""
     readme = base.path / "README.md"
     if not readme.is_file():
         return None
     try:
         metadata = metadata_load(readme)
-    except Exception:  # a stranger's front matter may be anything; a card without a licence is still a card
+    except Exception:  # a stranger's front matter may be anything; a card without a license is still a card
         return None
-    licence = metadata.get("license") if isinstance(metadata, dict) else None
-    return licence if isinstance(licence, str) else None
+    license = metadata.get("license") if isinstance(metadata, dict) else None
+    return license if isinstance(license, str) else None
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:

@@ -86,8 +86,8 @@ def _or_none(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or check(value)
 
 
-# What we honour. The words are for the message when a value is of another kind.
-_HONOURED: dict[str, tuple[Callable[[object], bool], str]] = {
+# What we honor. The words are for the message when a value is of another kind.
+_HONORED: dict[str, tuple[Callable[[object], bool], str]] = {
     "peft_type": (lambda value: value == "LORA", "`LORA`"),
     "task_type": (lambda value: value == "CAUSAL_LM", "`CAUSAL_LM`"),
     "peft_version": (_or_none(_is_text), "text"),
@@ -154,7 +154,7 @@ _NOT_WRITTEN = ("peft_version",)
 def config_for_file(config: LoraConfig, *, base_name: str, revision: str | None) -> dict[str, Any]:
     """The document to write: plain JSON, sets sorted, so that equal adapters give equal bytes."""
     document: dict[str, Any] = {"auto_mapping": None, "init_lora_weights": True}
-    for key in _HONOURED:
+    for key in _HONORED:
         if key not in _NOT_WRITTEN:
             document[key] = _plain(getattr(config, key))
     if not document["target_parameters"]:
@@ -177,16 +177,16 @@ def parse_config(data: bytes, *, where: str) -> LoraConfig:
         _check(key, value, where)
     if not document["target_modules"] and not document.get("target_parameters"):
         raise UserError(f"`{where}` has neither `target_modules` nor `target_parameters`: the adapter is on nothing")
-    honoured = {key: value for key, value in document.items() if key in _HONOURED and key != "peft_version"}
+    honored = {key: value for key, value in document.items() if key in _HONORED and key != "peft_version"}
     try:
-        return LoraConfig(**honoured)
+        return LoraConfig(**honored)
     except ValueError as error:
         raise UserError(f"`{where}` cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _check(key: str, value: object, where: str) -> None:
-    if key in _HONOURED:
-        is_right, kind = _HONOURED[key]
+    if key in _HONORED:
+        is_right, kind = _HONORED[key]
         if not is_right(value):
             raise UserError(f"`{key}` in `{where}` must be {kind}, and is {_shown(value)}")
     elif key in _READ_OVER:

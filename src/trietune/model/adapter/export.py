@@ -21,8 +21,8 @@ from torch import Tensor
 
 from trietune.errors import UserError
 from trietune.io import strict_json
-from trietune.io.directory import Damaged, read_manifest
-from trietune.io.safetensors import RawTensor, from_numpy, parse, serialise
+from trietune.io.directory import DamagedDirectory, read_manifest
+from trietune.io.safetensors import RawTensor, from_numpy, parse, serialize
 from trietune.io.whole_folder import whole_folder
 from trietune.model.adapter.adapter import load_adapter_files
 from trietune.model.adapter.card import merged_card
@@ -94,7 +94,6 @@ def export_adapter(
     merge: bool = False,
     plain: bool = False,
     base: ModelFolder | None = None,
-    readme: str | None = None,
     report: Report = lambda text: None,
 ) -> Exported:
     """Write the adapter of the folder or run `adapter` to the new folder `out`, whole or not at all.
@@ -103,7 +102,6 @@ def export_adapter(
         merge: write a whole model, in the dtype of the base's own weights; it needs the base.
         plain: fold the scale into the weights (`lora_alpha` = `r`, no rsLoRA), for programs that ignore either.
         base: where the base model is; by default it is located by the name in the adapter's configuration.
-        readme: another model card than the one beside the adapter, or than what is made of it for a merged model.
 
     Raises:
         UserError: no adapter, one that is not as its manifest says, `out` is taken, an adapter that cannot be folded, a
@@ -121,11 +119,9 @@ def export_adapter(
         if os.path.lexists(folder / name)
     }
     companions |= _chat_template_of(companions, where=folder)
-    if readme is not None:
-        companions["README.md"] = readme.encode()
     if merge:
         base = base or locate_model(base_name_of(folder), report=report)
-        if "README.md" in companions and readme is None:
+        if "README.md" in companions:
             companions["README.md"] = merged_card(companions["README.md"].decode(errors="replace")).encode()
         was_in_4bit = _was_trained_in_4bit(folder)
         return _write_merged(files, companions, base, out, where=str(folder), was_in_4bit=was_in_4bit, report=report)
@@ -175,7 +171,7 @@ def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
     }
     config.lora_alpha, config.use_rslora = config.r, False
     document = config_for_file(config, base_name=config.base_model_name_or_path or "", revision=config.revision)
-    return {CONFIG_FILE: strict_json.serialise(document), WEIGHTS_FILE: serialise(folded, metadata=metadata)}
+    return {CONFIG_FILE: strict_json.serialize(document), WEIGHTS_FILE: serialize(folded, metadata=metadata)}
 
 
 def _scaled(tensor: RawTensor, scale: float) -> RawTensor:
@@ -246,7 +242,7 @@ def _was_trained_in_4bit(folder: Path) -> bool:
     """What the manifest beside an adapter of ours says; other adapters say nothing of it."""
     try:
         return bool(read_manifest(folder).info.details.get("load_in_4bit"))
-    except Damaged:
+    except DamagedDirectory:
         return False
 
 

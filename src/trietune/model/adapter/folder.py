@@ -6,15 +6,13 @@ Without a manifest, as PEFT writes adapters, nobody can tell whether a file is a
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trietune.errors import UserError
-from trietune.io import manifest, strict_json
+from trietune.io import manifest, safetensors
 from trietune.io.manifest import MANIFEST_NAME, FileEntry, ManifestError
-from trietune.io.safetensors import ITEM_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, TensorError
 from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -79,32 +77,15 @@ def read_plain_file(folder: Path, name: str, *, max_bytes: int, listed: Listed |
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors' shapes by name, from the header of the weights alone.
+    """The tensors' shapes by name, from the header of the weights.
 
     Raises:
-        UserError: no plain file there, or one too large.
-        TensorError: the header is none, or does not describe a file of this size.
+        UserError: there is no plain file, or it is too large.
+        TensorError: the header cannot be read, or does not describe a file of this size.
     """
     path = _plain_file(folder, WEIGHTS_FILE, max_bytes=MAX_WEIGHTS_BYTES)
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise TensorError(f"its header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
-        text = file.read(length)
-    if text.count(b'"data_offsets"') > MAX_TENSORS or text.count(b":") > 5 * MAX_TENSORS:
-        raise TensorError(f"it names more than the {MAX_TENSORS:,} tensors allowed")
-    try:
-        header = strict_json.parse(text, max_bytes=MAX_HEADER_BYTES)
-        header.pop("__metadata__", None)
-        sizes = {name: (ITEM_BYTES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
-        num_bytes = sum(item * math.prod(shape) for item, shape in sizes.values())
-    except (strict_json.NotStrict, KeyError, TypeError, AttributeError) as error:
-        raise TensorError(f"its header cannot be read ({error})") from error
-    if 8 + length + num_bytes != path.stat().st_size:
-        raise TensorError(
-            f"its header describes {num_bytes:,} bytes, the file has {path.stat().st_size - 8 - length:,}"
-        )
-    return {name: shape for name, (_, shape) in sizes.items()}
+        return safetensors.read_shapes(file, path.stat().st_size)
 
 
 def _plain_file(folder: Path, name: str, *, max_bytes: int) -> Path:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from trietune.errors import UserError
+from trietune.io.causes import first_line
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _STATUS_LOGIN = (401, 403)
@@ -48,15 +49,11 @@ def push_folder(folder: Path, repository: str, *, is_public: bool = False) -> st
                 next_step="hf auth login, with a token that may write; or an OWNER that is yours",
             ) from error
         raise UserError(
-            f"the hub refused the upload to `{repository}`: {_first_line(error)}", next_step="try again later"
+            f"the hub refused the upload to `{repository}`: {first_line(error)}", next_step="try again later"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the hub could not be reached for `{repository}`: {_first_line(error)}",
+            f"the hub could not be reached for `{repository}`: {first_line(error)}",
             next_step="the same command tries again",
         ) from error
     return f"{hub.endpoint}/{repository}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trietune.errors import UserError
-from trietune.io.directory import Content
+from trietune.io.directory import FileContent
 from trietune.model.adapter.adapter import adapter_tensors
 from trietune.model.base.load import quiet_library
 
@@ -52,7 +52,7 @@ def twin_of(network: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_reread(
-    peft_model: PeftModel, twin: PreTrainedModel, make_files: Callable[[PeftModel], Mapping[str, Content]]
+    peft_model: PeftModel, twin: PreTrainedModel, make_files: Callable[[PeftModel], Mapping[str, FileContent]]
 ) -> float:
     """Raise `UserError` unless plain PEFT, on `twin`, gives the logits of `peft_model` from the files of `make_files`.
 
@@ -144,7 +144,7 @@ def _random_adapter(peft_model: PeftModel, dtype: torch.dtype) -> Any:
                 parameter.copy_(kept[name])
 
 
-def _reread(twin: PreTrainedModel, files: Mapping[str, Content]) -> tuple[PeftModel, list[str]]:
+def _reread(twin: PreTrainedModel, files: Mapping[str, FileContent]) -> tuple[PeftModel, list[str]]:
     """What plain PEFT makes of the files, and what it warned of."""
     devices = [twin.device] if twin.device.type == "cuda" else []
     try:
@@ -165,7 +165,7 @@ def _reread(twin: PreTrainedModel, files: Mapping[str, Content]) -> tuple[PeftMo
     return reread.eval(), [str(one.message) for one in caught]
 
 
-def _write(path: Path, content: Content) -> None:
+def _write(path: Path, content: FileContent) -> None:
     with path.open("wb") as file:
         if isinstance(content, bytes):
             file.write(content)

@@ -41,14 +41,12 @@ class Targets:
         modules: `LoraConfig.target_modules`.
         parameters: `LoraConfig.target_parameters`.
         rank_pattern, alpha_pattern: what PEFT gives to weights that hold two layers in one.
-        routers: modules that choose experts and were left out.
     """
 
     modules: str | list[str]
     parameters: list[str]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
-    routers: tuple[str, ...] = ()
 
 
 def resolve_targets(
@@ -97,17 +95,15 @@ def resolve_targets(
         listed = sorted(named) if isinstance(named, set) else named
         return Targets(listed, found, ranks, alphas)
     mapped = config.target_modules if is_mapped else None
-    chosen, left_out = [], [*routers]
+    chosen = []
     for name, module in _linear(network):
         if name in routers or not _is_allowed(network, name):
             continue
-        if not _gives_one_tensor(module):
-            left_out.append(name)
-        elif mapped is None or name.rpartition(".")[2] in mapped or name in mapped:
+        if _gives_one_tensor(module) and (mapped is None or name.rpartition(".")[2] in mapped or name in mapped):
             chosen.append(name)
     everything = [name for name, _ in _linear(network)]
     names: str | list[str] = ALL_LINEAR if chosen == everything and not is_mapped else chosen
-    return Targets(names, found, ranks, alphas, tuple(dict.fromkeys(left_out)))
+    return Targets(names, found, ranks, alphas)
 
 
 def find_routers(network: nn.Module) -> list[str]:
@@ -264,13 +260,11 @@ class Coverage:
         num_adapted: of these, in matrices with an adapter or trained whole.
         without: share of `num_weights` by group without an adapter, `mlp.experts.gate_up_proj` and the like, the
             largest first; routers are not among them.
-        routers: the routers' groups without an adapter.
     """
 
     num_weights: int
     num_adapted: int
     without: tuple[tuple[str, float], ...]
-    routers: tuple[str, ...]
 
     @property
     def share(self) -> float:
@@ -290,7 +284,6 @@ def measure_coverage(network: nn.Module) -> Coverage:
     routers = {name.replace(".base_layer", "") for name in find_routers(network)}
     num_weights = num_adapted = 0
     without: Counter[str] = Counter()
-    left_out: dict[str, None] = {}
     seen: set[int] = set()
     for name, parameter in network.named_parameters():
         plain = name.replace(".base_layer", "")
@@ -301,12 +294,10 @@ def measure_coverage(network: nn.Module) -> Coverage:
         num_weights += parameter.numel()
         if id(parameter) in adapted or ".original_module" in name:
             num_adapted += parameter.numel()
-        elif plain.rpartition(".")[0] in routers:
-            left_out[_group(plain)] = None
-        else:
+        elif plain.rpartition(".")[0] not in routers:
             without[_group(plain)] += parameter.numel()
     shares = tuple((name, count / max(num_weights, 1)) for name, count in without.most_common())
-    return Coverage(num_weights, num_adapted, shares, tuple(left_out))
+    return Coverage(num_weights, num_adapted, shares)
 
 
 def _outside_layers(network: nn.Module) -> set[int]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from trietune.io.directory import Content, Streamed
-from trietune.io.safetensors import RawTensor, parse, pieces, serialise, size_bytes
+from trietune.io.directory import FileContent, LazyContent
+from trietune.io.safetensors import RawTensor, parse, pieces, serialize, size_bytes
 
 _SAFETENSORS_DTYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -21,7 +21,7 @@ STREAMED_ABOVE_BYTES = 64 * 2**20
 _PIECE_BYTES = 16 * 2**20
 
 
-def tensors_to_content(tensors: Mapping[str, torch.Tensor]) -> Content:
+def tensors_to_content(tensors: Mapping[str, torch.Tensor]) -> FileContent:
     """A whole safetensors file, as bytes or, if it is large, in pieces of the live tensors as they are written.
 
     Equal tensors give equal bytes.
@@ -29,8 +29,8 @@ def tensors_to_content(tensors: Mapping[str, torch.Tensor]) -> Content:
     raw = {name: to_raw(tensor) for name, tensor in tensors.items()}
     num_bytes = size_bytes(raw, metadata=_METADATA)
     if num_bytes <= STREAMED_ABOVE_BYTES:
-        return serialise(raw, metadata=_METADATA)
-    return Streamed(num_bytes, lambda: pieces(raw, metadata=_METADATA))
+        return serialize(raw, metadata=_METADATA)
+    return LazyContent(num_bytes, lambda: pieces(raw, metadata=_METADATA))
 
 
 def bytes_to_tensors(data: bytes) -> dict[str, torch.Tensor]:

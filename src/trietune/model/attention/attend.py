@@ -85,7 +85,7 @@ def trie_attention(
 
 
 def attend(
-    query: Float[Tensor, "N H d"],
+    query: Float[Tensor, "Q H d"],
     key: Float[Tensor, "T G d"],
     value: Float[Tensor, "T G d"],
     layout: TrieLayout,
@@ -93,31 +93,31 @@ def attend(
     window: int | None,
     scale: float,
     softcap: float | None,
-    of_needed: bool = False,
-) -> Float[Tensor, "N H d"]:
+    is_pruned: bool = False,
+) -> Float[Tensor, "Q H d"]:
     """Softmax attention of nodes by rows, runs or blocks, as the layout is made for.
 
     Args:
         window: number of positions that a query sees, itself included.
-        of_needed: only the layout's needed nodes query.
+        is_pruned: only the layout's `query_nodes` query.
 
     Raises:
         ValueError: a layout of another kind; soft-capping by variable-length attention, whose kernel has none.
     """
     if layout.notes is not None:
-        layout.notes.append(AttentionNote(query, key, value, window, scale, softcap, of_needed))
+        layout.notes.append(AttentionNote(query, key, value, window, scale, softcap, is_pruned))
     match layout.kind:
         case "varlen":
             if softcap is not None:
                 raise ValueError("variable-length attention knows no soft-capping")
-            runs = layout.varlen(window, of_needed=of_needed)
+            runs = layout.varlen(window, is_pruned=is_pruned)
             out: Tensor = VarlenAttention.apply(query, key, value, runs, scale)  # type: ignore[no-untyped-call]
             return out
         case "flex":
-            blocks = layout.flex(window, of_needed=of_needed)
+            blocks = layout.flex(window, is_pruned=is_pruned)
             return flex_attend(query, key, value, blocks, scale=scale, softcap=softcap)
         case "rows":
-            rows = layout.rows(window, query.shape[-1], query.dtype, of_needed=of_needed)
+            rows = layout.rows(window, query.shape[-1], query.dtype, is_pruned=is_pruned)
             flat = (x.reshape(-1, x.shape[-1]) for x in (query, key, value))
             out = RowAttention.apply(*flat, rows, scale, softcap)  # type: ignore[no-untyped-call]
             return out.view(query.shape)

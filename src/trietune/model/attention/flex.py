@@ -44,8 +44,8 @@ class BlockTable:
         is_full: every query sees every key.
     """
 
-    is_mixed: Bool[np.ndarray, "Q K"]
-    is_full: Bool[np.ndarray, "Q K"]
+    is_mixed: Bool[np.ndarray, "QB KB"]
+    is_full: Bool[np.ndarray, "QB KB"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +65,30 @@ class FlexLayout:
 
 def build_flex_layout(
     trie: Trie,
-    querying: Int64[np.ndarray, " N"] | None = None,
+    query_nodes: Int64[np.ndarray, " Q"] | None = None,
     *,
     window: int | None,
-    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> FlexLayout:
     """The block mask of a trie.
 
     Args:
-        querying: nodes that query, ascending; None: all. Queries are then numbered by their place here.
+        query_nodes: nodes that query, ascending; None: all. Queries are then numbered by their place here.
         window: number of positions that a query sees, itself included.
-        place: takes what was built on the host to the device.
+        to_device: takes what was built on the host to the device.
     """
     num_nodes = trie.num_nodes
-    num_queries = num_nodes if querying is None else len(querying)
+    num_queries = num_nodes if query_nodes is None else len(query_nodes)
     padded = round_up(num_nodes)
     subtree_end, depth = np.arange(1, padded + 1), np.zeros(padded, np.int64)
     subtree_end[:num_nodes], depth[:num_nodes] = trie.subtree_end, trie.position_ids
     query_node = np.arange(padded)
-    if querying is not None:  # padding repeats the last query
-        query_node = np.pad(querying, (0, round_up(num_queries) - num_queries), mode="edge")
+    if query_nodes is not None:  # padding repeats the last query
+        query_node = np.pad(query_nodes, (0, round_up(num_queries) - num_queries), mode="edge")
     table = tabulate_blocks(query_node, subtree_end, depth, window)
 
     def on_device(array: np.ndarray) -> Tensor:
-        return place(torch.from_numpy(np.ascontiguousarray(array, np.int32)))
+        return to_device(torch.from_numpy(np.ascontiguousarray(array, np.int32)))
 
     def ordered(dense: np.ndarray) -> tuple[Tensor, Tensor]:
         """How many blocks of each line are set, and which, those first: [1, 1, lines] and [1, 1, lines, blocks]."""
@@ -120,7 +120,7 @@ def build_flex_layout(
 
 
 def tabulate_blocks(
-    query_node: Int64[np.ndarray, " N"],
+    query_node: Int64[np.ndarray, " Q"],
     subtree_end: Int64[np.ndarray, " T"],
     depth: Int64[np.ndarray, " T"],
     window: int | None,
@@ -144,14 +144,14 @@ def tabulate_blocks(
 
 
 def flex_attend(
-    query: Float[Tensor, "N H d"],
+    query: Float[Tensor, "Q H d"],
     key: Float[Tensor, "T G d"],
     value: Float[Tensor, "T G d"],
     layout: FlexLayout,
     *,
     scale: float,
     softcap: float | None,
-) -> Float[Tensor, "N H d"]:
+) -> Float[Tensor, "Q H d"]:
     """Softmax attention of `query` under the layout's mask, in the inputs' dtype."""
     out: Tensor = compiled()(
         _padded(query),

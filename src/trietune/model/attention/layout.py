@@ -12,7 +12,9 @@ from torch import Tensor
 from trietune.model.attention.flex import FlexLayout, build_flex_layout
 from trietune.model.attention.row_blocks import AttentionCost, RowLayout, build_row_layout
 from trietune.model.attention.varlen import VarlenLayout, build_varlen_layout
+from trietune.model.states.scan import TrieStates
 from trietune.trie import Trie
+from trietune.trie.segments import branch_points
 
 AttentionKind = Literal["rows", "varlen", "flex", "mask"]
 
@@ -24,15 +26,17 @@ class ForcedRows:
     Attributes:
         cost: by which the cut is chosen.
         keeps_none: see `RowLayout`.
+        cuts: where paths are cut for layers with a state: nowhere, at every branch point, or where it costs least.
     """
 
     cost: AttentionCost
     keeps_none: bool = False
+    cuts: Literal["none", "all", "cheapest"] = "cheapest"
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionNote:
-    """One call of attention: query [N, H, d], key and value [T, G, d], and what the layer said."""
+    """One call of attention: query [Q, H, d], key and value [T, G, d], and what the layer said."""
 
     query: Tensor
     key: Tensor
@@ -40,7 +44,7 @@ class AttentionNote:
     window: int | None
     scale: float
     softcap: float | None
-    of_needed: bool
+    is_pruned: bool
 
 
 class TrieLayout:
@@ -50,8 +54,8 @@ class TrieLayout:
 
     Args:
         kind: `rows`, `varlen`, `flex`, or `mask`: all nodes at once under a [T, T] mask, the reference.
-        needed: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
-        place: takes what was built on the host to `device`.
+        query_nodes: nodes, ascending, whose hidden states are wanted of the last layer; None wants all.
+        to_device: takes what was built on the host to `device`.
         forced: how rows are cut; None leaves it to the cost model.
 
     Attributes:
@@ -66,16 +70,16 @@ class TrieLayout:
         num_heads: int,
         num_key_heads: int,
         device: torch.device,
-        needed: Int64[np.ndarray, " N"] | None = None,
-        place: Callable[[Tensor], Tensor] | None = None,
+        query_nodes: Int64[np.ndarray, " Q"] | None = None,
+        to_device: Callable[[Tensor], Tensor] | None = None,
         forced: ForcedRows | None = None,
     ) -> None:
         self.kind = kind
         self.notes: list[AttentionNote] | None = None
         self._forced = forced
-        self._place = place or (lambda tensor: tensor.to(device))
-        self.needed = None if needed is None else self._place(torch.from_numpy(needed))
-        self._needed = needed
+        self._to_device = to_device or (lambda tensor: tensor.to(device))
+        self.query_nodes = None if query_nodes is None else self._to_device(torch.from_numpy(query_nodes))
+        self._query_nodes = query_nodes
         self._trie = trie
         self._num_heads = num_heads
         self._num_key_heads = num_key_heads
@@ -85,19 +89,33 @@ class TrieLayout:
         self._flex: dict[tuple[int | None, bool], FlexLayout] = {}
         self._masks: dict[int | None, Bool[Tensor, "1 1 T T"]] = {}
         self._deepest = int(trie.position_ids.max(initial=0))
+        self._states: TrieStates | None = None
 
-    def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, of_needed: bool = False) -> RowLayout:
+    @property
+    def carrier(self) -> TrieStates:
+        """What follows what, for layers that carry a state."""
+        if self._states is None:
+            self._states = self.states()
+        return self._states
+
+    def states(self, *, keeps: Int64[np.ndarray, " B"] | None = None) -> TrieStates:
+        """The same, anew; `keeps` as in `TrieStates`."""
+        forced: dict[str, list[int] | None] = {"none": [], "all": branch_points(self._trie), "cheapest": None}
+        cuts = None if self._forced is None else forced[self._forced.cuts]
+        return TrieStates(self._trie, device=self._device, place=self._place, cuts=cuts, keeps=keeps)
+
+    def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, is_pruned: bool = False) -> RowLayout:
         """The buckets for a layer.
 
         Args:
             window: number of positions that a query sees, itself included.
-            of_needed: only the needed nodes query.
+            is_pruned: only `query_nodes` query.
         """
-        key = (self._effective(window), head_size, dtype, of_needed)
+        key = (self._effective(window), head_size, dtype, is_pruned)
         if key not in self._rows:
             self._rows[key] = build_row_layout(
                 self._trie,
-                self._needed if of_needed else None,
+                self._query_nodes if is_pruned else None,
                 window=key[0],
                 num_heads=self._num_heads,
                 num_key_heads=self._num_key_heads,
@@ -109,27 +127,27 @@ class TrieLayout:
             )
         return self._rows[key]
 
-    def varlen(self, window: int | None, *, of_needed: bool = False) -> VarlenLayout:
+    def varlen(self, window: int | None, *, is_pruned: bool = False) -> VarlenLayout:
         """The runs for a layer; arguments as in `rows`."""
-        key = (self._effective(window), of_needed)
+        key = (self._effective(window), is_pruned)
         if key not in self._varlen:
-            querying = self._needed if of_needed else None
-            self._varlen[key] = build_varlen_layout(self._trie, querying, window=key[0], place=self._place)
+            query_nodes = self._query_nodes if is_pruned else None
+            self._varlen[key] = build_varlen_layout(self._trie, query_nodes, window=key[0], to_device=self._to_device)
         return self._varlen[key]
 
-    def flex(self, window: int | None, *, of_needed: bool = False) -> FlexLayout:
+    def flex(self, window: int | None, *, is_pruned: bool = False) -> FlexLayout:
         """The mask of blocks for a layer; arguments as in `rows`."""
-        key = (self._effective(window), of_needed)
+        key = (self._effective(window), is_pruned)
         if key not in self._flex:
-            querying = self._needed if of_needed else None
-            self._flex[key] = build_flex_layout(self._trie, querying, window=key[0], place=self._place)
+            query_nodes = self._query_nodes if is_pruned else None
+            self._flex[key] = build_flex_layout(self._trie, query_nodes, window=key[0], to_device=self._to_device)
         return self._flex[key]
 
     def mask(self, window: int | None) -> Bool[Tensor, "1 1 T T"]:
         """True where a query (third axis) sees a key (fourth)."""
         window = self._effective(window)
         if window not in self._masks:
-            self._masks[window] = self._place(torch.from_numpy(visibility(self._trie, window)))[None, None]
+            self._masks[window] = self._to_device(torch.from_numpy(visibility(self._trie, window)))[None, None]
         return self._masks[window]
 
     def _effective(self, window: int | None) -> int | None:

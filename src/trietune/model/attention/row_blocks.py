@@ -5,7 +5,7 @@ path, so attention is a set of small causal problems aligned at their ends:
 
     row 0   queries 0 1 2   keys 0 1 2          row 1   queries 3   keys 0 1 3
 
-Neighbouring rows may be computed as one *block*: their nodes attend what all of them share and each other, under a
+Neighboring rows may be computed as one *block*: their nodes attend what all of them share and each other, under a
 mask. That wastes scores and saves gathers, copies and operations; one block of everything is the masked trie, a block
 a row wastes nothing. The cut is the one with the least estimated time. Blocks of similar size are padded into one
 bucket. Heads that share a key and value head are stacked under each other, so keys and values are gathered once for all
@@ -82,16 +82,16 @@ class Bucket:
     Attributes:
         shape: (R, Q, K).
         query_rows: where each query lies in the flattened [T * H] rows of d numbers (of the queries alone, where only
-            some nodes query); [R, G, H/G, Q] flat.
-        key_rows: where each key lies in the flattened [T * G] rows; [R, G, K] flat.
-        bias: 0 where a query sees a key, -inf elsewhere, in fp32 or fp64; [R, 1, 1, Q, K].
+            some nodes query); [R, G, H/G, q] flat.
+        key_rows: where each key lies in the flattened [T * G] rows; [R, G, k] flat.
+        bias: 0 where a query sees a key, -inf elsewhere, in fp32 or fp64; [R, 1, 1, q, k].
         is_whole: one block of all that query and of all keys, in their order.
     """
 
     shape: tuple[int, int, int]
-    query_rows: Int64[Tensor, " RHQ"]
-    key_rows: Int64[Tensor, " RGK"]
-    bias: Float[Tensor, "R 1 1 Q K"]
+    query_rows: Int64[Tensor, " RHq"]
+    key_rows: Int64[Tensor, " RGk"]
+    bias: Float[Tensor, "R 1 1 q k"]
     is_whole: bool
 
 
@@ -137,7 +137,7 @@ class Blocks:
 
 def build_row_layout(
     trie: Trie,
-    querying: Int64[np.ndarray, " N"] | None = None,
+    query_nodes: Int64[np.ndarray, " Q"] | None = None,
     *,
     window: int | None,
     num_heads: int,
@@ -151,20 +151,20 @@ def build_row_layout(
     """Cut `trie` into blocks, sort them into buckets, and index their queries, keys and outputs.
 
     Args:
-        querying: nodes that query, ascending; None: all. Queries and outputs are then numbered by their place here.
+        query_nodes: nodes that query, ascending; None: all. Queries and outputs are then numbered by their place here.
         window: number of positions that a query sees, itself included.
         cost: by which the cut is chosen; None takes what was measured for such heads.
         keeps_none: see `RowLayout`.
     """
-    if querying is None:
-        querying = np.arange(trie.num_nodes)
+    if query_nodes is None:
+        query_nodes = np.arange(trie.num_nodes)
     cost = cost or attention_cost(num_heads=num_heads, head_size=head_size, dtype=dtype)
-    blocks, groups = cut_into_blocks(trie, querying, window, cost)
+    blocks, groups = cut_into_blocks(trie, query_nodes, window, cost)
     buckets, output_node, output_at, key_node, key_at = [], [], [], [], []
     queries_before = keys_before = 0
     for group in groups:
-        queries, keys, sees, is_query, is_key = _bucket_nodes(trie, querying, blocks, group, window)
-        query_rows = _head_rows(queries, num_heads)  # [R, H, Q]: heads of one key head are neighbours
+        queries, keys, sees, is_query, is_key = _bucket_nodes(trie, query_nodes, blocks, group, window)
+        query_rows = _head_rows(queries, num_heads)  # [R, H, q]: heads of one key head are neighbors
         key_rows = _head_rows(keys, num_key_heads)
         bias = np.where(sees, np.float32(0), -np.inf)[:, None, None]
         buckets.append(
@@ -173,7 +173,7 @@ def build_row_layout(
                 query_rows=torch.from_numpy(query_rows.reshape(-1)).to(device),
                 key_rows=torch.from_numpy(key_rows.reshape(-1)).to(device),
                 bias=torch.from_numpy(bias).to(device, torch.promote_types(dtype, torch.float32)),
-                is_whole=sees.shape == (1, len(querying), trie.num_nodes),
+                is_whole=sees.shape == (1, len(query_nodes), trie.num_nodes),
             )
         )
         real = np.broadcast_to(is_query[:, None], query_rows.shape)
@@ -184,7 +184,7 @@ def build_row_layout(
         key_at.append(np.flatnonzero(real) + keys_before)
         queries_before += query_rows.size
         keys_before += key_rows.size
-    output_rows = np.empty(len(querying) * num_heads, np.int64)
+    output_rows = np.empty(len(query_nodes) * num_heads, np.int64)
     output_rows[np.concatenate(output_node)] = np.concatenate(output_at)
     key_of_copy = np.concatenate(key_node)
     by_key = np.argsort(key_of_copy, kind="stable")
@@ -199,16 +199,16 @@ def build_row_layout(
 
 
 def cut_into_blocks(
-    trie: Trie, querying: Int64[np.ndarray, " N"], window: int | None, cost: AttentionCost
+    trie: Trie, query_nodes: Int64[np.ndarray, " Q"], window: int | None, cost: AttentionCost
 ) -> tuple[Blocks, list[np.ndarray]]:
     """The blocks, and for each bucket which blocks it holds, that take the least time of those that are tried."""
-    rows = _QueryRows.of(trie, querying)
+    rows = _QueryRows.of(trie, query_nodes)
     cuts = [np.array([0, rows.num_rows])]  # one block: the masked trie
     # What a block must save to be worth its own: nothing, if many share a bucket; a whole bucket, if it stands alone.
     cuts += [_cut(rows, cost, worth_a_block) for worth_a_block in (0.0, 0.15 * cost.bucket, cost.bucket)]
     best: tuple[float, Blocks, list[np.ndarray]] | None = None
     for cut in cuts:
-        blocks = _make_blocks(trie, querying, rows, cut, window)
+        blocks = _make_blocks(trie, query_nodes, rows, cut, window)
         groups, microseconds = _fill_buckets(blocks.num_queries, blocks.num_keys, cost)
         if len(cut) == 2 and blocks.num_keys[0] == trie.num_nodes:
             microseconds = min(microseconds, float(cost.of_whole(blocks.num_queries[0], blocks.num_keys[0])))
@@ -237,8 +237,8 @@ class _QueryRows:
     path_start: Int64[np.ndarray, " R"]
 
     @classmethod
-    def of(cls, trie: Trie, querying: Int64[np.ndarray, " N"]) -> "_QueryRows":
-        row_of_query = np.searchsorted(trie.row_start, querying, side="right") - 1
+    def of(cls, trie: Trie, query_nodes: Int64[np.ndarray, " Q"]) -> "_QueryRows":
+        row_of_query = np.searchsorted(trie.row_start, query_nodes, side="right") - 1
         row, first, num_queries = np.unique(row_of_query, return_index=True, return_counts=True)
         first_node, path_start, path_end, end_of_row = (
             x.astype(np.int64)
@@ -253,7 +253,7 @@ class _QueryRows:
             first_query=first,
             num_queries=num_queries,
             first_node=first_node,
-            end_node=querying[first + num_queries - 1].astype(np.int64) + 1,
+            end_node=query_nodes[first + num_queries - 1].astype(np.int64) + 1,
             num_ancestors=path_end - path_start - (end_of_row - first_node),
             path_start=path_start,
         )
@@ -283,7 +283,11 @@ def _cut(rows: _QueryRows, cost: AttentionCost, worth_a_block: float) -> Int64[n
 
 
 def _make_blocks(
-    trie: Trie, querying: Int64[np.ndarray, " N"], rows: _QueryRows, cut: Int64[np.ndarray, " C1"], window: int | None
+    trie: Trie,
+    query_nodes: Int64[np.ndarray, " Q"],
+    rows: _QueryRows,
+    cut: Int64[np.ndarray, " C1"],
+    window: int | None,
 ) -> Blocks:
     first, last = cut[:-1], cut[1:] - 1
     first_query = rows.first_query[first]
@@ -299,7 +303,7 @@ def _make_blocks(
         np.repeat(rows.first_node[first] - ancestors, num_keys) + at,
     ).astype(np.int64)
     if window is not None:  # keys further back than the block's shallowest query can see are not gathered
-        shallowest = np.minimum.reduceat(trie.position_ids[querying].astype(np.int64), first_query)
+        shallowest = np.minimum.reduceat(trie.position_ids[query_nodes].astype(np.int64), first_query)
         is_seen = trie.position_ids[keys] > np.repeat(shallowest - window, num_keys)
         block = np.repeat(np.arange(len(first)), num_keys)[is_seen]
         keys = keys[is_seen]
@@ -346,18 +350,18 @@ def _size_class(length: Int64[np.ndarray, " R"]) -> Int64[np.ndarray, " R"]:
 
 def _bucket_nodes(
     trie: Trie,
-    querying: Int64[np.ndarray, " N"],
+    query_nodes: Int64[np.ndarray, " Q"],
     blocks: Blocks,
     group: Int64[np.ndarray, " r"],
     window: int | None,
 ) -> tuple[
-    Int64[np.ndarray, "r Q"],
-    Int64[np.ndarray, "r K"],
-    Bool[np.ndarray, "r Q K"],
-    Bool[np.ndarray, "r Q"],
-    Bool[np.ndarray, "r K"],
+    Int64[np.ndarray, "r q"],
+    Int64[np.ndarray, "r k"],
+    Bool[np.ndarray, "r q k"],
+    Bool[np.ndarray, "r q"],
+    Bool[np.ndarray, "r k"],
 ]:
-    """Queries by their place in `querying`, keys by node, who sees whom, and which of them are real.
+    """Queries by their place in `query_nodes`, keys by node, who sees whom, and which of them are real.
 
     Padding repeats the last query or key, and no query sees a padding key.
     """
@@ -366,7 +370,7 @@ def _bucket_nodes(
     is_query, is_key = query_at < num_queries[:, None], key_at < num_keys[:, None]
     queries = blocks.first_query[group, None] + np.minimum(query_at, num_queries[:, None] - 1)
     keys = blocks.keys[blocks.key_start[group, None] + np.minimum(key_at, num_keys[:, None] - 1)]
-    query_node, key_node = querying[queries][:, :, None], keys[:, None, :]
+    query_node, key_node = query_nodes[queries][:, :, None], keys[:, None, :]
     sees = (key_node <= query_node) & (query_node < trie.subtree_end[keys][:, None, :]) & is_key[:, None, :]
     if window is not None:
         sees &= trie.position_ids[query_node] - trie.position_ids[key_node] < window

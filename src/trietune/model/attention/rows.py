@@ -125,7 +125,7 @@ def _is_whole(layout: RowLayout, query: Tensor, softcap: float | None) -> bool:
 
 
 def _attend_whole(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Probabilities [G, H/G * Q, K] and outputs [Q * H, d] of one block of everything, by heads instead of gathers."""
+    """Probabilities [G, H/G * q, k] and outputs [q * H, d] of one block of everything, by heads instead of gathers."""
     k, v = _by_heads(key, bucket.shape[2]), _by_heads(value, bucket.shape[2])
     q = _stack_heads(query, bucket, len(k), scale)
     probabilities = _softmax(torch.bmm(q, k.transpose(1, 2)), bucket)
@@ -156,7 +156,7 @@ def _by_heads(x: Tensor, num_nodes: int) -> Tensor:
 
 
 def _stack_heads(x: Tensor, bucket: Bucket, num_groups: int, factor: float) -> Tensor:
-    """[Q * H, d] times a number, heads of one key head under each other: [G, H/G * Q, d]."""
+    """[q * H, d] times a number, heads of one key head under each other: [G, H/G * q, d]."""
     by_group = x.view(bucket.shape[1], num_groups, -1, x.shape[-1]).permute(1, 2, 0, 3)
     stacked = x.new_empty(by_group.shape)
     torch.mul(by_group, factor, out=stacked)
@@ -164,13 +164,13 @@ def _stack_heads(x: Tensor, bucket: Bucket, num_groups: int, factor: float) -> T
 
 
 def _lay_by_node(stacked: Tensor, bucket: Bucket) -> Tensor:
-    """[G, H/G * Q, d] back to [Q * H, d]."""
+    """[G, H/G * q, d] back to [q * H, d]."""
     num_groups, _, head_size = stacked.shape
     return stacked.view(num_groups, -1, bucket.shape[1], head_size).permute(2, 0, 1, 3).reshape(-1, head_size)
 
 
 def _gather(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [R * G, H/G * Q, d], keys and values [R * G, K, d] of one bucket."""
+    """Queries [R * G, H/G * q, d], keys and values [R * G, k, d] of one bucket."""
     num_keys = bucket.shape[2]
     groups = bucket.key_rows.numel() // num_keys  # R * G
     return (
@@ -197,7 +197,7 @@ def _softmax(scores: Tensor, bucket: Bucket) -> Tensor:
 
 
 def _grid(scores: Tensor, bucket: Bucket) -> Tensor:
-    """Scores [R * G, H/G * Q, K] as [R, G, H/G, Q, K]."""
+    """Scores [R * G, H/G * q, k] as [R, G, H/G, q, k]."""
     num_rows, num_queries, num_keys = bucket.shape
     return scores.view(num_rows, scores.shape[0] // num_rows, -1, num_queries, num_keys)
 
@@ -207,7 +207,7 @@ def _four_axes(bucket: Bucket, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _tiled_bias(bucket: Bucket, q: Tensor) -> Tensor:
-    """The bias [R, 1, H/G * Q, K]: one copy for each of the heads stacked under each other."""
+    """The bias [R, 1, H/G * q, k]: one copy for each of the heads stacked under each other."""
     return bucket.bias[:, 0].to(q.dtype).repeat(1, 1, q.shape[1] // bucket.shape[1], 1)
 
 

@@ -18,17 +18,17 @@ class StaticLayout:
         forest: S tries of W nodes each, padding included.
         num_rows: S.
         deepest: greatest depth that the run can meet. A window beyond it needs no mask of its own.
-        place: takes a mask to the device.
+        to_device: takes a mask to the device.
     """
 
     kind = "mask"
-    needed = None
+    query_nodes = None
 
-    def __init__(self, forest: Trie, *, num_rows: int, deepest: int, place: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, forest: Trie, *, num_rows: int, deepest: int, to_device: Callable[[Tensor], Tensor]) -> None:
         self._forest = forest
         self._num_rows = num_rows
         self._deepest = deepest
-        self._place = place
+        self._to_device = place
         self._masks: dict[int | None, Tensor] = {}
 
     def mask(self, window: int | None) -> Tensor:
@@ -36,7 +36,7 @@ class StaticLayout:
         window = None if window is None or window > self._deepest else window
         if window not in self._masks:
             sees = visibility_of_rows(self._forest, self._num_rows, window)
-            self._masks[window] = self._place(torch.from_numpy(sees[:, None]))
+            self._masks[window] = self._to_device(torch.from_numpy(sees[:, None]))
         return self._masks[window]
 
 

@@ -55,25 +55,25 @@ class VarlenLayout:
 
 def build_varlen_layout(
     trie: Trie,
-    querying: Int64[np.ndarray, " N"] | None = None,
+    query_nodes: Int64[np.ndarray, " Q"] | None = None,
     *,
     window: int | None,
-    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> VarlenLayout:
     """Cut what queries into runs and list the keys of each.
 
     Args:
-        querying: nodes that query, ascending; None: all. Queries are then numbered by their place here.
+        query_nodes: nodes that query, ascending; None: all. Queries are then numbered by their place here.
         window: number of positions that a query sees, itself included.
-        place: takes what was built on the host to the device.
+        to_device: takes what was built on the host to the device.
     """
-    if querying is None:
-        querying = np.arange(trie.num_nodes)
-    row = np.searchsorted(trie.row_start, querying, side="right") - 1
+    if query_nodes is None:
+        query_nodes = np.arange(trie.num_nodes)
+    row = np.searchsorted(trie.row_start, query_nodes, side="right") - 1
     # Alignment at the end asks for queries without a gap, so a run also ends where a node is left out.
-    begins = np.flatnonzero((np.diff(row, prepend=-1) != 0) | (np.diff(querying, prepend=-2) != 1))
-    num_queries = np.diff(begins, append=len(querying))
-    row, last = row[begins], querying[begins + num_queries - 1]
+    begins = np.flatnonzero((np.diff(row, prepend=-1) != 0) | (np.diff(query_nodes, prepend=-2) != 1))
+    num_queries = np.diff(begins, append=len(query_nodes))
+    row, last = row[begins], query_nodes[begins + num_queries - 1]
     # A path holds its row's nodes at its end, so the run's last node is as far from there as from the row's last node.
     path_end = trie.row_path_start[row + 1].astype(np.int64) - (trie.row_start[row + 1] - 1 - last)
     num_keys = path_end - trie.row_path_start[row]
@@ -86,10 +86,10 @@ def build_varlen_layout(
     copy_start = np.searchsorted(key_nodes[copy_order], np.arange(trie.num_nodes))
 
     def on_device(array: np.ndarray, dtype: type[np.generic]) -> Tensor:
-        return place(torch.from_numpy(np.ascontiguousarray(array, dtype)))
+        return to_device(torch.from_numpy(np.ascontiguousarray(array, dtype)))
 
     return VarlenLayout(
-        query_start=on_device(np.append(begins, len(querying)), np.int32),
+        query_start=on_device(np.append(begins, len(query_nodes)), np.int32),
         key_start=on_device(key_start, np.int32),
         key_nodes=on_device(key_nodes, np.int64),
         copy_order=on_device(copy_order, np.int64),
@@ -104,18 +104,18 @@ def build_varlen_layout(
 class VarlenAttention(torch.autograd.Function):
     """Softmax attention of every run.
 
-    Inputs: query [N, H, d], key and value [T, G, d]; output [N, H, d] in the inputs' dtype.
+    Inputs: query [Q, H, d], key and value [T, G, d]; output [Q, H, d] in the inputs' dtype.
     """
 
     @staticmethod
     def forward(
         context: Any,
-        query: Float[Tensor, "N H d"],
+        query: Float[Tensor, "Q H d"],
         key: Float[Tensor, "T G d"],
         value: Float[Tensor, "T G d"],
         layout: VarlenLayout,
         scale: float,
-    ) -> Float[Tensor, "N H d"]:
+    ) -> Float[Tensor, "Q H d"]:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         keys, values = key.index_select(0, layout.key_nodes), value.index_select(0, layout.key_nodes)
         out, log_sum = run_kernel(query, keys, values, layout, scale)
@@ -124,7 +124,7 @@ class VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(context: Any, grad_out: Float[Tensor, "N H d"]) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, grad_out: Float[Tensor, "Q H d"]) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sum = context.saved_tensors
         layout = context.layout
         keys, values = key.index_select(0, layout.key_nodes), value.index_select(0, layout.key_nodes)
@@ -142,12 +142,12 @@ def _sum_copies(grads: Float[Tensor, "P G d"], layout: VarlenLayout) -> Float[Te
 
 
 def run_kernel(
-    query: Float[Tensor, "N H d"],
+    query: Float[Tensor, "Q H d"],
     keys: Float[Tensor, "P G d"],
     values: Float[Tensor, "P G d"],
     layout: VarlenLayout,
     scale: float,
-) -> tuple[Float[Tensor, "N H d"], Float[Tensor, "H N"]]:
+) -> tuple[Float[Tensor, "Q H d"], Float[Tensor, "H Q"]]:
     """Output and log-sum-exp of every query.
 
     This is the operator behind `torch.nn.attention.varlen.varlen_attn`, which has no backward that could gather anew.
@@ -173,15 +173,15 @@ def run_kernel(
 
 
 def run_kernel_backward(
-    grad_out: Float[Tensor, "N H d"],
-    query: Float[Tensor, "N H d"],
+    grad_out: Float[Tensor, "Q H d"],
+    query: Float[Tensor, "Q H d"],
     keys: Float[Tensor, "P G d"],
     values: Float[Tensor, "P G d"],
-    out: Float[Tensor, "N H d"],
-    log_sum: Float[Tensor, "H N"],
+    out: Float[Tensor, "Q H d"],
+    log_sum: Float[Tensor, "H Q"],
     layout: VarlenLayout,
     scale: float,
-) -> tuple[Float[Tensor, "N H d"], Float[Tensor, "P G d"], Float[Tensor, "P G d"]]:
+) -> tuple[Float[Tensor, "Q H d"], Float[Tensor, "P G d"], Float[Tensor, "P G d"]]:
     """Gradients of queries and of gathered keys and values."""
     no_randomness = torch.zeros(2, dtype=torch.uint64, device=query.device)
     unused = torch.empty(0, device=query.device)

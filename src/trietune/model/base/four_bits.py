@@ -16,7 +16,7 @@ from trietune.device import Device
 from trietune.errors import UserError
 
 # 4 bits; 8 more for a block of 64; 32 more for 256 of those blocks.
-BYTES_A_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
+BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 def check_four_bits(device: Device, *, where: str) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from trietune.errors import UserError
-from trietune.io.places import expand
+from trietune.io.cache_folder import cache_folder
+from trietune.io.causes import first_line
 from trietune.io.whole_folder import whole_folder, write_error
 
 # Part of the folder's name: a change of what is written here must not meet folders of an older version.
@@ -85,7 +85,7 @@ def _damage_of(folder: Path) -> str | None:
     try:
         recorded, found = _recorded(folder), _digests(folder)
     except (OSError, ValueError, AttributeError) as error:
-        return f"{_DIGESTS}: {_first_line(error)}"
+        return f"{_DIGESTS}: {first_line(error).rstrip('.')}"
     return next((name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)), None)
 
 
@@ -103,13 +103,6 @@ def _digests(folder: Path) -> dict[str, str]:
             with path.open("rb") as stream:
                 found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found
-
-
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where TrieTune keeps what it can make again."""
-    if chosen := environ.get("TRIETUNE_CACHE"):
-        return expand(chosen)
-    return expand(environ.get("XDG_CACHE_HOME") or "~/.cache") / "trietune"
 
 
 def _check_and_hash(file: Path) -> str:
@@ -144,7 +137,7 @@ def _convert(file: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(**source)
     except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
         raise UserError(
-            f"`{file}` could not be converted: {_first_line(error)}",
+            f"`{file}` could not be converted: {first_line(error).rstrip('.')}",
             where=f"architecture `{metadata.get('general.architecture', 'unknown')}`",
             next_step="use the model's safetensors instead: its hub id or a folder as `model_name`",
         ) from error
@@ -178,7 +171,7 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
                 kinds[tensor.tensor_type.name] += int(tensor.n_elements)
     except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
         raise UserError(
-            f"`{file}` is damaged or only a part of a download: {_first_line(error)}",
+            f"`{file}` is damaged or only a part of a download: {first_line(error).rstrip('.')}",
             where=f"{file.stat().st_size:,} bytes",
             next_step="download it again and compare its size with the page that it comes from",
         ) from error
@@ -210,13 +203,9 @@ def _restore_pre_tokenizer(tokenizer: Any, name: str) -> None:
 
 
 def _readme(file: Path, metadata: Mapping[str, Any]) -> str:
-    """A model card that carries the licence on, for the card of the adapter."""
+    """A model card that carries the license on, for the card of the adapter."""
     lines = ["---"]
-    if licence := metadata.get("general.license"):
-        lines.append(f"license: {licence}")
+    if license := metadata.get("general.license"):
+        lines.append(f"license: {license}")
     lines += ["---", "", f"Weights of `{file.name}`, dequantized by TrieTune.", ""]
     return "\n".join(lines)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trietune.errors import UserError
+from trietune.io.causes import causes
 from trietune.model.base.folder import TOKENIZER_FILES, Progress, Report, check_names
 
 if TYPE_CHECKING:
@@ -215,14 +216,10 @@ def _why_unreachable(error: Exception) -> str:
     return "the hub cannot be reached"
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error of the hub's library, which wraps some in others."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:
-            return int(response.status_code)
-        error = error.__cause__
-    return None
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error of huggingface_hub, which wraps some in others."""
+    responses = (getattr(link, "response", None) for link in causes(error))
+    return next((int(response.status_code) for response in responses if response is not None), None)
 
 
 def _has_token() -> bool:

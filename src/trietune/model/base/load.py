@@ -20,11 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from trietune.device.device import recompute
+from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
 from trietune.model.base.folder import ModelFolder
-from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized, loading_options
-
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized, loading_options
 
 
 def load_network(
@@ -44,8 +43,6 @@ def load_network(
         UserError: needs code of its own, is no causal language model, is quantized, lacks weights, is damaged, does
             not fit into memory.
     """
-    if dtype not in SUPPORTED_DTYPES:
-        raise UserError(f"a base model cannot be held in {dtype}", next_step="dtype: bfloat16   (or float32)")
     check_config(folder)
     _check_memory(folder.path, dtype, device, load_in_4bit)
     try:
@@ -117,16 +114,6 @@ def check_config(folder: ModelFolder) -> None:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is the allocator's refusal, on any device, and no bug."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory", "RESOURCE_EXHAUSTED")
-    )
-
-
 @contextmanager
 def quiet_library() -> Iterator[None]:
     """Keep the library's bars and its report on weights off the terminal: what matters in it is raised by us."""
@@ -162,7 +149,7 @@ def _needed_bytes(folder: Path, dtype: torch.dtype, load_in_4bit: bool) -> int:
     shapes = (shape for file in folder.glob("*.safetensors") for shape in _shapes(file).items())
     return int(
         sum(
-            _count(shape) * (BYTES_A_WEIGHT if load_in_4bit and is_quantized(name, shape) else dtype.itemsize)
+            _count(shape) * (BYTES_PER_WEIGHT if load_in_4bit and is_quantized(name, shape) else dtype.itemsize)
             for name, shape in shapes
         )
     )

@@ -15,7 +15,7 @@ from trietune.model.adapter.adapter import add_adapter
 from trietune.model.adapter.targets import Coverage, measure_coverage
 from trietune.model.architecture import check_architecture
 from trietune.model.base.folder import ModelFolder
-from trietune.model.base.four_bits import BYTES_A_WEIGHT, is_quantized
+from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized
 from trietune.model.base.load import check_config
 from trietune.model.base.randomness import rates_in_attention, rates_of, silence_rates
 
@@ -55,7 +55,7 @@ class NetworkShape:
 
     def num_bytes(self, dtype: torch.dtype, *, load_in_4bit: bool = False) -> int:
         """Of the base model's weights in `dtype`, its layers in 4 bits if asked."""
-        in_layers = BYTES_A_WEIGHT if load_in_4bit else dtype.itemsize
+        in_layers = BYTES_PER_WEIGHT if load_in_4bit else dtype.itemsize
         return int((self.num_parameters - self.num_in_layers) * dtype.itemsize + self.num_in_layers * in_layers)
 
 

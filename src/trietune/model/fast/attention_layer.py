@@ -116,7 +116,7 @@ class _Attention:
         query, key, value = self._heads(
             self.joined(normed), (self.num_heads, self.num_key_heads, self.num_key_heads), "qk", rotary
         )
-        return self._attend(query, key, value, layout, of_needed=False)
+        return self._attend(query, key, value, layout, is_pruned=False)
 
     def attend_at(
         self,
@@ -135,7 +135,7 @@ class _Attention:
             (rotary[0].index_select(1, at), rotary[1].index_select(1, at)),
         )
         key, value = self._heads(of_keys(normed), (self.num_key_heads, self.num_key_heads), "k", rotary)
-        return self._attend(query, key, value, layout, of_needed=True)
+        return self._attend(query, key, value, layout, is_pruned=True)
 
     def _heads(
         self, projected: Tensor, num_heads: Sequence[int], kinds: str, rotary: tuple[Tensor, Tensor]
@@ -150,7 +150,7 @@ class _Attention:
         rotated = [_split(piece, piece.shape[1:2], 1, cos, sin)[0] for piece in normed]
         return *rotated, *pieces[len(kinds) :]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TrieLayout, *, of_needed: bool) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: TrieLayout, *, is_pruned: bool) -> Tensor:
         out = attend(
             query,
             key,
@@ -159,7 +159,7 @@ class _Attention:
             window=self.window,
             scale=self.scale,
             softcap=self.softcap,
-            of_needed=of_needed,
+            is_pruned=is_pruned,
         )
         projected: Tensor = self.module.o_proj(out.reshape(1, query.shape[0], -1))
         return projected
@@ -268,7 +268,7 @@ def _prune(layer: Any, attention: _Attention, device: torch.device) -> bool:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout = kwargs.get("trie_layout")
         rotary = kwargs.get("position_embeddings")
-        is_pruned = _is_ours(layout) and layout.needed is not None  # type: ignore[union-attr]
+        is_pruned = _is_ours(layout) and layout.query_nodes is not None  # type: ignore[union-attr]
         if args or rotary is None or not is_pruned or not attention.is_active():
             return library(hidden_states, *args, **kwargs)
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
@@ -285,10 +285,10 @@ def _pruned_layer(layer: Any, attention: _Attention, *, is_sandwiched: bool) -> 
     keep_joined(layer, of_keys.weight)
 
     def forward(hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: TrieLayout) -> Tensor:
-        needed = layout.needed
-        assert needed is not None
-        attended = attention.attend_at(layer.input_layernorm(hidden), rotary, layout, needed, of_queries, of_keys)
-        residual = hidden.index_select(1, needed)
+        query_nodes = layout.query_nodes
+        assert query_nodes is not None
+        attended = attention.attend_at(layer.input_layernorm(hidden), rotary, layout, query_nodes, of_queries, of_keys)
+        residual = hidden.index_select(1, query_nodes)
         if is_sandwiched:
             residual = residual + layer.post_attention_layernorm(attended)
             out = layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(residual)))
@@ -316,14 +316,14 @@ def _layer_agrees(
     library: Callable[..., Any], pruned: Callable[..., Tensor], attention: _Attention, device: torch.device
 ) -> bool:
     hidden, rotary, mask, trie = _probe(attention, device)
-    needed = np.array([1, PROBE_TOKENS - 2])
+    query_nodes = np.array([1, PROBE_TOKENS - 2])
     try:
         theirs = library(hidden, position_embeddings=rotary, attention_mask=mask)
         theirs = theirs[0] if isinstance(theirs, tuple) else theirs
-        ours = pruned(hidden, rotary, _layout(attention, trie, device, needed))
+        ours = pruned(hidden, rotary, _layout(attention, trie, device, query_nodes))
     except (RuntimeError, TypeError, ValueError):
         return False
-    return _is_close(ours, theirs[:, needed])
+    return _is_close(ours, theirs[:, query_nodes])
 
 
 def _probe(attention: _Attention, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Trie]:
@@ -343,14 +343,16 @@ def _probe(attention: _Attention, device: torch.device) -> tuple[Tensor, tuple[T
     return hidden, (cos, sin), mask, trie
 
 
-def _layout(attention: _Attention, trie: Trie, device: torch.device, needed: np.ndarray | None = None) -> TrieLayout:
+def _layout(
+    attention: _Attention, trie: Trie, device: torch.device, query_nodes: np.ndarray | None = None
+) -> TrieLayout:
     return TrieLayout(
         trie,
         kind="rows",
         num_heads=attention.num_heads,
         num_key_heads=attention.num_key_heads,
         device=device,
-        needed=needed,
+        query_nodes=query_nodes,
     )
 
 

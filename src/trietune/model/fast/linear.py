@@ -4,7 +4,7 @@
 
 PEFT computes the adapter's branch in fp32, so it casts the whole of `x` up and the branch's output down again, at every
 layer, forward and backward. Here the small matrices are cast instead. What is kept for the backward is `x`, which the
-layer's neighbours keep too, and `x A'`, which is r numbers a node.
+layer's neighbors keep too, and `x A'`, which is r numbers a node.
 
 Queries, keys and values read the same `x`, gate and up another: such layers are one here, their W and A under each
 other, their B along a diagonal. So a layer costs four wide products a pass instead of seven, and as many thin ones.

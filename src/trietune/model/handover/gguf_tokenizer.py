@@ -1,7 +1,7 @@
 """A tokenizer of transformers as llama.cpp's own: its pieces, their kinds, its rule for splitting text.
 
 llama.cpp does not read regular expressions from a file; it knows the rules of families by name. So the rule in
-`tokenizer.json` is recognised here, and one that is not known is refused: another rule would split digits or spaces in
+`tokenizer.json` is recognized here, and one that is not known is refused: another rule would split digits or spaces in
 another way, and the model would see other tokens than in training.
 """
 

@@ -199,9 +199,9 @@ def _apart(job: _Job, staging: Path, quantization: Quantization) -> tuple[Callab
             shutil.copyfile(job.folder / name, staging / name)
 
     def load() -> Any:
-        from trietune.io.safetensors import from_numpy, serialise
+        from trietune.io.safetensors import from_numpy, serialize
 
-        weights = serialise({name: from_numpy(values) for name, values in tensors.items()})
+        weights = serialize({name: from_numpy(values) for name, values in tensors.items()})
         network = load_network(job.base, dtype=torch.float32, device=torch.device("cpu"), report=job.report)
         return load_adapter_files(network, {**files, WEIGHTS_FILE: weights}, where=str(staging))
 

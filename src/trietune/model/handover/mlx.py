@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from trietune.errors import UserError
 from trietune.io import strict_json
-from trietune.io.safetensors import from_numpy, serialise
+from trietune.io.safetensors import from_numpy, serialize
 from trietune.model.handover.gguf_files import adapted_part
 
 ADAPTER_FILE = "adapters.safetensors"
@@ -50,6 +50,6 @@ def mlx_files(config: LoraConfig, tensors: Mapping[str, np.ndarray], *, num_laye
         "model": config.base_model_name_or_path,
     }
     return {
-        "adapter_config.json": strict_json.serialise(document),
-        ADAPTER_FILE: serialise(turned, metadata={"format": "mlx"}),
+        "adapter_config.json": strict_json.serialize(document),
+        ADAPTER_FILE: serialize(turned, metadata={"format": "mlx"}),
     }

@@ -2,7 +2,7 @@
 
 Ollama's templates are Go's, chat templates are Jinja, and there is no translation of one into the other. But most chat
 templates put a fixed text before and behind each message. That text is found by asking the Jinja template about
-messages that are easy to recognise; the result is compared with Jinja on other conversations, and where it differs no
+messages that are easy to recognize; the result is compared with Jinja on other conversations, and where it differs no
 template is written and the reason is said.
 
     TEMPLATE \"\"\"Review: {{ .Prompt }}

@@ -140,7 +140,7 @@ class Forest:
     """A trie and its plain rows.
 
     Attributes:
-        needed: nodes that carry labels, ascending.
+        query_nodes: nodes that carry labels, ascending.
         longest: positions of the longest row.
         is_cut: the longest example did not fit and was cut to this.
     """
@@ -148,7 +148,7 @@ class Forest:
     trie: Trie
     rows: PlainRows
     nodes: Nodes
-    needed: np.ndarray
+    query_nodes: np.ndarray
     is_cut: bool = False
 
     @property
@@ -159,8 +159,8 @@ class Forest:
 def forest_of(trie: Trie, device: torch.device) -> Forest:
     """`trie`, padded as a run pads it, with its rows on `device`."""
     padded = pad_trie(trie, -(-trie.num_nodes // MULTIPLE_OF) * MULTIPLE_OF)
-    needed = np.unique(trie.label_index).astype(np.int64)
-    return Forest(padded, PlainRows.of(padded, device), Nodes(padded.num_nodes), needed)
+    query_nodes = np.unique(trie.label_index).astype(np.int64)
+    return Forest(padded, PlainRows.of(padded, device), Nodes(padded.num_nodes), query_nodes)
 
 
 def training_forests(
@@ -171,7 +171,7 @@ def training_forests(
     most_tokens: int,
     device: torch.device,
 ) -> tuple[Forest, Forest]:
-    """A short forest of tokens of the data, and the longest of all examples with a neighbour and a late branch.
+    """A short forest of tokens of the data, and the longest of all examples with a neighbor and a late branch.
 
     Args:
         others: further examples that the run computes (validation); they count for the length alone.
@@ -188,9 +188,9 @@ def training_forests(
 
     longest = row(at)
     branch = np.concatenate((longest[: 3 * len(longest) // 4], longest[::-1][:SHORT_WIDTH]))
-    neighbours = [row(number) for number in (at - 1, at + 1) if 0 <= number < len(lengths) and lengths[number] > 2]
-    neighbours.sort(key=lambda other: _shared(longest, other))
-    rows = [x for x in (longest, branch, *neighbours[-1:]) if len(x) > 2]
+    neighbors = [row(number) for number in (at - 1, at + 1) if 0 <= number < len(lengths) and lengths[number] > 2]
+    neighbors.sort(key=lambda other: _shared(longest, other))
+    rows = [x for x in (longest, branch, *neighbors[-1:]) if len(x) > 2]
     trie = _trie_of([x.tolist() for x in rows or [np.resize(longest, 4)]], share=batching != "packed")
     return (
         forest_of(short_trie(np.asarray(sequences.input_ids[: 16 * SHORT_WIDTH], np.int32)), device),

@@ -14,19 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trietune.model.decoder_layers import decoder_layers
 from trietune.model.replaced import FORWARD_BEFORE
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 # Numbers of a layer or child that differ in all layers and say nothing about what it computes.
 _NUMBERS_OF_LAYERS = ("layer_idx", "layer_id", "training", FORWARD_BEFORE)
-
-
-def decoder_layers(network: Any) -> nn.ModuleList:
-    """The list of modules that holds most of the decoder's parameters."""
-    lists = [module for module in network.get_decoder().modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return nn.ModuleList()
-    return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
 
 
 def parts_of(network: Any) -> dict[str, nn.Module]:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
-from trietune.model.base.load import is_out_of_memory
 from trietune.model.proof.forests import Places, PlainRows
 from trietune.model.proof.parts import InFullPrecision, in_full_precision, is_layer, layer_of
 from trietune.model.replaced import library_code
@@ -178,15 +178,15 @@ def compare(
     places: Places,
     known: dict[str, Record],
     *,
-    needed: np.ndarray | None = None,
+    query_nodes: np.ndarray | None = None,
 ) -> dict[str, Error]:
     """How far the parts that `run` calls are from `records`; `entry` is what reaches the first layer.
 
     Args:
         places: where `run` has its nodes.
-        needed: nodes that the last layer returns, where it returns some alone.
+        query_nodes: nodes that the last layer returns, where it returns some alone.
     """
-    at = None if needed is None else torch.from_numpy(needed).to(next(iter(records.values())).input.device)
+    at = None if query_nodes is None else torch.from_numpy(query_nodes).to(next(iter(records.values())).input.device)
     errors: dict[str, Error] = {}
     leaves: dict[str, Tensor] = {}
     upcast: dict[str, InFullPrecision] = {}

@@ -26,14 +26,14 @@ from trietune.tracking.events import (
     Event,
     ExamplesShown,
     MarkedExample,
-    Predicted,
+    Message,
+    PhaseProgress,
+    PredictionsShown,
     Removed,
     RunFinished,
     RunStarted,
-    Said,
     Saved,
     StepFinished,
-    Working,
 )
 from trietune.tracking.terminal import can_encode, encodable, write_text
 
@@ -46,7 +46,7 @@ SECONDS_BETWEEN_LINES = 5.0
 REFRESHES_PER_SECOND = 4
 
 
-class ConsoleConsumer:
+class ConsoleListener:
     """Writes a run to two text streams; stderr shows a moving bar if it is a terminal that can.
 
     Args:
@@ -76,10 +76,10 @@ class ConsoleConsumer:
             case RunStarted():
                 self._write_plan(event)
                 self._progress.start(event.first_step, event.num_steps)
-            case Said():
+            case Message():
                 text = wording.line(event.text)
                 self._write(f"warning: {text}" if event.level == "warning" else text, event.level)
-            case Working():
+            case PhaseProgress():
                 self._show_work(event)
             case ExamplesShown():
                 for example in event.examples:
@@ -96,14 +96,14 @@ class ConsoleConsumer:
             case RunFinished():
                 self._stop_screen()
                 self._write_result(event)
-            case Predicted():
+            case PredictionsShown():
                 pass  # part of the result
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._stop_screen()
 
-    def _show_work(self, event: Working) -> None:
+    def _show_work(self, event: PhaseProgress) -> None:
         now = self._clock()
         phase = self._progress.work(event.phase, event.done, event.total, event.unit, now)
         if self._screen:
@@ -173,7 +173,7 @@ def evaluation_line(event: Evaluated) -> str:
 
 
 def marked_text(example: MarkedExample) -> Text:
-    """The example as it reads, each label token in brackets (and in colour where there is any)."""
+    """The example as it reads, each label token in brackets (and in color where there is any)."""
     from rich.text import Text
 
     text = Text()

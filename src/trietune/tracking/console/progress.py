@@ -173,7 +173,7 @@ def _line(name: str, share: float | None, texts: list[str], width: int, is_ascii
 
 
 def _bar(share: float, width: int, is_ascii: bool) -> Text:
-    """Done and to come differ in shape as well as in colour, so the bar reads without colour too."""
+    """Done and to come differ in shape as well as in color, so the bar reads without color too."""
     from rich.text import Text
 
     full = int(share * width)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trietune.tracking import wording
-from trietune.tracking.events import Evaluated, Event, Predicted, RunFinished, RunStarted, Saved
+from trietune.tracking.events import Evaluated, Event, PredictionsShown, RunFinished, RunStarted, Saved
 
 DEFAULT_WIDTH = 100
 NARROWEST_TEXT = 20
@@ -19,7 +19,7 @@ class Result:
         self._started: RunStarted | None = None
         self._before: Evaluated | None = None
         self._after: Evaluated | None = None
-        self._predicted: Predicted | None = None
+        self._predicted: PredictionsShown | None = None
         self._adapter: Path | None = None
 
     def remember(self, event: Event) -> None:
@@ -32,7 +32,7 @@ class Result:
                     self._before = event
                 elif event.when == "after":
                     self._after = event
-            case Predicted() if event.num_shown:
+            case PredictionsShown() if event.num_shown:
                 self._predicted = event
             case Saved() if event.kind == "adapter":
                 self._adapter = event.directory
@@ -87,7 +87,7 @@ def comparison(before: Evaluated | None, after: Evaluated | None) -> list[str]:
     return lines
 
 
-def predictions_table(predicted: Predicted, width: int = DEFAULT_WIDTH) -> list[str]:
+def predictions_table(predicted: PredictionsShown, width: int = DEFAULT_WIDTH) -> list[str]:
     """What the model says, whether that is right, and about which text: its end, where a prompt is long."""
     title = {"before": "what the model says before training", "after": "what the model says now"}[predicted.when]
     rows = []

@@ -68,15 +68,15 @@ def changes_of(run: RunRecord) -> Changes | None:
     order = {outcome: number for number, outcome in enumerate(OUTCOMES)}
     tally = Counter(row.outcome for row in rows)
     ordered = sorted(rows, key=lambda row: order.get(row.outcome, len(order)))
-    labelled = [prediction for prediction in after if prediction.probabilities]
-    bins = _calibration(labelled)
+    labeled = [prediction for prediction in after if prediction.probabilities]
+    bins = _calibration(labeled)
     return Changes(
         rows=ordered[:MOST_ROWS],
         counts={outcome: tally[outcome] for outcome in (*OUTCOMES, "right", "wrong") if tally[outcome]},
         num_left_out=max(0, len(rows) - MOST_ROWS),
         tests=paired_tests([before[p.id] for p in after if p.id in before], [p for p in after if p.id in before]),
-        classes=_classes(labelled),
-        confusion=_confusion(labelled),
+        classes=_classes(labeled),
+        confusion=_confusion(labeled),
         groups=_groups(after),
         calibration=bins,
         calibration_error=_calibration_error(bins),

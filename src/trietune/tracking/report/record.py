@@ -1,4 +1,4 @@
-"""Read a run's folder back: what `FilesConsumer` wrote, as one frozen record.
+"""Read a run's folder back: what `FilesListener` wrote, as one frozen record.
 
 A run that is still going, was killed, or went on from a checkpoint reads like any other.
 """

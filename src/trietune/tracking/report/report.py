@@ -20,7 +20,7 @@ from trietune.errors import UserError
 from trietune.io.outputs import write_output
 from trietune.tracking import wording
 from trietune.tracking.console import result
-from trietune.tracking.events import Evaluated, Event, Predicted, RunFinished, RunStarted
+from trietune.tracking.events import Evaluated, Event, PredictionsShown, RunFinished, RunStarted
 from trietune.tracking.jsonl import plain
 from trietune.tracking.report.batch import batch_numbers
 from trietune.tracking.report.changes import changes_of, left_out_of, paired_tests
@@ -31,6 +31,7 @@ from trietune.tracking.report.record import RunRecord, read_run
 PAGE = Path(__file__).with_name("page")
 REPORT = "report.html"
 LARGEST_SHARE_OF_TIME = 0.01
+SPARKLINE_WIDTH = 60
 _LEFT_OUT = re.compile(r"\bkept\b|\bdropped\b|\bleft out\b|\bheld out\b|\bshortened\b")
 
 
@@ -84,7 +85,7 @@ def render_page(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def report_text(run_directories: Sequence[Path], width: int = result.DEFAULT_WIDTH) -> str:
+def report_text(run_directories: Sequence[Path]) -> str:
     """The report for a terminal."""
     runs = _read_runs(run_directories)
     lines: list[str] = []
@@ -93,8 +94,8 @@ def report_text(run_directories: Sequence[Path], width: int = result.DEFAULT_WID
         lines += [*result.comparison(run.evaluation("before"), run.newest_evaluation()), ""]
         lines += [*sparklines(run), ""]
         if run.predictions:
-            predicted = Predicted(run.last_step, run.predicted_when, run.predictions)
-            lines += [*result.predictions_table(predicted, width), ""]
+            predicted = PredictionsShown(run.last_step, run.predicted_when, run.predictions)
+            lines += [*result.predictions_table(predicted, result.DEFAULT_WIDTH), ""]
         lines += _change_lines(run)
     lines += [*data_warnings(runs), *comparison_lines(runs)]
     differing = differences([run.config for run in runs])
@@ -192,7 +193,7 @@ def _without_repeated_steps(times: Sequence[tuple[int, float]]) -> list[tuple[in
     return sorted(dict(times).items())
 
 
-class ReportConsumer:
+class ReportListener:
     """Keeps `report.html` in the run's folder up to date: at each evaluation, and at the end.
 
     Writing takes at most one hundredth of a run's time: an evaluation that comes too soon leaves the page as it is.
@@ -247,7 +248,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def sparklines(run: RunRecord, width: int = 60) -> list[str]:
+def sparklines(run: RunRecord) -> list[str]:
     """Each curve of losses and shares in one line, from its first value to its last."""
     rows = []
     for chart in charts_of([run]):
@@ -255,7 +256,7 @@ def sparklines(run: RunRecord, width: int = 60) -> list[str]:
             if not chart["is_result"] or not series["points"]:
                 continue
             values = [y for _, y in series["points"]]
-            values = values[:: max(1, -(-len(values) // width))]
+            values = values[:: max(1, -(-len(values) // SPARKLINE_WIDTH))]
             low, high = min(values), max(values)
             levels = [round(7 * (y - low) / (high - low)) if high > low else 0 for y in values]
             first, last = (wording.metric_value(series["key"], y) for y in (values[0], series["points"][-1][1]))

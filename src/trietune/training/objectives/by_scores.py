@@ -166,7 +166,7 @@ def _run_backward(
     model: TrieModel, micro_batch: MicroBatch, losses: Tensor, weight: np.ndarray, loss_scale: LossScale | None
 ) -> None:
     def backward() -> None:
-        part = torch.dot(losses, model.place(torch.from_numpy(weight).to(losses.dtype)))
+        part = torch.dot(losses, model.to_device(torch.from_numpy(weight).to(losses.dtype)))
         scaled = part if loss_scale is None else loss_scale.multiply(part)
         scaled.backward()  # type: ignore[no-untyped-call]
 

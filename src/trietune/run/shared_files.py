@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.ranks.ranks import ALONE, Ranks
-from trietune.run.saving import Keeper
+from trietune.run.saving import RunFiles
 
 if TYPE_CHECKING:
     import torch
@@ -22,38 +22,38 @@ if TYPE_CHECKING:
     from trietune.tracking.tracker import Tracker
 
 
-def open_keeper(prepared: Prepared, hub: Tracker, ranks: Ranks) -> Keeper:
+def open_run_files(prepared: Prepared, tracker: Tracker, ranks: Ranks) -> RunFiles:
     """The files of a run; with several ranks, one keeper for all."""
-    return Keeper(prepared, hub) if ranks is ALONE else SharedKeeper(prepared, hub, ranks)
+    return RunFiles(prepared, tracker) if ranks is ALONE else SharedRunFiles(prepared, tracker, ranks)
 
 
-class SharedKeeper(Keeper):
+class SharedRunFiles(RunFiles):
     """A keeper whose files are rank 0's; every method is called by all ranks and gives all of them rank 0's result."""
 
-    def __init__(self, prepared: Prepared, hub: Tracker, ranks: Ranks) -> None:
+    def __init__(self, prepared: Prepared, tracker: Tracker, ranks: Ranks) -> None:
         self.ranks = ranks
         self.settings = prepared.settings
         self.prepared = prepared
         self.directory = prepared.plan.directory
-        self.hub = hub
+        self.tracker = tracker
         self._uploader = None
         self.saved_step = None
 
         def open_files() -> dict[str, Any]:
-            super(SharedKeeper, self).__init__(prepared, hub)
+            super(SharedRunFiles, self).__init__(prepared, tracker)
             return self.environment
 
         self.environment = ranks.once(open_files)
 
     def finished(self, allowed_changes: frozenset[str]) -> tuple[int, str] | None:
-        found = self.ranks.once(lambda: super(SharedKeeper, self).finished(allowed_changes))
+        found = self.ranks.once(lambda: super(SharedRunFiles, self).finished(allowed_changes))
         return None if found is None else (found[0], found[1])
 
     def find_checkpoint(self, allowed_changes: frozenset[str]) -> LoadedCheckpoint | None:
         found: list[LoadedCheckpoint | None] = []
 
         def find() -> dict[str, Any] | None:
-            loaded = super(SharedKeeper, self).find_checkpoint(allowed_changes)
+            loaded = super(SharedRunFiles, self).find_checkpoint(allowed_changes)
             found.append(loaded)
             if loaded is None:
                 return None
@@ -78,17 +78,17 @@ class SharedKeeper(Keeper):
         )  # fmt: skip
 
     def start(self, resumed: LoadedCheckpoint | None) -> None:
-        self.ranks.once(lambda: super(SharedKeeper, self).start(resumed))
+        self.ranks.once(lambda: super(SharedRunFiles, self).start(resumed))
         if resumed is not None:
             self.saved_step = resumed.step
             self.ranks.saved(str(resumed.path))
 
     def is_comparable(self, resumed: LoadedCheckpoint) -> bool:
-        return self.ranks.once(lambda: super(SharedKeeper, self).is_comparable(resumed))
+        return self.ranks.once(lambda: super(SharedRunFiles, self).is_comparable(resumed))
 
     def move_to(self, directory: Path) -> None:
         self.directory = directory
-        self.ranks.once(lambda: super(SharedKeeper, self).move_to(directory))
+        self.ranks.once(lambda: super(SharedRunFiles, self).move_to(directory))
 
     def save(
         self,
@@ -104,7 +104,7 @@ class SharedKeeper(Keeper):
         self.ranks.at("saving", step)
 
         def write() -> tuple[float, int | None]:
-            seconds = super(SharedKeeper, self).save(
+            seconds = super(SharedRunFiles, self).save(
                 step, epoch, metrics, peft_model, optimizer, further_state=further_state, must_succeed=must_succeed
             )
             self._note_saved()
@@ -120,7 +120,7 @@ class SharedKeeper(Keeper):
             self.ranks.saved(f"checkpoints/step-{self.saved_step:08d}")
 
     def better_than_last(self, step: int, metrics: Mapping[str, float]) -> tuple[int, bytes] | None:
-        better = self.ranks.once(lambda: super(SharedKeeper, self).better_than_last(step, metrics))
+        better = self.ranks.once(lambda: super(SharedRunFiles, self).better_than_last(step, metrics))
         return None if better is None else (better[0], better[1])
 
     def write_adapter(
@@ -132,11 +132,18 @@ class SharedKeeper(Keeper):
         encoder: Any,
         *,
         trained_steps: int,
+        is_stopped_early: bool = False,
     ) -> Path:
         self.ranks.at("saving", step)
         return self.ranks.once(
-            lambda: super(SharedKeeper, self).write_adapter(
-                step, peft_model, before, after, encoder, trained_steps=trained_steps
+            lambda: super(SharedRunFiles, self).write_adapter(
+                step,
+                peft_model,
+                before,
+                after,
+                encoder,
+                trained_steps=trained_steps,
+                is_stopped_early=is_stopped_early,
             )
         )
 
@@ -145,8 +152,8 @@ class SharedKeeper(Keeper):
 
     def finish_uploads(self, *, is_final: bool, must_leave: Callable[[], bool]) -> int:
         return self.ranks.once(
-            lambda: super(SharedKeeper, self).finish_uploads(is_final=is_final, must_leave=must_leave)
+            lambda: super(SharedRunFiles, self).finish_uploads(is_final=is_final, must_leave=must_leave)
         )
 
     def push_to_hub(self, adapter: Path) -> int:
-        return self.ranks.once(lambda: super(SharedKeeper, self).push_to_hub(adapter))
+        return self.ranks.once(lambda: super(SharedRunFiles, self).push_to_hub(adapter))

@@ -41,14 +41,14 @@ OFFLINE_TIMEOUT_S = 10.0
 WatchMode = Literal["all", "gradients", "parameters"] | None
 
 
-class WandbConsumer:
+class WandbListener:
     """One W&B run.
 
     Args:
         say: receives one line for the user at a time, and whether it is a warning; called within `handle` and `close`.
         project, name, tags: of the W&B run; `name` None takes the run's own.
         uploads_model: every saved checkpoint and the adapter become artifacts (`model_to_wandb`).
-        access: decides whether and how W&B is reached; called once, in the consumer's thread.
+        access: decides whether and how W&B is reached; called once, in the listener's thread.
         init_timeout_s: how long W&B's process waits for the server to open the run; training does not wait.
         drain_timeout_s: how long `close` waits for W&B to take the rest.
     """

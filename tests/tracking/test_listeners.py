@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trietune.errors import UserError
-from trietune.tracking.console.console import ConsoleConsumer
+from trietune.tracking.console.console import ConsoleListener
 from trietune.tracking.events import Event, Histograms, StepFinished
 from trietune.tracking.open import open_tracker
 
@@ -18,7 +18,7 @@ Events = Callable[..., Iterator[Event]]
 
 
 def names(**options: object) -> list[str]:
-    return [consumer.name for consumer in open_tracker(**options)._consumers]  # type: ignore[arg-type]
+    return [listener.name for listener in open_tracker(**options)._listeners]  # type: ignore[arg-type]
 
 
 def test_files_come_first_and_the_console_last() -> None:
@@ -47,7 +47,7 @@ def test_use_wandb_without_wandb_is_one_line(tmp_path: Path, events: Events, mon
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else real(name))
     err = io.StringIO()
-    tracker = open_tracker(use_wandb=True, console=ConsoleConsumer(io.StringIO(), err))
+    tracker = open_tracker(use_wandb=True, console=ConsoleListener(io.StringIO(), err))
     for event in events(tmp_path / "sst2"):
         tracker.emit(event)
     tracker.close()
@@ -60,14 +60,14 @@ def test_tensorboard_reads_back(tmp_path: Path, events: Events, histograms: Hist
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from trietune.tracking.tensorboard import TensorboardConsumer
+    from trietune.tracking.tensorboard import TensorboardListener
 
-    consumer = TensorboardConsumer()
+    listener = TensorboardListener()
     for event in events(tmp_path / "sst2"):
-        consumer.handle(event)
+        listener.handle(event)
         if isinstance(event, StepFinished) and event.step == histograms.step:
-            consumer.handle(histograms)
-    consumer.close()
+            listener.handle(histograms)
+    listener.close()
     read = EventAccumulator(str(tmp_path / "sst2" / "tensorboard"))
     read.Reload()
     assert [(point.step, point.value) for point in read.Scalars("train/loss")] == [
@@ -93,12 +93,12 @@ def test_trackio_reads_back(tmp_path: Path, events: Events, monkeypatch: pytest.
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from conftest import run_events
-        from trietune.tracking.trackio import TrackioConsumer
+        from trietune.tracking.trackio import TrackioListener
         for first_step in (0, 6):
-            consumer = TrackioConsumer(project="films")
+            listener = TrackioListener(project="films")
             for event in run_events(Path({str(tmp_path / "sst2")!r}), first_step=first_step):
-                consumer.handle(event)
-            consumer.close()
+                listener.handle(event)
+            listener.close()
         import json
         from trackio.sqlite_storage import SQLiteStorage
         runs = SQLiteStorage.get_runs("films")

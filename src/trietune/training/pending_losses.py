@@ -29,16 +29,16 @@ class LossNotFiniteError(Exception):
 
 
 @dataclass(slots=True)
-class Readings:
+class PendingLosses:
     """What the steps since the last reading left on the device."""
 
     _waiting: list[tuple[int, Tensor, Tensor, np.ndarray]] = field(default_factory=list)
 
-    def note(self, number: int, loss: Tensor, grad_norm: Tensor, sequence_indices: np.ndarray) -> None:
+    def add(self, number: int, loss: Tensor, grad_norm: Tensor, sequence_indices: np.ndarray) -> None:
         """Keep what step `number` computed."""
         self._waiting.append((number, loss, grad_norm, sequence_indices))
 
-    def read(self) -> tuple[float, float]:
+    def fetch(self) -> tuple[float, float]:
         """Loss and gradient norm of the last step.
 
         Raises:
@@ -46,8 +46,8 @@ class Readings:
         """
         waiting, self._waiting = self._waiting, []
         loss = grad_norm = math.nan
-        for number, loss_there, norm_there, sequence_indices in waiting:
-            loss, grad_norm = float(loss_there), float(norm_there)
+        for number, loss_on_device, norm_on_device, sequence_indices in waiting:
+            loss, grad_norm = float(loss_on_device), float(norm_on_device)
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise LossNotFiniteError(number, loss, grad_norm, sequence_indices)
         return loss, grad_norm
