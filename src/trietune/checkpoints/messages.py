@@ -79,6 +79,26 @@ def place_unusable(folder: Path, error: OSError | ValueError, where: str) -> Use
     )
 
 
+def wrong_contents(checkpoint: Path, name: str, reason: str) -> UserError:
+    """The bytes are those of the manifest, and mean nothing to a run."""
+    return UserError(
+        f"{checkpoint.name} cannot be gone on from: {name} {reason}",
+        where=f"{checkpoint / name}\n       nothing was changed",
+        next_step="`resume_option: path` with `checkpoint_path` takes another checkpoint",
+        exit_code=EXIT_RESUME_REFUSED,
+    )
+
+
+def wrong_optimizer(checkpoint: Path, reason: str) -> UserError:
+    """The optimizer's file is not of this run's optimizer."""
+    return UserError(
+        f"{checkpoint.name} cannot be gone on from: {OPTIMIZER_FILE} is not the state of this optimizer: {reason}",
+        where=str(checkpoint / OPTIMIZER_FILE),
+        next_step=f"if its weights are enough: `--resume --allow-change {OPTIMIZER_STATE}` takes a fresh optimizer",
+        exit_code=EXIT_RESUME_REFUSED,
+    )
+
+
 def run_id_missing(path: Path, ids: Sequence[str]) -> UserError:
     """Copied without its hidden files, say: what is there names its run, the folder does not."""
     several = f"; what is there belongs to {len(ids)} runs: {', '.join(ids)}" if len(ids) > 1 else ""

@@ -301,7 +301,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.model.architecture import check_architecture
     from trietune.model.assemble import assemble
     from trietune.model.base.four_bits import check_four_bits
-    from trietune.model.base.load import load_network
+    from trietune.model.base.load import load_network, reading_config
     from trietune.model.base.randomness import silence_rates
 
     dtype = choose_dtype(settings.dtype, device, where=settings.where("dtype"))
@@ -314,15 +314,16 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     )
     silence_rates(network)  # nothing is drawn in evaluation; what is left would have tries refused
     prompt_format = None
-    refusal = check_architecture(network)
-    widths = widths_of(network.config.get_text_config(), network)
+    with reading_config(base):
+        refusal = check_architecture(network)
+        widths = widths_of(network.config.get_text_config(), network)
     if adapter is not None:
         load_adapter(network, adapter, listed=listed)
     # A merged model has it beside its weights.
     place = adapter or base.path
     if os.path.lexists(place / PROMPT_FILE):
         data = read_plain_file(place, PROMPT_FILE, max_bytes=MAX_TEXT_BYTES, listed=listed)
-        prompt_format = PromptFormat.from_json(data.decode("utf-8", "replace"), where=str(place / PROMPT_FILE))
+        prompt_format = PromptFormat.from_json(data, where=str(place / PROMPT_FILE))
     if settings.batching != "padded" and refusal is not None:
         settings = settings.model_copy(update={"batching": "padded"})
         check_device(settings, device, options, tracker.info)

@@ -164,6 +164,7 @@ def prepare(
         tracker.info(device.reason)
     check_device(settings, device, options, tracker.info)
     check_processes(settings, device, num_processes, tracker.info)
+    from trietune.model.base.load import reading_config
     from trietune.model.base.shape import describe_network  # transformers starts XLA devices when it is imported
 
     asked_dtype = settings.dtype if chosen is None else chosen.dtype
@@ -191,7 +192,8 @@ def prepare(
             if settings.base_dropout and "base_dropout" in shape.refusal
             else "`--set batching=padded`, which trains it on plain rows",
         )
-    attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
+    with reading_config(base):
+        attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
     settings = with_max_length(settings, shape.config)
 
     kept = cache_folder() / "data"

@@ -32,6 +32,8 @@ from trietune.checkpoints.resume import (
 )
 from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
+from trietune.io import strict_json
+from trietune.io.causes import first_line
 from trietune.io.directory import DamagedDirectory, FileContent, read_directory, verify_directory, write_directory
 from trietune.io.disk_errors import SaveFailed, start_failed
 from trietune.io.manifest import ManifestInfo
@@ -85,6 +87,7 @@ class RunFiles:
             details=self.details(),
         )
         self.saved_step: int | None = None
+        self._may_drop_optimizer = False
         self._uploader: Uploader | None = None
 
     def _id_of_copies(self) -> str | None:
@@ -165,6 +168,7 @@ class RunFiles:
                 self.tracker.info(note)
         if not self.store.has_traces():
             self._check_no_adapter()
+        self._may_drop_optimizer = OPTIMIZER_STATE in allowed_changes
         expendable = {OPTIMIZER_FILE} if OPTIMIZER_STATE in allowed_changes else set()
         loaded = self.store.load(
             self.settings.resume_option, path, fresh_if_none=choice == "auto", expendable=expendable
@@ -189,7 +193,12 @@ class RunFiles:
 
     def _schedule_differences(self, loaded: LoadedCheckpoint, allowed_changes: frozenset[str]) -> list[Difference]:
         """Steps of warm-up are no setting: they follow from others and from the number of examples."""
-        state = json.loads(loaded.contents[STATE_FILE]) if STATE_FILE in loaded.contents else {}
+        from trietune.model.adapter.folder import WEIGHTS_FILE
+
+        if STATE_FILE not in loaded.contents or WEIGHTS_FILE not in loaded.contents:
+            lacking = STATE_FILE if STATE_FILE not in loaded.contents else WEIGHTS_FILE
+            raise messages.wrong_contents(loaded.path, lacking, "is not among the files of its manifest")
+        state = _parse_state(loaded.contents[STATE_FILE], loaded.path)
         before = state.get("num_warmup_steps")
         if before is None:
             before = self._warmup_before(loaded, state)
@@ -252,14 +261,20 @@ class RunFiles:
 
         set_adapter_tensors(peft_model, resumed.take(WEIGHTS_FILE), where=str(resumed.path))
         if (reason := self._why_moments_start_anew(resumed)) is None:
-            restore_optimizer(optimizer, bytes_to_tensors(resumed.take(OPTIMIZER_FILE)))
+            try:
+                restore_optimizer(optimizer, bytes_to_tensors(resumed.take(OPTIMIZER_FILE)))
+            except (ValueError, RuntimeError, TypeError) as error:  # its digest is right, and it is none of this run
+                if not self._may_drop_optimizer:
+                    raise messages.wrong_optimizer(resumed.path, first_line(error)) from error
+                reason = f"{first_line(error)}, and `--allow-change {OPTIMIZER_STATE}`"
+        if reason is None:
             self.tracker.info(f"going on from step {resumed.step:,} with the optimizer's state, as if never stopped")
         else:
             self.tracker.info(
                 f"going on from step {resumed.step:,}: weights, data order, schedule and step count go on; the "
                 f"optimizer's moments start anew ({reason})"
             )
-        state: Mapping[str, Any] = json.loads(resumed.take(STATE_FILE))
+        state = _parse_state(resumed.take(STATE_FILE), resumed.path)
         resumed.contents.clear()
         return state
 
@@ -502,3 +517,30 @@ class RunFiles:
 def _trained_steps(info: ManifestInfo | None) -> int | None:
     trained = info.details.get("trained_steps") if info is not None else None
     return trained if isinstance(trained, int) else None
+
+
+def _parse_state(data: bytes, checkpoint: Path) -> Mapping[str, Any]:
+    """`trainer_state.json`, its values of the kinds that are written. Raises `UserError` for anything else."""
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and value >= 0
+
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "epoch": ("a number", lambda value: type(value) in (int, float) and value >= 0),
+        "max_positions": ("a count", lambda value: is_count(value) and value > 0),
+        "packed_bytes": ("a count", is_count),
+        "num_warmup_steps": ("a count", is_count),
+        "reference": ("a text", lambda value: isinstance(value, str)),
+        "loss_scale": ("numbers", lambda value: isinstance(value, dict)
+                       and all(type(one) in (int, float) for one in value.values())),
+    }  # fmt: skip
+    try:
+        state = strict_json.parse(data)
+    except strict_json.NotStrict as error:
+        raise messages.wrong_contents(checkpoint, STATE_FILE, f"cannot be read: {error}") from error
+    if not isinstance(state, dict) or "epoch" not in state:
+        raise messages.wrong_contents(checkpoint, STATE_FILE, "does not say its `epoch`")
+    for key, (kind, is_right) in kinds.items():
+        if key in state and not (state[key] is None and key != "epoch") and not is_right(state[key]):
+            raise messages.wrong_contents(checkpoint, STATE_FILE, f"has `{key}: {str(state[key])[:60]}`, not {kind}")
+    return state
