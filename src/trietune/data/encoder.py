@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trietune.data.chat import Segment, split_last_turn, split_turns
+from trietune.data.chat import Segment, TemplateTooSlowError, split_last_turn, split_turns
 from trietune.data.columns import WrongRow
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.templates import PromptFormat
@@ -100,7 +100,12 @@ def find_bos_id(tokenizer: Any, add_bos: bool | Literal["auto"] = "auto") -> int
     return None if declines_it and not adds_it else int(bos_id)
 
 
-def find_stop_ids(tokenizer: Any, prompt_format: PromptFormat, conversation: Sequence[Message] = ()) -> tuple[int, ...]:
+def find_stop_ids(
+    tokenizer: Any,
+    prompt_format: PromptFormat,
+    conversation: Sequence[Message] = (),
+    check_stop: Callable[[], None] = lambda: None,
+) -> tuple[int, ...]:
     """The ids that end an answer: EOS, and in a conversation the token that the chat template closes a turn with.
 
     Args:
@@ -111,7 +116,7 @@ def find_stop_ids(tokenizer: Any, prompt_format: PromptFormat, conversation: Seq
     """
     if prompt_format.kind != "chat":
         return (prompt_format.eos_id,)
-    encoder = make_encoder(tokenizer, prompt_format)
+    encoder = make_encoder(tokenizer, prompt_format, check_stop=check_stop)
     encoded = _encode_probe(encoder, conversation)
     closing = encoded.input_ids[encoded.labels != IGNORED_LABEL].tolist()
     special = set(tokenizer.all_special_ids) | {
@@ -130,6 +135,9 @@ def _encode_probe(encoder: Encoder, conversation: Sequence[Message]) -> EncodedE
             continue
         try:
             return encoder.encode([Example(id="", prompt="", completion="b", messages=probe)])
+        except TemplateTooSlowError as error:
+            reason = error
+            break  # the others would take as long
         except WrongRow as error:
             reason = error
     raise UserError(
@@ -165,6 +173,7 @@ class Encoder:
     tokenizer: Any
     beginning: Any  # tokenizers.Tokenizer, for text that begins a sequence
     continuation: Any  # the same without a space of its own in front
+    check_stop: Callable[[], None] = lambda: None  # asked while a conversation is rendered
 
     def encode(self, examples: Sequence[Example]) -> EncodedExamples:
         """Token ids and labels of examples, tokenized as one batch.
@@ -241,6 +250,7 @@ class Encoder:
             tokenizer=self.tokenizer,
             chat_template=self.prompt_format.chat_template,
             add_generation_prompt=add_generation_prompt,
+            check_stop=self.check_stop,
         )
 
     def _tokenize(self, backend: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -272,14 +282,17 @@ class Encoder:
         return ids[:end] if end < len(ids) else ids
 
 
-def make_encoder(tokenizer: Any, prompt_format: PromptFormat) -> Encoder:
+def make_encoder(
+    tokenizer: Any, prompt_format: PromptFormat, *, check_stop: Callable[[], None] = lambda: None
+) -> Encoder:
     """The encoder of a prompt format.
 
     Args:
         tokenizer: a fast `transformers` tokenizer.
+        check_stop: asked while a conversation is rendered; what it raises passes through.
     """
     beginning = _plain_backend(tokenizer)
-    return Encoder(prompt_format, tokenizer, beginning, _continuation(beginning))
+    return Encoder(prompt_format, tokenizer, beginning, _continuation(beginning), check_stop)
 
 
 def _plain_backend(tokenizer: Any) -> Any:

@@ -112,13 +112,18 @@ def load_data(
     sources = find_sources(settings, report=report)
     watch = _Watch.of(sources)
     row_format, form = _find_row_format(settings, sources)
-    prompt_format = make_prompt_format(settings, tokenizer, row_format, _first_conversation(sources.train, row_format))
+    prompt_format = make_prompt_format(
+        settings, tokenizer, row_format, _first_conversation(sources.train, row_format), check_stop
+    )
     weighting = _find_weighting(settings, sources, row_format, report)
     unused = find_unused(sources.train.columns(), row_format)
     if weighting is not None and weighting.has_column:
         unused = tuple(name for name in unused if name != COLUMN)
     if unused and (sources.task_name is None or settings.train_file):
-        report(f"columns of `{sources.train.name}` that nothing uses: {', '.join(f'`{name}`' for name in unused)}")
+        shown = ", ".join(f"`{name}`" for name in unused[:20]) + (
+            f" and {len(unused) - 20:,} more" if unused[20:] else ""
+        )
+        report(f"columns of `{sources.train.name}` that nothing uses: {shown}")
     if row_format.kind == "templates" and not find_columns(row_format.prompt_template, row_format.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
     loading = _Loading(
@@ -377,7 +382,7 @@ class _Loading:
             placed = compress(placed, held_out)
         common: dict[str, Any] = {
             "source": rows.name,
-            "encoder": make_encoder(self.tokenizer, self.prompt_format),
+            "encoder": make_encoder(self.tokenizer, self.prompt_format, check_stop=self.check_stop),
             "rules": rules,
             "check_stop": self.check_stop,
             "progress": lambda done: self.progress(phase, done, total),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,11 @@ from trietune.io.places import expand
 
 
 def make_prompt_format(
-    settings: Settings, tokenizer: Any, row_format: RowFormat, conversation: Sequence[Message] = ()
+    settings: Settings,
+    tokenizer: Any,
+    row_format: RowFormat,
+    conversation: Sequence[Message] = (),
+    check_stop: Callable[[], None] = lambda: None,
 ) -> PromptFormat:
     """The prompt format of a row_format; the task of custom data is told by the data later.
 
@@ -42,7 +46,7 @@ def make_prompt_format(
         chat_template=chat_template,
         # Of answers that are compared, the last one alone is learnt.
         is_turn_by_turn=row_format.kind == "answer_messages"
-        or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template)),
+        or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template, check_stop)),
         parses_special_tokens=may_mean_them or spells_them,
         bos_id=find_bos_id(tokenizer, settings.add_bos),
         eos_id=int(tokenizer.eos_token_id),
@@ -51,7 +55,7 @@ def make_prompt_format(
         tokenizer_hash=hash_tokenizer(tokenizer),
         template_columns=row_format.template_columns,
     )
-    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversation))
+    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversation, check_stop))
 
 
 def make_plain_format(tokenizer: Any) -> PromptFormat:

@@ -42,7 +42,7 @@ _CHOICES_OF_KERNELS = frozenset(
 _BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 
 # Layers, experts, and entries of any list: the deepest models have some 130 layers and 512 experts.
-_MOST_PARTS = 10_000
+MOST_LAYERS, _MOST_PARTS = 1_000, 10_000
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -110,11 +110,12 @@ def _check_sizes(config: Mapping[str, Any], where: Path, path: str = "") -> None
         name = f"{path}.{key}" if path else str(key)
         if isinstance(value, dict):
             _check_sizes(value, where, name)
-        is_size = isinstance(value, int) and any(word in key.lower() for word in ("layer", "expert", "depth"))
+        most = MOST_LAYERS if "layer" in key.lower() or "depth" in key.lower() else _MOST_PARTS
+        is_size = isinstance(value, int) and any(word in key.lower() for word in ("layer", "depth", "expert"))
         size = value if is_size else len(value) if isinstance(value, list) else 0
-        if size > _MOST_PARTS:
+        if size > most:
             raise UserError(
-                f"`{where}` describes {size:,} parts of a network (`{name}`), more than the {_MOST_PARTS:,} allowed",
+                f"`{where}` describes {size:,} parts of a network (`{name}`), more than the {most:,} allowed",
                 where="no model that is known has a tenth of them",
                 next_step="take config.json from the page that the weights come from",
             )
