@@ -22,6 +22,7 @@ from trietune.data.examples import IGNORED_LABEL
 from trietune.data.files import BrokenRow
 from trietune.data.preferences import AnswerForm, AnswerRow, answer_reader
 from trietune.data.sources import PlacedRow
+from trietune.data.templates import find_half_character
 
 
 def tokenize_answers(
@@ -90,6 +91,7 @@ def _read_block(
             continue
         try:
             made = read(row, place)
+            _check_characters(made)
         except WrongRow as error:
             tally.problems.add(place, str(error))
             continue
@@ -99,6 +101,14 @@ def _read_block(
         tally.counts, read=tally.counts.read + num_read, num_examples=tally.counts.num_examples + len(rows)
     )
     return rows
+
+
+def _check_characters(rows: Sequence[AnswerRow]) -> None:
+    for row in rows:
+        for example in row.examples:
+            messages = (text for message in example.messages for text in (message.role, message.content))
+            if half := find_half_character(example.id, example.prompt, example.completion, *messages):
+                raise WrongRow(f"the text holds half a character, or a byte that is not UTF-8 ({half})")
 
 
 def _write_block(

@@ -12,14 +12,13 @@ A form is chosen once a data set, from its columns and first row, and applied to
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Example, Message
-from trietune.data.templates import fill_template, find_columns, read_messages, to_text
+from trietune.data.templates import fill_template, find_columns, is_weight, read_messages, to_text
 from trietune.errors import UserError
 
 FormKind = Literal["pairs", "ranked", "judged"]
@@ -202,7 +201,7 @@ def _read_ranked(form: AnswerForm, row: Mapping[str, Any], place: str) -> list[A
         raise WrongRow("`completions` is no list")
     column = "scores" if row.get("scores") is not None else "ranking"
     values = row.get(column)
-    if not isinstance(values, Sequence) or isinstance(values, str) or not all(_is_number(one) for one in values):
+    if not isinstance(values, Sequence) or isinstance(values, str) or not all(is_weight(one) for one in values):
         raise WrongRow(f"`{column}` is no list of numbers")
     if len(values) != len(completions):
         raise WrongRow(f"{len(completions)} `completions` and {len(values)} `{column}`")
@@ -297,10 +296,6 @@ def _is_conversation(value: Any) -> bool:
 
 def _first(value: Any) -> Any:
     return value[0] if isinstance(value, Sequence) and not isinstance(value, str) and value else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _names(names: Sequence[str]) -> str:

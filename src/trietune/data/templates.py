@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -252,4 +253,5 @@ def _read_message(item: Any, number: int, column: str) -> Message:
 
 def is_weight(value: Any) -> bool:
     """Whether a value can multiply losses: any number that is finite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number of JSON may be too large for a float; comparing the two is exact.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
