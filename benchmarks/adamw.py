@@ -33,7 +33,6 @@ from trietune.training.flat_adamw import FlatAdamW
 from trietune.training.gradients import accumulate_gradients
 from trietune.trie import make_micro_batches
 
-BATCH_SIZES = (4, 32)
 OPTIONS = {"lr": 1e-6, "weight_decay": 0.01}
 MOST_NODES = 16_384
 
@@ -70,6 +69,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--pairs", type=int, default=20, help="steps at each batch size")
     arguments.add_argument("--folder", help="of SmolLM2; default: the sample model")
+    arguments.add_argument("--sizes", type=int, nargs="+", default=[4, 32], help="examples per step")
     arguments.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     options = arguments.parse_args()
     torch.set_num_threads(1)
@@ -89,7 +89,7 @@ def main() -> None:
     ]
     model = assemble(network, device, attention="rows", fused_layers=True, pack_weights="auto")
     tokenizer = AutoTokenizer.from_pretrained(choice.folder)
-    for size in BATCH_SIZES:
+    for size in options.sizes:
         workload = real_workload(f"sst2-plain-{size}", tokenizer, Path("demo"), num_rounds=options.pairs)
         print(json.dumps(compare(model, workload, contenders, options.pairs)), flush=True)
 

@@ -25,7 +25,7 @@ class UserError(Exception):
         what: one sentence in plain words, in backticks whatever the user typed.
         where: file and line, key, or example that it comes from; None when `what` says it.
         next_step: what to do now, with a command or a value to write where there is one.
-        exit_code: of the process; see the constants above.
+        exit_code: exit code of the process; see the constants above.
     """
 
     def __init__(

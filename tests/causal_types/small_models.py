@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from trietune.model.base.load import auto_class
 
 VOCABULARY = 120
 # Shorter than nearly every sequence, so that a layer that forgets its window is noticed.
@@ -31,7 +33,7 @@ SIZES: list[tuple[int, tuple[str, ...]]] = [
     (16, ("moe_intermediate_size", "expert_ffn_hidden_size", "moe_shared_expert_intermediate_size",
          "moe_shared_intermediate_size", "moe_latent_size", "q_lora_rank", "kv_lora_rank", "o_lora_rank")),
     (LAYERS, (
-        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth",
     )),
     (4, (
         "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
@@ -40,7 +42,7 @@ SIZES: list[tuple[int, tuple[str, ...]]] = [
     )),
     (2, (
         "num_key_value_heads", "num_experts_per_tok", "moe_top_k", "moe_k", "num_experts_per_token",
-        "num_codebooks", "top_k_experts",
+        "num_codebooks", "top_k_experts", "moe_router_topk",
     )),
     (1, ("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace",
         "moe_num_shared_experts",
@@ -52,6 +54,8 @@ SIZES: list[tuple[int, tuple[str, ...]]] = [
     (256, ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "max_target_positions")),
     (WINDOW, ("sliding_window", "attention_window_size", "window_size")),
 ]  # fmt: skip
+# Without a number of experts a layer computes none, whatever else its configuration says of them.
+_NAMED_BUT_NOT_GIVEN = ("num_experts_per_tok",)
 SIZE_OF = {name: size for size, names in SIZES for name in names}
 # What a type's parts must have in common, beside the table; found by trying to build them.
 _MLA = {"head_dim": 4, "qk_head_dim": 12, "num_key_value_heads": 4}
@@ -73,6 +77,8 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     },
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16]},
     "xlstm": {"embedding_dim": 32, "hidden_size": 32},
+    "kimi_linear": _MLA | {"linear_attn_config": {"head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4}},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
 
@@ -82,7 +88,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "laguna": {"num_attention_heads_per_layer": [4, 4]},
     "deepseek_v2": _MLA, "deepseek_v3": _MLA, "glm4_moe_lite": _MLA, "axk1": _MLA, "minicpm3": _MLA, "youtu": _MLA,
-    "kimi_linear": _MLA, "bailing_hybrid": _MLA, "longcat_flash": _MLA,
+    "bailing_hybrid": _MLA, "longcat_flash": _MLA,
     "axk2": _MLA | {"index_head_dim": 8}, "deepseek_v32": _MLA, "glm_moe_dsa": _MLA,
 }  # fmt: skip
 
@@ -109,6 +115,8 @@ def _smaller(given: dict[str, Any], model_type: str) -> dict[str, Any]:
             made[name] = [SIZE_OF[name]] * LAYERS if isinstance(value, list | tuple) else SIZE_OF[name]
         elif name.endswith("_token_id") and isinstance(value, int):
             made[name] = {"pad": 0, "bos": 1, "eos": 2}.get(name.split("_")[0], 3)
+        elif name in _NAMED_BUT_NOT_GIVEN and value is None:
+            made[name] = SIZE_OF[name]
         elif name in ("layer_types", "layers_block_type", "mlp_layer_types") and isinstance(value, list):
             kinds = list(dict.fromkeys(value))
             made[name] = (kinds * LAYERS)[:LAYERS]
@@ -118,13 +126,15 @@ def _smaller(given: dict[str, Any], model_type: str) -> dict[str, Any]:
             made[name] = value
     if made.get("pad_token_id") is None:
         made["pad_token_id"] = 0
+    if made.get("is_decoder") is False and not made.get("is_encoder_decoder"):
+        made["is_decoder"] = True  # an encoder whose causal form this is
     return made | OF_TYPE.get(model_type, {})
 
 
 def small_network(model_type: str, *, seed: int = 20, **changes: Any) -> PreTrainedModel:
     """A network of `small_config`, in evaluation mode and fp32, its weights random and large."""
     torch.manual_seed(0)
-    network: PreTrainedModel = AutoModelForCausalLM.from_config(small_config(model_type, **changes)).float()
+    network: PreTrainedModel = auto_class(model_type).from_config(small_config(model_type, **changes)).float()
     randomize(network, seed)
     return network.eval()
 

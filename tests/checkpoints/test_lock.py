@@ -36,7 +36,7 @@ def start_holder(folder: Path) -> subprocess.Popen[str]:
 def test_the_second_writer_is_told_who_the_first_is_until_it_is_killed(tmp_path: Path) -> None:
     process = start_holder(tmp_path)
     try:
-        with pytest.raises(UserError, match="another process writes to") as caught, RunLock(tmp_path):
+        with pytest.raises(UserError, match="another process is writing to") as caught, RunLock(tmp_path):
             pass
         assert f"process {process.pid} on {os.uname().nodename}, since" in str(caught.value)
         assert "hunter2" not in (tmp_path / LOCK_NAME).read_text()

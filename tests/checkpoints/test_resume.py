@@ -76,7 +76,7 @@ def test_the_refusal_is_a_table_with_a_way_out() -> None:
     assert str(caught.value) == (
         "error: this is not the training that step-00000050 belongs to: 1 setting differs\n"
         "                      checkpoint  now\n"
-        "       learning_rate  6e-05       0.0001  another training from here on\n"
+        "       learning_rate  6e-05       0.0001  training differs from here on\n"
         "       nothing was changed\n"
         "next:  set it back, or accept it by name: `--allow-change learning_rate`"
     )

@@ -83,7 +83,7 @@ def test_best_without_any_value_takes_the_newest_and_says_so(tmp_path: Path) -> 
     save(store, 50)
     loaded = store.load("best")
     assert loaded is not None
-    assert loaded.notes == ("no whole checkpoint has a value of `eval/loss`; taking the newest instead",)
+    assert loaded.notes == ("no whole checkpoint has a value for `eval/loss`; using the newest instead",)
 
 
 def test_all_damaged_refuses_and_is_no_fresh_start(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ FILES: Mapping[str, str | bytes] = {
     "a batch size per device": "per_device_train_batch_size: 8\n",
     "a rank by another tool's name": "lora_rank: 16\n",
     "an interval by another tool's name": "save_steps: 500\n",
-    "labels on prompts, which are never learnt": "train_on_inputs: false\n",
+    "labels on prompts, which are never learned": "train_on_inputs: false\n",
     "a secret in the file": "hf_token: hf_abcdefghijklmnopqrstuvwxyz\n",
     "repeated key": "seed: 1\nlora_r: 4\nseed: 2\n",
     "tag": "seed: !!python/object:os.system 3\n",

@@ -177,7 +177,7 @@ def test_a_question_with_a_key_twice_is_a_broken_row(tmp_path: Path, qa: str) ->
         ("a.json", '{"data": [{"paragraphs": [], "paragraphs": []}]}', "article 1 has the key `paragraphs` twice"),
         ("a.json", '{"data": [{"paragraphs": [{"context": "", "qas": [], "qas": []}]}]}', "has the key `qas` twice"),
         ("a.json", '{"data": [{"paragraphs": []}]} {"data": []}', "is not JSON: Extra data"),
-        ("a.docx", "x", "form that is not known"),
+        ("a.docx", "x", "unknown format"),
         ("a.json", '{"version": "v2.0", "data": [{"paragraphs": [{"qas": []}]}]}', "not in SQuAD's form: no 'context'"),
         ("a.json", '{"data": [1, 2]}', "not in SQuAD's form"),
         ("a.json", '{"data": [{"paragraphs": [', "is not JSON"),

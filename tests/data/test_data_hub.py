@@ -159,7 +159,7 @@ def test_a_configuration_and_a_split_by_name(hub: DataHub, load: Any) -> None:
         ("stanfordnlp/sst_2", "no data set `stanfordnlp/sst_2`", "did you mean `stanfordnlp/sst2`?"),
         ("owner/gated", "`owner/gated` is gated", "hf auth login"),
         ("owner/two", "has several configurations", "dataset_id: owner/two:ax"),
-        ("owner/program", "is a program and not data", "parquet"),
+        ("owner/program", "is a script, not data", "parquet"),
         ("owner/empty", "holds no data files", "train_file"),
         ("owner/pairs@nowhere", "no such revision", "leave"),
     ],

@@ -15,8 +15,8 @@ import pytest
 
 from trietune.data import Data, load_data, load_split, preview_examples
 from trietune.data.examples import IGNORED_LABEL, Message
-from trietune.data.load import draw_held_out
-from trietune.data.sources import FileRows
+from trietune.data.held_out import draw_held_out
+from trietune.data.rows import FileRows
 from trietune.errors import StopRequested, UserError
 
 Load = Callable[..., Data]
@@ -572,7 +572,7 @@ def test_padding_that_a_mask_hides_is_no_part_of_an_example(load: Load, said: li
     padded = []
     for row in TOKENS_UNPADDED:
         ids = [0] * before + row["input_ids"] + [0] * after
-        # The labels of padding equal its ids: without the mask it would be learnt.
+        # The labels of padding equal its ids: without the mask it would be learned.
         labels = [0] * before + row["labels"] + [0] * after
         mask = [0] * before + [1] * len(row["labels"]) + [0] * after
         padded.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
@@ -824,12 +824,12 @@ def test_a_conversation_that_begins_with_the_assistant_is_named(load: Load) -> N
 def test_validation_examples_that_stand_in_training_are_counted(load: Load, said: list[str]) -> None:
     rows = [{"prompt": f"{i}?", "completion": f" {i}"} for i in range(20)]
     load(train_file=jsonl("t.jsonl", rows[:15]), validation_file=jsonl("v.jsonl", rows[12:]))
-    assert "validation: 3 of 8 examples also stand in the training data (v.jsonl:1, v.jsonl:2, v.jsonl:3)" in said
+    assert "validation: 3 of 8 examples also appear in the training data (v.jsonl:1, v.jsonl:2, v.jsonl:3)" in said
     said.clear()
     load(train_file=jsonl("u.jsonl", rows))
     assert not [line for line in said if "also stand" in line]
     load(train_file=jsonl("w.jsonl", [rows[0]] * 20))
-    assert [line for line in said if "1 of 1 examples also stand in the training data" in line]
+    assert [line for line in said if "1 of 1 examples also appear in the training data" in line]
 
 
 ADDED = [{"prompt": f"more {n}", "completion": "c"} for n in range(500)]
@@ -865,7 +865,7 @@ def test_a_file_that_grows_while_it_is_read_is_noticed_and_nothing_is_kept(
             return number
 
         monkeypatch.setattr(FileRows, "count", count_and_grow)
-    with pytest.raises(UserError, match=r"`train.jsonl` was written to while it was read") as caught:
+    with pytest.raises(UserError, match=r"`train.jsonl` changed while it was being read") as caught:
         load(**whole, **hooks)
     assert grown == [True]
     assert "run the same command again" in str(caught.value)
@@ -887,7 +887,7 @@ def test_a_file_that_changes_and_comes_back_is_noticed(load: Load, monkeypatch: 
         train.write_bytes(original)
 
     monkeypatch.setattr(FileRows, "read", read_another)
-    with pytest.raises(UserError, match="was written to while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         load(train_file="train.jsonl", validation_file=jsonl("dev.jsonl", rows[:2]))
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from trietune.data.columns import RowFormat, Unlabeled, WrongRow, choose_row_format, example_maker
 from trietune.data.examples import Example, Message
-from trietune.data.templates import PromptFormat, fill_template, find_columns, literal_text, read_messages
+from trietune.data.messages import read_messages
+from trietune.data.templates import PromptFormat, fill_template, find_columns, literal_text
 from trietune.errors import UserError
 
 
@@ -94,13 +95,13 @@ def test_what_follows_the_last_answer_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        ([], "no list of messages"),
-        (None, "no list of messages"),
-        ("hello", "no JSON list"),
+        ([], "not a list of messages"),
+        (None, "not a list of messages"),
+        ("hello", "not a JSON list"),
         ([{"role": "user", "content": "Hi"}], "no message has the role `assistant`"),
-        ([{"from": "human", "value": "Hi"}], "ShareGPT"),
+        ([{"from": "narrator", "value": "Hi"}], "from `narrator`"),
         ([{"role": "assistant", "content": None}], "no text"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "calls tools"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "no list of objects"),
         (["hello"], 'has no "role"'),
     ],
 )

@@ -43,11 +43,11 @@ def load(path: Path, tokenizer: Any, **keys: Any) -> Any:
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": HUGE}]},
             {},
-            "is no number",
+            "not a number",
         ),
         ({"prompt": "a", "chosen": "\ud83d", "rejected": "b"}, {"objective": "dpo"}, "half a character"),
         ({"prompt": "\ud83d", "chosen": "a", "rejected": "b"}, {"objective": "dpo"}, "half a character"),
-        ({"prompt": "a", "completions": ["a", "b"], "scores": [HUGE, 1]}, {"objective": "dpo"}, "no list of numbers"),
+        ({"prompt": "a", "completions": ["a", "b"], "scores": [HUGE, 1]}, {"objective": "dpo"}, "list of numbers"),
     ],
 )
 def test_a_row_of_another_kind_is_named(

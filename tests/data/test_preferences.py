@@ -46,7 +46,7 @@ class Loader:
         )
 
     def text(self, data: Data, index: int) -> tuple[str, str]:
-        """What is given and what is learnt of a sequence, decoded, special tokens by name."""
+        """What is given and what is learned of a sequence, decoded, special tokens by name."""
         train = data.train
         begin, end = int(train.offsets[index]), int(train.offsets[index + 1])
         is_label = train.labels[begin:end] != -100
@@ -230,14 +230,14 @@ def test_a_cut_prompt_stays_the_same_in_all_answers(load: Loader) -> None:
         ({"prompt": "q", "completions": ["a"], "scores": [1], "ranking": [1]}, {}, "remove one"),
         ({"prompt": "q", "completions": ["a", "b"], "scores": [1, 0]}, {"objective": "kto"}, "objective: dpo"),
         ({"prompt": "q", "completions": ["a", "b"], "scores": [1]}, {}, "2 `completions` and 1 `scores`"),
-        ({"prompt": "q", "completions": ["a", "b"], "scores": [1, "x"]}, {}, "no list of numbers"),
+        ({"prompt": "q", "completions": ["a", "b"], "scores": [1, "x"]}, {}, "not a list of numbers"),
         ({"prompt": "q", "completion": "a", "label": "maybe"}, {"objective": "kto"}, "neither true nor false"),
         ({"prompt": "q", "chosen": None, "rejected": "b"}, {}, "`chosen` is missing"),
         ({"chosen": [USER, says("a")], "rejected": [{**USER, "content": "ho"}, says("b")]}, {}, "before their last"),
         ({"chosen": [says("a"), USER], "rejected": [says("b"), USER]}, {}, "differ before"),
         ({"prompt": [USER], "chosen": [USER], "rejected": [says("b")]}, {}, "not `assistant`"),
-        ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")], "tools": [{}]}, {}, "tools"),
-        ({"prompt": "q", "chosen": [{"from": "gpt", "value": "a"}], "rejected": [says("b")]}, {}, "ShareGPT"),
+        ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")], "tools": {}}, {}, "tools"),
+        ({"prompt": "q", "chosen": [{"from": "who", "value": "a"}], "rejected": [says("b")]}, {}, "from `who`"),
         ({"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")]}, {"prompt_template": "{x}"}, "messages"),
     ],
 )

@@ -15,7 +15,7 @@ from trietune import UserError
 from trietune.data.columns import RowFormat
 from trietune.data.encoder import load_tokenizer
 from trietune.data.load import Data
-from trietune.data.sources import FileRows, SlicedRows
+from trietune.data.rows import FileRows, SlicedRows
 from trietune.data.weights import find_weighting
 
 

@@ -43,55 +43,55 @@ def on(card: CudaDevice) -> Device:
         (H100, GEMMA, "varlen", None),
         (A100, SMOLLM2, "varlen", None),
         (RTX_4090, GEMMA, "varlen", None),
-        (H100, GEMMA2, "flex", "not varlen: its kernel knows no soft-capping"),
+        (H100, GEMMA2, "flex", "not varlen: it does not support soft-capping"),
         (
             RTX_4090,
             GEMMA2,
             "rows",
-            "not varlen: its kernel knows no soft-capping; not flex: the backward of its kernel needs more shared "
-            "memory for heads of 256 numbers than this card has (99 KB); not mask: it pays for micro-batches of at "
-            "most 2,048 tokens",
+            "not varlen: it does not support soft-capping; not flex: its backward pass needs more shared "
+            "memory for head size 256 than this GPU has (99 KB); not mask: it pays off only for micro-batches of up to "
+            "2,048 tokens",
         ),
         (
             A100,
             replace(LLAMA, dtype=torch.float32),
             "flex",
-            "not varlen: its kernel computes in bfloat16 and float16, not in float32",
+            "not varlen: it computes in bfloat16 and float16, not in float32",
         ),
         (
             T4,
             replace(LLAMA, dtype=torch.float16),
             "flex",
-            "not varlen: its kernel needs compute capability 8.0, and this card has 7.5",
+            "not varlen: it needs compute capability 8.0, and this GPU has 7.5",
         ),
         (
             RTX_4090,
             replace(LLAMA, head_size=200),
             "rows",
-            "not varlen: on this card its kernel has no backward for heads of 200 numbers; not flex: the backward of "
-            "its kernel needs more shared memory for heads of 200 numbers than this card has (99 KB); not mask: it "
-            "pays for micro-batches of at most 2,048 tokens",
+            "not varlen: on this GPU it has no backward pass for head size 200; not flex: its backward pass needs more "
+            "shared memory for head size 200 than this GPU has (99 KB); not mask: it pays off only for micro-batches "
+            "of up to 2,048 tokens",
         ),
         (
             H100,
             replace(LLAMA, head_size=512, num_positions=1024),
             "mask",
-            "not varlen: its kernel takes heads of 8, 16, ... 256 numbers, not of 512; not flex: its kernel takes "
-            "heads of 16 to 256 numbers, not of 512",
+            "not varlen: it supports head sizes that are multiples of 8 up to 256, not 512; not flex: it supports "
+            "head sizes from 16 to 256, not 512",
         ),
         (
             replace(H100, has_flash=False, has_triton=False),
             LLAMA,
             "rows",
             "not varlen: this build of PyTorch has no flash attention; not flex: it is compiled by Triton, which is "
-            "not installed; not mask: it pays for micro-batches of at most 2,048 tokens",
+            "not installed; not mask: it pays off only for micro-batches of up to 2,048 tokens",
         ),
         (
             CudaDevice(capability=(6, 1), shared_memory_bytes=48 * KB),
             replace(LLAMA, dtype=torch.float32, num_positions=2048),
             "mask",
-            "not varlen: its kernel needs compute capability 8.0, and this card has 6.1; not flex: Triton needs "
-            "compute capability 7.0, and this card has 6.1",
+            "not varlen: it needs compute capability 8.0, and this GPU has 6.1; not flex: Triton needs "
+            "compute capability 7.0, and this GPU has 6.1",
         ),
     ],
 )
@@ -109,9 +109,9 @@ def test_a_way_that_was_asked_for_is_taken_without_a_word(asked: str) -> None:
 def test_a_way_that_was_asked_for_and_does_not_take_the_model_is_refused() -> None:
     with pytest.raises(UserError) as refused:
         choose_backend("varlen", on(H100), GEMMA2, where="sst2.yaml, line 3")
-    assert refused.value.what == "`attention: varlen` does not run here: its kernel knows no soft-capping"
+    assert refused.value.what == "`attention: varlen` does not run here: it does not support soft-capping"
     assert refused.value.where == "sst2.yaml, line 3"
-    assert refused.value.next_step == "`--set attention=auto`, which takes `flex` on this device"
+    assert refused.value.next_step == "`--set attention=auto`, which uses `flex` on this device"
 
 
 @pytest.mark.parametrize("asked", ["varlen", "flex"])
@@ -122,7 +122,7 @@ def test_ways_of_cuda_are_refused_on_a_cpu(asked: str) -> None:
     assert refused.value.what == (
         f"`attention: {asked}` does not run here: its kernel runs on CUDA, and this run is on CPU, 2 threads"
     )
-    assert refused.value.next_step == "`--set attention=auto`, which takes `rows` on this device"
+    assert refused.value.next_step == "`--set attention=auto`, which uses `rows` on this device"
 
 
 def test_a_cpu_takes_rows_whatever_the_model() -> None:
@@ -133,9 +133,9 @@ def test_a_cpu_takes_rows_whatever_the_model() -> None:
 @pytest.mark.parametrize(
     ("device", "text"),
     [
-        (describe_cpu(), "tries attend by `rows`"),
-        (on(H100), "tries attend by `varlen`"),
-        (on(T4), "tries attend by `flex` for heads of 64 and 128, `rows` for heads of 256"),
+        (describe_cpu(), "tries use `rows`"),
+        (on(H100), "tries use `varlen`"),
+        (on(T4), "tries use `flex` for heads of 64 and 128, `rows` for heads of 256"),
     ],
 )
 def test_doctor_names_the_ways(device: Device, text: str) -> None:

@@ -111,13 +111,13 @@ def test_specs_by_the_names_of_parameters_and_numbers_of_axes() -> None:
     [
         ({"shape": None, "strategy": "tensor_parallel"}, "needs the devices' grid"),
         ({"axis_names": ("data",)}, "the 2 axes of `mesh_shape` need names"),
-        ({"data_dimension": "rows"}, "`input_sharding_dim: rows` is no axis of the mesh"),
+        ({"data_dimension": "rows"}, "`input_sharding_dim: rows` is not an axis of the mesh"),
         ({"shape": (1, 8), "strategy": "data_parallel"}, "no axis of the mesh splits a batch: data 1, model 8"),
         ({"strategy": "tensor_parallel"}, "needs the weights that are split"),
-        ({"shardings": [["(", [None]]]}, "is no regular expression"),
-        ({"shardings": [["q_proj", ["column", None]]]}, "`column`, over which `q_proj` is split, is no axis"),
-        ({"shardings": ["q_proj"]}, "is no pair of a pattern and axes"),
-        ({"shardings": [["q_proj", "model"]]}, "the axes of `q_proj` are no list"),
+        ({"shardings": [["(", [None]]]}, "is not a regular expression"),
+        ({"shardings": [["q_proj", ["column", None]]]}, "`column`, over which `q_proj` is split, is not an axis"),
+        ({"shardings": ["q_proj"]}, "is not a pair of a pattern and axes"),
+        ({"shardings": [["q_proj", "model"]]}, "the axes of `q_proj` are not a list"),
     ],
 )
 def test_a_mesh_that_cannot_be_meant(changes: dict[str, object], text: str) -> None:

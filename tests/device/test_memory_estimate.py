@@ -47,7 +47,7 @@ def build(dtype: torch.dtype, *, fused: bool) -> Any:
 
 
 def kept_bytes(model: TrieModel, micro_batch: Any) -> int:
-    """Of all tensors that a forward keeps for its backward, each storage once, weights and layout left out."""
+    """Of all tensors that a forward keeps for its backward pass, each storage once, weights and layout left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.network.parameters()}
     kept: dict[int, Tensor] = {}
 

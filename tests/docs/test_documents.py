@@ -144,11 +144,12 @@ def test_json_has_the_documented_keys(
 
 
 def printed_keys(function: str) -> set[str]:
-    """Keys of the dictionary that a function of `cli.py` gives to `_print_json`."""
-    tree = ast.parse((ROOT / "src/trietune/cli/app.py").read_text("utf-8"))
-    body = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    """Keys of the dictionary that a function of `cli/` gives to `print_json`."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "src/trietune/cli").glob("*.py")]
+    nodes = (node for tree in trees for node in tree.body)
+    body = next(node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == function)
     for node in ast.walk(body):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_print_json":
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print_json":
             (document,) = node.args
             assert isinstance(document, ast.Dict)
             return {ast.literal_eval(key) for key in document.keys if key is not None}

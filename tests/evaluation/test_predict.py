@@ -96,7 +96,7 @@ def test_a_turn_of_a_chat_streams_its_text(talkative: Any, make_test_encoder: An
         (
             {"prompt_template": SQUAD_PROMPT},
             {"question": "Who?", "id": "7"},
-            "error: input 1 has no `context`, which the prompt of this adapter asks for\n"
+            "error: input 1 has no `context`, which this adapter's prompt uses\n"
             "       it has `question`, `id`\n"
             'next:  give JSON with all of them: {"context": "...", "question": "..."}',
         ),
@@ -120,7 +120,7 @@ def test_a_turn_of_a_chat_streams_its_text(talkative: Any, make_test_encoder: An
         (
             {"kind": "chat", "chat_template": CHAT_TEMPLATE},
             {"messages": [{"role": "user"}]},
-            'error: input 1 cannot be read: "content" of message 1 of `messages` is no text\n'
+            'error: input 1 cannot be read: "content" of message 1 of `messages` is not text\n'
             'next:  give a text, or JSON such as {"messages": [{"role": "user", "content": "..."}]}',
         ),
     ],

@@ -166,7 +166,7 @@ TENSORS: dict[str, bytes] = {
     "a header of an exabyte": (2**60).to_bytes(8, "little") + b"{}",
     "a header of all bits": b"\xff" * 8 + b"{}",
     "a header beyond the file": (1000).to_bytes(8, "little") + b"{}",
-    "a header of 16 MB that is no JSON": header(b"[" * 16_000_000),
+    "a header of 16 MB that is not JSON": header(b"[" * 16_000_000),
     "a million names": header(b"{" + b",".join(b'"%d":0' % n for n in range(1_000_000)) + b"}"),
     "a hundred thousand and one tensors": header(
         b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(100_001)) + b"}"

@@ -1,7 +1,7 @@
 """Real training processes without a cold start each: everything is imported once, then forked for every run.
 
-Reads one JSON object a line: `{"arguments": [...], "output": FILE}` forks a process that is `trietune ...` and answers
-its id; `{"wait": ID}` answers its exit status as `waitpid` gives it. Nothing computes before the fork.
+Reads one JSON object per line: `{"arguments": [...], "output": FILE}` forks a process that is `trietune ...` and
+answers its id; `{"wait": ID}` answers its exit status as `waitpid` gives it. Nothing computes before the fork.
 """
 
 from __future__ import annotations

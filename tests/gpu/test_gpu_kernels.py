@@ -172,7 +172,7 @@ def test_trap_2_what_is_not_refused_runs(device: torch.device, way: str) -> None
 
 
 def test_trap_4_new_lengths_compile_nothing(device: torch.device) -> None:
-    """Two programs for all lengths, and gradients for those that are no multiple of 128."""
+    """Two programs for all lengths, and gradients for those that are not a multiple of 128."""
     if device.type != "cuda":
         pytest.skip("the CPU compiles nothing; model/test_flex_attention.py counts programs there")
     from torch._dynamo.utils import counters

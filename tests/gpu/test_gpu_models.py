@@ -1,4 +1,4 @@
-"""Whole models on the card: every family in every way that it can attend, against plain rows through the library.
+"""Whole models on the card: every family in every way that it can attend, against plain rows through transformers.
 
 fp32    losses and adapter gradients on the card are those of fp64 on the CPU, to the digits that fp32 keeps
 bf16    they err no more than padded rows do on the same card

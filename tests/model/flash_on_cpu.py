@@ -5,7 +5,7 @@ exist for CUDA only. Their contract for sequences of different lengths:
 
     sequence s has the queries q[cu_seq_q[s] : cu_seq_q[s + 1]] and the keys k[cu_seq_k[s] : cu_seq_k[s + 1]]
     with n queries and m keys, query i is at the key m - n + i (the last query is at the last key)
-    it sees the keys from left before that to right after it; a negative number is no bound; causal: right = 0
+    it sees the keys from left before that to right after it; a negative number is not a threshold; causal: right = 0
     groups of query heads share a key head; lse[h, t] is the log of the sum of exp(scale q k) over what is seen
 """
 

@@ -151,7 +151,7 @@ def test_dropout_is_there_in_training_alone() -> None:
     [
         ({"target_modules": ["q_proj", "query"]}, "nothing in this model is called `query`"),
         ({"target_modules": "q_proj"}, "nothing in this model is called `q_proj`"),
-        ({"target_modules": "((q_proj"}, "is no pattern"),
+        ({"target_modules": "((q_proj"}, "is not a pattern"),
         ({"target_modules": ["norm"]}, "is not supported"),
         ({"modules_to_save": ["score"]}, "`modules_to_save`: nothing in this model is called `score`"),
     ],
@@ -388,7 +388,7 @@ def test_a_pipe_is_not_waited_for(files: dict[str, bytes], tmp_path: Path) -> No
 
     (tmp_path / CONFIG_FILE).write_bytes(files[CONFIG_FILE])
     os.mkfifo(tmp_path / WEIGHTS_FILE)
-    with pytest.raises(UserError, match="is no plain file"):
+    with pytest.raises(UserError, match="is not a plain file"):
         load_adapter(FAMILIES["llama"](), tmp_path)
 
 

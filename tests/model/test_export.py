@@ -217,7 +217,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str, mer
     (adapter / name).unlink(missing_ok=True)
     (adapter / name).symlink_to("../secret")
     assert (adapter / name).read_text() == "mine alone", "the link leads there"
-    with pytest.raises(UserError, match="is a link out of its folder"):
+    with pytest.raises(UserError, match="is a link that leads out of its folder"):
         export_adapter(adapter, tmp_path / "out", merge=merge)
     assert not (tmp_path / "out").exists()
 
@@ -229,7 +229,7 @@ def test_a_link_out_of_the_base_is_not_followed_by_a_merge(tmp_path: Path, name:
     (tmp_path / "secret").write_text("mine alone")
     (base.path / name).unlink(missing_ok=True)
     (base.path / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match="is a link out of its folder"):
+    with pytest.raises(UserError, match="is a link that leads out of its folder"):
         export_adapter(adapter, tmp_path / "out", merge=True, base=base)
     assert not (tmp_path / "out").exists()
 
@@ -257,5 +257,5 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
     adapter = _adapter(_base(tmp_path / "base"), tmp_path / "adapter")
     (adapter / "README.md").unlink()
     os.mkfifo(adapter / "README.md")
-    with pytest.raises(UserError, match=r"README.md is no plain file"):
+    with pytest.raises(UserError, match=r"README.md is not a plain file"):
         export_adapter(adapter, tmp_path / "out")

@@ -280,7 +280,7 @@ def test_a_file_that_changes_while_it_is_converted_is_not_kept_under_its_former_
         convert(file, folder)
 
     monkeypatch.setattr(gguf_module, "_convert", convert)
-    with pytest.raises(UserError, match="was written to while it was converted"):
+    with pytest.raises(UserError, match="changed while it was being converted"):
         convert_gguf(path)
     assert list((cache / "gguf").iterdir()) == []
 
@@ -320,7 +320,7 @@ def test_a_part_of_a_download(write: Callable[..., Path], kept: float, cache: Pa
     path = write()
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     error = _error(path)
-    assert "is damaged or only a part of a download" in error
+    assert "is damaged or only partly downloaded" in error
     assert "download it again" in error
     assert not list((cache / "gguf").iterdir())
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from trietune.io.safetensors import parse
 from trietune.model.base.load import quiet_library
 from trietune.model.handover import gguf_files
 from trietune.model.handover import handover as module
-from trietune.model.handover.gguf_files import read_back, read_metadata
+from trietune.model.handover.gguf_files import read_back
 from trietune.model.handover.gguf_names import names_for
 from trietune.model.handover.gguf_tokenizer import read_gguf_tokenizer
 from trietune.model.handover.handover import ADAPTER_GGUF, MODEL_GGUF, MODELFILE, hand_over
@@ -26,6 +27,11 @@ from trietune.model.handover.modelfile import chat_form, modelfile
 from trietune.model.handover.rules import RULES, TARGETS, check_rules, vllm_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The scalar metadata of a GGUF file."""
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items() if len(field.data) == 1}
 
 
 @pytest.fixture(autouse=True)

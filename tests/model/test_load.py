@@ -16,7 +16,7 @@ from transformers.utils import logging
 from model.families import FAMILIES
 from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
-from trietune.model.architecture import TESTED_FAMILIES, check_architecture
+from trietune.model.architecture import TESTED_FAMILIES, check_architecture, longest_of_one_rope, why_whole_rows
 from trietune.model.base import load
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.load import load_network
@@ -99,7 +99,7 @@ def test_an_architecture_of_the_future(folder: Path) -> None:
 
 def test_no_causal_language_model(folder: Path) -> None:
     _change_config(folder, model_type="t5")
-    assert "is no causal language model: model_type `t5`" in _error(folder)
+    assert "is not a causal language model: model_type `t5`" in _error(folder)
 
 
 def test_a_model_that_sees_what_comes_is_no_causal_one(folder: Path) -> None:
@@ -113,7 +113,7 @@ def test_quantized_weights(folder: Path) -> None:
 
 
 def test_weights_that_are_not_all_there(folder: Path) -> None:
-    """The library fills the gap with random numbers and goes on."""
+    """transformers fills the gap with random numbers and continues."""
     _change_config(folder, num_hidden_layers=3)
     error = _error(folder)
     assert "lack 9 tensors of the model that its config.json describes" in error
@@ -138,7 +138,7 @@ def test_a_damaged_file(folder: Path, kept: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     error = _error(folder)
-    assert "is damaged or only a part of a download" in error
+    assert "is damaged or only partly downloaded" in error
 
 
 def test_a_model_too_large_is_refused_before_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,21 +202,16 @@ def _tiny(model_type: str, **changes: Any) -> PreTrainedModel:
 
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "state-space": (lambda: _tiny("mamba"), "carry a state from token to token"),
-    "linear attention": (
-        lambda: _tiny("qwen3_next", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16),
-        "`linear_attention`, which carry a state",
-    ),
-    "own attention": (lambda: _tiny("bloom"), "computes attention in its own way"),
-    "dynamic rope": (
-        lambda: _tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "the rotary scaling `dynamic`",
-    ),
     "attention dropout": (lambda: _tiny("llama", attention_dropout=0.1), "dropout on attention weights"),
     "losses of experts": (
         lambda: _tiny("mixtral", num_local_experts=2, num_experts_per_tok=1, output_router_logits=True),
         "adds a loss for its experts",
     ),
+}
+ON_WHOLE_ROWS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "state-space": (lambda: _tiny("rwkv"), "carry a state from token to token"),
+    "attention under a mask of its own": (lambda: _tiny("minimax"), "`linear_attention`, which a trie's own attention"),
+    "own attention": (lambda: _tiny("bloom"), "computes attention in its own way"),
     "attention that keeps what it is given to itself": (lambda: _tiny("nemotron"), "computes attention in its own way"),
 }
 
@@ -229,31 +224,41 @@ def test_what_cannot_take_a_trie_is_refused_with_its_reason(name: str) -> None:
     assert expected in reason
 
 
+@pytest.mark.parametrize("name", ON_WHOLE_ROWS)
+def test_what_takes_no_trie_as_nodes_runs_on_whole_rows(name: str) -> None:
+    make, expected = ON_WHOLE_ROWS[name]
+    network = make()
+    assert check_architecture(network) is None
+    reason = why_whole_rows(network)
+    assert reason is not None
+    assert expected in reason
+
+
+def test_angles_that_depend_on_the_call_end_at_the_original_length() -> None:
+    dynamic = _tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert longest_of_one_rope(dynamic.config) == dynamic.config.max_position_embeddings
+    assert longest_of_one_rope(_tiny("llama").config) is None
+
+
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 
 
 @pytest.mark.parametrize(
-    "family", ["phi3", "olmo2", "smollm3", "starcoder2", "glm", "gpt2", "mixtral", "cohere", "gpt_oss"]
+    "family", ["phi3", "olmo2", "smollm3", "starcoder2", "glm", "gpt2", "mixtral", "cohere", "gpt_oss", "lfm2"]
 )
 def test_families_beyond_the_tested_ones_are_looked_at(family: str) -> None:
     """Each of these gives on a trie the losses of plain rows, some through a lower rung of the self-check's ladder."""
     network = _tiny(family, **(EXPERTS if family in ("mixtral", "gpt_oss") else {}))
     before = network.config._attn_implementation
     assert check_architecture(network) is None
+    assert why_whole_rows(network) is None
     assert network.config._attn_implementation == before, "looking changes nothing"
 
 
 def test_a_network_without_weights_can_be_asked() -> None:
     with torch.device("meta"):
         assert check_architecture(_tiny("olmo2")) is None
-
-
-def test_a_model_of_text_and_images_is_refused() -> None:
-    text = FAMILIES["gemma3"]()
-    text.config.get_text_config = lambda: object()
-    reason = check_architecture(text)
-    assert reason is not None
-    assert "takes more than text" in reason
+        assert why_whole_rows(_tiny("olmo2")) is None
 
 
 def test_the_name_of_the_folder_is_in_errors() -> None:

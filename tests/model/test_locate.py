@@ -52,7 +52,7 @@ def test_a_folder_that_is_named_like_a_hub_id_wins(tmp_path: Path, monkeypatch: 
 def test_a_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = _error("./models/gemma")
-    assert "`model_name: ./models/gemma` is no folder here, and cannot be a hub id" in error
+    assert "`model_name: ./models/gemma` is not a folder here, and cannot be a hub id" in error
     assert str(tmp_path) in error
 
 

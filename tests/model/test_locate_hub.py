@@ -227,7 +227,7 @@ def test_a_disk_that_becomes_full(hub: FakeHub, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", full)
     error = _error("owner/tiny")
-    assert "the disk became full while `owner/tiny` was fetched" in error
+    assert "the disk filled up while `owner/tiny` was fetched" in error
     assert "HF_HOME" in error
 
 

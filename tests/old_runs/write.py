@@ -154,9 +154,11 @@ def said(*arguments: str, exit_code: int = 0) -> str:
 
 def data_of(run: str) -> tuple[str, ...]:
     """The data and number format of a run, for a target that does not know its run."""
-    if run.startswith("preferences"):
-        return ("--dataset", "data/pairs-valid.jsonl", "--set", "objective=dpo", *IN_FP32)
-    return ("--dataset", "data/dev.tsv", *IN_FP32)
+    settings = RUNS[run][0]
+    data = {
+        key: settings[key] for key in ("dataset_id", "train_file", "validation_file", "objective") if key in settings
+    }
+    return (*(f"--set={key}={value}" for key, value in data.items()), *IN_FP32)
 
 
 def weights_of(run: Path) -> Path:

@@ -35,7 +35,7 @@ def build(family: str, dtype: torch.dtype) -> nn.Module:
 
 
 def one_row_an_example(network: nn.Module, batch: FlatSequences) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss over labels and all gradients, one plain forward a sequence through the library alone."""
+    """Mean loss over labels and all gradients, one plain forward a sequence through transformers alone."""
     network.zero_grad()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for begin, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True):

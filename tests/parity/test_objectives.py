@@ -1,4 +1,4 @@
-"""Every objective has the gradients of plain rows, one an answer, through the library alone and the formula as written.
+"""Every objective has the gradients of plain rows, one per answer, through transformers, by the formula as written.
 
 The formulas here are written a second time, from the papers, over plain Python lists of scores.
 """

@@ -24,8 +24,9 @@ from trietune.training.gradients import MicroBatchTooLargeError
 from trietune.training.loop import StepRange, training_steps
 from trietune.training.objectives.learning import Learn
 from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
-from trietune.training.optimizer import build_optimizer, learning_rate_schedule
+from trietune.training.optimizer import build_optimizer
 from trietune.training.sampler import Sampler
+from trietune.training.schedule import learning_rate_schedule
 from trietune.trie import make_micro_batches
 from trietune.trie.dealing import deal_step
 

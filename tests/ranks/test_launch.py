@@ -53,7 +53,7 @@ def test_a_killed_process_is_named_and_the_others_end() -> None:
     assert code == 7
     assert "error: rank 1 of 3 (process " in said
     assert "was killed by SIGKILL; the others were ended" in said
-    assert "`--resume` goes on from the newest whole checkpoint" in said
+    assert "`--resume` resumes from the newest whole checkpoint" in said
     assert time.monotonic() - began < 50
 
 
@@ -183,7 +183,7 @@ def test_a_training_whose_process_was_killed_goes_on_with_any_number(overrides: 
     settings["max_steps"] = 40
     resumed = trietune("train", "--resume", "--allow-change", "max_steps", *command_line(settings))
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from step" in resumed.stderr
+    assert "resuming from step" in resumed.stderr
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_a_stopped_process_is_named_by_the_one_that_waits(overrides: dict[str, o
     _, err = launcher.communicate(timeout=180)
     assert launcher.returncode == 7, err
     assert "has not been heard of for" in err
-    assert "is whole; the same command with `--resume` goes on, with any number of processes" in err
+    assert "is whole; the same command with `--resume` continues, with any number of processes" in err
 
 
 @pytest.mark.slow

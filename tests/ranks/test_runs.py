@@ -66,7 +66,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(pool: Pool, ov
     resumed = pool.run(3, jobs.whole_run, {**settings, "resume_from_checkpoint": "auto"})
     assert [one["status"] for one in resumed] == ["finished"] * 3, resumed
     assert differ(adapter(resumed[0]), adapter(alone)) < ADAPTER_TOLERANCE
-    assert any("going on from step 4 with the optimizer" in text for text in resumed[0]["said"])
+    assert any("resuming from step 4 with the optimizer" in text for text in resumed[0]["said"])
 
 
 def test_a_mistake_is_said_once_and_ends_all(pool: Pool, overrides: dict[str, object]) -> None:

@@ -46,7 +46,7 @@ def test_a_sharded_run_is_that_of_one_process(
     assert differ(adapter(sharded[0]), adapter(alone)) < ADAPTER_TOLERANCE
     assert sharded[0]["after"] == pytest.approx(alone["after"], rel=METRIC_TOLERANCE)
     assert proven(sharded[0]) == proven(alone) == 1
-    assert any("not tried before training: whether plain PEFT" in text for text in sharded[0]["said"])
+    assert any("not checked before training: whether plain PEFT" in text for text in sharded[0]["said"])
 
 
 def proven(run: dict[str, Any]) -> int:

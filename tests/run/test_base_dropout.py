@@ -71,7 +71,7 @@ def test_dropout_of_the_base_stays_on_where_it_is_asked_for(gpt2: Any, overrides
     without = run(overrides, model_name=folder)
     kept = run(overrides, model_name=folder, base_dropout=True)
     assert "stays on" in kept.plan["dropout"]
-    assert "drawn once a node" in kept.plan["dropout"]
+    assert "drawn once per node" in kept.plan["dropout"]
     assert abs(kept.losses[0] - without.losses[0]) > 1e-3
     again = run(overrides, model_name=folder, base_dropout=True)
     assert again.losses == kept.losses

@@ -35,7 +35,7 @@ class Stopper:
             found = read_manifest(event.directory)
             info = replace(found.info, metrics={"eval/loss": 1e-6})
             (event.directory / "manifest.json").write_bytes(manifest.serialize(replace(found, info=info)))
-        if isinstance(event, Message) and "the final adapter is that of step" in event.text:
+        if isinstance(event, Message) and "the final adapter is from step" in event.text:
             self.has_taken_best = True
             if self.number is not None:
                 os.kill(os.getpid(), self.number)

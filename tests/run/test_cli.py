@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,8 @@ def test_dry_run_prints_the_plan_and_writes_no_run(
     config.write_text(json.dumps(overrides))
     assert main(["train", str(config), "--dry-run"]) == 0
     out, _ = capfd.readouterr()
-    assert "6 of 8 examples" in out
+    assert "6 steps of 8 examples (0.75 epochs)" in out
+    assert re.search(r"memory +\d+(\.\d)? kB for model and optimizer", out)
     assert "sharing" in out
     assert not Path(str(overrides["project_dir"])).exists()
     assert main(["train", str(config), "--dry-run", "--json"]) == 0
@@ -132,7 +134,7 @@ def test_copies_go_to_a_folder_and_an_empty_machine_goes_on(
     run_folder.rename(tmp_path / "lost")
     config.write_text(json.dumps({**settings, "max_steps": 6, "load_from_storage": True}))
     assert main(["train", str(config), "--resume"]) == 0
-    assert "going on from step 4" in capfd.readouterr().err
+    assert "resuming from step 4" in capfd.readouterr().err
     assert (run_folder / "adapter" / "manifest.json").is_file()
 
 
@@ -221,7 +223,7 @@ def test_the_original_command_trains(overrides: dict[str, object], tmp_path: Pat
     arguments = as_set({**changed, "max_steps": 3, "max_length": 128})
     dry = run(str(SCRIPT.relative_to(ROOT)), "--dry-run", *arguments, cwd=ROOT, TRIETUNE_CACHE=str(tmp_path / "c"))
     assert dry.returncode == 0, dry.stderr
-    assert "3 of 4 examples" in dry.stdout
+    assert "3 steps of 4 examples" in dry.stdout
     done = run(str(SCRIPT.relative_to(ROOT)), *arguments, cwd=ROOT, TRIETUNE_CACHE=str(tmp_path / "c"))
     assert done.returncode == 0, done.stderr
     assert "no Tenstorrent plug-in" in done.stderr
@@ -236,7 +238,7 @@ def test_a_second_process_on_one_run_is_refused(overrides: dict[str, object], tm
     with RunLock(folder):
         done = run("-m", "trietune", "train", *as_set({**overrides, "resume_from_checkpoint": "auto"}), cwd=tmp_path)
     assert done.returncode == 2
-    assert "another process writes" in done.stderr
+    assert "another process is writing" in done.stderr
     assert f"process {os.getpid()}" in done.stderr
 
 
@@ -257,7 +259,7 @@ def test_inputs_of_which_a_part_would_be_dropped_are_refused(
 
 
 def test_one_line_of_input_is_one_input_whatever_separators_are_in_it(tmp_path: Path) -> None:
-    from trietune.cli.app import _read_inputs
+    from trietune.cli.predict import _read_inputs
 
     path = tmp_path / "in.txt"
     path.write_bytes("\ufeffa fine\u2028film\r\n\nbad\x85music".encode())

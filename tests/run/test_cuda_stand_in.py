@@ -98,9 +98,7 @@ def test_fp32_attends_by_flex_attention_and_says_why(wide: dict[str, object], ca
     calls = card(describe(H100, compilations=lambda: 2))
     _, recorder = run(wide)
     assert not calls
-    assert plan_of(recorder)["attention"] == (
-        "flex, not varlen: its kernel computes in bfloat16 and float16, not in float32"
-    )
+    assert plan_of(recorder)["attention"] == ("flex, not varlen: it computes in bfloat16 and float16, not in float32")
     assert recorder.losses == pytest.approx(expected, rel=1e-4)
     assert [event.metrics["num_compilations"] for event in recorder.of(StepFinished)] == [2, 2, 2]
 
@@ -141,7 +139,7 @@ def test_what_took_memory_is_written_once(wide: dict[str, object], card: Any, na
     finished, recorder = run({**wide, "batch_size": 16})
     assert written == [finished.directory / "memory_snapshot.pickle"]
     told = [event.text for event in recorder.of(Message) if "memory_snapshot" in event.text]
-    assert told == [f"{written[0]} shows what took memory; open it at https://pytorch.org/memory_viz"]
+    assert told == [f"{written[0]} shows what used the memory; open it at https://pytorch.org/memory_viz"]
 
 
 def test_a_full_disk_costs_the_snapshot_not_the_run(wide: dict[str, object], card: Any, narrow: Any) -> None:
@@ -160,9 +158,9 @@ def test_a_way_that_does_not_take_the_model_is_refused(overrides: dict[str, obje
     with pytest.raises(UserError) as refused:
         run({**overrides, "attention": "varlen", "dtype": "bfloat16"})  # heads of 12 numbers
     assert refused.value.what == (
-        "`attention: varlen` does not run here: its kernel takes heads of 8, 16, ... 256 numbers, not of 12"
+        "`attention: varlen` does not run here: it supports head sizes that are multiples of 8 up to 256, not 12"
     )
-    assert refused.value.next_step == "`--set attention=auto`, which takes `rows` on this device"
+    assert refused.value.next_step == "`--set attention=auto`, which uses `rows` on this device"
 
 
 def test_a_checkpoint_of_the_card_goes_on_on_the_cpu_and_back(wide: dict[str, object], card: Any) -> None:

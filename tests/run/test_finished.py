@@ -78,7 +78,7 @@ def test_a_longer_plan_goes_on_from_the_last_checkpoint(start: Resume, folder: P
     assert start(save_optim=True)[0] == 0
     code, said = start("--resume", save_optim=True, max_steps=5)
     assert code == 0, said
-    assert "going on from step 3" in said
+    assert "resuming from step 3" in said
     assert (folder / "checkpoints" / "step-00000005").is_dir()
 
 
@@ -94,7 +94,7 @@ def test_without_a_checkpoint_an_adapter_is_never_replaced(how: str, start: Resu
         steps = 5 if how == "longer plan" else 3
         code, said = start(save_strategy="no", max_steps=steps, resume_from_checkpoint=choice)
         assert code == 6, said
-        assert "no checkpoint to go on from" in said
+        assert "no checkpoint to resume from" in said
         assert snapshot(folder) == before
     (folder / "adapter").rename(folder.parent / "moved-away")
     assert start("--resume", save_strategy="no", max_steps=5)[0] == 0

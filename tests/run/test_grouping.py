@@ -1,4 +1,4 @@
-"""Groups of a large data set are kept in the cache, found there, and made anew when the file is damaged."""
+"""Groups of a large data set are kept in the cache, found there, and made again when the file is damaged."""
 
 from __future__ import annotations
 

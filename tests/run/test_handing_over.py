@@ -50,7 +50,7 @@ def test_a_run_is_exported_for_other_programs(
     assert main(["export", str(finished / "adapter"), str(tmp_path / "vllm"), "--to", "vllm"]) == 0
     out, err = capfd.readouterr()
     assert "100.00% of" in out
-    assert "20 shipped sentences prove the export" in err
+    assert "20 built-in sentences check the export" in err
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_a_run_is_exported_for_other_programs(
     [
         (["OUT", "--to", "lmstudio"], "`--to lmstudio` is not known"),
         (["OUT", "--to", "gguf", "--quantize", "q2"], "`--quantize q2` is not known"),
-        (["OUT", "--quantize", "q8_0"], "`--quantize` is of GGUF files"),
+        (["OUT", "--quantize", "q8_0"], "`--quantize` applies to GGUF files only"),
         (["OUT", "--to", "vllm", "--plain"], "`--plain` and `--to` do not go together"),
         (["OUT", "--merge", "--plain"], "`--plain` and `--merge` do not go together"),
-        (["OUT", "--public"], "`--public` is of `--push`"),
+        (["OUT", "--public"], "`--public` needs `--push`"),
         (["--push", "just-a-name"], "does not name a repository"),
         ([], "needs a folder to write to"),
     ],
@@ -175,5 +175,5 @@ def test_a_push_that_fails_leaves_the_run_whole(
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps({**overrides, "max_steps": 1, "push_to_hub": "me/pushed"}))
     assert main(["train", str(config)]) == 3
-    assert "--push me/pushed` tries again" in capfd.readouterr().err
+    assert "--push me/pushed` retries it" in capfd.readouterr().err
     assert (Path(str(overrides["project_dir"])) / "run" / "adapter" / "manifest.json").is_file()

@@ -133,7 +133,7 @@ def test_removing_the_lock_file_lets_no_second_writer_in(tmp_path: Path) -> None
         code = f"from pathlib import Path\nfrom trietune.checkpoints.lock import RunLock\nwith RunLock(Path({str(tmp_path)!r})): pass"  # noqa: E501
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode != 0
-        assert "another process writes to" in done.stderr
+        assert "another process is writing to" in done.stderr
     with RunLock(tmp_path):
         pass
 

@@ -69,7 +69,7 @@ def test_a_run_learns_to_prefer(objective: str, preferences: dict[str, object]) 
     assert after["eval/loss"] < before["eval/loss"]
     assert seen["after"].num_examples == (32 if objective == "kto" else 16)
     if objective != "kto":
-        # By sums of log-probabilities a short answer has the advantage, however much a model has learnt.
+        # By sums of log-probabilities a short answer has the advantage, however much a model has learned.
         assert before["eval/preference_accuracy"] < after["eval/preference_accuracy"]
         low, high = seen["after"].intervals["eval/preference_accuracy"]
         assert low < after["eval/preference_accuracy"] <= high

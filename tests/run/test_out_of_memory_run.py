@@ -73,7 +73,7 @@ def test_a_run_goes_on_with_smaller_micro_batches(overrides: dict[str, object], 
 def test_dropout_draws_anew_and_is_said_to(overrides: dict[str, object], narrow: Any) -> None:
     narrow(100)
     warnings, _ = run({**overrides, "batch_size": 16, "lora_dropout": 0.1, "max_steps": 1})
-    assert any(text.endswith("dropout draws other masks") for text in warnings)
+    assert any(text.endswith("dropout draws new masks") for text in warnings)
 
 
 @pytest.mark.parametrize(("checkpointing", "remedy"), [(False, "gradient_checkpointing=True"), (True, "max_length=")])

@@ -1,4 +1,4 @@
-"""Data of one's own through whole runs and the commands after them: what is learnt, measured and written about it."""
+"""Data of one's own through whole runs and the commands after them: what is learned, measured and written about it."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_warnings_of_libraries_are_written_out(capfd: pytest.CaptureFixture[str]
     import sys
 
     script = (
-        "import warnings, logging\nfrom trietune.cli.app import _set_log_level\n_set_log_level('INFO')\n"
+        "import warnings, logging\nfrom trietune.cli.train import _set_log_level\n_set_log_level('INFO')\n"
         f"warnings.warn({HOSTILE!r})\nlogging.getLogger('trietune').info({HOSTILE!r})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

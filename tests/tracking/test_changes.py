@@ -225,5 +225,5 @@ def test_nothing_else_is_served(served: Any, path: str, host: str | None, status
 
 
 def test_a_folder_without_a_run_is_not_served(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         serve_report([tmp_path])

@@ -37,7 +37,7 @@ def test_a_failing_listener_is_dropped_once_and_aloud() -> None:
     tracker = Tracker([broken, console])
     for _ in range(3):
         tracker.emit(WORK)
-    assert console.said == ["W&B: RuntimeError: no such project; the run goes on without it"]
+    assert console.said == ["W&B: RuntimeError: no such project; the run continues without it"]
     assert broken.heard == [WORK]
     assert broken.num_closed == 1
     assert [event for event in console.heard if event is WORK] == [WORK] * 3
@@ -47,7 +47,7 @@ def test_a_failing_last_listener_leaves_a_word_to_the_others() -> None:
     files, console = Recorder("files"), Recorder("console", BrokenPipeError(32, "Broken pipe"))
     tracker = Tracker([files, console])
     tracker.emit(WORK)
-    assert files.said == ["console: [Errno 32] Broken pipe; the run goes on without it"]
+    assert files.said == ["console: [Errno 32] Broken pipe; the run continues without it"]
 
 
 def test_a_listener_that_keeps_trying_stays_and_is_told_once_an_outage() -> None:
@@ -55,7 +55,7 @@ def test_a_listener_that_keeps_trying_stays_and_is_told_once_an_outage() -> None
     tracker = Tracker([files, console])
     tracker.emit(WORK)
     tracker.emit(WORK)
-    assert console.said == ["run files: No space left on device; tried again at the next event"]
+    assert console.said == ["run files: No space left on device; will be tried again at the next event"]
     files.error = None
     tracker.emit(WORK)
     files.error = StillTrying("No space left on device")

@@ -52,7 +52,7 @@ def test_use_wandb_without_wandb_is_one_line(tmp_path: Path, events: Events, mon
         tracker.emit(event)
     tracker.close()
     told = [line for line in err.getvalue().splitlines() if "W&B" in line]
-    assert told == ["W&B: not installed, the run goes on without it; `pip install 'trietune[wandb]'`"]
+    assert told == ["W&B: not installed, the run continues without it; `pip install 'trietune[wandb]'`"]
     assert (tmp_path / "sst2" / "report.html").exists()
 
 

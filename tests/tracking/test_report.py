@@ -182,7 +182,7 @@ def test_a_run_that_only_started_has_a_report(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_said_with_what_is_near(run: Path) -> None:
     with pytest.raises(UserError) as caught:
         write_report([run.parent / "sst3"], run.parent / "out.html")
-    assert caught.value.what == f"`{run.parent / 'sst3'}` is no run: it has no metrics.jsonl"
+    assert caught.value.what == f"`{run.parent / 'sst3'}` is not a run: it has no metrics.jsonl"
     assert f"`{run}`" in str(caught.value.next_step)
     assert not (run.parent / "out.html").exists()
 

@@ -70,7 +70,7 @@ def test_an_offline_run_reads_back(
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         said, _ = track(events(run), watch=histograms, name="first try", tags=["demo", "cpu"], uploads_model=True)
         assert server.requests == []  # offline means not a single call
-    assert said == [f"W&B: offline, as its own settings say; later: `wandb sync {run}/wandb/*run-*`"]
+    assert said == [f"W&B: offline, as its settings say; later: `wandb sync {run}/wandb/*run-*`"]
 
     (opened,) = records_of(run, "run")
     assert (opened.project, opened.display_name, list(opened.tags)) == ("films", "first try", ["demo", "cpu"])
@@ -132,7 +132,7 @@ def test_a_resume_goes_on_with_the_same_curve_and_a_failure_is_one(
 
 def test_no_login_says_one_line_and_starts_nothing(tmp_path: Path, events: Events) -> None:
     said, _ = track(events(tmp_path / "sst2"))
-    assert said == ["W&B: no login for api.wandb.ai, the run goes on without it; `wandb login`, or WANDB_API_KEY"]
+    assert said == ["W&B: no login for api.wandb.ai, the run continues without it; `wandb login`, or WANDB_API_KEY"]
     assert not (tmp_path / "sst2" / "wandb").exists()
     assert not (tmp_path / "sst2" / "wandb.json").exists()
 
@@ -226,7 +226,7 @@ def test_a_server_that_stops_listening_delays_the_end_by_no_more_than_allowed(
         took_s = time.monotonic() - began
     assert longest_s < 0.05
     assert took_s < 4.0 + 6.0
-    assert said[-1] == f"W&B: the server has not taken everything; later: `wandb sync {run}/wandb/*run-*`"
+    assert said[-1] == f"W&B: the server did not receive everything; later: `wandb sync {run}/wandb/*run-*`"
     steps = [row["trainer/step"] for row in history_of(read_records(only_run_file(run))) if "train/loss" in row]
     assert steps == [2, 4, 6, 8, 10, 12]
 
@@ -247,9 +247,9 @@ def test_the_death_of_wandb_is_one_line(tmp_path: Path, events: Events, monkeypa
     for event in run[30:]:
         listener.handle(event)
     listener.close()
-    warnings = [line for line in said if "offline, as its own" not in line]
+    warnings = [line for line in said if "offline, as its settings" not in line]
     assert len(warnings) == 1
-    assert warnings[0].startswith("W&B: its process has ended; the run goes on without it")
+    assert warnings[0].startswith("W&B: its process has ended; the run continues without it")
 
 
 def test_a_run_that_dies_is_a_failed_run(tmp_path: Path) -> None:
@@ -279,24 +279,31 @@ def test_a_run_that_dies_is_a_failed_run(tmp_path: Path) -> None:
     assert [ended.exit_code for ended in exits] == [1]
 
 
-def test_a_full_outbox_gives_up_histograms_first_and_counts(histograms: Histograms) -> None:
+def test_histograms_displace_no_measurement_and_what_is_dropped_is_counted(histograms: Histograms) -> None:
     outbox = Outbox(most_messages=4, most_histograms=2)
-    for step in range(2):
+    for step in range(4):
         outbox.put({"do": "log", "values": {"step": step}})
+    assert outbox.describe_dropped() == ""
     for _ in range(3):
-        outbox.put_histograms(histograms)
-    assert outbox.num_dropped_histograms == 1
-    for step in range(2, 4):
-        outbox.put({"do": "log", "values": {"step": step}})
-    assert (outbox.num_dropped_histograms, outbox.num_dropped_messages) == (3, 0)
+        outbox.put(histograms)
+    assert (outbox.num_dropped_histograms, outbox.num_dropped_messages) == (1, 0)
     outbox.put({"do": "log", "values": {"step": 4}})
-    assert outbox.num_dropped_messages == 1
-    assert outbox.describe_dropped() == "3 sets of histograms and 1 measurements were not sent"
+    assert outbox.describe_dropped() == "1 sets of histograms and 1 measurements were not sent"
     outbox.close()
     taken = []
     while (message := outbox.take()) is not None:
-        taken.append(message["values"]["step"])
-    assert taken == [1, 2, 3, 4]
+        taken.append(message)
+    assert [message["do"] for message in taken[:2]] == ["histograms", "histograms"]
+    assert [message["values"]["step"] for message in taken[2:]] == [1, 2, 3, 4]
+
+
+def test_a_message_that_nobody_will_take_is_not_kept(histograms: Histograms) -> None:
+    outbox = Outbox()
+    outbox.put({"do": "log", "values": {}})
+    outbox.close(discard=True)
+    outbox.put({"do": "log", "values": {}})
+    outbox.put(histograms)
+    assert (len(outbox), outbox.take(), outbox.describe_dropped()) == (0, None, "")
 
 
 def test_histograms_keep_every_finite_value(histograms: Histograms) -> None:

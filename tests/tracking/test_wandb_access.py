@@ -26,7 +26,7 @@ def test_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = access(tmp_path, WANDB_API_KEY=KEY)
     assert found.mode == "off"
-    assert found.reason == "not installed, the run goes on without it; `pip install 'trietune[wandb]'`"
+    assert found.reason == "not installed, the run continues without it; `pip install 'trietune[wandb]'`"
 
 
 def test_a_folder_of_that_name_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_offline_needs_no_login_and_no_network(tmp_path: Path, mode: str) -> Non
 def test_no_login_is_one_line_with_the_next_step(tmp_path: Path) -> None:
     found = access(tmp_path, url="https://api.wandb.ai")
     assert found.mode == "off"
-    assert found.reason == "no login for api.wandb.ai, the run goes on without it; `wandb login`, or WANDB_API_KEY"
+    assert found.reason == "no login for api.wandb.ai, the run continues without it; `wandb login`, or WANDB_API_KEY"
 
 
 def test_a_login_is_found_where_wandb_keeps_it(tmp_path: Path) -> None:
@@ -105,4 +105,4 @@ def test_a_name_that_never_resolves_takes_no_longer_than_allowed(monkeypatch: py
 
 
 def test_only_http_is_asked() -> None:
-    assert probe("file:///etc/hostname", 0.5) == "is no http address"
+    assert probe("file:///etc/hostname", 0.5) == "is not an http address"

@@ -30,7 +30,9 @@ def test_durations(seconds: float, text: str) -> None:
     assert wording.duration(seconds) == text
 
 
-@pytest.mark.parametrize(("num_bytes", "text"), [(12, "12 bytes"), (1.31e9, "1.3 GB"), (2e12, "2.0 TB")])
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(12, "12 bytes"), (482.6e3, "483 kB"), (1.31e9, "1.3 GB"), (2e12, "2.0 TB")]
+)
 def test_sizes(num_bytes: float, text: str) -> None:
     assert wording.size(num_bytes) == text
 

@@ -107,4 +107,4 @@ def test_a_scale_goes_on_from_its_state() -> None:
     forwards_of_four_steps = SixteenBitModel(float("inf"))
     take_steps(forwards_of_four_steps, None)
     take_steps(model, again)
-    assert model.forwards == forwards_of_four_steps.forwards, "it has learnt the scale already"
+    assert model.forwards == forwards_of_four_steps.forwards, "it has learned the scale already"

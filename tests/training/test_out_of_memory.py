@@ -38,7 +38,7 @@ BATCH_SIZE = 16
 
 
 class NarrowModel(TrieModel):
-    """Has no room for more than `room` positions, which it notices in the forward or only in the backward."""
+    """Has no room for more than `room` positions, which it notices in the forward or only in the backward pass."""
 
     def __init__(self, room: int, error: Callable[[], Exception], where: str = "forward") -> None:
         super().__init__(make_network(), device=torch.device("cpu"))

@@ -92,7 +92,8 @@ def train_small(
     from trietune.model.assemble import assemble
     from trietune.model.base.folder import ModelFolder
     from trietune.training.loop import StepRange, training_steps
-    from trietune.training.optimizer import build_optimizer, learning_rate_schedule
+    from trietune.training.optimizer import build_optimizer
+    from trietune.training.schedule import learning_rate_schedule
     from trietune.trie import make_micro_batches
     from trietune.trie.static_shapes import choose_shapes
 

@@ -82,7 +82,7 @@ def test_computed_on_the_cpu_before() -> None:
     before = "import torch; torch.ones(1, requires_grad=True).sum().backward()"
     done = choose("xla", before=before, PJRT_DEVICE="CPU")
     assert done.returncode == 2, done.stderr
-    assert "this process has computed on another one before" in done.stdout
+    assert "this process has already computed on another device" in done.stdout
     assert "start a new process" in done.stdout
 
 

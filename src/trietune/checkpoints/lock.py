@@ -48,10 +48,10 @@ class RunLock:
             if not isinstance(error, BlockingIOError):
                 raise UserError(
                     f"{self.path.parent} cannot be locked ({error.strerror})",
-                    next_step="put `project_dir` on a file system that has file locks",
+                    next_step="put `project_dir` on a file system that supports file locks",
                 ) from error
             raise UserError(
-                f"another process writes to {self.path.parent}",
+                f"another process is writing to {self.path.parent}",
                 where=holder,
                 next_step="wait for it, stop it, or give this run another `wandb_run_name`",
             ) from error
@@ -126,7 +126,7 @@ def _open(path: Path) -> int:
         raise UserError(
             f"{path.parent} cannot be written to ({error.strerror})",
             where=f"its lock file is {path}",
-            next_step="give a `project_dir` that this user may write to",
+            next_step="set `project_dir` to a folder that this user can write to",
         ) from error
 
 

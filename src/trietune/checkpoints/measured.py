@@ -16,8 +16,8 @@ def describe_measured_on(validation_fingerprint: str, *, num_examples: int, max_
     """A text that is the same for the same validation examples, and only for these.
 
     Args:
-        num_examples: of the whole validation set.
-        max_examples: that a periodic validation takes of them; None takes all.
+        num_examples: size of the whole validation set.
+        max_examples: how many a periodic validation takes of them; None takes all.
         seed: by which they are drawn, if not all are taken.
     """
     if max_examples is None or max_examples >= num_examples:
@@ -32,7 +32,7 @@ def measured_on(details: Mapping[str, Any], *, current: str = "", current_settin
     measured on the same; otherwise the settings themselves tell such checkpoints apart.
 
     Args:
-        details: of the checkpoint's manifest.
+        details: details in the checkpoint's manifest.
         current: what this run measures on.
         current_settings: this run's details.
     """

@@ -39,12 +39,12 @@ def nothing_to_resume(folder: Path, traces: Sequence[str]) -> UserError:
             f"no checkpoint is left in {folder}, but there were some",
             where=f"found: {', '.join(traces[:3])}",
             next_step="rename one of them back to `step-...` and look at it with `trietune verify`, "
-            "or start anew under another `wandb_run_name`",
+            "or start over under another `wandb_run_name`",
             exit_code=EXIT_RESUME_REFUSED,
         )
     return UserError(
         f"there is no checkpoint to resume from in {folder}",
-        next_step="set `resume_from_checkpoint: auto` to start when there is none yet, or False to start anew",
+        next_step="set `resume_from_checkpoint: auto` to start when there is none yet, or False to start over",
         exit_code=EXIT_RESUME_REFUSED,
     )
 
@@ -55,7 +55,7 @@ def folder_unusable(folder: Path, reason: str, number: int = 0) -> UserError:
         f"checkpoints cannot be kept in {folder}: {reason}",
         where="a folder was written, renamed and read there, before the first step; nothing was trained",
         next_step=REMEDIES.get(
-            number, "give a `project_dir` on a file system that renames folders, such as a local disk"
+            number, "put `project_dir` on a file system that can rename folders, such as a local disk"
         ),
     )
 
@@ -104,7 +104,7 @@ def run_id_missing(path: Path, ids: Sequence[str]) -> UserError:
     several = f"; what is there belongs to {len(ids)} runs: {', '.join(ids)}" if len(ids) > 1 else ""
     return UserError(
         f"{path.parent} has lost its file .run-id, which ties checkpoints and adapter to their run",
-        where=f"a copy by `cp runs/x/* y/` leaves out hidden files{several}\n       nothing was changed",
+        where=f"copying with `cp runs/x/* y/` skips hidden files{several}\n       nothing was changed",
         next_step=f"copy it too, or write it: `echo {ids[0]} > {shlex.quote(str(path))}`",
         exit_code=EXIT_RESUME_REFUSED,
     )
@@ -121,16 +121,16 @@ def folder_lost(folder: Path, now_at: Path | None) -> UserError:
     return UserError(
         f"{folder} was moved to {now_at} while this run wrote to it",
         where=f"the checkpoint of the last step is in {now_at / 'checkpoints'}",
-        next_step="go on from there with `--resume`, with `project_dir` and `wandb_run_name` of the new place",
+        next_step="resume from there with `--resume`, with `project_dir` and `wandb_run_name` of the new place",
     )
 
 
 def adapter_without_checkpoint(adapter: Path | str, reason: str) -> UserError:
     """Training from the beginning would replace what an earlier training made."""
     return UserError(
-        f"there is a final adapter and no checkpoint to go on from: {adapter}",
+        f"there is a final adapter but no checkpoint to resume from: {adapter}",
         where=f"{reason}\n       nothing was changed",
-        next_step="start anew under another `wandb_run_name`, or move that adapter away to train it again here",
+        next_step="start over under another `wandb_run_name`, or move that adapter away to train it again here",
         exit_code=EXIT_RESUME_REFUSED,
     )
 
@@ -144,7 +144,7 @@ def all_damaged(folder: Path, damages: Sequence[DamagedDirectory]) -> UserError:
         else f"the one checkpoint in {folder} is not whole",
         where=f"{shown}{more}\n       nothing was changed",
         next_step=_offer_without_optimizer(damages)
-        or "look for a copy (`load_from_storage: True`), or start anew under another `wandb_run_name`",
+        or "look for a copy (`load_from_storage: True`), or start over under another `wandb_run_name`",
         exit_code=EXIT_RESUME_REFUSED,
     )  # fmt: skip
 
@@ -167,7 +167,7 @@ def path_is_not_ours(path: Path, folder: Path, whole: Sequence[Path]) -> UserErr
 
 def path_is_damaged(damage: DamagedDirectory, others: Sequence[Path]) -> UserError:
     whole = f"; {others[-1].name} is whole" if others else ""
-    otherwise = f"checkpoint_path: {others[-1]}" if others else "start anew under another `wandb_run_name`"
+    otherwise = f"checkpoint_path: {others[-1]}" if others else "start over under another `wandb_run_name`"
     return UserError(
         str(damage),
         where=f"nothing was changed{whole}",
@@ -178,11 +178,11 @@ def path_is_damaged(damage: DamagedDirectory, others: Sequence[Path]) -> UserErr
 
 def passed_over(damage: DamagedDirectory, chosen: Path) -> str:
     """One sentence: a damaged checkpoint was passed over for an older one."""
-    sentence = f"{damage}; going on from {chosen.name}"
+    sentence = f"{damage}; resuming from {chosen.name}"
     if damage.file != OPTIMIZER_FILE:
         return sentence
     newer = damage.directory.name
-    return f"{sentence} (`--allow-change {OPTIMIZER_STATE}` would go on from {newer} with a fresh optimizer)"
+    return f"{sentence} (`--allow-change {OPTIMIZER_STATE}` would resume from {newer} with a fresh optimizer)"
 
 
 def left_out(damage: DamagedDirectory) -> str:
@@ -196,6 +196,6 @@ def _offer_without_optimizer(damages: Sequence[DamagedDirectory]) -> str | None:
         if damage.file == OPTIMIZER_FILE:
             return (
                 f"if the weights of {damage.directory.name} are enough: `--resume --allow-change {OPTIMIZER_STATE}` "
-                "goes on from them with a fresh optimizer"
+                "resumes from them with a fresh optimizer"
             )
     return None

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from trietune.checkpoints import messages
 from trietune.errors import EXIT_RESUME_REFUSED, UserError
 from trietune.io import disk_errors, files, strict_json
+from trietune.io.columns import columns
 from trietune.io.directory import DamagedDirectory, read_manifest
 
 _NOT_MENTIONED = {
@@ -31,15 +32,16 @@ _NOT_MENTIONED = {
 }  # fmt: skip
 
 _ROUNDING = "the same numbers up to rounding, not the same bits"
-_REPORTED = "what is reported changes, and checkpoints are ranked apart from those of before"
+_ELSEWHERE = "the same contents in another place"
+_REPORTED = "reported metrics change, and checkpoints are not ranked against earlier ones"
 # What dropout takes out is drawn for each micro-batch, in the order in which layers ask.
-_REDRAWN = "other dropout masks from here on: another draw, not the same numbers"
+_REDRAWN = "dropout draws different masks from here on, so the numbers differ"
 _DRAWN_BY = {"batching", "device", "fused_layers", "max_tokens_per_micro_batch"}
 _WARNED = {
     "attention": _ROUNDING,
     "batching": _ROUNDING,
-    "checkpoint_metric": "`best` now means another metric",
-    "checkpoint_metric_mode": "`best` now means the other end of the metric",
+    "checkpoint_metric": "`best` now refers to another metric",
+    "checkpoint_metric_mode": "`best` now refers to the other end of the metric",
     "deterministic": _ROUNDING,
     "enable_trace": _ROUNDING,
     "fused_layers": _ROUNDING,
@@ -65,8 +67,8 @@ _WARNED = {
     "xla_compile_options": _ROUNDING,
     "world_size": f"{_ROUNDING}; dropout masks are drawn by rank",
 }
-_WARNED_PREFIXES = {"versions.": "not promised to give the same bits", "machine.": _ROUNDING}
-# Where something lies says nothing about what it is: with these fingerprints equal, another place is no other training.
+_WARNED_PREFIXES = {"versions.": "may not give the same bits", "machine.": _ROUNDING}
+# Where something lies says nothing about what it is: with these fingerprints equal, another place is the same training.
 _FINGERPRINTS = {
     "train_file": "data_fingerprint",
     "dataset_id": "data_fingerprint",
@@ -122,13 +124,13 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Colle
             continue
         fingerprint = _FINGERPRINTS.get(key, "")
         if saved.get(fingerprint) and saved.get(fingerprint) == current.get(fingerprint):
-            differences.append(Difference(key, _shown(before), _shown(now), "warn", "the same contents, elsewhere"))
+            differences.append(Difference(key, _shown(before), _shown(now), "warn", _ELSEWHERE))
             continue
         effect = _effect_of_a_harmless_change(key, before, now, current)
         verdict: Literal["warn", "allowed", "refuse"] = "warn"
         if effect is None:
             verdict = "allowed" if key in allowed else "refuse"
-            effect = "another training from here on"
+            effect = "training differs from here on"
         differences.append(Difference(key, _shown(before), _shown(now), verdict, effect))
     return differences
 
@@ -139,14 +141,14 @@ def compare_warmup(before: int | None, now: int, step: int, allowed: Collection[
     A share of all steps grows with their number: a longer run would fall back below a rate that it had reached.
 
     Args:
-        before: steps of warm-up in the run that saved the checkpoint; None if nobody knows.
-        step: of the checkpoint.
+        before: steps of warm-up in the run that saved the checkpoint; None if unknown.
+        step: step of the checkpoint.
         allowed: keys whose differences the user accepts; any that decides the number of steps accepts this one.
     """
     if before is None or before == now:
         return []
     accepted = _DECIDE_WARMUP.intersection(allowed)
-    effect = "another learning rate at steps already taken" if step else "another learning rate from here on"
+    effect = "a different learning rate at steps already taken" if step else "a different learning rate from here on"
     verdict: Literal["allowed", "refuse"] = "allowed" if accepted else "refuse"
     return [Difference(WARMUP_IN_EFFECT, f"{before} steps", f"{now} steps", verdict, effect)]
 
@@ -178,15 +180,14 @@ def table_lines(differences: Sequence[Difference]) -> list[str]:
     """A table for people: key, then, now, and what follows."""
     rows = [("", "checkpoint", "now", "")]
     rows += [(item.key, item.saved, item.current, item.effect) for item in differences]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return ["  ".join([*(row[column].ljust(widths[column]) for column in range(3)), row[3]]).rstrip() for row in rows]
+    return columns(rows)
 
 
 def abandon_lines(path: Path, after_step: int) -> AbandonedLines:
     """Move the lines of a JSONL file whose `step` is beyond `after_step` to `<name>.abandoned-<n>.jsonl` beside it.
 
-    Lines that are no JSON object go too: a kill can tear the last one. Lines without a step stay. Both files change
-    at once or not at all; after a crash between the two, the next call finds its abandoned file and goes on.
+    Lines that are not JSON objects go too: a kill can tear the last one. Lines without a step stay. Both files change
+    at once or not at all; after a crash between the two, the next call finds its abandoned file and continues.
     Raises `UserError` when the disk refuses.
     """
     if not path.exists():
@@ -256,9 +257,9 @@ def keep_run_id(run_directory: Path, run_id: str) -> None:
 
 def _effect_of_a_harmless_change(key: str, before: object, now: object, current: Mapping[str, Any]) -> str | None:
     if before is _MISSING or now is _MISSING:
-        return "known to one of the two alone, so it cannot be compared"
+        return "known on one side only, so it cannot be compared"
     if key in _LENGTH_OF_RUN and current.get("lr_scheduler_type", "constant") == "constant":
-        return "the run ends elsewhere; up to there nothing changes"
+        return "the run ends at another step; nothing changes before that"
     if key in _DRAWN_BY and (current.get("lora_dropout") or current.get("base_dropout")):
         return _REDRAWN
     for prefix, effect in _WARNED_PREFIXES.items():

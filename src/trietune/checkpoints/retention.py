@@ -38,7 +38,7 @@ class Ranked:
     """What the policy looks at.
 
     Attributes:
-        value: of `checkpoint_metric`; None where it was not measured.
+        value: value of `checkpoint_metric`; None where it was not measured.
         measured_on: what it was measured on. Values are compared only where this is the same.
     """
 

@@ -87,10 +87,10 @@ class CheckpointStore:
     """The checkpoints of the run in `run_directory`; hold its `RunLock` to call anything that writes.
 
     Args:
-        run_id: of this run; checkpoints that name another are shown as foreign and left alone.
+        run_id: id of this run; checkpoints that name another are shown as foreign and left alone.
         metric: the key of a checkpoint's metrics that `keep_best_n` and `best` look at.
         measured_on: what this run measures on; values measured on something else are not compared with its own.
-        details: of this run, to tell what older checkpoints were measured on.
+        details: details of this run, to tell what older checkpoints were measured on.
     """
 
     run_directory: Path
@@ -127,7 +127,7 @@ class CheckpointStore:
             flush_first: files, such as `metrics.jsonl`, that must reach the device before the checkpoint does.
 
         Raises:
-            SaveFailed: the disk refused. Earlier checkpoints are as they were, and the next save starts anew.
+            SaveFailed: the disk refused. Earlier checkpoints are as they were, and the next save starts over.
         """
         info = ManifestInfo(run_id=self.run_id, step=step, metrics=metrics or {}, details=details or {})
         target = self.folder / step_name(step)
@@ -142,7 +142,7 @@ class CheckpointStore:
             failure = error if isinstance(error, SaveFailed) else disk_errors.save_failed(error, target)
             raise messages.checkpoint_not_saved(failure, newest_whole=self._newest_whole()) from error
         if written.moved_aside:
-            warnings.append(f"{target.name} stood there and was not whole; it is now {written.moved_aside.name}")
+            warnings.append(f"{target.name} was there already and was not whole; it is now {written.moved_aside.name}")
         self._known_whole.add(step)
         self._resumed_step = None
         removed: list[Path] = []
@@ -201,7 +201,7 @@ class CheckpointStore:
         fresh_if_none: bool = False,
         expendable: Collection[str] = (),
     ) -> LoadedCheckpoint | None:
-        """Read and verify the checkpoint to go on from; it stays pinned until the next save.
+        """Read and verify the checkpoint to resume from; it stays pinned until the next save.
 
         `last` and `best` pass over damaged ones, down to the newest whole one, and say so in `notes`; `path` takes
         that one or refuses. A file named in `expendable` is left out if it is damaged, and that is said.
@@ -318,7 +318,7 @@ class CheckpointStore:
         newest_first = list(reversed(found))
         ranked = retention.best_first(self._ranked(found), self.mode, self.measured_on)
         if not ranked:
-            return newest_first, [f"no whole checkpoint has a value of `{self.metric}`; taking the newest instead"]
+            return newest_first, [f"no whole checkpoint has a value for `{self.metric}`; using the newest instead"]
         best = next(item for item in found if item.step == ranked[0].step)
         return [best, *(item for item in newest_first if item is not best)], []
 
@@ -381,7 +381,7 @@ class CheckpointStore:
 
 
 def _flush_if_plain(path: Path) -> bool:
-    """Flush a file of the run; False for what somebody put in its place. A pipe would wait for a writer for ever."""
+    """Flush a file of the run; False for something else in its place. A pipe would wait for a writer for ever."""
     if not stat.S_ISREG(path.lstat().st_mode):
         return False
     files.flush_file(path)

@@ -40,7 +40,7 @@ def sweep_command(
     try:
         outcomes = _run(sweep, address, use_ray, cpus_per_trial, say)
     except SweepStopped as stopped:
-        say(f"stopped after {stopped.num_done} of {stopped.num_trials} trials\nnext:  the same command goes on")
+        say(f"stopped after {stopped.num_done} of {stopped.num_trials} trials\nnext:  run the same command to continue")
         return stopped.exit_code
     return _compare(sweep, outcomes, say, show)
 
@@ -55,10 +55,8 @@ def _run(
     return run_trials_on_ray(sweep, address=address, cpus_per_trial=cpus_per_trial, say=say)
 
 
-def _compare(
-    sweep: Sweep, outcomes: Sequence[Outcome], say: Callable[[str], None], show: Callable[[str], None]
-) -> int:
-    from trietune.tracking.console.result import columns
+def _compare(sweep: Sweep, outcomes: Sequence[Outcome], say: Callable[[str], None], show: Callable[[str], None]) -> int:
+    from trietune.io.columns import columns
 
     for line in columns(comparison_table(sweep, outcomes)):
         show(line)

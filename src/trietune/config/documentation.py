@@ -15,19 +15,19 @@ from trietune.config.yaml12 import write_value
 
 # Title, first key and introduction of each group; a group ends where the next one begins, in the order of `Settings`.
 _GROUPS: tuple[tuple[str, str, str], ...] = (
-    ("Data", "dataset_id", "What is learnt, and how an example becomes a prompt and a completion."),
+    ("Data", "dataset_id", "What is learned, and how an example becomes a prompt and a completion."),
     ("Base model", "model_name", "What learns. Its own weights never change."),
     ("Adapter", "training_type", "What is trained: a LoRA adapter, loadable by plain PEFT."),
     (
         "Objective",
         "objective",
-        "What is learnt from an example. docs/objectives.md has the formulas and the forms of data.",
+        "What is learned from an example. docs/objectives.md has the formulas and the forms of data.",
     ),
     ("Optimization", "learning_rate", "How the adapter is trained, and for how long."),
     ("Shared prefixes", "batching", "How a batch is laid out. No key here changes a gradient beyond rounding."),
     ("Evaluation", "val_steps_freq", "When and on how much it is measured."),
     ("Log and trackers", "log_level", "What is told about a run, and to whom, beside the files of the run itself."),
-    ("Checkpoints", "project_dir", "What is kept of a run, and how it goes on after a stop."),
+    ("Checkpoints", "project_dir", "What is kept of a run, and how it resumes after a stop."),
     (
         "Remote storage",
         "storage_backend",

@@ -40,7 +40,7 @@ _PROCESSES = (
     "`parallelism_strategy: fsdp` shards the base model over them"
 )
 _PER_DEVICE = "it counts one device, `batch_size` all of them before accumulation: multiply by the number of devices"
-_ALWAYS_COMPLETIONS = "labels are on completions alone, always"
+_ALWAYS_COMPLETIONS = "labels are always on completions only"
 _NO_PACKING = "nothing is padded here: a trie computes each shared beginning once"
 _REVISION = '`model_name: "owner/name@{text}"`'
 _AFTER_NAME = "a revision follows the model's name after `@`"
@@ -72,7 +72,7 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "quantization_bit": ForeignName(FACTORY, ("load_in_4bit",), None, _FOUR_BITS),
     # data
     "dataset_name": _same(HF, "dataset_id"),
-    "datasets": ForeignName(AXOLOTL, ("dataset_id", "train_file"), "`train_file: data.jsonl`", "one data set a run"),
+    "datasets": ForeignName(AXOLOTL, ("dataset_id", "train_file"), "`train_file: data.jsonl`", "one data set per run"),
     "dataset": _same(FACTORY, "dataset_id", "a local file goes under `train_file`"),
     "dataset_dir": _same(FACTORY, "train_file", "a folder of `train` and `validation` files is read as it is"),
     "data": _same(MLX, "train_file", "a folder of `train.jsonl` and `valid.jsonl` is read as it is"),

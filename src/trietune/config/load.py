@@ -28,7 +28,7 @@ from trietune.config.yaml12 import YamlError, read_mapping, read_value, write_va
 from trietune.errors import UserError
 
 PREFIX = "TRIETUNE_"
-# Variables of the program that are no configuration keys.
+# Variables of the program that are not configuration keys.
 DEFAULTS_VARIABLE = f"{PREFIX}DEFAULTS"
 OTHER_VARIABLES = frozenset({"TRIETUNE_CACHE", DEFAULTS_VARIABLE})
 
@@ -96,7 +96,7 @@ def load_config(
 
 
 def show_config(settings: Settings) -> str:
-    """Each key with its value and where that comes from, one a line: what `--show-config` prints."""
+    """Each key with its value and where that comes from, one per line: what `--show-config` prints."""
     rows = [(f"{key}: {write_value(value)}", settings.where(key)) for key, value in settings.dump_public().items()]
     width = min(max(len(row) for row, _ in rows), 60)
     return "\n".join(f"{row:<{width}}  # {origin}" for row, origin in rows) + "\n"
@@ -117,7 +117,7 @@ def _from_file(path: Path, problems: list[Problem]) -> dict[str, _Given]:
     for entry in document.entries:
         if entry.key in lines:
             what = f"repeated key `{printable(entry.key)}` in {path}, line {entry.line}"
-            problems.append(Problem(what, f"it is already in line {lines[entry.key]}", "remove one of the two"))
+            problems.append(Problem(what, f"it is already on line {lines[entry.key]}", "remove one of the two"))
             continue
         lines[entry.key] = entry.line
         given[entry.key] = _Given(entry.value, f"{path}, line {entry.line}")

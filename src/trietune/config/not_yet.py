@@ -69,6 +69,6 @@ def refusals(settings: Settings) -> list[Problem]:
         value = getattr(settings, key)
         if refusal.applies(value):
             shown = f"`{key}: {write_value(value)}` ({settings.where(key)})"
-            what = f"{shown} is not there yet" if key in NOT_YET else f"{shown} is not taken here"
+            what = f"{shown} is not supported yet" if key in NOT_YET else f"{shown} is not supported here"
             problems.append(Problem(what, refusal.reason, refusal.remedy, (key,)))
     return problems

@@ -86,7 +86,7 @@ def _check_warmup_steps(steps: float) -> float:
 
 
 def _implied_values(written: Mapping[str, Any], context: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of keys that nobody wrote, where the file or another key decides them.
+    """Values of keys that are not set, where the file or another key decides them.
 
     A value says everything: a run's `config.yaml` holds every key, and no later reader can ask which of them were
     defaults.
@@ -222,7 +222,7 @@ class Settings(BaseModel):
     """PEFT's task type."""
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs that is dropped at random. It is drawn once a node, so branches share the mask of
+    """Share of the adapter's inputs that is dropped at random. It is drawn once per node, so branches share the mask of
     the text that they share."""
 
     base_dropout: bool = False
@@ -233,7 +233,7 @@ class Settings(BaseModel):
     """Whether the adapter is scaled by `lora_alpha / sqrt(lora_r)`, which suits high ranks."""
 
     use_dora: bool = False
-    """Whether magnitude and direction are learnt apart (DoRA). Slower; several servers do not load it."""
+    """Whether magnitude and direction are learned apart (DoRA). Slower; several servers do not load it."""
 
     lora_bias: Literal["none", "all", "lora_only"] = "none"
     """Biases that are trained: none, all, or those of adapted layers."""
@@ -252,8 +252,8 @@ class Settings(BaseModel):
     # Objective
 
     objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "rank"] = "sft"
-    """What is learnt from an example. `sft` learns its completion. `dpo`, `ipo`, `simpo` and `orpo` learn to prefer one
-    answer to another, `kto` from answers that are wanted or not, `rank` which label of a task is the right one."""
+    """What is learned from an example. `sft` learns its completion. `dpo`, `ipo`, `simpo` and `orpo` learn to prefer
+    one answer to another, `kto` from answers that are wanted or not, `rank` which label of a task is the right one."""
 
     dpo_beta: Annotated[float, Field(gt=0)] = 0.1
     """Strength with which `dpo` and `ipo` hold the model to the reference. Lower values let it go further."""
@@ -362,7 +362,7 @@ class Settings(BaseModel):
 
     fused_layers: bool = True
     """Whether adapters, norms and gated MLPs run as functions with a backward of their own. Same results up to
-    rounding, faster; a layer of another kind keeps the library's code in any case."""
+    rounding, faster; a layer of another kind keeps transformers' code in any case."""
 
     pack_weights: bool | Auto = "auto"
     """Whether frozen weights are also kept in the form that the CPU's matrix library multiplies fastest. Same results
@@ -397,11 +397,11 @@ class Settings(BaseModel):
 
     use_wandb: bool = False
     """Whether Weights & Biases is told. If it is not installed, not logged in or not reachable, one line says so and
-    the run goes on without it."""
+    the run continues without it."""
 
     tracker: Literal["auto", "wandb", "tensorboard", "trackio", "none"] = "auto"
-    """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value decides
-    alone."""
+    """Tracker beside the run's own files. `auto` is W&B where `use_wandb` is True, else none; any other value
+    overrides `use_wandb`."""
 
     wandb_project: NonEmpty = "trietune"
     """Project that the run belongs to in the tracker."""
@@ -436,7 +436,7 @@ class Settings(BaseModel):
 
     save_optim: bool = False
     """Whether checkpoints hold the optimizer's state. With it, a resumed run equals one that was never stopped, bit for
-    bit; without it, the optimizer's moments start anew."""
+    bit; without it, the optimizer's moments start from zero."""
 
     keep_last_n: Count = 3
     """Newest checkpoints that are kept. What neither this nor `keep_best_n` keeps is removed, but never the last whole
@@ -461,17 +461,17 @@ class Settings(BaseModel):
     """Amount by which an evaluation must be better to count as better for `early_stopping_patience`."""
 
     on_save_error: Literal["continue", "stop"] = "continue"
-    """Reaction to a checkpoint that cannot be written: go on and try again at the next one, or stop."""
+    """Reaction to a checkpoint that cannot be written: continue and try again at the next one, or stop."""
 
     resume_from_checkpoint: bool | Auto = False
-    """Whether training goes on from a checkpoint of this run. `auto` goes on if there is one and starts if there never
+    """Whether training resumes from a checkpoint of this run. `auto` resumes if there is one and starts if there never
     was one."""
 
     resume_option: Literal["last", "best", "path"] = "last"
-    """Checkpoint to go on from: the newest, the best, or `checkpoint_path`."""
+    """Checkpoint to resume from: the newest, the best, or `checkpoint_path`."""
 
     checkpoint_path: PathText = ""
-    """Folder of the checkpoint to go on from, with `resume_option: path`."""
+    """Folder of the checkpoint to resume from, with `resume_option: path`."""
 
     # Remote storage
 
@@ -486,7 +486,7 @@ class Settings(BaseModel):
     """Whether each checkpoint is copied to `remote_path`, in the background."""
 
     load_from_storage: bool = False
-    """Whether a resume reads `remote_path`, so that an empty machine can go on."""
+    """Whether a resume reads `remote_path`, so that an empty machine can resume."""
 
     push_to_hub: Annotated[NonEmpty | None, AfterValidator(_check_repository)] = None
     """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to. Its card and prompt format go along,
@@ -589,15 +589,8 @@ class Settings(BaseModel):
 
     @property
     def has_original_defaults(self) -> bool:
-        """Whether keys that nobody wrote are as the original experiment had them, and not TrieTune's own."""
+        """Whether keys that are not set are as the original experiment had them, and not TrieTune's own."""
         return self._has_original_defaults
-
-    @property
-    def tracker_name(self) -> Literal["wandb", "tensorboard", "trackio", "none"]:
-        """The tracker that `tracker` and `use_wandb` come to."""
-        if self.tracker == "auto":
-            return "wandb" if self.use_wandb else "none"
-        return self.tracker
 
     @property
     def start_adapter(self) -> str | None:

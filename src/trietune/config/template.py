@@ -17,8 +17,8 @@ SCHEMA_FILE = "trietune.schema.json"
 _HEADINGS: Mapping[TemplateKind, str] = {
     "sst2": "Sentiment of film reviews (SST-2): a sentence goes in, a label comes out.",
     "squad": "Question answering (SQuAD v2): a paragraph and a question go in, an answer or `unanswerable` comes out.",
-    "chat": "Conversations of your own: one JSON object a line, with `messages` as chat services write them.",
-    "jsonl": "Data of your own: one JSON object a line, columns put into a prompt and a completion.",
+    "chat": "Conversations of your own: one JSON object per line, with `messages` as chat services write them.",
+    "jsonl": "Data of your own: one JSON object per line, columns put into a prompt and a completion.",
 }
 _SMALL_MODEL = "smollm2-135m-instruct"
 # What each kind sets; the keys of a group that are not here follow as comments, with their defaults.

@@ -32,7 +32,7 @@ _FALSE = {"false", "False", "FALSE"}
 
 
 class YamlError(Exception):
-    """Text that is no configuration: what is wrong, the line (from 1; None if it is about the whole), and a remedy.
+    """Text that is not a configuration: what is wrong, the line (from 1; None if it is about the whole), and a remedy.
 
     `key` is the key whose value it is about, where the rest of the file could be read.
     """
@@ -154,7 +154,7 @@ class _Events:
 
     def value(self, event: Any, errors: list[YamlError], depth: int) -> Any:
         if depth > _MAX_DEPTH:
-            raise YamlError("lists within lists within lists", _line(event), "no key needs more than three levels")
+            raise YamlError("lists within lists within lists", _line(event), "no key has more than three levels")
         self.refuse_extras(event, errors)
         kind = type(event).__name__
         if kind == "ScalarEvent":
@@ -222,7 +222,7 @@ def _explained(error: Exception, text: str) -> YamlError:
     line = mark.line + 1 if mark is not None else None
     source = text.splitlines()[mark.line] if mark is not None and mark.line < len(text.splitlines()) else ""
     if "\t" in source or "'\\t'" in problem:
-        return YamlError("a tab where YAML takes spaces alone", line, "put spaces in its place")
+        return YamlError("a tab where YAML allows only spaces", line, "put spaces in its place")
     if "mapping values are not allowed" in problem:
         return YamlError("a second colon", line, 'put text with a colon in quotes: `key: "a: b"`')
     if mark is not None and ("expected ',' or" in problem or "found unexpected end of stream" in problem):
@@ -234,4 +234,4 @@ def _explained(error: Exception, text: str) -> YamlError:
     if "could not find expected ':'" in problem:
         context = getattr(error, "context_mark", None)
         return YamlError("a line without a colon", context.line + 1 if context else line, "write `key: value`")
-    return YamlError(f"no valid YAML: {problem}", line, "write `key: value`, one a line")
+    return YamlError(f"not valid YAML: {problem}", line, "write `key: value`, one per line")

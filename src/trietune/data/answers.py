@@ -12,24 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from trietune.data.examples import IGNORED_LABEL
-
-
-class TokenArrays(Protocol):
-    """Token sequences with labels, flat."""
-
-    @property
-    def input_ids(self) -> np.ndarray: ...
-
-    @property
-    def labels(self) -> np.ndarray: ...
-
-    @property
-    def offsets(self) -> np.ndarray: ...
+from trietune.data.examples import IGNORED_LABEL, TokenSequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +26,7 @@ class AnswerSets:
         input_ids, labels, offsets: as in `TokenSequences`; S sequences.
         row_start: int64 [R + 1], the first sequence of each row.
         grade: float64 [S], a greater one is better.
-        is_trained: bool [S]; False for what is only scored, never learnt from.
+        is_trained: bool [S]; False for what is only scored, never learned from.
     """
 
     input_ids: np.ndarray
@@ -62,18 +48,18 @@ class AnswerSets:
         return flat_ranges(self.row_start[rows], self.row_start[rows + 1])
 
     def parts_of(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The sequences of these rows, apart: those that are learnt from, and those that are only scored, if any."""
+        """The sequences of these rows, apart: those that are learned from, and those that are only scored, if any."""
         return self.apart(self.sequences_of(rows))
 
     def apart(self, sequences: np.ndarray) -> list[np.ndarray]:
-        """These sequences, apart: those that are learnt from, and those that are only scored, if any."""
+        """These sequences, apart: those that are learned from, and those that are only scored, if any."""
         is_trained = self.is_trained[sequences]
         parts = [sequences[is_trained], sequences[~is_trained]]
         return [part for part in parts if len(part)]
 
     @property
     def first_answers(self) -> AnswerSets:
-        """Each row by its first answer alone: enough to tell which rows share a prompt."""
+        """Each row by its first answer only: enough to tell which rows share a prompt."""
         return take_sequences(self, self.row_start[:-1])
 
 
@@ -92,7 +78,7 @@ def take_sequences(sets: AnswerSets, chosen: np.ndarray) -> AnswerSets:
     )
 
 
-def with_other_completions(sequences: TokenArrays, grade: np.ndarray) -> AnswerSets:
+def with_other_completions(sequences: TokenSequences, grade: np.ndarray) -> AnswerSets:
     """Each sequence followed by its prompt with the completion of the one before it; the first takes the last one's.
 
         P0 C0, P1 C1, P2 C2   ->   P0 C0, P0 C2,   P1 C1, P1 C0,   P2 C2, P2 C1
@@ -122,7 +108,7 @@ def with_other_completions(sequences: TokenArrays, grade: np.ndarray) -> AnswerS
     )
 
 
-def with_every_label(sequences: TokenArrays, completions: Sequence[np.ndarray]) -> AnswerSets:
+def with_every_label(sequences: TokenSequences, completions: Sequence[np.ndarray]) -> AnswerSets:
     """Each prompt followed by every label's completion in turn; the grade of the example's own is 1, of others 0.
 
     Args:

@@ -196,6 +196,7 @@ class StoredExamples:
             completion=fields[2],
             answers=tuple(fields[3]) if len(fields) > 3 else (),
             messages=tuple(Message(*message) for message in fields[4]) if len(fields) > 4 else (),
+            tools=fields[5] if len(fields) > 5 else "",
         )
 
     def fields(self, index: int) -> list[Any]:
@@ -235,7 +236,11 @@ def _to_line(example: Example) -> bytes:
     if example.answers or example.messages:
         fields.append(example.answers)
     if example.messages:
-        fields.append([(message.role, message.content) for message in example.messages])
+        # Weights are in the arrays; what has none of them is written as it always was.
+        parts = [(one.role, one.content, *((one.weight, one.more) if one.more else ())) for one in example.messages]
+        fields.append(parts)
+    if example.tools:
+        fields.append(example.tools)
     # ASCII, so that a lone surrogate in a JSON source survives too.
     return json.dumps(fields).encode() + b"\n"
 

@@ -8,25 +8,29 @@
 A turn begins where the template, given all that went before, asks for an answer. So what the model is given in training
 is, character for character, what it is given in use.
 
-Some templates write an answer anew once others follow it: those of reasoning models drop its thoughts. Then no single
+Some templates rewrite an answer once others follow it: those of reasoning models drop its thoughts. Then no single
 text holds all answers as they were given, and each turn becomes an example of its own. The trie computes what they
 share once.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from trietune.data.columns import WrongRow
-from trietune.data.examples import Message
+from trietune.data.examples import Example, Message
 from trietune.data.interruptible import TookTooLong, interruptible
 from trietune.errors import StopRequested
 
-Segment = tuple[str, bool]  # text, and whether it is to be learnt
+Segment = tuple[
+    str, bool
+]  # text, and whether the assistant says it: whether it is to be learned, unless its weight is 0
 
 # Of one conversation: templates of a hundred lines take milliseconds.
 SECONDS_OF_A_TEMPLATE = 20.0
@@ -48,8 +52,34 @@ def _never() -> None:
     """No stop is asked for."""
 
 
-def rewrites_turns(tokenizer: Any, chat_template: str, check_stop: Callable[[], None] = _never) -> bool:
-    """Whether the template writes earlier answers anew as a conversation goes on."""
+def rewrites_turns(
+    tokenizer: Any,
+    chat_template: str,
+    conversations: Sequence[Example] = (),
+    check_stop: Callable[[], None] = _never,
+) -> bool:
+    """Whether the template rewrites earlier answers as a conversation goes on.
+
+    Args:
+        conversations: some of the data; those that think or call tools are tried, for templates that only rewrite such.
+    """
+    for one in conversations:
+        if any(message.more or "</think>" in message.content for message in one.messages):
+            try:
+                split_turns(
+                    one.messages,
+                    tokenizer=tokenizer,
+                    chat_template=chat_template,
+                    add_generation_prompt=False,
+                    tools=one.tools,
+                    check_stop=check_stop,
+                )
+            except RewrittenTurnError:
+                return True
+            except TemplateTooSlowError:
+                return False  # whoever uses it next says so
+            except WrongRow:
+                continue
     # Some templates want a system message; what refuses both will be told by real conversations.
     for probe in (_PROBE, (Message("system", "s"), *_PROBE)):
         try:
@@ -61,7 +91,7 @@ def rewrites_turns(tokenizer: Any, chat_template: str, check_stop: Callable[[], 
                 check_stop=check_stop,
             )
         except TemplateTooSlowError:
-            return False  # whoever uses it next says so
+            return False
         except RewrittenTurnError:
             return True
         except WrongRow:
@@ -76,28 +106,29 @@ def split_turns(
     tokenizer: Any,
     chat_template: str,
     add_generation_prompt: bool,
+    tools: str = "",
     check_stop: Callable[[], None] = _never,
 ) -> list[Segment]:
-    """The rendered conversation as alternating segments, text that is given and text that is to be learnt.
+    """The rendered conversation as alternating segments, text that is given and text that the assistant says.
 
     With `add_generation_prompt` the last segment asks for the next answer; without it, the last one is an answer.
 
     Raises:
         WrongRow: the template refuses the conversation.
-        RewrittenTurnError: it writes earlier turns anew as it goes on.
+        RewrittenTurnError: it rewrites earlier turns as it continues.
     """
-    render = partial(_render, check_stop=check_stop)
-    full = render(messages, tokenizer, chat_template, add_generation_prompt)
+    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools, check_stop=check_stop)
+    full = render(messages, asks=add_generation_prompt)
     segments: list[Segment] = []
     end = 0
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        given = render(messages[:index], tokenizer, chat_template, True)
+        given = render(messages[:index], asks=True)
         is_last = index == len(messages) - 1 and not add_generation_prompt
-        said = full if is_last else render(messages[: index + 1], tokenizer, chat_template, False)
+        said = full if is_last else render(messages[: index + 1], asks=False)
         if not (full.startswith(said) and said.startswith(given) and len(given) >= end):
-            raise RewrittenTurnError(f"the chat template writes message {index + 1} anew once others follow")
+            raise RewrittenTurnError(f"the chat template rewrites message {index + 1} once others follow")
         segments += [(full[end : len(given)], False), (_without_space_behind(full[len(given) : len(said)]), True)]
         end = len(given) + len(segments[-1][0])
     if add_generation_prompt:
@@ -111,6 +142,7 @@ def split_last_turn(
     tokenizer: Any,
     chat_template: str,
     add_generation_prompt: bool,
+    tools: str = "",
     check_stop: Callable[[], None] = _never,
 ) -> list[Segment]:
     """The rendered conversation as what was given and, unless another answer is asked for, the last answer.
@@ -119,11 +151,11 @@ def split_last_turn(
         WrongRow: the template refuses the conversation.
         RewrittenTurnError: what it writes for an answer does not follow what it asks it with.
     """
-    render = partial(_render, check_stop=check_stop)
+    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools, check_stop=check_stop)
     if add_generation_prompt:
-        return [(render(messages, tokenizer, chat_template, True), False)]
-    given = render(messages[:-1], tokenizer, chat_template, True)
-    full = render(messages, tokenizer, chat_template, False)
+        return [(render(messages, asks=True), False)]
+    given = render(messages[:-1], asks=True)
+    full = render(messages, asks=False)
     if not full.startswith(given):
         raise RewrittenTurnError(
             "what the chat template asks for an answer with is not what it writes before that answer"
@@ -138,38 +170,56 @@ def _without_space_behind(text: str) -> str:
 
 def _render(
     messages: Sequence[Message],
+    *,
     tokenizer: Any,
     chat_template: str,
-    add_generation_prompt: bool,
-    *,
+    tools: str,
+    asks: bool,
     check_stop: Callable[[], None],
 ) -> str:
     if not messages:
         raise WrongRow("the conversation begins with the assistant, and nothing asks for that answer")
-    check_stop()
+    fields = [message.fields for message in messages]
+    if any("tool_calls" in one for one in fields):
+        form = _find_call_form(tokenizer, chat_template)
+        fields = [_in_form(one, form) for one in fields]
     try:
-        with interruptible(SECONDS_OF_A_TEMPLATE, lambda: not _is_stopped(check_stop)):
-            text = str(
-                tokenizer.apply_chat_template(
-                    [{"role": message.role, "content": message.content} for message in messages],
-                    chat_template=chat_template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-            )
-    except TookTooLong:
-        check_stop()
-        raise TemplateTooSlowError(
-            f"the chat template has not come to an end after {SECONDS_OF_A_TEMPLATE:.0f} s"
-        ) from None
+        text = _apply(
+            fields, json.loads(tools) if tools else None, tokenizer, chat_template, asks=asks, check_stop=check_stop
+        )
+    except (StopRequested, TemplateTooSlowError):
+        raise
     except Exception as error:  # a template is a program of somebody else's: it may raise anything
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         line = f" (line {error.lineno} of the template)" if isinstance(error, TemplateSyntaxError) else ""
         raise WrongRow(f"the chat template refuses it: {kind}{str(error)[:500]}{line}") from None
-    given = sum(len(message.role) + len(message.content) + 1_000 for message in messages)
+    given = len(tools) + sum(len(json.dumps(one)) + 1_000 for one in fields)
     if len(text) > MOST_OF_A_TEMPLATE + 100 * given:
         raise WrongRow(f"the chat template makes {len(text):,} characters of {given:,}")
     return text
+
+
+def _apply(
+    fields: Sequence[dict[str, Any]],
+    tools: list[Any] | None,
+    tokenizer: Any,
+    chat_template: str,
+    *,
+    asks: bool,
+    check_stop: Callable[[], None] = _never,
+) -> str:
+    check_stop()
+    try:
+        with interruptible(SECONDS_OF_A_TEMPLATE, lambda: not _is_stopped(check_stop)):
+            return str(
+                tokenizer.apply_chat_template(
+                    list(fields), tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=asks
+                )
+            )
+    except TookTooLong:
+        check_stop()
+        reason = f"the chat template has not come to an end after {SECONDS_OF_A_TEMPLATE:.0f} s"
+        raise TemplateTooSlowError(reason) from None
 
 
 def _is_stopped(check_stop: Callable[[], None]) -> bool:
@@ -178,3 +228,78 @@ def _is_stopped(check_stop: Callable[[], None]) -> bool:
     except StopRequested:
         return True
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class _CallForm:
+    """How a template wants a call of a tool: its arguments as text or as an object, no content as null or as text."""
+
+    has_text_arguments: bool = False
+    has_null_content: bool = True
+
+
+_PROBED_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {
+            "type": "object",
+            "properties": {"k": {"type": "string", "description": "d"}},
+            "required": ["k"],
+        },
+    },
+}
+
+
+@lru_cache(maxsize=16)
+def _find_call_form(tokenizer: Any, chat_template: str) -> _CallForm:
+    """What a template makes of a small call tells how it wants one: data have arguments in either form.
+
+    Taken is the first form that neither raises nor writes Python's `{'k': 'v'}`, `None` or `null` into the text.
+    """
+    last: _CallForm | None = None
+    for has_text_arguments in (False, True):
+        for has_null_content in (True, False):
+            form = _CallForm(has_text_arguments, has_null_content)
+            arguments = json.dumps({"k": "v"}) if has_text_arguments else {"k": "v"}
+            call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            asked = [{"role": "user", "content": "a"}]
+            said = {"role": "assistant", "content": None if has_null_content else "", "tool_calls": [call]}
+            for before in (asked, [{"role": "system", "content": "s"}, *asked]):
+                try:
+                    given = _apply(before, [_PROBED_TOOL], tokenizer, chat_template, asks=True)
+                    text = _apply([*before, said], [_PROBED_TOOL], tokenizer, chat_template, asks=False)
+                except TemplateTooSlowError:
+                    return last or _CallForm()
+                except Exception:  # noqa: S112  (it may raise anything, and then wants another form)
+                    continue
+                said_text = text.removeprefix(given)
+                if "None" in said_text or "null" in said_text:
+                    continue
+                last = last or form
+                if "{'k'" not in said_text and '{\\"k\\"' not in said_text:
+                    return form
+    return last or _CallForm()
+
+
+def _in_form(fields: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+    if "tool_calls" not in fields:
+        return fields
+    content = "" if fields["content"] is None and not form.has_null_content else fields["content"]
+    return {**fields, "content": content, "tool_calls": [_call_in_form(one, form) for one in fields["tool_calls"]]}
+
+
+def _call_in_form(call: dict[str, Any], form: _CallForm) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call_in_form(call["function"], form)}
+    arguments = call.get("arguments")
+    if form.has_text_arguments and isinstance(arguments, dict):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    if not form.has_text_arguments and isinstance(arguments, str):
+        try:
+            decoded = json.loads(arguments)
+        except ValueError:
+            return call
+        return {**call, "arguments": decoded} if isinstance(decoded, dict) else call
+    return call

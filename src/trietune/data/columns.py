@@ -5,10 +5,10 @@ applied to each row of it. The first of these that fits is taken:
 
     prompt_template, completion_template     the user's own words
     the name or the file's form              SST-2: sentence, label; SQuAD v2: context, question, answers
-    input_ids, labels                        tokens that somebody else made
+    input_ids, labels                        tokens made elsewhere
     messages                                 a conversation
     prompt, completion                       text as it is
-    text                                     text as it is, learnt from its first token on
+    text                                     text as it is, learned from its first token on
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, Literal
 
 from trietune.data.examples import Example, Task
+from trietune.data.messages import read_messages, read_tools
 from trietune.data.templates import (
     SQUAD_PROMPT,
     SQUAD_TASK,
@@ -31,7 +32,6 @@ from trietune.data.templates import (
     fill_template,
     find_columns,
     find_unknown_names,
-    read_messages,
     to_text,
 )
 from trietune.errors import UserError
@@ -56,7 +56,11 @@ _SST2_LABEL_OF: dict[object, int] = {0: 0, 1: 1, "0": 0, "1": 1, "negative": 0, 
 
 # Columns of preferences, ranked answers and verdicts; `data/preferences.py` reads them.
 _OF_PREFERENCES = ("prompt", "chosen", "rejected", "completions", "completion", "scores", "ranking", "label", "tools")
-_ALSO_USED: dict[RowFormatKind, tuple[str, ...]] = {"tokens": ("attention_mask",), "squad": ("id",)}
+_ALSO_USED: dict[RowFormatKind, tuple[str, ...]] = {
+    "tokens": ("attention_mask",),
+    "squad": ("id",),
+    "messages": ("tools",),
+}
 
 
 class WrongRow(Exception):  # noqa: N818  (a value of the data, counted and located)
@@ -199,7 +203,7 @@ def _from_templates(columns: Sequence[str], prompt_template: str, completion_tem
 
 
 def _instead_of(name: str, columns: Sequence[str]) -> str:
-    """What to write in place of a name that is no column: the nearest one, whatever its case and its spaces."""
+    """What to write in place of a name that is not a column: the nearest one, whatever its case and its spaces."""
     simple = {" ".join(column.lower().replace("_", " ").split()): column for column in reversed(columns)}
     wanted = " ".join(re.split("[!:]", name)[0].lower().replace("_", " ").split())
     near = get_close_matches(wanted, list(simple), n=1)
@@ -277,22 +281,24 @@ def _read_answers(value: Any) -> tuple[str, ...]:
     for item in value:
         text = item.get("text") if isinstance(item, Mapping) else item
         if not isinstance(text, str):
-            raise WrongRow("`answers` holds something that is no text")
+            raise WrongRow("`answers` holds something that is not text")
         texts.append(text)
     return tuple(texts)
 
 
 def _make_conversation(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
     try:
-        messages = read_messages(row.get("messages"))
+        messages, tools = read_messages(row.get("messages")), read_tools(row.get("tools"))
     except TypeError as error:
         raise WrongRow(str(error)) from None
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
     if last is None:
-        raise WrongRow("no message has the role `assistant`, so there is nothing to learn")
+        roles = ", ".join(f"`{role}`" for role in dict.fromkeys(message.role for message in messages))
+        raise WrongRow(f"no message has the role `assistant`, so there is nothing to learn (there are {roles})")
     # What follows the last answer carries no label and changes nothing.
     messages = messages[: last + 1]
-    return Example(id=example_id, prompt="", completion=messages[-1].content, messages=messages)
+    completion = messages[-1].content or messages[-1].more
+    return Example(id=example_id, prompt="", completion=completion, messages=messages, tools=tools)
 
 
 def _make_pair(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:

@@ -30,7 +30,7 @@ class SplitCounts:
         read: rows that were read.
         num_examples: examples in them; more than rows where each turn of a conversation is one.
         kept: examples that became sequences.
-        num_tokens, num_labels, longest: of the kept sequences; `longest` in tokens.
+        num_tokens, num_labels, longest: counts of the kept sequences; `longest` in tokens.
         overlong: longer than `max_length`; left out in training, kept in validation.
         truncated: cut to `max_length` at the left of their prompt.
         without_completion: nothing to learn but the end; left out in training, kept in validation.
@@ -38,7 +38,12 @@ class SplitCounts:
         padded: tokens whose `attention_mask` hides padding, which was taken away.
         without_prompt: a column of the prompt is empty; kept.
         duplicates: equal to an earlier example; kept.
-        without_weight: whose weight is 0 everywhere; left out in training, kept in validation.
+        without_weight: whose weight is 0 everywhere; left out (validation knows no weights of rows).
+        unlearnt: answers of conversations that are not learned, because their weight is 0.
+        cut_reasoning, cut_text: answers of which the chat template leaves out reasoning, or other text.
+        unseen_messages: messages to the assistant that the chat template does not write.
+        unused_keys: keys of messages that the chat template does not take, and the messages that have them.
+        num_with_more: conversations whose messages have more than a role and a content, or that come with tools.
         equal_answers: answers that equal another one of their row; left out.
         without_pair: rows of preferences that prefer no answer to another; left out.
         completions: how often each completion occurs, if there are few; else empty.
@@ -62,14 +67,19 @@ class SplitCounts:
     equal_answers: Count = field(default_factory=Count)
     without_pair: Count = field(default_factory=Count)
     completions: Mapping[str, int] = field(default_factory=dict)
+    unlearnt: Count = field(default_factory=Count)
+    cut_reasoning: Count = field(default_factory=Count)
+    cut_text: Count = field(default_factory=Count)
+    unseen_messages: Count = field(default_factory=Count)
+    unused_keys: Mapping[str, Count] = field(default_factory=dict)
+    num_with_more: int = 0
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SplitCounts:
         """The opposite of `dataclasses.asdict`, from JSON."""
-        counts = {
-            name: Count(value["number"], tuple(value["samples"])) for name, value in fields.items() if _is_count(value)
-        }
-        return cls(**{**fields, **counts})
+        counts: dict[str, Any] = {name: _to_count(value) for name, value in fields.items() if _is_count(value)}
+        unused = {name: _to_count(value) for name, value in fields.get("unused_keys", {}).items()}
+        return cls(**{**fields, **counts, "unused_keys": unused})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,15 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
         (counts.padded, "whose `attention_mask` hides padding, which was taken away"),
         (counts.without_prompt, "with an empty text in the prompt, kept"),
         (counts.duplicates, "equal to an earlier one, kept"),
-        (counts.without_weight, f"of weight 0, {left_out}"),
+        (counts.without_weight, "of weight 0, left out"),
+        (counts.unlearnt, "of the answers not learned, as their `weight`, `loss` or `train` says"),
+        (counts.cut_reasoning, "of the answers without their reasoning, which the chat template leaves out"),
+        (counts.cut_text, "of the answers not written by the chat template as they are"),
+        (counts.unseen_messages, "of the other messages not written by the chat template, or not as they are"),
+        *(
+            (count, f"with `{name}`, which the chat template does not take")
+            for name, count in counts.unused_keys.items()
+        ),
         (counts.equal_answers, "answers equal to another one of their row, left out"),
         (counts.without_pair, "without two answers of which one is better, left out"),
     ):
@@ -110,6 +128,10 @@ def name_places(samples: Iterable[str], number: int) -> str:
     """`train.tsv:4, train.tsv:9, ...`"""
     first = list(samples)[:3]
     return ", ".join(first) + (", ..." if number > len(first) else "")
+
+
+def _to_count(value: Mapping[str, Any]) -> Count:
+    return Count(value["number"], tuple(value["samples"]))
 
 
 def _is_count(value: Any) -> bool:

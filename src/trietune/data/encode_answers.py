@@ -16,12 +16,14 @@ from trietune.data.answers import flat_ranges
 from trietune.data.cache import CacheWriter
 from trietune.data.columns import WrongRow
 from trietune.data.counts import Count, SplitCounts
-from trietune.data.encode_rows import ROWS_PER_BLOCK, LengthRules, Problems
+from trietune.data.encode_rows import ROWS_PER_BLOCK
 from trietune.data.encoder import EncodedExamples, Encoder
 from trietune.data.examples import IGNORED_LABEL
 from trietune.data.files import BrokenRow
 from trietune.data.preferences import AnswerForm, AnswerRow, answer_reader
-from trietune.data.sources import PlacedRow
+from trietune.data.read_row import LengthRules
+from trietune.data.rows import PlacedRow
+from trietune.data.tally import Problems
 from trietune.data.templates import find_half_character
 
 
@@ -63,7 +65,7 @@ class _Tally:
     counts: SplitCounts
     seen: int = 0
     problems: Problems = field(
-        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped in silence")
+        default_factory=lambda: Problems("cannot be used", "correct or remove them; nothing is skipped silently")
     )
     too_long: Problems = field(
         default_factory=lambda: Problems(

@@ -4,16 +4,17 @@
            -100..  labels      label
 
 Prompt and completion are tokenized apart, so that the prompt's tokens in training are those in use, whatever follows.
-Some tokenizers put a space before every text that they are given (Llama 2's does). A completion is no beginning, so it
-is tokenized without that space: decoding the whole gives prompt and completion, character for character.
+Some tokenizers put a space before every text that they are given (Llama 2's does). A completion does not begin a
+text, so it is tokenized without that space: decoding the whole gives prompt and completion, character for character.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -103,13 +104,14 @@ def find_bos_id(tokenizer: Any, add_bos: bool | Literal["auto"] = "auto") -> int
 def find_stop_ids(
     tokenizer: Any,
     prompt_format: PromptFormat,
-    conversation: Sequence[Message] = (),
+    conversations: Sequence[Example] = (),
     check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[int, ...]:
     """The ids that end an answer: EOS, and in a conversation the token that the chat template closes a turn with.
 
     Args:
-        conversation: one of the data, up to an answer, for templates that refuse a plain one.
+        conversations: some of the data: the first one is for templates that refuse a plain one, and calls of tools may
+            end in a way of their own.
 
     Raises:
         UserError: the chat template cannot be used.
@@ -117,24 +119,47 @@ def find_stop_ids(
     if prompt_format.kind != "chat":
         return (prompt_format.eos_id,)
     encoder = make_encoder(tokenizer, prompt_format, check_stop=check_stop)
-    encoded = _encode_probe(encoder, conversation)
+    encoded = _encode_probe(encoder, conversations)
     closing = encoded.input_ids[encoded.labels != IGNORED_LABEL].tolist()
+    closing += _ends_of_calls(encoder, conversations)
     special = set(tokenizer.all_special_ids) | {
         token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     return tuple(dict.fromkeys([prompt_format.eos_id, *(one for one in closing if one in special)]))
 
 
-def _encode_probe(encoder: Encoder, conversation: Sequence[Message]) -> EncodedExamples:
+def _ends_of_calls(encoder: Encoder, conversations: Sequence[Example]) -> list[int]:
+    """The token before EOS of answers that call a tool."""
+    ends: list[int] = []
+    for example in conversations:
+        calls = [at for at, one in enumerate(example.messages) if one.role == "assistant" and "tool_calls" in one.more]
+        if not calls:
+            continue
+        with contextlib.suppress(WrongRow):
+            encoded = encoder.encode([_up_to(example, calls[0])])
+            ends += encoded.input_ids[-2:-1].tolist()
+    return ends
+
+
+def _up_to(example: Example, index: int) -> Example:
+    """The conversation up to one of its answers, all of which are learned."""
+    return replace(example, messages=tuple(replace(one, weight=1.0) for one in example.messages[: index + 1]))
+
+
+def _encode_probe(encoder: Encoder, conversations: Sequence[Example]) -> EncodedExamples:
     plain = (Message("user", "a"), Message("assistant", "b"))
-    same_roles = tuple(Message(one.role, "b" if one.role == "assistant" else "a") for one in conversation)
-    probes = [plain, (Message("system", "s"), *plain), same_roles, tuple(conversation)]
+    probes = [Example("", "", "b", messages=one) for one in (plain, (Message("system", "s"), *plain))]
+    for example in conversations:
+        end = next((at for at, one in enumerate(example.messages) if one.role == "assistant" and at), None)
+        if end is not None:
+            own = _up_to(example, end)
+            same_roles = tuple(Message(one.role, "b" if one.role == "assistant" else "a") for one in own.messages)
+            probes += [replace(own, messages=same_roles), own]
+            break
     reason: WrongRow | None = None
     for probe in probes:
-        if not probe:
-            continue
         try:
-            return encoder.encode([Example(id="", prompt="", completion="b", messages=probe)])
+            return encoder.encode([probe])
         except TemplateTooSlowError as error:
             reason = error
             break  # the others would take as long
@@ -142,7 +167,7 @@ def _encode_probe(encoder: Encoder, conversation: Sequence[Message]) -> EncodedE
             reason = error
     raise UserError(
         f"the chat template cannot be used: {reason}",
-        where="a conversation of the data" if conversation else "a plain conversation of user and assistant",
+        where="a conversation of the data" if len(probes) > 2 else "a plain conversation of user and assistant",
         next_step="chat_template: FILE.jinja     (a template that renders these conversations, and asks for an answer "
         "with what it writes before one)",
     )
@@ -154,7 +179,7 @@ class EncodedExamples:
 
     Attributes:
         input_ids: int32 [tokens].
-        labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learnt.
+        labels: int32 [tokens], `IGNORED_LABEL` where nothing is to be learned.
         lengths: int64 [examples], tokens of each.
         weights: float64 [tokens], what multiplies the loss of each label; None where that is 1 everywhere.
     """
@@ -197,7 +222,7 @@ class Encoder:
             pieces.append([self.prompt_format.eos_id])
             are_labels.append(False)
             are_labels += (is_label for _, is_label in one)
-            are_labels.append(True)
+            are_labels.append(one[-1][1])  # the end is learned with what it ends
         sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
         input_ids = np.fromiter(chain.from_iterable(pieces), np.int32, int(sizes.sum()))
         labels = np.where(np.repeat(np.array(are_labels, bool), sizes), input_ids, np.int32(IGNORED_LABEL))
@@ -213,7 +238,7 @@ class Encoder:
         """
         if example.messages:
             messages = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
-            segments = self._turns(messages, add_generation_prompt=True)
+            segments = self._turns(messages, example.tools, add_generation_prompt=True)
         else:
             segments = [(example.prompt, False)] if example.prompt else []
         ids = self._beginning_of_sequence()
@@ -236,20 +261,35 @@ class Encoder:
         return str(decoded[len(self.beginning.decode(anchor, skip_special_tokens=True)) :])
 
     def segments(self, example: Example) -> list[Segment]:
-        """An example as the texts that are tokenized apart, each with whether it is to be learnt."""
+        """An example as the texts that are tokenized apart, each with whether it is to be learned."""
         if example.messages:
-            return self._turns(example.messages, add_generation_prompt=False)
+            return self.learnt(example, self.said(example))
         if not example.prompt:
             return [(example.completion, True)]
         return [(example.prompt, False), (example.completion, True)]
 
-    def _turns(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
+    def said(self, example: Example) -> list[Segment]:
+        """A conversation as texts, each with whether the assistant says it."""
+        return self._turns(example.messages, example.tools, add_generation_prompt=False)
+
+    def learnt(self, example: Example, said: Sequence[Segment]) -> list[Segment]:
+        """`said`, without the answers whose weight is 0."""
+        answers = iter(self.answers(example))
+        return [(text, is_said and next(answers).weight != 0) for text, is_said in said]
+
+    def answers(self, example: Example) -> list[Message]:
+        """The messages of a conversation that its tokens may learn: each answer, or the last one."""
+        answers = [message for message in example.messages if message.role == "assistant"]
+        return answers[-1:] if self.prompt_format.is_turn_by_turn else answers
+
+    def _turns(self, messages: Sequence[Message], tools: str = "", *, add_generation_prompt: bool) -> list[Segment]:
         split = split_last_turn if self.prompt_format.is_turn_by_turn else split_turns
         return split(
             messages,
             tokenizer=self.tokenizer,
             chat_template=self.prompt_format.chat_template,
             add_generation_prompt=add_generation_prompt,
+            tools=tools,
             check_stop=self.check_stop,
         )
 

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -21,11 +22,23 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; `weight` multiplies the losses of its labels."""
+    """One turn of a conversation.
+
+    Attributes:
+        weight: multiplies the losses of its labels; at 0 it has none.
+        more: its other keys for the chat template, as a JSON object; `"content": null` in it takes the place of an
+            empty content.
+    """
 
     role: str
     content: str
     weight: float = 1.0
+    more: str = ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a chat template sees of it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.more) if self.more else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,7 @@ class Example:
     """One training or validation example as text.
 
     `messages` is set instead of `prompt` and `completion` for conversations; then labels are on every assistant turn.
+    `tools` are those that the conversation may call, as JSON text of a list; empty if there are none.
     `answers` are all gold answers of a question (empty for an unanswerable one), for exact match and F1.
     `id` is unique within a split and names the place in the source: `train.tsv:17`, or the data set's own id. Answers
     that are compared share the id of their row.
@@ -43,6 +57,7 @@ class Example:
     completion: str
     answers: tuple[str, ...] = ()
     messages: tuple[Message, ...] = ()
+    tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +66,7 @@ class Task:
 
     `labels`: classification; `labels` are the completions to choose from, in the order of the data set's label
     numbers, `label_names` their short names. `answers`: question answering, exact match and F1. `text`: anything
-    else, loss and perplexity alone.
+    else, only loss and perplexity.
     """
 
     kind: Literal["labels", "answers", "text"]
@@ -75,14 +90,14 @@ class TokenSequences:
 
     Attributes:
         input_ids: int32 [total tokens].
-        labels: int32 [total tokens]; `IGNORED_LABEL` where a token is not to be learnt.
+        labels: int32 [total tokens]; `IGNORED_LABEL` where a token is not to be learned.
         offsets: int64 [number of sequences + 1].
         ids: the example id of each sequence.
         examples: the text that sequence `i` was made of, at the same index.
-        row_start: of answers that are compared, int64 [rows + 1]: the first sequence of each row; else None, and each
+        row_start: for answers that are compared, int64 [rows + 1]: the first sequence of each row; else None, and each
             sequence is a row of its own.
-        grades: of such answers, float64 [number of sequences]: a greater one is better.
-        weights: of labels, float64 [total tokens], what multiplies the loss of each; None where that is 1 everywhere.
+        grades: for such answers, float64 [number of sequences]: a greater one is better.
+        weights: float64 [total tokens], what multiplies the loss of each label; None where that is 1 everywhere.
     """
 
     input_ids: np.ndarray

@@ -72,7 +72,7 @@ def detect_format(path: Path) -> Format:
     by_suffix = FORMAT_OF_SUFFIX.get(path.suffix.lower())
     if by_suffix is None:
         raise UserError(
-            f"`{path.name}` has a form that is not known here",
+            f"`{path.name}` has an unknown format",
             where=str(path),
             next_step=f"these can be read: {FORMATS_IN_WORDS}",
         )
@@ -175,7 +175,7 @@ def _read_jsonl(path: Path) -> Iterator[NumberedRow]:
         except (ValueError, RecursionError) as error:
             yield number, BrokenRow(_json_error(error))
             continue
-        yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is no object {...}")
+        yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is not an object {...}")
 
 
 def _read_json_list(path: Path) -> Iterator[NumberedRow]:
@@ -187,7 +187,7 @@ def _read_json_list(path: Path) -> Iterator[NumberedRow]:
         raise UserError(
             f"`{path.name}` is not a JSON list of objects",
             where=f"{path}, line 1",
-            next_step='write `[{"prompt": "...", "completion": "..."}, ...]`, or one object a line as .jsonl',
+            next_step='write `[{"prompt": "...", "completion": "..."}, ...]`, or one object per line as .jsonl',
         )
     number += text.count("\n", 0, position)
     seen = position
@@ -204,7 +204,7 @@ def _read_json_list(path: Path) -> Iterator[NumberedRow]:
         if repeated is not None:
             yield number, BrokenRow(_duplicate(repeated))
         else:
-            yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is no object {...}")
+            yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is not an object {...}")
         position = _skip_space(text, position)
         if text.startswith(",", position):
             position = _skip_space(text, position + 1)
@@ -219,7 +219,7 @@ def _read_json_list(path: Path) -> Iterator[NumberedRow]:
 
 
 def _read_squad(path: Path) -> Iterator[NumberedRow]:
-    """One row a question, counted from 1, in the columns of the hub: lines of one JSON value tell nobody anything."""
+    """One row per question, counted from 1, in the hub's columns: line numbers mean nothing inside one JSON value."""
     number = 0
     try:
         document = JsonDecoder().decode_marked(_read_text(path))
@@ -259,7 +259,7 @@ def _read_squad(path: Path) -> Iterator[NumberedRow]:
 def _check_squad_object(value: object, name: str, path: Path) -> None:
     if isinstance(value, RepeatedKeys):
         raise UserError(
-            f"{name} has the key `{value.repeated}` twice, so nobody can tell which is meant",
+            f"{name} has the key `{value.repeated}` twice, so it is not clear which is meant",
             where=str(path),
             next_step="remove one of the two",
         )
@@ -339,7 +339,7 @@ def _check_columns(columns: list[str], path: Path) -> None:
     repeated = sorted(name for name, count in Counter(columns).items() if count > 1)
     if repeated:
         raise UserError(
-            f"column `{repeated[0]}` stands twice in the header of `{path.name}`",
+            f"column `{repeated[0]}` appears twice in the header of `{path.name}`",
             where=f"{path}, line 1" if path.suffix.lower() != ".parquet" else str(path),
             next_step="name each column once; the first line of a TSV or CSV file is its header",
         )

@@ -102,7 +102,7 @@ def _load(place: _Place, revision: str | None, dataset_id: str, report: Callable
             unreachable = _find_out_whether_unreachable(place.path, revision)
         with _quiet(), _offline(unreachable is not None):
             splits = datasets.load_dataset(place.path, place.config, revision=revision)
-    except Exception as error:  # the library's errors, the hub's and the network's have no common base
+    except Exception as error:  # datasets' errors, the hub's and the network's have no common base
         raise _explain(unreachable or error, place.path, dataset_id) from error
     if unreachable is not None:
         report(f"the hub cannot be reached: `{place.path}` comes from the cache of this machine")
@@ -197,7 +197,7 @@ def _explain(error: Exception, path: str, dataset_id: str) -> UserError:
         )
     if "Dataset scripts are no longer supported" in text:
         return UserError(
-            f"`{path}` is a program and not data, and programs from the hub are not run",
+            f"`{path}` is a script, not data, and scripts from the hub are not run",
             where=where,
             next_step=f"look for a version of it in parquet; {local}",
         )

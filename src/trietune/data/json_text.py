@@ -10,7 +10,7 @@ from typing import Any
 
 
 class RepeatedKeyError(ValueError):
-    """An object has a key twice, so nobody can tell which value is meant."""
+    """An object has a key twice, so it is not clear which value is meant."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"duplicate key `{key[:80]}`")

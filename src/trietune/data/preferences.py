@@ -12,13 +12,15 @@ A form is chosen once a data set, from its columns and first row, and applied to
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Example, Message
-from trietune.data.templates import fill_template, find_columns, is_weight, read_messages, to_text
+from trietune.data.messages import read_messages, read_tools
+from trietune.data.templates import fill_template, find_columns, to_text
 from trietune.errors import UserError
 
 FormKind = Literal["pairs", "ranked", "judged"]
@@ -115,12 +117,12 @@ def answer_reader(form: AnswerForm) -> Callable[[Mapping[str, Any], str], list[A
     read = readers[form.kind]
 
     def answers(row: Mapping[str, Any], place: str) -> list[AnswerRow]:
-        if form.is_chat and row.get("tools"):
-            raise WrongRow("it has `tools`, which are not supported in preferences")
         try:
-            return read(form, row, place)
+            found = read(form, row, place)
+            tools = read_tools(row.get("tools")) if form.is_chat else ""
         except TypeError as error:
             raise WrongRow(str(error)) from None
+        return [AnswerRow(tuple(replace(one, tools=tools) for one in row.examples), row.grades) for row in found]
 
     return answers
 
@@ -198,11 +200,11 @@ def _read_chats(form: AnswerForm, row: Mapping[str, Any], place: str) -> tuple[E
 def _read_ranked(form: AnswerForm, row: Mapping[str, Any], place: str) -> list[AnswerRow]:
     completions = row.get("completions")
     if not isinstance(completions, Sequence) or isinstance(completions, str):
-        raise WrongRow("`completions` is no list")
+        raise WrongRow("`completions` is not a list")
     column = "scores" if row.get("scores") is not None else "ranking"
     values = row.get(column)
-    if not isinstance(values, Sequence) or isinstance(values, str) or not all(is_weight(one) for one in values):
-        raise WrongRow(f"`{column}` is no list of numbers")
+    if not isinstance(values, Sequence) or isinstance(values, str) or not all(_is_number(one) for one in values):
+        raise WrongRow(f"`{column}` is not a list of numbers")
     if len(values) != len(completions):
         raise WrongRow(f"{len(completions)} `completions` and {len(values)} `{column}`")
     sign = 1.0 if column == "scores" else -1.0
@@ -267,11 +269,11 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 def _conversation(messages: tuple[Message, ...], column: str, place: str) -> Example:
     if messages[-1].role != "assistant":
         raise WrongRow(f"the last message of `{column}` has the role `{messages[-1].role}`, not `assistant`")
-    return Example(place, "", messages[-1].content, messages=messages)
+    return Example(place, "", messages[-1].content or messages[-1].more, messages=messages)
 
 
 def _renamed(example: Example, name: str) -> Example:
-    return Example(name, example.prompt, example.completion, messages=example.messages)
+    return replace(example, id=name)
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -296,6 +298,10 @@ def _is_conversation(value: Any) -> bool:
 
 def _first(value: Any) -> Any:
     return value[0] if isinstance(value, Sequence) and not isinstance(value, str) and value else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _names(names: Sequence[str]) -> str:

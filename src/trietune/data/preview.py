@@ -1,4 +1,4 @@
-"""Show what a few examples became: each token as text, with whether it is learnt."""
+"""Show what a few examples became: each token as text, with whether it is learned."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from trietune.config.settings import Settings
 from trietune.data.chat import rewrites_turns
 from trietune.data.columns import RowFormat
 from trietune.data.encoder import check_tokenizer, find_bos_id, find_stop_ids, hash_tokenizer
-from trietune.data.examples import Message, Task
+from trietune.data.examples import Example, Task
 from trietune.data.templates import PromptFormat, literal_text
 from trietune.errors import UserError
 from trietune.io.places import expand
@@ -20,13 +20,13 @@ def make_prompt_format(
     settings: Settings,
     tokenizer: Any,
     row_format: RowFormat,
-    conversation: Sequence[Message] = (),
+    conversations: Sequence[Example] = (),
     check_stop: Callable[[], None] = lambda: None,
 ) -> PromptFormat:
-    """The prompt format of a row_format; the task of custom data is told by the data later.
+    """The prompt format of a row format; the task of custom data is told by the data later.
 
     Args:
-        conversation: the first one of the data, up to an answer; some chat templates refuse a plain one.
+        conversations: the first ones of the data, see `find_stop_ids` and `rewrites_turns`.
 
     Raises:
         UserError: the tokenizer cannot be used, or conversations have no chat template.
@@ -44,9 +44,9 @@ def make_prompt_format(
         prompt_template=row_format.prompt_template,
         completion_template=row_format.completion_template,
         chat_template=chat_template,
-        # Of answers that are compared, the last one alone is learnt.
+        # Of answers that are compared, only the last one is learned.
         is_turn_by_turn=row_format.kind == "answer_messages"
-        or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template, check_stop)),
+        or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template, conversations, check_stop)),
         parses_special_tokens=may_mean_them or spells_them,
         bos_id=find_bos_id(tokenizer, settings.add_bos),
         eos_id=int(tokenizer.eos_token_id),
@@ -55,7 +55,7 @@ def make_prompt_format(
         tokenizer_hash=hash_tokenizer(tokenizer),
         template_columns=row_format.template_columns,
     )
-    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversation, check_stop))
+    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversations, check_stop))
 
 
 def make_plain_format(tokenizer: Any) -> PromptFormat:

@@ -17,7 +17,7 @@ def without_own_text(prompt_format: PromptFormat, example: Example) -> Example:
     """The example with placeholders for every text that the data brought; a conversation keeps its roles."""
     if prompt_format.kind == "chat":
         messages = tuple(Message(message.role, f"{{{message.role} message}}") for message in example.messages)
-        return replace(example, prompt="", completion="", messages=messages)
+        return replace(example, prompt="", completion="", messages=messages, tools="")
     filled = {name: f"{{{name}}}" for name in prompt_format.columns}
     template = prompt_format.prompt_template
     prompt = fill_template(template, filled, prompt_format.template_columns) if template else "{prompt}"

@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
 
-from trietune.data.examples import Message, Task
-from trietune.data.json_text import RepeatedKeyError, decode_json
+from trietune.data.examples import Task
+from trietune.data.json_text import decode_json
 from trietune.errors import UserError
 
 SST2_PROMPT = "Review: {sentence}\nOutput:"
@@ -51,8 +50,9 @@ class PromptFormat:
     Attributes:
         kind: `template`: a prompt and a completion; `chat`: messages through `chat_template`; `tokens`: the data
             brought its own token ids.
-        prompt_template: of a `template`; empty if the data holds whole prompts or none.
-        completion_template: of a `template`, empty for the built-in tasks, whose completions are not one template.
+        prompt_template: the prompt's part of a `template`; empty if the data holds whole prompts or none.
+        completion_template: the completion's part of a `template`; empty for the built-in tasks, which have
+            no single one.
         chat_template: Jinja source of a `chat`.
         parses_special_tokens: whether the text of a special token, such as `<eos>`, becomes that token. Only where a
             template, or data that was rendered elsewhere, may mean it; a review that says `<eos>` stays text.
@@ -61,9 +61,9 @@ class PromptFormat:
         stop_ids: generation ends at any of them.
         task: what a right answer is.
         tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.encoder.hash_tokenizer`.
-        is_turn_by_turn: of a `chat`, whether each answer is an example of its own, because the template writes earlier
-            answers anew; else all answers of a conversation are learnt in one.
-        template_columns: of a `template`, the columns that both templates may name; None takes identifiers alone, as
+        is_turn_by_turn: for a `chat`, whether each answer is an example of its own, because the template writes earlier
+            answers anew; else all answers of a conversation are learned in one.
+        template_columns: for a `template`, the columns that both templates may name; None takes only identifiers, as
             the first adapters did.
     """
 
@@ -192,7 +192,7 @@ def split_template(template: str, columns: Collection[str] | None = None) -> tup
 
 
 def to_text(value: Any, column: str) -> str:
-    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is no text.
+    """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is not text.
 
     None is empty, and so is NaN, which tables of numbers write where a value is missing.
     """
@@ -215,43 +215,3 @@ def find_half_character(*texts: str) -> str | None:
         except UnicodeEncodeError as error:
             return f"\\u{ord(text[error.start]):04x}"
     return None
-
-
-def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
-    """Messages of a conversation: a list of {"role": ..., "content": ...}.
-
-    Raises:
-        TypeError: it is something else; the text says what.
-    """
-    # Parquet and CSV have no lists of objects of mixed kind: some data sets keep them as JSON text.
-    if isinstance(value, str):
-        try:
-            value = decode_json(value)
-        except RepeatedKeyError as error:
-            raise TypeError(f"column `{column}` holds an object with a {error}") from None
-        except (ValueError, RecursionError):
-            raise TypeError(f"column `{column}` holds text that is no JSON list of messages") from None
-    if not isinstance(value, Sequence) or not value:
-        raise TypeError(f"column `{column}` is no list of messages, or an empty one")
-    return tuple(_read_message(item, number, column) for number, item in enumerate(value, start=1))
-
-
-def _read_message(item: Any, number: int, column: str) -> Message:
-    if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
-        hint = ' (it has ShareGPT\'s "from" and "value")' if isinstance(item, Mapping) and "from" in item else ""
-        raise TypeError(f'message {number} of `{column}` has no "role"{hint}')
-    content = item.get("content")
-    if not isinstance(content, str):
-        raise TypeError(f'"content" of message {number} of `{column}` is no text')
-    if item.get("tool_calls"):
-        raise TypeError(f"message {number} of `{column}` calls tools, which is not supported")
-    weight = item.get("weight")
-    if weight is not None and not is_weight(weight):
-        raise TypeError(f'"weight" of message {number} of `{column}` is no number')
-    return Message(item["role"], content, 1.0 if weight is None else float(weight))
-
-
-def is_weight(value: Any) -> bool:
-    """Whether a value can multiply losses: any number that is finite."""
-    # A whole number of JSON may be too large for a float; comparing the two is exact.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -21,8 +21,9 @@ from trietune.data.columns import RowFormat, WrongRow
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.files import BrokenRow
-from trietune.data.sources import FileRows, HubRows, Rows, SlicedRows
-from trietune.data.templates import find_columns, is_weight
+from trietune.data.messages import has_weight, is_weight
+from trietune.data.rows import FileRows, HubRows, Rows, SlicedRows
+from trietune.data.templates import find_columns
 
 COLUMN = "weight"
 
@@ -50,7 +51,7 @@ def find_weighting(rows: Rows, row_format: RowFormat) -> Weighting | None:
 
 
 def row_weight(row: Mapping[str, Any]) -> float:
-    """The weight of a row. Raises `WrongRow` if it is no number."""
+    """The weight of a row. Raises `WrongRow` if it is not a number."""
     value = row.get(COLUMN)
     # Tables hold text.
     if isinstance(value, str):
@@ -68,7 +69,7 @@ def weigh(
     """The examples with a weight at each token, and no label where that is 0.
 
     Args:
-        of_rows: of each example's row.
+        of_rows: weight of each example's row.
         only_last: whether only the last message of a conversation has labels.
 
     Raises:
@@ -79,9 +80,9 @@ def weigh(
     for example, begin, end in zip(examples, (ends - encoded.lengths).tolist(), ends.tolist(), strict=True):
         if not example.messages:
             continue
-        said = [message.weight for message in example.messages if message.role == "assistant"]
+        said = [one.weight for one in example.messages if one.role == "assistant" and one.weight]
         said = said[-1:] if only_last else said
-        if all(weight == 1 for weight in said):
+        if all(weight == 1 for weight in said):  # those of weight 0 have no labels
             continue
         is_label = encoded.labels[begin:end] != IGNORED_LABEL
         run = np.cumsum(np.diff(is_label.astype(np.int8), prepend=0) == 1)
@@ -100,15 +101,7 @@ def _any_message_has_one(rows: Rows) -> bool:
         return False
     if isinstance(rows, FileRows) and not any(_may_hold_one(path) for path in rows.paths):
         return False
-    return any(_has_one(row.get("messages")) for _, row in rows.read() if not isinstance(row, BrokenRow))
-
-
-def _has_one(messages: Any) -> bool:
-    if isinstance(messages, str):  # a list of messages as JSON text; where it may have one, nothing is lost by looking
-        return COLUMN in messages or "\\u00" in messages
-    if not isinstance(messages, Sequence):
-        return False
-    return any(isinstance(message, Mapping) and message.get(COLUMN) is not None for message in messages)
+    return any(has_weight(row.get("messages")) for _, row in rows.read() if not isinstance(row, BrokenRow))
 
 
 def _may_hold_one(path: Path) -> bool:

@@ -18,12 +18,12 @@ MEMORY_EVENTS = 100_000
 
 
 def has_cuda() -> bool:
-    """Whether PyTorch sees a card."""
+    """Whether PyTorch sees a GPU."""
     return torch.cuda.is_available()
 
 
 def describe_cuda(reason: str | None = None) -> Device:
-    """The current card.
+    """The current GPU.
 
     PyTorch's attention through cuDNN is turned off for the process: under a mask its gradient of the queries is NaN on
     H100 where the length leaves 64 after division by 128 (pytorch/pytorch issue 196678).
@@ -61,12 +61,12 @@ def _card() -> CudaDevice:
 
 
 def _place_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """To the card without waiting: it copies from pinned memory while the host goes on."""
+    """To the GPU without waiting: it copies from pinned memory while the host continues."""
     return tensor.pin_memory().to(CUDA, non_blocking=True)
 
 
 def _watch_memory() -> None:
-    # Sizes and order alone cost nothing that can be measured; lines of code would cost 2 us an allocation.
+    # Sizes and order alone cost nothing that can be measured; lines of code would cost 2 us per allocation.
     torch.cuda.memory._record_memory_history(context=None, max_entries=MEMORY_EVENTS)
 
 
@@ -89,8 +89,8 @@ def missing_cuda(where: str) -> UserError:
     return UserError(
         "`device: cuda`, but PyTorch sees no CUDA device",
         where=f"{where}; torch {torch.__version__} "
-        + (f"is built for CUDA {built}" if built else "is a build without CUDA"),
-        next_step="`nvidia-smi` shows whether the driver sees a card; "
+        + (f"is built for CUDA {built}" if built else "was built without CUDA"),
+        next_step="`nvidia-smi` shows whether the driver sees a GPU; "
         + ("" if built else "install a CUDA build of torch; ")
-        + "`--set device=auto` takes what is there",
+        + "`--set device=auto` uses what is there",
     )

@@ -1,4 +1,4 @@
-"""What the rest of the program may know of a device: one object, so that nobody asks what kind it is.
+"""A device as the rest of the program sees it. Code asks for a capability, never for the kind.
 
 Each kind has a file that makes its object (`cpu.py`, `cuda.py`, `mps.py`, `xla.py`). The defaults are those of a device
 that runs each operation when it is called; a device that compiles whole steps says otherwise.
@@ -36,7 +36,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `function`, keep no activations, and call it again in the backward; PyTorch's non-reentrant kind."""
+    """Call `function`, keep no activations, and call it again in the backward pass; PyTorch's non-reentrant kind."""
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
@@ -46,9 +46,9 @@ class AttentionNeeds:
 
     Attributes:
         head_size: numbers of one head.
-        dtype: of queries, keys and values.
+        dtype: dtype of queries, keys and values.
         has_soft_cap: whether scores are soft-capped.
-        num_positions: of the largest micro-batch.
+        num_positions: positions in the largest micro-batch.
     """
 
     head_size: int
@@ -66,7 +66,7 @@ class Device:
         name: for people: `CPU, 2 threads`, `NVIDIA H100`.
         reason: one line on why this one, or None if it is what was asked for.
         torch_device: where tensors are placed.
-        dtypes: that a base model may be held in.
+        dtypes: dtypes that a base model may be held in.
         attentions: ways in which a trie can attend here, best first; the last takes any model.
         refuses_attention: why one of these ways does not take a model; None if it does.
         has_static_shapes: every new tensor shape costs a compilation, so batches are padded to a few shapes, and
@@ -87,12 +87,12 @@ class Device:
         write_memory_snapshot: write what took memory until it ran out into a file; False where nothing is noted.
         synchronize: wait until what was asked of the device is done.
         end_step: what was recorded since the last call is one unit of work: begin it.
-        seed: of what is random on the device.
+        seed: sets the seed of what is random on the device.
         learning_rate: a learning rate as an optimizer's group keeps it here.
         to_device: take a tensor to the device whose first axis is the rows of a micro-batch; where several devices
             share the rows, each gets its part.
         place_network: take a network to the device, and split its weights where several devices share them.
-        recompute: run a function that is computed again in the backward instead of keeping its activations.
+        recompute: run a function that is computed again in the backward pass instead of keeping its activations.
         compilations: programs compiled so far in this process.
     """
 

@@ -25,6 +25,7 @@ from trietune.device.xla.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_pl
 from trietune.device.xla.runtime import INSTALL_TORCH_XLA, torch_xla_version
 from trietune.errors import UserError
 from trietune.io.cache_folder import cache_folder
+from trietune.io.columns import columns
 
 # Older ones have holes: CVE-2026-24747 (torch), CVE-2026-4372 and -5241 (transformers), CVE-2026-22701 (filelock).
 SECURE_VERSIONS = {
@@ -62,14 +63,13 @@ class Examination:
 
     def lines(self) -> list[str]:
         """For people."""
-        width = max(len(finding.topic) for finding in self.findings)
-        lines = []
+        rows = []
         for finding in self.findings:
             mark = {"ok": " ", "note": "-", "problem": "!"}[finding.state]
-            lines.append(f"{mark} {finding.topic:<{width}}  {finding.text}")
+            rows.append((f"{mark} {finding.topic}", finding.text))
             if finding.remedy:
-                lines.append(f"  {'':<{width}}  next: {finding.remedy}")
-        return lines
+                rows.append(("", f"next: {finding.remedy}"))
+        return columns(rows)
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -110,7 +110,7 @@ def _devices() -> list[Finding]:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         findings.append(Finding("cuda", f"{torch.version.cuda}: {', '.join(names)}"))
     else:
-        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a build without it"
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without it"
         findings.append(Finding("cuda", f"no device; {built}", "note"))
     return [*findings, *_xla()]
 
@@ -123,9 +123,9 @@ def find_attention(device: Device) -> Finding:
         way, _ = choose_backend("auto", device, needs, where="doctor")
         sizes_of_way.setdefault(way, []).append(str(size))
     if len(sizes_of_way) == 1:
-        return Finding("attention", f"tries attend by `{next(iter(sizes_of_way))}`")
+        return Finding("attention", f"tries use `{next(iter(sizes_of_way))}`")
     parts = (f"`{way}` for heads of {' and '.join(sizes)}" for way, sizes in sizes_of_way.items())
-    return Finding("attention", f"tries attend by {', '.join(parts)}")
+    return Finding("attention", f"tries use {', '.join(parts)}")
 
 
 def _xla() -> list[Finding]:
@@ -148,7 +148,7 @@ def _versions() -> list[Finding]:
         found = metadata.version(package)
         if Version(found) < Version(least):
             remedy = f"pip install --upgrade '{package}>={least}'"
-            findings.append(Finding(package, f"{found} has known holes", "problem", remedy))
+            findings.append(Finding(package, f"{found} has known vulnerabilities", "problem", remedy))
         else:
             findings.append(Finding(package, found))
     for extra, package in OPTIONAL.items():
@@ -173,9 +173,9 @@ def _cache() -> Finding:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if os.access(existing, os.W_OK):
         return Finding("cache", f"{folder} can be written")
-    return Finding("cache", f"{folder} cannot be written", "problem", "set TRIETUNE_CACHE to a folder that can")
+    return Finding("cache", f"{folder} cannot be written", "problem", "set TRIETUNE_CACHE to a writable folder")
 
 
 def _variables() -> Finding:
     found = [name for name in VARIABLES if os.environ.get(name)]
-    return Finding("variables", f"set: {', '.join(found)}" if found else "none of ours is set")
+    return Finding("variables", f"set: {', '.join(found)}" if found else "none is set")

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from trietune.device.device import Device
-from trietune.device.kernels import Card, card_refuses
+from trietune.device.kernels import CudaDevice, unsupported_reason
 from trietune.device.precision import DTYPES
 from trietune.errors import UserError
 
@@ -31,7 +31,7 @@ START_ON_HOST: Range = (4e-6, 12e-6)
 MEASURED_SPREAD: Range = (0.7, 1.1)
 # What one more thread adds to the products of a step.
 ONE_MORE_THREAD: Range = (0.5, 0.95)
-# Bytes a second of an all-reduce: between cards of one machine over PCI Express at the least; gloo on a host.
+# Bytes per second of an all-reduce: between cards of one machine over PCI Express at the least; gloo on a host.
 EXCHANGE_BETWEEN_CARDS: Range = (5e9, 50e9)
 EXCHANGE_ON_HOST: Range = (0.3e9, 2e9)
 MEASURE_S = 0.4
@@ -44,7 +44,7 @@ class Published:
 
     Attributes:
         flops_16, flops_32: dense products in bfloat16 and float16, and in float32 without TF32, a second.
-        bandwidth: of its memory, bytes a second.
+        bandwidth: bandwidth of its memory, in bytes per second.
         memory: bytes.
     """
 
@@ -71,7 +71,7 @@ class Speed:
     """What a training's time is made of; each from the least to the most that is likely.
 
     Attributes:
-        flops: of products, a second.
+        flops: FLOP per second in matrix products.
         bandwidth: bytes read and written a second.
         start_s: seconds to start an operation.
         exchange: bytes of gradients that processes add up a second.
@@ -111,12 +111,12 @@ def imagine(name: str) -> tuple[Device, Published]:
         torch_device=torch.device("meta"),
         dtypes=tuple(DTYPES.values()),
         attentions=("varlen", "flex", "mask", "rows"),
-        refuses_attention=partial(card_refuses, Card(card.capability, card.shared_memory_bytes)),
+        refuses_attention=partial(unsupported_reason, CudaDevice(card.capability, card.shared_memory_bytes)),
         free_memory_bytes=lambda: int(USABLE_MEMORY * card.memory),
         used_memory_bytes=lambda: 0,
         fastest_dtype=lambda: torch.bfloat16,
         runs_bitsandbytes=True,
-        synchronise=refuse,
+        synchronize=refuse,
     ), card
 
 
@@ -145,8 +145,8 @@ def measured_speed(
 
     Args:
         rows: positions of a micro-batch.
-        width_in, width_out: of the layers' matrices.
-        num_threads: of a process, on a processor.
+        width_in, width_out: sizes of the layers' matrices.
+        num_threads: threads of a process, on a CPU.
     """
     is_card = device.kind == "cuda"
     threads = torch.get_num_threads()
@@ -176,7 +176,7 @@ def measured_speed(
 
 
 def _measure_products(device: Device, dtype: torch.dtype, rows: int, width_in: int, width_out: int) -> float:
-    """FLOP a second, forward and backward in turn, over enough matrices that none stays in a cache."""
+    """FLOP per second, forward and backward in turn, over enough matrices that none stays in a cache."""
     place = device.torch_device
     size = width_in * width_out * dtype.itemsize
     weights = [torch.ones(width_out, width_in, dtype=dtype, device=place) for _ in range(max(1, min(8, 2**28 // size)))]
@@ -192,7 +192,7 @@ def _measure_products(device: Device, dtype: torch.dtype, rows: int, width_in: i
 
 
 def _measure_copies(device: Device) -> float:
-    """Bytes a second, read and written."""
+    """Bytes per second, read and written."""
     source = torch.ones(COPIED_BYTES // 4, device=device.torch_device)
     target = torch.empty_like(source)
     return 2 * COPIED_BYTES / _seconds(device, lambda: target.copy_(source))
@@ -201,12 +201,12 @@ def _measure_copies(device: Device) -> float:
 def _seconds(device: Device, compute: Callable[[], object]) -> float:
     """The shortest time of a call: what others do on the machine meanwhile is not its own speed."""
     compute()
-    device.synchronise()
+    device.synchronize()
     taken: list[float] = []
     end = time.perf_counter() + MEASURE_S
     while time.perf_counter() < end or len(taken) < 3:
         begin = time.perf_counter()
         compute()
-        device.synchronise()
+        device.synchronize()
         taken.append(time.perf_counter() - begin)
     return min(taken)

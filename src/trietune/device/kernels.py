@@ -39,7 +39,7 @@ class CudaDevice:
 
     Attributes:
         capability: compute capability.
-        shared_memory_bytes: that one block of threads can ask for.
+        shared_memory_bytes: what one block of threads can ask for.
         has_flash: whether this build of PyTorch has flash attention.
         has_triton: whether what compiles FlexAttention is installed.
     """
@@ -65,14 +65,14 @@ def choose_backend(asked: str, device: Device, needs: AttentionNeeds, *, where: 
             raise UserError(
                 f"`attention: {asked}` does not run here: {refusal}",
                 where=where,
-                next_step=f"`--set attention=auto`, which takes `{kind}` on this device",
+                next_step=f"`--set attention=auto`, which uses `{kind}` on this device",
             )
         return asked, None
     refusals: list[str] = []
     for kind in device.attentions:
         refusal = _refusal(kind, device, needs)
         if refusal is None and kind == "mask" and needs.num_positions > SMALL_TRIE and len(device.attentions) > 1:
-            refusal = f"it pays for micro-batches of at most {SMALL_TRIE:,} tokens"
+            refusal = f"it pays off only for micro-batches of up to {SMALL_TRIE:,} tokens"
         if refusal is None:
             return kind, "; ".join(refusals) or None
         refusals.append(f"not {kind}: {refusal}")
@@ -101,15 +101,15 @@ def _flash_refuses(card: CudaDevice, needs: AttentionNeeds) -> str | None:
     if not card.has_flash:
         return "this build of PyTorch has no flash attention"
     if card.capability < LEAST_FLASH_CAPABILITY:
-        return f"its kernel needs compute capability 8.0, and this card has {_dotted(card.capability)}"
+        return f"it needs compute capability 8.0, and this GPU has {_dotted(card.capability)}"
     if needs.has_soft_cap:
-        return "its kernel knows no soft-capping"
+        return "it does not support soft-capping"
     if needs.dtype not in HALF_PRECISION:
-        return f"its kernel computes in bfloat16 and float16, not in {str(needs.dtype).removeprefix('torch.')}"
+        return f"it computes in bfloat16 and float16, not in {str(needs.dtype).removeprefix('torch.')}"
     if needs.head_size > LARGEST_FLASH_HEAD or needs.head_size % FLASH_HEAD_STEP:
-        return f"its kernel takes heads of 8, 16, ... 256 numbers, not of {needs.head_size}"
+        return f"it supports head sizes that are multiples of 8 up to 256, not {needs.head_size}"
     if needs.head_size in HEADS_WITHOUT_BACKWARD and card.capability in SMALL_CARDS:
-        return f"on this card its kernel has no backward for heads of {needs.head_size} numbers"
+        return f"on this GPU it has no backward pass for head size {needs.head_size}"
     return None
 
 
@@ -117,13 +117,13 @@ def _flex_refuses(card: CudaDevice, needs: AttentionNeeds) -> str | None:
     if not card.has_triton:
         return "it is compiled by Triton, which is not installed"
     if card.capability < LEAST_TRITON_CAPABILITY:
-        return f"Triton needs compute capability 7.0, and this card has {_dotted(card.capability)}"
+        return f"Triton needs compute capability 7.0, and this GPU has {_dotted(card.capability)}"
     if not SMALLEST_FLEX_HEAD <= needs.head_size <= LARGEST_FLEX_HEAD:
-        return f"its kernel takes heads of 16 to 256 numbers, not of {needs.head_size}"
+        return f"it supports head sizes from 16 to 256, not {needs.head_size}"
     if needs.head_size > WIDE_HEAD and card.shared_memory_bytes < WIDE_HEAD_BYTES:
         return (
-            f"the backward of its kernel needs more shared memory for heads of {needs.head_size} numbers than this "
-            f"card has ({card.shared_memory_bytes // 1024} KB)"
+            f"its backward pass needs more shared memory for head size {needs.head_size} than this GPU has "
+            f"({card.shared_memory_bytes // 1024} KB)"
         )
     return None
 

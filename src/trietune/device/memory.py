@@ -1,6 +1,6 @@
 """How much memory a micro-batch takes, and how many positions fit: behind `max_tokens_per_micro_batch: auto`.
 
-The formulas follow what the layers keep for their backward; `benchmarks/memory.py` holds them against real peaks.
+The formulas follow what the layers keep for their backward pass; `benchmarks/memory.py` holds them against real peaks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import nn
 # Numbers that a fused layer keeps a position, in the base's dtype: two residuals and two normed inputs; gate, up and
 # their product; and, counted by heads, queries, keys, values and attention's output.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 4, 3
-# What the backward of one layer takes on top while it runs, alike.
+# What the backward pass of one layer takes on top while it runs, alike.
 PASSING_HIDDEN, PASSING_INTERMEDIATE, PASSING_SCORES = 6, 3, 2
-# Layers of the library and of PEFT, as a multiple of fused ones. Over a base of 16 bits they keep copies in fp32 of
+# Layers of transformers and of PEFT, as a multiple of fused ones. Over a base of 16 bits they keep copies in fp32 of
 # what goes into norms and adapters.
 UNFUSED, UNFUSED_16_BITS = 1.2, 2.0
 # Rows and paths are padded to the lengths of a bucket.
@@ -53,10 +53,10 @@ class Widths:
     """What a position is in a network: the numbers that its layers keep of it.
 
     Attributes:
-        hidden: of the residual stream.
+        hidden: width of the residual stream.
         layers: blocks of the decoder.
         kept: numbers that all layers' products read and write a position, the residual stream left out.
-        widest: numbers that the backward of the widest layer takes on top.
+        widest: numbers that the backward pass of the widest layer takes on top.
         heads: query heads of a layer, of the most that any has.
         vocabulary: logits of a position.
     """
@@ -74,7 +74,7 @@ def widths_of(config: Any, network: nn.Module | None = None) -> Widths:
 
     Args:
         config: the text config of a causal model of transformers.
-        network: of that configuration, with weights or without; without it, what the configuration lacks is assumed.
+        network: a network of that configuration, with or without weights; if None, what the config lacks is assumed.
     """
     hidden = _whole(config, "hidden_size")
     intermediate = _whole(config, "intermediate_size")
@@ -179,7 +179,7 @@ def bytes_per_position(
     if not is_fused:
         more = UNFUSED_16_BITS if size == 2 else UNFUSED
         layer, passing = more * layer, more * passing
-    # The last layer of fused ones computes labeled positions alone.
+    # The last layer of fused ones computes labeled positions only.
     whole_layers = layers - 1 + labels_per_position if is_fused else layers
     bytes_a_logit = size + LOG_PROBABILITY_BYTES * (2 if size == 2 else 1)
     logits = bytes_a_logit * labels_per_position * found.vocabulary

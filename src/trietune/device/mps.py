@@ -36,7 +36,7 @@ def describe_mps(reason: str | None = None) -> Device:
 def missing_mps(where: str) -> UserError:
     """`device: mps` elsewhere."""
     return UserError(
-        "`device: mps`, but this is no Mac with a Metal device",
+        "`device: mps`, but this is not a Mac with a Metal device",
         where=where,
-        next_step="`--set device=auto` takes what is there",
+        next_step="`--set device=auto` uses what is there",
     )

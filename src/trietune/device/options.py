@@ -34,7 +34,7 @@ class Mesh:
     """Several devices in a grid.
 
     Attributes:
-        shape, axis_names: of the grid.
+        shape, axis_names: the grid.
         data_axis: whose devices split a batch; None if each sees all of it.
         shardings: the first whose pattern is found in a name decides; other weights are on every device.
     """
@@ -149,7 +149,7 @@ def _data_axis(shape: tuple[int, ...], names: tuple[str, ...], asked: str | int 
         return names[asked]
     if asked not in names:
         raise UserError(
-            f"`input_sharding_dim: {asked}` is no axis of the mesh",
+            f"`input_sharding_dim: {asked}` is not an axis of the mesh",
             where=where,
             next_step=f"write one of {', '.join(names)}",
         )
@@ -163,7 +163,7 @@ def _pairs(shardings: Mapping[str, Any] | Sequence[Any] | None, where: str) -> l
     for item in shardings or ():
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2 or not isinstance(item[0], str):
             raise UserError(
-                f"`{item}` is no pair of a pattern and axes",
+                f"`{item}` is not a pair of a pattern and axes",
                 where=where,
                 next_step=r'write it as `["\\.q_proj", ["model", null]]`',
             )
@@ -177,17 +177,17 @@ def _read_sharding(pair: tuple[str, Any], names: tuple[str, ...], where: str) ->
         compile_pattern(pattern)
     except PatternError as error:
         raise UserError(
-            f"`{pattern}` is no regular expression: it {error}", where=where, next_step="write a point as `\\\\.`"
+            f"`{pattern}` is not a regular expression: it {error}", where=where, next_step="write a dot as `\\\\.`"
         ) from None
     if not isinstance(axes, Sequence) or isinstance(axes, str):
         raise UserError(
-            f"the axes of `{pattern}` are no list", where=where, next_step='write, for example, `["model", null]`'
+            f"the axes of `{pattern}` are not a list", where=where, next_step='write, for example, `["model", null]`'
         )
     resolved = tuple(names[axis] if isinstance(axis, int) and axis < len(names) else axis for axis in axes)
     for axis in resolved:
         if axis is not None and axis not in names:
             raise UserError(
-                f"`{axis}`, over which `{pattern}` is split, is no axis of the mesh",
+                f"`{axis}`, over which `{pattern}` is split, is not an axis of the mesh",
                 where=where,
                 next_step=f"write one of {', '.join(names)}, or null",
             )

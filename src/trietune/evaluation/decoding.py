@@ -1,7 +1,7 @@
 """Decode many prompts together that share their beginnings, with the shared keys and values kept once.
 
 Prefill computes the trie of all prompts, each distinct token once, and keeps keys and values of its nodes. Then every
-prompt goes on by itself, one token a step. Prompts that are neighbors in the trie form a *group*, which holds the
+prompt goes on by itself, one token per step. Prompts that are neighbors in the trie form a *group*, which holds the
 nodes that any of them sees; a query attends its group's nodes under a bias, and its own new tokens:
 
     group 0   nodes of paragraph A            rows  A-who  A-when  A-where      new tokens  [3, steps]
@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from trietune.model.attention.attend import check_known, trie_attention
 from trietune.model.attention.layout import TrieLayout
+from trietune.model.states.rows import RowStates
 from trietune.trie import Trie
 
 # Scores (a row times a node) whose computation takes as long as the calls that one more group costs. For nine heads of
 # 64 on one CPU core: 70 us a group and 0.016 us a score in bf16, 30 us and 0.035 us in fp32; between the two ratios.
 SCORES_WORTH_A_GROUP = 2000
 
-# New tokens a row that memory is first kept for; doubled whenever a row needs more.
+# New tokens per row that memory is first kept for; doubled whenever a row needs more.
 FIRST_CAPACITY = 16
 
 
@@ -61,14 +62,17 @@ class Prefill:
 
     Args:
         ends: int [B], the last node of each prompt, ascending.
+
+    Attributes:
+        carrier: keeps the states of layers that have some where prompts end.
     """
 
     def __init__(self, trie: Trie, ends: np.ndarray, layout: TrieLayout, device: torch.device) -> None:
         self._layout = layout
+        self.carrier = layout.states(keeps=ends)
         self.groups: list[Group] = []
         self._nodes: list[Tensor] = []
-        node = np.arange(trie.num_nodes)
-        on_path = (node <= ends[:, None]) & (ends[:, None] < trie.subtree_end)
+        on_path = trie.sees(ends[:, None], np.arange(trie.num_nodes)[None])
         for first, last in cut_into_groups(on_path):
             sees = on_path[first:last]
             nodes = np.flatnonzero(sees.any(axis=0))
@@ -115,10 +119,15 @@ def cut_into_groups(on_path: np.ndarray) -> list[tuple[int, int]]:
 
 
 class Decoding:
-    """Rows that decode together, one token a step, and the keys and values that they see."""
+    """Rows that decode together, one token per step, and the keys and values that they see.
+
+    Attributes:
+        carrier: their states, in layers that have some.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.carrier = RowStates()
         self._groups: list[Group] = []
         self._keys: dict[int, Tensor] = {}  # of new tokens, [B, G, capacity, d] by layer
         self._values: dict[int, Tensor] = {}
@@ -138,8 +147,10 @@ class Decoding:
         """Depth of the token that each row computes next: [1, B]."""
         return self._depths[None]
 
-    def join(self, groups: list[Group], prompt_lengths: np.ndarray) -> None:
-        """Rows of `groups` decode from now on, after those that are here."""
+    def join(self, prompts: Prefill, prompt_lengths: np.ndarray) -> None:
+        """The rows of `prompts`, which have been computed, decode from now on, after those that are here."""
+        groups = prompts.groups
+        self.carrier.join(prompts.carrier)
         num_rows = sum(group.num_rows for group in groups)
         for new, of_nodes in ((self._keys, groups[0].keys), (self._values, groups[0].values)):
             for layer, like in of_nodes.items():
@@ -154,6 +165,7 @@ class Decoding:
         if is_kept.all():
             return
         rows = torch.from_numpy(np.flatnonzero(is_kept)).to(self._device)
+        self.carrier.keep(rows)
         for new in (self._keys, self._values):
             for layer, of_rows in new.items():
                 new[layer] = of_rows.index_select(0, rows)
@@ -222,7 +234,7 @@ class Decoding:
         return torch.cat(outputs).view(1, num_rows, -1, head_size)
 
     def _biases_of(self, window: int | None) -> list[Tensor]:
-        """For each group [R, K + S]: 0 where a row sees a node or new token, -inf elsewhere; made once a step."""
+        """For each group [R, K + S]: 0 where a row sees a node or new token, -inf elsewhere; made once per step."""
         if window not in self._biases:
             # In fp32 at least: adding it takes the scores there, and softmax is computed in what it is given.
             dtype = torch.promote_types(next(iter(self._keys.values())).dtype, torch.float32)
@@ -254,12 +266,12 @@ def decoding_attention(
     attends: Prefill | Decoding,
     **how: Any,
 ) -> tuple[Tensor, None]:
-    """The library's attention interface: whatever phase generation is in attends."""
+    """transformers' attention interface: whatever phase generation is in attends."""
     return attends.attend(module, query, key, value, **how), None
 
 
 def register() -> str:
-    """Make the attention known to the library and return its name; may be called again."""
+    """Make the attention known to transformers and return its name; may be called again."""
     from transformers import AttentionInterface
 
     name = "trietune-decoding"

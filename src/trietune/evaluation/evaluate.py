@@ -48,11 +48,11 @@ class Prediction:
     """What the model says to one example.
 
     Attributes:
-        index: of the example in its data set.
+        index: the example's index in its data set.
         id: its id.
         text: the label's short name, or the generated answer.
         gold: the right ones; empty for an unanswerable question.
-        probabilities: of each label by its short name; empty for generated answers.
+        probabilities: probability of each label, by its short name; empty for generated answers.
     """
 
     index: int
@@ -95,12 +95,12 @@ def evaluate_model(
     Args:
         max_positions: most positions computed at once, which bounds memory.
         batch_size: about how many answers are generated together.
-        max_examples: of a larger set, a random subset that depends on `seed` alone; None takes all.
+        max_examples: size limit: of a larger set, a random subset that depends only on `seed`; None takes all.
         generate: False leaves generated answers out, and their metrics.
-        max_new_tokens: of a generated answer; None: as many as the longest gold completion of the whole set has.
+        max_new_tokens: longest generated answer; None: as many as the longest gold completion of the whole set has.
         check_stop: called between micro-batches and decoding steps; what it raises ends the evaluation.
         progress: called with a phase (`loss`, `labels`, `answers`), and the examples done and in all, of this process.
-        ranks: that share the work; all call this function.
+        ranks: processes that share the work; all call this function.
     """
     indices = choose_examples(len(sequences), max_examples, seed=seed)
     mine = _own_places(sequences, indices, ranks, batching)
@@ -170,7 +170,7 @@ def _put_together(ranks: Ranks, mine: np.ndarray, values: np.ndarray, count: int
 
 
 def is_right(prediction: Prediction, task: Task) -> bool:
-    """Whether the metrics count `prediction` as right: the label, or an exact match (`unanswerable` is no answer)."""
+    """Whether the metrics count it as right: the label, or an exact match (`unanswerable` is not an answer)."""
     if task.kind == "labels":
         return prediction.text in prediction.gold
     return exact_match(prediction_text(prediction.text), prediction.gold) == 1
@@ -202,7 +202,7 @@ def find_labels(sequences: TokenSequences, indices: np.ndarray, completions: Seq
         completion = np.asarray(sequences.input_ids[starts[index] : sequences.offsets[index + 1]], np.int32)
         number = number_of.get(completion.tobytes())
         if number is None:
-            raise ValueError(f"the completion of example `{sequences.ids[index]}` is none of the task's labels")
+            raise ValueError(f"the completion of example `{sequences.ids[index]}` is not one of the task's labels")
         found[at] = number
     return found
 

@@ -40,6 +40,7 @@ from trietune.evaluation.scoring import (
     sequence_losses,
 )
 from trietune.model.causal_lm import TrieModel
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.loss import label_losses
 from trietune.trie import MicroBatch, Sequences, common_prefix_lengths, make_micro_batches, sort_sequences
 
@@ -245,7 +246,7 @@ def _prefill(
     ends, row_of_sequence = np.unique(end_of_sequence, return_inverse=True)
     prefill = Prefill(trie, ends, model.layout(trie), model.device)
     hidden = _hidden_states(model, micro_batch.input_ids, micro_batch.position_ids, attends=prefill)
-    decoding.join(prefill.groups, trie.position_ids[ends].astype(np.int64) + 1)
+    decoding.join(prefill, trie.position_ids[ends].astype(np.int64) + 1)
     places = place[micro_batch.sequence_indices[sequence]]
     rows = [_Row(places[row_of_sequence == number]) for number in range(len(ends))]
     at_labels = hidden[0, torch.from_numpy(micro_batch.label_index.astype(np.int64)).to(model.device)]
@@ -259,7 +260,7 @@ def _losses(model: TrieModel, micro_batch: MicroBatch, hidden_ND: Tensor) -> np.
 
 
 def _decode(model: TrieModel, decoding: Decoding, tokens: list[int]) -> list[int]:
-    """The token after `tokens`, one a row."""
+    """The token after `tokens`, one per row."""
     decoding.begin_step()
     hidden = _hidden_states(model, np.array([tokens]), decoding.position_ids, attends=decoding)
     decoding.end_step()
@@ -269,11 +270,11 @@ def _decode(model: TrieModel, decoding: Decoding, tokens: list[int]) -> list[int
 def _hidden_states(
     model: TrieModel, input_ids: np.ndarray, position_ids: np.ndarray | Tensor, *, attends: Prefill | Decoding
 ) -> Tensor:
-    decoder = model.network.get_decoder()  # type: ignore[operator]  # of transformers, which is untyped
+    decoder = decoder_of(model.network)
     output = decoder(
         input_ids=torch.as_tensor(input_ids, dtype=torch.long, device=model.device),
         position_ids=torch.as_tensor(position_ids, dtype=torch.long, device=model.device),
-        # A mask with four axes is passed through by the library as it is: `attends` says what is seen.
+        # A mask with four axes is passed through by transformers as it is: `attends` says what is seen.
         attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
         use_cache=False,
         attends=attends,

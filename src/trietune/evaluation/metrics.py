@@ -75,7 +75,7 @@ def measure_answers(predictions: Sequence[str], gold_answers: Sequence[Sequence[
     Args:
         predictions: what the model said; `unanswerable` is the empty prediction.
         gold_answers: all gold answers of each question; none for an unanswerable one.
-        seed: of the bootstrap behind the intervals of F1.
+        seed: seed of the bootstrap behind the intervals of F1.
 
     Names are `exact_match`, `f1`, and both again with `has_answer_` and `no_answer_`, where there are such questions.
     """

@@ -16,7 +16,8 @@ import numpy as np
 from trietune.data.columns import WrongRow
 from trietune.data.encoder import Encoder
 from trietune.data.examples import Example, Message
-from trietune.data.templates import PromptFormat, fill_template, find_half_character, read_messages
+from trietune.data.messages import read_messages, read_tools
+from trietune.data.templates import PromptFormat, fill_template, find_half_character
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
 from trietune.evaluation.scoring import (
@@ -24,6 +25,7 @@ from trietune.evaluation.scoring import (
     FlatSequences,
     label_log_probabilities,
     label_probabilities,
+    no_progress,
     no_stop,
 )
 from trietune.model.causal_lm import TrieModel
@@ -72,6 +74,7 @@ def predict_labels(
             batching=batching,
             max_positions=max_positions,
             check_stop=check_stop,
+            progress=no_progress,
         )
     )
     return [
@@ -99,7 +102,7 @@ def predict_text(
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise UserError(
-                f"input {number} is empty, and a model needs something to go on from", next_step="give it a text"
+                f"input {number} is empty, and a model needs a text to continue", next_step="give it a text"
             )
     limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=batch_size)
     answers = generate(model, prompts, limits, check_stop=check_stop)
@@ -176,7 +179,7 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
             return _conversation([Message("user", value)])
         if isinstance(value, Mapping) and "messages" in value:
             try:
-                return _conversation(read_messages(value["messages"]))
+                return _conversation(read_messages(value["messages"]), read_tools(value.get("tools")))
             except TypeError as error:
                 raise UserError(f"{name} cannot be read: {error}", next_step=_ADVICE_MESSAGES) from None
         raise UserError(f"{name} has no `messages`, and this adapter was trained on chats", next_step=_ADVICE_MESSAGES)
@@ -200,7 +203,7 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
     missing = [column for column in columns if column not in value]
     if missing:
         raise UserError(
-            f"{name} has no {_named(missing)}, which the prompt of this adapter asks for",
+            f"{name} has no {_named(missing)}, which this adapter's prompt uses",
             where=f"it has {_named(list(value)) or 'no columns'}",
             next_step=f"give JSON with all of them: {_sample_row(columns)}",
         )
@@ -229,12 +232,12 @@ def encode_prompt(encoder: Encoder, example: Example) -> list[int]:
         return encoder.encode_prompt(example)
     except WrongRow as error:
         raise UserError(
-            f"this conversation cannot go on: {error}", next_step="begin a new one, with the user's turn"
+            f"this conversation cannot continue: {error}", next_step="start a new one with the user's turn"
         ) from None
 
 
-def _conversation(messages: Sequence[Message]) -> Example:
-    return Example(id="", prompt="", completion="", messages=tuple(messages))
+def _conversation(messages: Sequence[Message], tools: str = "") -> Example:
+    return Example(id="", prompt="", completion="", messages=tuple(messages), tools=tools)
 
 
 def _named(columns: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ def evaluate_answers(
     """Score the answers of a set and measure them by `judge`; names begin with `eval/`.
 
     Args:
-        max_examples: of a larger set, a random subset of rows that depends on `seed` alone; None takes all.
+        max_examples: size limit: of a larger set, a random subset of rows that depends only on `seed`; None takes all.
     """
     rows = choose_examples(sets.num_rows, max_examples, seed=seed)
     scores, counts = score_answers(
@@ -72,8 +72,8 @@ def score_answers(
 def measure_share(name: str, is_right: np.ndarray, row: np.ndarray) -> Measured:
     """Share of pairs in which the better answer won, with its 95 % interval; empty without pairs.
 
-    Rows are what was drawn. With one pair a row the interval is Wilson's; pairs of one row stand and fall together, so
-    otherwise it is that of a ratio of two means over the rows, by the delta method.
+    Rows are what was drawn. With one pair per row the interval is Wilson's; pairs of one row stand and fall together,
+    so otherwise it is that of a ratio of two means over the rows, by the delta method.
 
     Args:
         is_right: bool [P].

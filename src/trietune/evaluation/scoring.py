@@ -31,11 +31,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def no_stop() -> None:
-    """For callers whom nobody stops."""
+    """Default: never stops."""
 
 
 def no_progress(phase: str, num_done: int, num_examples: int) -> None:
-    """For callers whom nobody watches."""
+    """Default: reports nothing."""
 
 
 class ScoringModel(Protocol):
@@ -96,8 +96,8 @@ def label_log_probabilities(
     *,
     batching: Batching,
     max_positions: int,
-    check_stop: CheckStop,
-    progress: Progress,
+    check_stop: CheckStop = no_stop,
+    progress: Progress = no_progress,
 ) -> np.ndarray:
     """Log-probability of each completion after each prompt, summed over its tokens; float64 [B, number of labels].
 

@@ -153,7 +153,7 @@ def read_directory(directory: Path, *, without: Collection[str] = ()) -> tuple[M
         raise UserError(
             f"{directory.name} holds {total:,} bytes, more than the memory that is free",
             where=str(directory),
-            next_step="stop other programs, or go on on a machine with more memory",
+            next_step="close other programs, or continue on a machine with more memory",
         )
     contents = {}
     for name, entry in wanted.items():
@@ -165,7 +165,7 @@ def read_directory(directory: Path, *, without: Collection[str] = ()) -> tuple[M
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest alone, believed by its own digest. Raises `DamagedDirectory`."""
+    """Only the manifest, believed by its own digest. Raises `DamagedDirectory`."""
     if directory.is_symlink() or not directory.is_dir():
         raise DamagedDirectory(directory, "it", "is not a folder" if os.path.lexists(directory) else "is not there")
     with _open_plain(directory, MANIFEST_NAME) as file:
@@ -204,7 +204,7 @@ def remove_directory(directory: Path) -> None:
 def clean_leftovers(folder: Path, name: re.Pattern[str]) -> list[Path]:
     """Finish or undo what a killed process left in `folder` for directories whose names match `name`.
 
-    Call it under the run's lock alone. Staging and half-removed directories go; a directory that was to be replaced
+    Call it only under the run's lock. Staging and half-removed directories go; a directory that was to be replaced
     comes back when its successor never arrived. Only our own hidden names are touched. Returns what was dealt with.
     """
     dealt_with = []
@@ -250,7 +250,7 @@ def _check_arrived(target: Path, written: Manifest) -> None:
     except DamagedDirectory:
         is_there = False
     if not is_there:
-        raise OSError(errno.ESTALE, "it was written, renamed and acknowledged, and is not there", str(target))
+        raise OSError(errno.ESTALE, "it was written, renamed and acknowledged, but is not there", str(target))
 
 
 def _rename_folder(source: Path, target: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from trietune.errors import UserError
 
 REMEDIES = {
-    errno.ENOSPC: "free some space on that disk; `keep_last_n` and `keep_best_n` bound what a run keeps",
-    errno.EDQUOT: "free some of your quota there; `keep_last_n` and `keep_best_n` bound what a run keeps",
+    errno.ENOSPC: "free some space on that disk; `keep_last_n` and `keep_best_n` limit what a run keeps",
+    errno.EDQUOT: "free some of your quota there; `keep_last_n` and `keep_best_n` limit what a run keeps",
     errno.EFBIG: "raise the limit of file sizes (`ulimit -f unlimited`)",
     errno.EMFILE: "raise the limit of open files (`ulimit -n 4096`)",
-    errno.EACCES: "give this user the right to write there",
-    errno.EPERM: "give this user the right to write there",
+    errno.EACCES: "give this user permission to write there",
+    errno.EPERM: "give this user permission to write there",
     errno.EROFS: "the file system went read-only: look into its log (`dmesg`), then mount it again",
     errno.EIO: "the disk failed to keep the bytes: look into its log (`dmesg`) before you trust it again",
 }
@@ -32,7 +32,7 @@ def save_failed(error: OSError, target: Path) -> SaveFailed:
     return SaveFailed(
         f"{target.name} was not saved: {error.strerror or error}",
         where=f"in {target.parent}",
-        next_step=REMEDIES.get(error.errno or 0, "look at that folder and its disk"),
+        next_step=REMEDIES.get(error.errno or 0, "check that folder and its disk"),
         number=error.errno or 0,
     )
 
@@ -42,5 +42,5 @@ def start_failed(error: OSError, path: Path) -> UserError:
     return UserError(
         f"{path.name} could not be written: {error.strerror or error}",
         where=f"in {path.parent}; nothing was lost",
-        next_step=REMEDIES.get(error.errno or 0, "look at that folder and its disk"),
+        next_step=REMEDIES.get(error.errno or 0, "check that folder and its disk"),
     )

@@ -134,7 +134,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Flush a file that somebody else writes, such as `metrics.jsonl`."""
+    """Flush a file that another part writes, such as `metrics.jsonl`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         flush(descriptor)

@@ -178,4 +178,4 @@ def _check_names(files: Mapping[str, FileEntry]) -> None:
             raise ManifestError(f"{name[:80]!r} is not a file name that a checkpoint may hold")
         twin = folded.setdefault(name.casefold(), name)
         if twin != name:
-            raise ManifestError(f"{twin!r} and {name!r} differ in upper and lower case alone")
+            raise ManifestError(f"{twin!r} and {name!r} differ only in case")

@@ -1,7 +1,7 @@
 """Patterns over the names of a model's modules, which end in good time whoever wrote them.
 
 Python's own matcher needs longer than anybody lives for `(.|.)*X` on a name of sixty letters, and cannot be stopped.
-So patterns are in Python's syntax, are matched by the library `regex` under a time limit, once over all names, and what
+So patterns are in Python's syntax, are matched by `regex` under a time limit, once over all names, and what
 goes on from here are names.
 """
 
@@ -75,4 +75,4 @@ def compile_pattern(pattern: str) -> Any:
     except PatternError:
         raise
     except (re.error, regex.error, RecursionError, OverflowError, ValueError) as error:
-        raise PatternError(f"is no pattern: {error}") from error
+        raise PatternError(f"is not a pattern: {error}") from error

@@ -81,7 +81,7 @@ def from_numpy(array: np.ndarray[Any, Any], *, dtype: str | None = None) -> RawT
     if name is None:
         raise TensorError(f"NumPy's {array.dtype} has no name in safetensors")
     if ITEM_BYTES[name] != array.dtype.itemsize:
-        raise TensorError(f"{name} has {ITEM_BYTES[name]} bytes an item, NumPy's {array.dtype} {array.dtype.itemsize}")
+        raise TensorError(f"{name} has {ITEM_BYTES[name]} bytes per item, NumPy's {array.dtype} {array.dtype.itemsize}")
     plain = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
     return RawTensor(name, array.shape, plain.reshape(-1).view(np.uint8).data)
 
@@ -145,7 +145,7 @@ def check_names(found: Iterable[str], expected: Iterable[str]) -> None:
 
 def _pieces(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str] | None) -> Iterable[bytes | memoryview]:
     if sys.byteorder != "little":
-        raise TensorError("this machine stores numbers big end first, which the format does not")
+        raise TensorError("this machine is big-endian, and the format is little-endian")
     ordered = _in_order(tensors)
     yield _header(ordered, metadata)
     for name, tensor in ordered:
@@ -158,7 +158,7 @@ def _pieces(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str] | None
 
 
 def _in_order(tensors: Mapping[str, RawTensor]) -> list[tuple[str, RawTensor]]:
-    # Wide items first, then by name, as the library does: every tensor is then aligned to its own items.
+    # Wide items first, then by name, as safetensors does: every tensor is then aligned to its own items.
     for name, tensor in tensors.items():
         _check_name(name)
         if tensor.dtype not in ITEM_BYTES or len(tensor.shape) > MAX_DIMENSIONS:
@@ -218,7 +218,7 @@ def _parse_header(text: bytes, num_data_bytes: int) -> tuple[dict[str, _Entry], 
 
 def _check_metadata(metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise TensorError("its metadata are not texts")
+        raise TensorError("its metadata values are not text")
     return metadata
 
 
@@ -237,7 +237,7 @@ def _check_entry(name: str, entry: object, num_bytes: int) -> _Entry:
         raise TensorError(f"`{name}` is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise TensorError(f"`{name}` has the dtype {str(dtype)[:80]!r}, which is none of ours")
+        raise TensorError(f"`{name}` has the dtype {str(dtype)[:80]!r}, which is not supported")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_count(size) for size in shape):
         raise TensorError(f"`{name}` has a shape that is not a short list of counts")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
@@ -246,7 +246,7 @@ def _check_entry(name: str, entry: object, num_bytes: int) -> _Entry:
     if not begin <= end <= num_bytes:
         raise TensorError(f"`{name}` lies at {begin:,} to {end:,} of {num_bytes:,} bytes")
     if math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
-        raise TensorError(f"`{name}` has {end - begin:,} bytes, its shape and dtype say another number")
+        raise TensorError(f"`{name}` has {end - begin:,} bytes, which does not match its shape and dtype")
     return _Entry(dtype, tuple(shape), begin, end)
 
 
@@ -261,4 +261,4 @@ def _check_no_gaps(entries: Mapping[str, _Entry], num_bytes: int) -> None:
             raise TensorError(f"`{name}` begins at byte {one.begin:,}, the one before ends at {position:,}")
         position = one.end
     if position != num_bytes:
-        raise TensorError(f"{num_bytes - position:,} bytes after the last tensor belong to none")
+        raise TensorError(f"{num_bytes - position:,} bytes after the last tensor belong to no tensor")

@@ -1,8 +1,8 @@
-"""Which architectures take a trie: those whose every layer lets its attention be replaced, and whose logits are a head.
+"""How an architecture takes a trie: as nodes, where every layer lets its attention be replaced, or on whole rows.
 
-A trie changes what a position attends to, and what states it starts from. So an architecture is refused if anything else
-carries from token to token, if attention or states are not reachable, or if anything depends on how many
-rows or how long a call is.
+As nodes, a trie changes what a position attends to and nothing else. Where something besides attention carries from
+token to token (a state, a convolution), or attention is not reachable, the network runs on whole rows. Refused is what
+depends on chance, or on how long the rest of a call is.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.states import carries_states
 from trietune.model.states.probe import refuse_mixing
 
@@ -33,41 +34,66 @@ _NOT_COMPUTED = ("position_bias", "attention_bias", "alibi")
 def check_architecture(network: PreTrainedModel) -> str | None:
     """Why tries cannot be computed with this network, as the end of a sentence; None if they can.
 
-    A family outside `TESTED_FAMILIES` passes if nothing in its configuration speaks against it and every one of its
-    layers attends through the library's interface; the self-check, which proves each layer, has the last word.
+    What is asked here no proof can see: it depends on chance or on the rest of a call.
 
     Args:
         network: with weights or without (on the device `meta`), its adapter not yet in place.
     """
-    config = network.config
-    family = str(config.model_type)
+    config = network.config.get_text_config()
+    family = str(network.config.model_type)
     if getattr(config, "is_encoder_decoder", False):
         return f"`{family}` has an encoder, and its decoder attends to it"
-    if config.get_text_config() is not config:
-        return f"`{family}` takes more than text, and masks its attention itself"
-    has_states = carries_states(network)
-    layers = set(getattr(config, "layer_types", None) or ())
-    if not has_states and (other := sorted(layers - set(_ATTENTION_LAYERS))):
-        return f"`{family}` has layers of the kind `{other[0]}`, which carry a state from token to token"
-    if not has_states and getattr(network, "_is_stateful", False):
-        return f"`{family}` has state-space layers, which carry a state from token to token"
-    if not has_states and not getattr(network, "_supports_attention_backend", False):
-        return f"`{family}` computes attention in its own way, which cannot be replaced"
-    if (rope := _rope_types(config)) & set(_CALL_DEPENDENT_ROPE):
-        kind = sorted(rope & set(_CALL_DEPENDENT_ROPE))[0]
-        return f"`{family}` uses the rotary scaling `{kind}`, whose angles depend on the longest sequence of a call"
     if getattr(config, "attention_dropout", 0.0):
         return f"`{family}` is configured with dropout on attention weights"
     if getattr(config, "output_router_logits", False):
         return f"`{family}` adds a loss for its experts, which counts tokens and not labels"
-    if has_states:
-        return refuse_mixing(config)
-    if family not in TESTED_FAMILIES and not _attends_through_the_interface(config):
+    return None
+
+
+def why_whole_rows(network: PreTrainedModel) -> str | None:
+    """Why tries must run on whole rows from the start, as the end of a sentence; None lets the proof decide.
+
+    With the proof off nothing else stands between such a network and wrong numbers.
+
+    Args:
+        network: as above.
+    """
+    config = network.config.get_text_config()
+    family = str(network.config.model_type)
+    if carries_states(network):
+        return refuse_mixing(network)
+    layers = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(layers - set(_ATTENTION_LAYERS)):
+        return f"`{family}` has layers of the kind `{other[0]}`, which a trie's own attention does not know"
+    if getattr(network, "_is_stateful", False):
+        return f"`{family}` has state-space layers, which carry a state from token to token"
+    is_known = family in TESTED_FAMILIES
+    if not is_known and (
+        not getattr(network, "_supports_attention_backend", False) or not _attends_through_the_interface(network)
+    ):
         return f"`{family}` computes attention in its own way, which cannot be replaced"
     return None
 
 
-def _attends_through_the_interface(config: Any) -> bool:
+def longest_of_one_rope(config: Any) -> int | None:
+    """Tokens up to which rotary angles depend on nothing but the position; None where they never depend on more.
+
+    With the scalings `dynamic` and `longrope`, a call with a longer row rotates all of its rows by other angles.
+
+    Args:
+        config: the text config of a causal model of transformers.
+    """
+    found = []
+    for one in _ropes(config):
+        if str(one.get("rope_type", "default")) in _CALL_DEPENDENT_ROPE:
+            most = one.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            found.append(int(most or config.max_position_embeddings))
+    return min(found, default=None)
+
+
+def _attends_through_the_interface(given: PreTrainedModel) -> bool:
     """Run a copy without weights on four tokens, with an attention that only takes notes.
 
     Layers that compute attention themselves never call it, and some call it without passing on what the decoder was
@@ -87,20 +113,18 @@ def _attends_through_the_interface(config: Any) -> bool:
     AttentionMaskInterface.register(_PROBE, lambda *args, **kwargs: None)
     with torch.device("meta"):
         # A copy of the configuration too: it is where a network keeps how it attends.
-        network: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            copy.deepcopy(config), trust_remote_code=False
-        )
+        network: Any = type(given)(copy.deepcopy(given.config))
         tokens = torch.zeros(1, 4, dtype=torch.long)
         try:
             network.set_attn_implementation(_PROBE)
-            network.get_decoder()(
+            decoder_of(network)(
                 input_ids=tokens,
                 position_ids=tokens,
                 attention_mask=torch.zeros(1, 1, 1, 1),
                 use_cache=False,
                 trie_layout=mark,
             )
-            num_expected = int(config.num_hidden_layers)
+            num_expected = int(network.config.get_text_config().num_hidden_layers)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError):
             # Experts are chosen by values, which a copy without weights has none of: the first layer tells enough.
             num_expected = max(1, len(notes))
@@ -108,8 +132,7 @@ def _attends_through_the_interface(config: Any) -> bool:
     return sum(note.get("trie_layout") is mark for note in notes) == num_expected and not has_more
 
 
-def _rope_types(config: Any) -> set[str]:
-    """The kinds of rotary scaling; a configuration has one, or one for each kind of layer."""
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The parameters of rotary scaling; a configuration has one set, or one for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return {str(one.get("rope_type", "default")) for one in nested}
+    return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

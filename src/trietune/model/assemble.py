@@ -29,17 +29,19 @@ def assemble(
     shapes: StaticShapes | None = None,
     gradient_checkpointing: bool = False,
     whole: Whole = nullcontext,
+    why_whole_rows: str | None = None,
 ) -> TrieModel:
     """Take `network` from `device.loading_device` to the device, and say how its parts run there.
 
     Args:
-        attention: how tries attend; None for padded rows, which keep the library's attention.
+        attention: how tries attend; None for padded rows, which keep transformers' attention.
         fused_layers: whether parts run as functions with a backward of their own, where the device gains by that.
         pack_weights: whether fused parts keep frozen weights blocked for the matrix library; `auto`: as many as fit
             into a part of the memory that is free now.
         shapes: what micro-batches are padded to, on a device of static shapes.
-        gradient_checkpointing: whether activations are computed again in the backward.
+        gradient_checkpointing: whether activations are computed again in the backward pass.
         whole: a context in which all weights of a module are here, for a network that is sharded over processes.
+        why_whole_rows: the reason why tries run on whole rows, `architecture.why_whole_rows`.
     """
     if device.place_network is not None:
         device.place_network(network)
@@ -62,4 +64,5 @@ def assemble(
         recompute=device.recompute,
         packed_bytes=packed_bytes,
         whole=whole,
+        why_whole_rows=why_whole_rows,
     )

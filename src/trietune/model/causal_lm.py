@@ -2,7 +2,7 @@
 
     micro-batch -> decoder over all positions -> hidden states at label positions -> head -> losses
 
-The network stays the library's own: with a trie, only its attention is told what each node sees.
+The network stays transformers' own: with a trie, only its attention is told what each node sees.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from trietune.model.attention.attend import register
 from trietune.model.attention.explicit_mask import explicit_masks
 from trietune.model.attention.layout import AttentionKind, ForcedRows, TrieLayout
 from trietune.model.attention.static_layout import StaticLayout
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.fast.frozen_weight import Whole
 from trietune.model.head import Head
 from trietune.model.loss import label_losses
+from trietune.model.rows.pieces import cut_by_cells
+from trietune.model.rows.products import SharedProducts
 from trietune.model.states import carry_states
 from trietune.trie import MicroBatch, Trie, pad_trie
 from trietune.trie.static_shapes import StaticShapes
@@ -42,21 +45,27 @@ class TrieModel:
 
     Args:
         network: a causal language model of transformers, on `device`, its adapter layers in place.
-        attention: how tries attend; None leaves the library's attention alone, for padded rows only.
+        attention: how tries attend; None leaves transformers' attention alone, for padded rows only.
         prunes_last: whether the network's last layer computes only `query_nodes` (`fuse_trie_layers`).
         shapes: what micro-batches are padded to, on a device that compiles a program for each shape.
         to_device: takes what belongs to the rows of a micro-batch to the device; first axis: rows.
-        recompute: runs a function that is computed again in the backward (`Device.recompute`).
+        recompute: runs a function that is computed again in the backward pass (`Device.recompute`).
         multiple_of: tries are padded to such a number of positions. Matrix products of odd sizes are slower, by a third
-            at worst, and new sizes cost the library time and memory.
+            at worst, and new sizes cost oneDNN time and memory.
         packed_bytes: what blocked copies of frozen weights may take (`pack_frozen_weights`).
         whole: a context in which all weights of a module are here, for a network that is sharded over processes.
+        why_whole_rows: the reason why tries run on whole rows from the start, see `whole_rows`; None if they need not.
 
     Attributes:
         prunes_last: see above; a proof that fails takes it back.
         needs_masks: some layers attend in transformers' own way under a mask, so the decoder is given one.
         can_decode: generation may keep keys and values from token to token (`evaluation.decoding`).
         library_attention: of transformers, that the network came with.
+        whole_rows: where it is set, the network runs on the rows of a trie, laid out whole, and its products once a
+            node: no layer is told what a node sees.
+        why_whole_rows: the reason, for people.
+        most_cells: positions of such rows, padding included, that are computed at once.
+        may_lay_out_rows: whether a proof may turn to whole rows; not on devices of static shapes.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class TrieModel:
         multiple_of: int = 16,
         packed_bytes: int = 0,
         whole: Whole = nullcontext,
+        why_whole_rows: str | None = None,
     ) -> None:
         self._multiple_of = multiple_of
         self.prunes_last = prunes_last and attention not in (None, "mask")
@@ -86,14 +96,29 @@ class TrieModel:
         self.device = device
         self.attention = attention
         self.config = network.config.get_text_config()  # type: ignore[union-attr, operator]  # transformers is untyped
-        # Rows through the library ask for none, and some models have no heads at all.
+        # Rows through transformers ask for none, and some models have no heads at all.
         num_heads = getattr(self.config, "num_attention_heads", 1)
         self.heads = HeadShape(num_heads, getattr(self.config, "num_key_value_heads", num_heads))
         self.library_attention = str(network.config._attn_implementation)  # type: ignore[union-attr]
         self._head = Head(network)
-        if attention is not None:
+        self.whole_rows: SharedProducts | None = None
+        self.why_whole_rows = why_whole_rows
+        self.most_cells: int | None = None
+        self.may_lay_out_rows = attention is not None and shapes is None
+        if attention is not None and why_whole_rows is not None:
+            self.compute_whole_rows(why_whole_rows)
+        elif attention is not None:
             network.set_attn_implementation(register())  # type: ignore[operator]
             carry_states(network)
+
+    def compute_whole_rows(self, why: str) -> None:
+        """Let the network run on whole rows from now on, with the attention that it came with."""
+        network: Any = self.network
+        self.why_whole_rows, self.may_lay_out_rows = why, False
+        if network.config._attn_implementation != self.library_attention:
+            network.set_attn_implementation(self.library_attention)
+        self.prunes_last = self.needs_masks = self.can_decode = False
+        self.whole_rows = SharedProducts(network)
 
     @property
     def vocabulary_size(self) -> int:
@@ -101,7 +126,11 @@ class TrieModel:
 
     def pad_to_shapes(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """The micro-batches in the shapes that this device computes; what they mean stays."""
-        return micro_batches if self.shapes is None else self.shapes.pad_to_shapes(micro_batches)
+        if self.shapes is not None:
+            return self.shapes.pad_to_shapes(micro_batches)
+        if self.whole_rows is not None and self.most_cells is not None:
+            return cut_by_cells(micro_batches, self.most_cells)
+        return micro_batches
 
     def label_losses(self, micro_batch: MicroBatch) -> Tensor:
         """`-log p(label)` of each (position, label) pair of the micro-batch: [N], fp32 or fp64, with gradients."""
@@ -130,6 +159,8 @@ class TrieModel:
     def hidden_states(self, micro_batch: MicroBatch, query_nodes: np.ndarray | None = None) -> Tensor:
         """Hidden states after the final norm: [S, W, D] in the model's dtype, or [1, Q, D] of `query_nodes`."""
         trie, input_ids, position_ids = micro_batch.trie, micro_batch.input_ids, micro_batch.position_ids
+        if trie is not None and self.whole_rows is not None:
+            return self.whole_rows.hidden_states(trie, self.to_device)
         if trie is not None and self.shapes is None:
             trie = pad_trie(trie, -(-trie.num_nodes // self._multiple_of) * self._multiple_of)
             input_ids, position_ids = trie.input_ids[None], trie.position_ids[None]
@@ -148,7 +179,7 @@ class TrieModel:
     ) -> Tensor:
         """Hidden states [S, W, D] of tokens and positions [S, W]; `layout` says what is seen, or else `mask`."""
         inputs: dict[str, Any] = {} if layout is None else {"trie_layout": layout}
-        output = self.network.get_decoder()(  # type: ignore[operator]  # of transformers, which is untyped
+        output = decoder_of(self.network)(
             input_ids=self.tensor(input_ids),
             position_ids=self.tensor(position_ids),
             attention_mask=mask,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trietune.model.decoder_layers import decoder_of
+
 
 class Head:
     """Logits of hidden states, through `network` (a causal language model of transformers) without its decoder."""
@@ -19,13 +21,13 @@ class Head:
     def __init__(self, network: Any) -> None:
         self._network = network
         self._kind_of_output: Any = None
-        self._handle = network.get_decoder().register_forward_hook(self._note)
+        self._handle = decoder_of(network).register_forward_hook(self._note)
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of last hidden states [N, D], with gradients."""
         network = self._network
-        decoder = network.get_decoder()
-        # The token is looked at by nobody: it stands where a call must have one.
+        decoder = decoder_of(network)
+        # The token is never looked at: it stands where a call must have one.
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden_ND.device)
         if self._kind_of_output is None:
             with torch.no_grad():
@@ -33,9 +35,17 @@ class Head:
         output = self._kind_of_output(last_hidden_state=hidden_ND[None])
         before = vars(decoder).get("forward")
         decoder.forward = lambda *args, **kwargs: output
+        # Wrappers of text and images ask for more inputs in training; their own code has nothing else to do with it.
+        wrappers = [
+            module for module in (network, network.base_model) if module is not decoder and vars(module)["training"]
+        ]
         try:
+            for module in wrappers:
+                module.training = False
             logits: Tensor = network(input_ids=token, use_cache=False, return_dict=True).logits
         finally:
+            for module in wrappers:
+                module.training = True
             if before is None:
                 del decoder.forward
             else:

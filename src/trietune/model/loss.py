@@ -1,4 +1,4 @@
-"""Cross-entropy at label positions alone.
+"""Cross-entropy at label positions only.
 
 A batch of 32 SQuAD questions has some 1,300 nodes and 180 labels; with a vocabulary of 256,000 the other logits would
 be a fifth of the work and most of the memory.
@@ -34,7 +34,7 @@ def label_losses(
         labels: token to predict.
         project: the model's head, soft-capping included.
         vocabulary_size: V, to bound the memory.
-        recompute: runs a function that is computed again in the backward.
+        recompute: runs a function that is computed again in the backward pass.
     """
     chunk = max(1, MAX_LOGITS // vocabulary_size)
     if len(labels) <= chunk:

@@ -22,7 +22,7 @@ def resolve_patterns(config: LoraConfig, names: Sequence[str], *, where: str) ->
     """Put names in place of every pattern of `config`.
 
     Args:
-        names: of all modules of the network.
+        names: names of all modules of the network.
         where: for the message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Compare a few examples of the first batch on the trie with plain rows through the library alone.
+"""Compare a few examples of the first batch on the trie with plain rows through transformers only.
 
 A mask that is wrong by one position changes the loss by far more than rounding does, so this stops a model whose code
 does not take our attention as we think, before it trains on nonsense.
@@ -63,7 +63,7 @@ def check_against_rows(
     difference = abs(checked.loss - checked.loss_of_rows) / (1 + abs(checked.loss_of_rows))
     if not difference <= TOLERANCES[dtype]:
         raise UserError(
-            f"as `{batching}` batches, `{family}` has a loss of {checked.loss:.6g}; on plain rows through the library "
+            f"as `{batching}` batches, `{family}` has a loss of {checked.loss:.6g}; on plain rows through transformers "
             f"alone, {checked.loss_of_rows:.6g}",
             where=f"self-check of {len(chosen)} examples with attention `{model.attention}`; "
             f"relative difference {difference:.1e}, allowed {TOLERANCES[dtype]:.0e} in {dtype}",
@@ -84,7 +84,7 @@ def _neighbors(sequences: Sequences, indices: np.ndarray) -> np.ndarray:
 
 
 def _row_loss(model: TrieModel, sequences: Sequences, index: int) -> float:
-    """Summed loss of one example, through the library's own attention and head."""
+    """Summed loss of one example, through transformers' own attention and head."""
     begin, end = (int(x) for x in np.asarray(sequences.offsets)[index : index + 2])
     labels = np.array(sequences.labels[begin:end], np.int64)[1:]
     if end - begin < 2 or bool((labels == IGNORED_LABEL).all()):

@@ -65,7 +65,7 @@ def launch(
             return end.code if end.code >= 0 else 128 - end.code
         if attempt == restarts:
             say(
-                "next:  the same command with `--resume` goes on from the newest whole checkpoint, with any number of "
+                "next:  the same command with `--resume` resumes from the newest whole checkpoint, with any number of "
                 "processes"
             )
             return EXIT_RANK_LOST
@@ -101,7 +101,7 @@ class Processes:
                 subprocess.Popen(  # noqa: S603  (our own command)
                     self.command,
                     env={**environment_of(number, self.count, port), **self._beginning()},
-                    # Ctrl-C reaches this process alone, which passes it on.
+                    # Ctrl-C reaches only this process, which passes it on.
                     start_new_session=True,
                     preexec_fn=_end_with_parent if sys.platform == "linux" else None,
                 )
@@ -211,5 +211,5 @@ def signal_name(number: int) -> str:
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies, so that nobody trains on unseen."""
+    """Ask the kernel for SIGTERM when the launcher dies, so that no process trains on unattended."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -28,8 +28,8 @@ class Launched:
     """Which of the launched processes this one is.
 
     Attributes:
-        number, count: of all.
-        local_number, local_count: of those on this machine.
+        number, count: among all processes.
+        local_number, local_count: among those on this machine.
     """
 
     number: int = 0

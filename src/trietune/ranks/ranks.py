@@ -2,7 +2,7 @@
 
     deal = deal_step(...)                        the same function on every rank
     part = ranks.mine(deal.parts)                what is computed here
-    loss, sums = ranks.add_up(parameters, ...)   gradients summed in place, a few numbers with them: one message a step
+    loss, sums = ranks.add_up(parameters, ...)   gradients summed in place, a few numbers with them: a message per step
     value = ranks.once(write)                    rank 0 writes; all get what it returned, or end as it did
 
 A rank is one of the processes of a training, numbered from 0. `ALONE` is a training in one process: each method is the
@@ -27,7 +27,7 @@ class Ranks:
     Attributes:
         count: processes of this training.
         has_equal_passes: whether all ranks must compute as many passes, because they hold parts of one model.
-        waiting_share: of the step before, how much of its time a rank spent waiting for the others, on average.
+        waiting_share: share of the last step that a rank spent waiting for the others, on average.
     """
 
     count = 1

@@ -5,7 +5,7 @@ The step's one message, in the dtype of the gradients:
     [ gradients | loss | numbers | seconds waited | for each parameter: has it a gradient here? ]
 
 Small values travel as bytes through gloo, on CUDA too. A collective is reached by all ranks or by none: none stands
-under a condition that one rank alone knows.
+under a condition that only one rank knows.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Together(Ranks):
     def add_up(
         self, parameters: Sequence[nn.Parameter], loss: Tensor, numbers: Sequence[float]
     ) -> tuple[Tensor, list[float]]:
-        # Read first: what is asked of a card is done only when it is waited for, and that is no waiting for others.
+        # Read first: what a card is asked for is done only when it is waited for, which is not waiting for others.
         small = torch.tensor([float(loss), *numbers, self._waited], dtype=torch.float64)
         began = time.monotonic()
         with self.watch.phase("waiting"):

@@ -45,8 +45,8 @@ class Watch:
     """This rank's place, told to the others, and theirs.
 
     Args:
-        number, count: of the ranks.
-        host, port: of the store.
+        number, count: this rank's number, and how many there are.
+        host, port: address of the store.
         on_lost: told the sentence when somebody is lost; by default it is printed and the process ends with code 7.
 
     Attributes:
@@ -220,7 +220,7 @@ class Watch:
         whole = self.newest_checkpoint
         return UserError(
             what,
-            next_step=f"{whole} is whole; the same command with `--resume` goes on, with any number of processes"
+            next_step=f"{whole} is whole; the same command with `--resume` continues, with any number of processes"
             if whole
             else "there is no checkpoint yet; the same command starts again",
             exit_code=EXIT_RANK_LOST,

@@ -5,19 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from trietune.io import files, strict_json
 from trietune.tracking.report.record import BATCH_PICTURE
+from trietune.trie import Sequences
 from trietune.trie.picture import label_runs, picture_batch
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from trietune.data.answers import TokenArrays
 
 # More than a screen can show; what is left out is counted.
 MOST_EXAMPLES = 64
@@ -25,21 +22,21 @@ LONGEST_TEXT = 1200
 
 
 def write_batch_picture(
-    directory: Path, sequences: TokenArrays, indices: np.ndarray, ids: Sequence[str], tokenizer: Any
+    directory: Path, sequences: Sequences, indices: np.ndarray, ids: Sequence[str], tokenizer: Any
 ) -> None:
     """Write `batch.json` into a run's folder, whole or not at all.
 
     Args:
         sequences: the training data.
         indices: the sequences of the batch.
-        ids: of the example that each of them belongs to.
+        ids: id of the example that each of them belongs to.
         tokenizer: a fast tokenizer of transformers.
     """
     document = describe_batch(sequences, indices, ids, tokenizer)
     files.replace_file(directory / BATCH_PICTURE, strict_json.serialize(document))
 
 
-def describe_batch(sequences: TokenArrays, indices: np.ndarray, ids: Sequence[str], tokenizer: Any) -> dict[str, Any]:
+def describe_batch(sequences: Sequences, indices: np.ndarray, ids: Sequence[str], tokenizer: Any) -> dict[str, Any]:
     """The document: three counts of positions over the whole batch, and the picture of at most `MOST_EXAMPLES`."""
     whole = _picture(sequences, indices)
     shown = indices[:MOST_EXAMPLES]
@@ -68,7 +65,7 @@ def describe_batch(sequences: TokenArrays, indices: np.ndarray, ids: Sequence[st
     }
 
 
-def _picture(sequences: TokenArrays, indices: np.ndarray) -> Any:
+def _picture(sequences: Sequences, indices: np.ndarray) -> Any:
     bounds = [(int(sequences.offsets[index]), int(sequences.offsets[index + 1])) for index in indices]
     ids = [np.asarray(sequences.input_ids[begin:end]) for begin, end in bounds]
     labels = [np.asarray(sequences.labels[begin:end]) for begin, end in bounds]

@@ -79,12 +79,12 @@ def check_device(settings: Settings, device: Device, options: DeviceOptions, say
         "batching": (settings.batching == "padded", "plain rows have no static shape here", "batching=packed"),
         "lora_dropout": (
             settings.lora_dropout > 0,
-            "each step's seed would be a number in its program, which is then compiled anew at every step",
+            "each step's seed would be a number in its program, which is then compiled again at every step",
             "lora_dropout=0",
         ),
         "base_dropout": (
             settings.base_dropout,
-            "each step's seed would be a number in its program, which is then compiled anew at every step",
+            "each step's seed would be a number in its program, which is then compiled again at every step",
             "base_dropout=False",
         ),
     }

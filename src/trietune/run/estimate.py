@@ -1,6 +1,6 @@
 """How long a run will take, how much memory, and what that costs: from the real data's tries and a model of a step.
 
-    step = products / (FLOP a second) + what is read and written / bandwidth + operations x what it takes to start one
+    step = products / (FLOP per second) + what is read and written / bandwidth + operations x what it takes to start one
 
 A card computes while the host starts the next operations, so there the larger one of the two counts. Each quantity is a
 range, and what cannot be told is left out and named.
@@ -47,12 +47,12 @@ class Estimate:
     """What a run takes; times in seconds, each from the least to the most that is likely.
 
     Attributes:
-        step: of one optimizer step.
-        num_steps: of the run.
-        validation: of all evaluations together.
-        reference: of scoring the reference, where the objective has one.
+        step: one optimizer step.
+        num_steps: steps of the run.
+        validation: all evaluations together.
+        reference: scoring the reference, where the objective has one.
         memory: bytes of one process, at the largest micro-batch that was seen.
-        num_processes: that share each step.
+        num_processes: processes that share each step.
         flops_a_step: of all processes.
         unknown: why there is no time; None where there is one.
     """

@@ -1,4 +1,4 @@
-"""Whether examples with a common beginning meet in a batch, and what a few batches then hold.
+"""Whether examples with a common prefix share a batch, and what a few batches then hold.
 
 The groups of a large data set are kept in the cache beside its tokens: finding them sorts everything.
 """
@@ -47,9 +47,9 @@ def choose_groups(
         groups = find_groups(data, sequences, 32, cache_folder)
         if groups.num_distinct < (1 - GROUPING_SAVES) * groups.num_tokens:
             tracker.info(
-                "`batch_size: 1` computes every example alone; the examples share "
+                "`batch_size: 1` computes each example on its own; the examples share "
                 f"{1 - groups.num_distinct / groups.num_tokens:.0%} of their tokens. `--set batch_size=32` computes "
-                "shared beginnings once (compare the learning rate: docs/batches.md)"
+                "shared prefixes once (adjust the learning rate: docs/batches.md)"
             )
         return None, measure_batches(settings, sequences, None, UNBOUNDED)
     groups = find_groups(data, sequences, settings.batch_size, cache_folder)

@@ -1,4 +1,4 @@
-"""Which prompts prove a hand-over: the run's own validation examples, or shipped ones for an adapter alone."""
+"""Which prompts prove a hand-over: the run's own validation examples, or shipped ones for an adapter without a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def export_to(
         found = _of_the_run(source, tokenizer, prompt_format, tracker)
         if not found:
             tracker.info(
-                f"no validation examples of a run here: {NUM_PROMPTS} shipped sentences prove the export instead"
+                f"no run with validation examples here: {NUM_PROMPTS} built-in sentences check the export instead"
             )
             found = shipped_prompts(tokenizer, prompt_format)
         return [prompt[-LONGEST_PROMPT:] for prompt in found]
@@ -65,7 +65,7 @@ def export_to(
 def _of_the_run(
     source: Path, tokenizer: Any, prompt_format: PromptFormat | None, tracker: Tracker
 ) -> Sequence[Sequence[int]]:
-    """Prompts of the run's first validation examples; none for an adapter alone, or if the data has moved away."""
+    """Prompts of the run's first validation examples; none for an adapter without a run, or if its data has moved."""
     if prompt_format is None or not (source / "config.yaml").is_file():
         return ()
     from trietune.data import make_encoder

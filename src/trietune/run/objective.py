@@ -85,7 +85,7 @@ def rows_to_rank(data: Data, tokenizer: Any) -> tuple[AnswerSets, Data]:
     """Each training prompt with every label of the task, and the data with that task.
 
     Raises:
-        UserError: the completions are no labels.
+        UserError: the completions are not labels.
     """
     from trietune.data.encoder import make_encoder
 
@@ -137,11 +137,11 @@ def _task_of(data: Data) -> Task:
 
 @dataclass(frozen=True, slots=True)
 class Learning:
-    """An objective with its rows, ready to be learnt from and measured.
+    """An objective with its rows, ready to be learned from and measured.
 
     Attributes:
         objective: None for `sft`.
-        rows: of the training data.
+        rows: rows of the training data.
         validation: answers of the validation data; None where they are not compared, or not there.
         reference, validation_reference: float64 [sequences], scores under the reference; None without one.
     """
@@ -221,7 +221,7 @@ class Learning:
 
         Args:
             is_reference: whether the model is still its own reference, so that there are no rewards to speak of.
-            arguments: of `evaluate_answers`.
+            arguments: arguments of `evaluate_answers`.
         """
         from trietune.evaluation.preferences import evaluate_answers
 

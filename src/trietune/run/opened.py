@@ -26,7 +26,14 @@ from trietune.run.device_plan import check_device, device_options, largest_under
 from trietune.run.fitting import check_ids, check_vocabulary, with_max_length
 from trietune.run.objective import evaluate_preferences
 from trietune.run.prepare import choose_attention, locate_base, make_deterministic, progress_of
-from trietune.run.proving import length_to_prove, positions_under_masks, prove_for_length, prove_on_data, prove_on_host
+from trietune.run.proving import (
+    length_to_prove,
+    positions_on_rows,
+    positions_under_masks,
+    prove_for_length,
+    prove_on_data,
+    prove_on_host,
+)
 
 if TYPE_CHECKING:
     from trietune.data.encoder import Encoder
@@ -48,8 +55,8 @@ class LoadedModel:
 
     Attributes:
         name: for people: the run, the adapter or the base model.
-        settings: of the run; for other things the defaults with what was overridden.
-        prompt_format: that the adapter or the merged model was trained with; None for a base model.
+        settings: settings of the run; for anything else, the defaults with overrides.
+        prompt_format: the format that the adapter or merged model was trained with; None for a base model.
         max_positions: most positions computed at once.
         say: takes what a user should read.
         proven: under `length`, tokens of the longest row that layers have been proven on.
@@ -109,11 +116,24 @@ class LoadedModel:
         )
 
     def _prove(self, longest: int, prove: Callable[[], object]) -> int:
+        from trietune.model.architecture import longest_of_one_rope
+
         length = length_to_prove(self.model.config, longest)
+        most = longest_of_one_rope(self.model.config)
+        if self.model.attention is not None and most is not None and longest > most:
+            raise UserError(
+                f"rows of {longest:,} tokens are longer than {most:,}, beyond which this model rotates all rows of a "
+                "call by other angles (`rope_type`), so a trie is not what a row by itself is",
+                next_step="`--set batching=padded`, or shorter texts",
+            )
         # On static shapes the layers were proven on the host, when the model was opened.
         if self.settings.self_check and self.model.shapes is None and length > self.proven.get("length", 0):
             prove()
             self.proven["length"] = length
+        if self.model.whole_rows is not None:
+            self.model.most_cells = positions_on_rows(
+                self.settings, self.model, self.device.free_memory_bytes(), gradient_checkpointing=True
+            )
         if not self.model.needs_masks:
             return self.max_positions
         free_bytes, dtype = self.device.free_memory_bytes(), self.model.network.dtype
@@ -134,7 +154,7 @@ def evaluate(
 
     Args:
         target: a run's folder, an adapter's folder, or a base model as in `model_name`.
-        overrides: of the run's settings, such as `dataset_id=...` or `validation_file=...`.
+        overrides: changes to the run's settings, such as `dataset_id=...` or `validation_file=...`.
         split: `train`, `validation` or `test`, as a run splits the data. None takes the validation examples of a run's
             own data, and of other data its validation split, or every row where it has none.
         max_examples: a random subset of this size; None takes all.
@@ -155,7 +175,7 @@ def evaluate(
         opened = open_model(target, overrides, tracker)
         if not _names_data(opened, target, overrides):
             raise UserError(
-                f"`{target}` is a model without a run, so the data to evaluate it on must be named",
+                f"`{target}` belongs to no run, so name the data to evaluate it on",
                 next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
             )
         if split is None and not _overridden_data(overrides):
@@ -298,7 +318,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     from trietune.model.adapter.adapter import load_adapter
     from trietune.model.adapter.export import base_name_of
     from trietune.model.adapter.folder import MAX_TEXT_BYTES, PROMPT_FILE, read_listed, read_plain_file
-    from trietune.model.architecture import check_architecture
+    from trietune.model.architecture import check_architecture, why_whole_rows
     from trietune.model.assemble import assemble
     from trietune.model.base.four_bits import check_four_bits
     from trietune.model.base.load import load_network, reading_config
@@ -316,6 +336,9 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
     prompt_format = None
     with reading_config(base):
         refusal = check_architecture(network)
+        on_rows = why_whole_rows(network)
+        if device.has_static_shapes:
+            refusal, on_rows = refusal or on_rows, None
         widths = widths_of(network.config.get_text_config(), network)
     if adapter is not None:
         load_adapter(network, adapter, listed=listed)
@@ -351,6 +374,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | Mapping[str, Any],
         fused_layers=settings.fused_layers,
         pack_weights=settings.pack_weights,
         shapes=shapes,
+        why_whole_rows=on_rows,
     )
     if on_host is not None:
         model.needs_masks = on_host.needs_masks

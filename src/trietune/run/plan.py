@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trietune.config.defaults import ORIGINAL_DEFAULTS
+from trietune.tracking import wording
 
 if TYPE_CHECKING:
     import torch
@@ -83,10 +84,10 @@ class ProcessesPlan:
 
     Attributes:
         count: processes.
-        examples_per_step: of all together.
+        examples_per_step: examples of all processes together.
         speed_up: over one process, by tokens: what is computed once more and uneven parts count, messages do not.
         positions_per_example: computed by all together.
-        smallest_part, largest_part: of a step's work, as shares of what all compute.
+        smallest_part, largest_part: shares of a step's work that a process computes.
         repeated: what is computed again because steps are split, as a share of the whole.
         suggestion: a larger batch size and its speed-up, where this one leaves processes idle.
     """
@@ -120,7 +121,7 @@ class ProcessesPlan:
                 (
                     "",
                     f"the batch is what limits it: `--set batch_size={batch_size}` would be {speed_up:.1f} times "
-                    f"({speed_up / self.count:.0%}); compare the learning rate",
+                    f"({speed_up / self.count:.0%}); adjust the learning rate",
                 )
             )
         return lines
@@ -133,26 +134,27 @@ class Plan:
     Attributes:
         directory: the run's folder; its name is the run's.
         adapted_share: part of the weights of the base model's layers that carry adapters.
-        base_rates: of the base model's own dropout and noise, by name, as its configuration has them.
+        base_rates: rates of the base model's own dropout and noise, by name, as its configuration has them.
         keeps_dropout: whether these stay on.
-        dtype: of the base model; adapter and optimizer are fp32.
+        dtype: dtype of the base model; adapter and optimizer are fp32.
         load_in_4bit: whether its linear layers are held in 4 bits and only compute in `dtype`.
-        attention: how tries attend; None for padded rows, which keep the library's attention.
+        attention: how tries attend; None for padded rows, which keep transformers' attention.
         attention_reason: why not in the device's best way; None if they do.
+        why_whole_rows: why tries run on whole rows; None if they do not, or if the self-check is to find out.
         is_grouped: whether examples with a long common prefix meet in a batch.
         max_positions: most positions of a micro-batch.
         static: the shapes that micro-batches are padded to, on a device that needs such; None elsewhere.
         num_steps: optimizer steps of the whole run.
         eval_max_examples: examples of a periodic validation; None takes all.
         eval_batch_size: answers generated together.
-        model_bytes: of the base model, the adapter, its gradients and its optimizer.
+        model_bytes: memory of the base model, the adapter, its gradients and its optimizer.
         position_bytes: estimate for one position of a micro-batch.
         largest_micro_batch: positions of the largest micro-batch of those that were looked at.
-        objective: what is learnt, in words; None for `sft`.
-        label_cost: of one label at the output head, in nodes of the layers before it.
+        objective: what is learned, in words; None for `sft`.
+        label_cost: cost of one label at the output head, in nodes of the layers before it.
         processes: how a step's examples are shared; None where one process trains.
-        max_length: of an example, in tokens; `longest` is that of the training data.
-        defaults: which set of defaults the keys that nobody wrote have.
+        max_length: limit of an example, in tokens; `longest` is the longest in the training data.
+        defaults: which set of defaults the keys that are not set have.
     """
 
     directory: Path
@@ -166,6 +168,7 @@ class Plan:
     batching: Batching
     attention: AttentionKind | None
     attention_reason: str | None
+    why_whole_rows: str | None
     is_grouped: bool
     max_positions: int
     num_train: int
@@ -194,7 +197,7 @@ class Plan:
 
     @property
     def has_loss_scale(self) -> bool:
-        """Whether losses are multiplied before the backward, as fp16 needs it."""
+        """Whether losses are multiplied before the backward pass, as fp16 needs it."""
         return str(self.dtype) == "torch.float16"
 
     @property
@@ -206,7 +209,7 @@ class Plan:
 
     @property
     def _length(self) -> str:
-        return f"at most {self.max_length:,} tokens an example; the longest has {self.longest:,}"
+        return f"at most {self.max_length:,} tokens per example; the longest has {self.longest:,}"
 
     @property
     def _adapted(self) -> str:
@@ -220,7 +223,7 @@ class Plan:
             return f"the base model's own is off ({rates})"
         if not rates:
             return "the base model has none of its own"
-        return f"the base model's own stays on ({rates}), drawn once a node; layers are not fused"
+        return f"the base model's own stays on ({rates}), drawn once per node; layers are not fused"
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan for people: (name, value), in the order in which things happen."""
@@ -239,40 +242,38 @@ class Plan:
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
             *([("length", self._length)] if self.max_length is not None else []),
             *([("objective", self.objective)] if self.objective else []),
-            ("steps", f"{self.num_steps:,} of {batch}: {epochs:.3g} epochs"),
+            ("steps", f"{self.num_steps:,} steps of {batch} ({epochs:.3g} {'epoch' if epochs == 1 else 'epochs'})"),
             *(self.processes.lines() if self.processes else []),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
             *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),
+            *([("attention", f"on whole rows, {self.why_whole_rows}")] if self.why_whole_rows else []),
             (
                 "sharing",
-                f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens an example "
+                f"{self.sharing.positions_per_example:.1f} of {self.sharing.tokens_per_example:.1f} tokens per example "
                 f"are computed ({self.sharing.factor:.2f}x)"
                 + (f", {self.processes.positions_per_example:.1f} by all processes" if self.processes else ""),
             ),
             (
                 "memory",
-                f"{_gigabytes(self.model_bytes)} for model and optimizer; about "
-                f"{_gigabytes(self.largest_micro_batch * self.position_bytes)} for a micro-batch of "
+                f"{wording.size(self.model_bytes)} for model and optimizer; about "
+                f"{wording.size(self.largest_micro_batch * self.position_bytes)} for a micro-batch of "
                 f"{self.largest_micro_batch:,} tokens" + (", in each process" if self.processes else ""),
             ),
             (
                 "micro-batch",
-                f"at most {self.max_positions:,} tokens, about {_gigabytes(self.max_positions * self.position_bytes)}",
+                f"at most {self.max_positions:,} tokens, "
+                f"about {wording.size(self.max_positions * self.position_bytes)}",
             ),
             *([("shapes", self.static.description)] if self.static else []),
-            ("validation", f"{validation} examples while training, all before and after"),
+            ("validation", f"{validation} examples during training, all before and after"),
             ("run", str(self.directory)),
             *([("defaults", self.defaults)] if self.defaults else []),
         ]
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2g} GB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"
 
 
 def _grouping(is_grouped: bool) -> str:
-    return "examples with a common beginning meet" if is_grouped else "shuffled plainly"
+    return "examples with a common prefix share a batch" if is_grouped else "shuffled"

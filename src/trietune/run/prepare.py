@@ -43,7 +43,7 @@ FEWEST_VALIDATED = 32
 DEFAULT_EVAL_BATCH = 32
 # Of a parameter of the adapter, in fp32: itself, its gradient, and two moments of the optimizer.
 BYTES_PER_TRAINED_PARAMETER = 16
-# Ways to attend whose kernels compute probabilities again in the backward.
+# Ways to attend whose kernels compute probabilities again in the backward pass.
 KEEP_NO_SCORES = ("varlen", "flex")
 
 
@@ -52,11 +52,11 @@ class Prepared:
     """A plan and all that was read to make it.
 
     Attributes:
-        learning: what is learnt, before its reference has been scored.
+        learning: what is learned, before its reference has been scored.
         shape: counts of the network.
-        work: of a few steps, by all processes together.
+        work: work in a few steps, by all processes together.
         num_sampled: examples of these steps.
-        start: folder of the adapter to begin with; None begins with a new one.
+        start: folder of the initial adapter; None: a new one.
     """
 
     settings: Settings
@@ -77,8 +77,8 @@ class Chosen:
     """What one process has chosen for all that share a training: where choices follow from a measurement or the disk.
 
     Attributes:
-        directory: of the run.
-        dtype: of the base model: `float32`, `bfloat16`, `float16`.
+        directory: folder of the run.
+        dtype: dtype of the base model: `float32`, `bfloat16`, `float16`.
     """
 
     directory: Path
@@ -116,7 +116,7 @@ def prepare_together(settings: Settings, tracker: Tracker, check_stop: Callable[
                 "the validation data": prepared.data.validation_fingerprint,
                 "the base model": prepared.base.digest or sampled_digest(prepared.base.path),
                 "the converted base model": prepared.base.weights_digest,
-                "the adapter to begin with": start_adapter(prepared),
+                "the initial adapter": start_adapter(prepared),
                 "the kind of device": plan.device.kind,
                 "the number of steps": plan.num_steps,
                 "the grouping of examples": plan.is_grouped,
@@ -138,7 +138,7 @@ def prepare(
     """Find the model, read the data, choose device and layout; writes nothing but caches.
 
     Args:
-        num_processes: that will share the training.
+        num_processes: processes that will share the training.
         chosen: by another process, for this one too.
         device: to plan for, which need not be here; None chooses it by the settings.
     """
@@ -192,6 +192,12 @@ def prepare(
             if settings.base_dropout and "base_dropout" in shape.refusal
             else "`--set batching=padded`, which trains it on plain rows",
         )
+    if settings.batching != "padded" and shape.why_whole_rows is not None and device.has_static_shapes:
+        raise UserError(
+            f"batches of `{base.name}` cannot be computed as a trie on {device.name}: {shape.why_whole_rows}",
+            where=f"`batching: {settings.batching}` ({settings.where('batching')})",
+            next_step="`--set batching=padded`, which trains it on plain rows",
+        )
     with reading_config(base):
         attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
     settings = with_max_length(settings, shape.config)
@@ -218,6 +224,14 @@ def prepare(
         check_vocabulary(data.validation, shape.num_embeddings)
         longest = max(longest, data.counts.validation.longest)
     most = getattr(shape.config, "max_position_embeddings", None)
+    if settings.batching != "padded" and shape.longest_in_a_trie is not None and longest > shape.longest_in_a_trie:
+        raise UserError(
+            f"batches of `{base.name}` cannot be computed as a trie: an example of {longest:,} tokens is longer than "
+            f"{shape.longest_in_a_trie:,}, beyond which it rotates all rows of a call by other angles",
+            where="config.json: rope_type `longrope` or `dynamic`",
+            next_step=f"`--set max_length={shape.longest_in_a_trie}`, or `--set batching=padded`, which rotates "
+            "short rows beside long ones as transformers does",
+        )
     check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=tracker.info)
     rows = learning.rows
     num_train = rows.num_rows
@@ -234,6 +248,7 @@ def prepare(
         labels_per_position=work.labels_per_position,
         gradient_checkpointing=settings.gradient_checkpointing,
         is_fused=settings.fused_layers
+        and shape.why_whole_rows is None
         and device.runs_own_backwards
         and not settings.lora_dropout
         and not settings.use_dora
@@ -284,6 +299,7 @@ def prepare(
         batching=settings.batching,
         attention=attention,
         attention_reason=attention_reason,
+        why_whole_rows=None if settings.batching == "padded" else shape.why_whole_rows,
         is_grouped=groups is not None,
         max_positions=max_positions,
         num_train=num_train,
@@ -311,7 +327,7 @@ def prepare(
 
 
 def _plan_learning(settings: Settings, data: Data, tokenizer: Any) -> tuple[Learning, Data]:
-    """What is learnt from the data; ranking may find that it is a task with labels."""
+    """What is learned from the data; ranking may find that it is a task with labels."""
     objective = make_objective(settings)
     if settings.objective == "rank":
         rows, data = rows_to_rank(data, tokenizer)
@@ -369,9 +385,7 @@ def uncovered(settings: Settings, coverage: Coverage) -> list[str]:
         experts = [name.rpartition(".")[2] for name, _ in coverage.without if ".experts." in name]
         if experts and settings.lora_target_parameters == "auto":
             advice = f"; `lora_target_parameters: [{', '.join(dict.fromkeys(experts))}]` adapts the experts"
-        sentences.append(
-            f"adapters are on {coverage.share:.0%} of the layers' weights; without one are {shown}{advice}"
-        )
+        sentences.append(f"adapters cover {coverage.share:.0%} of the layers' weights; not covered: {shown}{advice}")
     return sentences
 
 

@@ -73,6 +73,7 @@ def prove_on_host(network: Any, prove_it: Callable[[TrieModel], Proof | None], *
 
     before = network.config._attn_implementation
     model = TrieModel(network, device=network.device, attention="mask")
+    model.may_lay_out_rows = False
     try:
         proof = prove_it(model)
     finally:
@@ -124,6 +125,23 @@ def positions_under_masks(settings: Settings, config: Any, dtype: Any, free_byte
     checkpointing = settings.gradient_checkpointing or not trains
     position_bytes = partial(bytes_per_position, config, dtype, gradient_checkpointing=checkpointing, is_fused=False)
     return largest_under_mask(settings, free_bytes, position_bytes)
+
+
+def positions_on_rows(settings: Settings, model: TrieModel, free_bytes: int, *, gradient_checkpointing: bool) -> int:
+    """Positions of whole rows, padding included, that are computed at once, or that the settings ask for."""
+    from trietune.device.memory import bytes_per_position, micro_batch_bound
+
+    asked = settings.max_tokens_per_micro_batch
+    if asked != "auto":
+        return asked
+    position_bytes = bytes_per_position(
+        model.config,
+        model.network.dtype,  # type: ignore[arg-type]  # of transformers, which is untyped
+        network=model.network,
+        gradient_checkpointing=gradient_checkpointing,
+        is_fused=False,
+    )
+    return micro_batch_bound(free_bytes, position_bytes)
 
 
 def _tell(proof: Proof, say: Say) -> Proof:

@@ -1,4 +1,4 @@
-"""What a run keeps: checkpoints, their copies, the final adapter; and how it goes on from them.
+"""What a run keeps: checkpoints, their copies, the final adapter; and how it resumes from them.
 
 Everything on disk goes through `checkpoints`, which writes directories whole or not at all. Here it is decided what is
 in them and when a difference, a damage or a full disk matters.
@@ -145,7 +145,7 @@ class RunFiles:
                 return
             reason = "it is not whole, as `trietune verify` shows"
         elif info.run_id != self.run_id:
-            reason = f"it is of another run ({info.run_id[:12]})"
+            reason = f"it belongs to another run ({info.run_id[:12]})"
         else:
             reason = f"it was trained for {_trained_steps(info)} steps, the plan has {self.prepared.plan.num_steps:,}"
         raise messages.adapter_without_checkpoint(place, reason)
@@ -186,13 +186,13 @@ class RunFiles:
         ]
         check_differences(differences, loaded.path)
         if differences:
-            self.tracker.warn("this is not as it was at the checkpoint:")
+            self.tracker.warn("settings have changed since the checkpoint:")
             for line in table_lines(differences):
                 self.tracker.info(f"  {line}")
         return loaded
 
     def _schedule_differences(self, loaded: LoadedCheckpoint, allowed_changes: frozenset[str]) -> list[Difference]:
-        """Steps of warm-up are no setting: they follow from others and from the number of examples."""
+        """Steps of warm-up are not a setting: they follow from others and from the number of examples."""
         from trietune.model.adapter.folder import WEIGHTS_FILE
 
         if STATE_FILE not in loaded.contents or WEIGHTS_FILE not in loaded.contents:
@@ -234,11 +234,11 @@ class RunFiles:
         for name in LINE_FILES:
             abandoned = abandon_lines(self.directory / name, step)
             if abandoned.num_beyond and abandoned.path is not None:
-                beyond = f"beyond step {step:,}" if resumed is not None else "of a start that saved nothing"
+                beyond = f"beyond step {step:,}" if resumed is not None else "from a start that saved nothing"
                 self.tracker.info(f"{abandoned.num_beyond} lines of {name} {beyond} are now in {abandoned.path.name}")
         if resumed is not None:
             for path in self.store.set_aside_newer(resumed.step):
-                self.tracker.info(f"what lies beyond step {resumed.step:,} is set aside as {path.name}")
+                self.tracker.info(f"what was saved after step {resumed.step:,} is now {path.name}")
             self.saved_step = resumed.step
         if self.remote is not None and self.settings.sync_to_storage:
             from trietune.checkpoints.remote.uploads import Uploader
@@ -260,7 +260,7 @@ class RunFiles:
         from trietune.training.state import restore_optimizer
 
         set_adapter_tensors(peft_model, resumed.take(WEIGHTS_FILE), where=str(resumed.path))
-        if (reason := self._why_moments_start_anew(resumed)) is None:
+        if (reason := self._why_moments_start_from_zero(resumed)) is None:
             try:
                 restore_optimizer(optimizer, bytes_to_tensors(resumed.take(OPTIMIZER_FILE)))
             except (ValueError, RuntimeError, TypeError) as error:  # its digest is right, and it is none of this run
@@ -268,17 +268,19 @@ class RunFiles:
                     raise messages.wrong_optimizer(resumed.path, first_line(error)) from error
                 reason = f"{first_line(error)}, and `--allow-change {OPTIMIZER_STATE}`"
         if reason is None:
-            self.tracker.info(f"going on from step {resumed.step:,} with the optimizer's state, as if never stopped")
+            self.tracker.info(
+                f"resuming from step {resumed.step:,} with the optimizer's state, as if it had never stopped"
+            )
         else:
             self.tracker.info(
-                f"going on from step {resumed.step:,}: weights, data order, schedule and step count go on; the "
-                f"optimizer's moments start anew ({reason})"
+                f"resuming from step {resumed.step:,}: weights, data order, schedule and step count continue; the "
+                f"optimizer's moments start from zero ({reason})"
             )
         state = _parse_state(resumed.take(STATE_FILE), resumed.path)
         resumed.contents.clear()
         return state
 
-    def _why_moments_start_anew(self, resumed: LoadedCheckpoint) -> str | None:
+    def _why_moments_start_from_zero(self, resumed: LoadedCheckpoint) -> str | None:
         if OPTIMIZER_FILE in resumed.left_out:
             return "their file is damaged"
         if OPTIMIZER_FILE not in resumed.contents:
@@ -301,11 +303,11 @@ class RunFiles:
     ) -> float:
         """Write the checkpoint of `step` unless it is there; returns the seconds that it took.
 
-        A save that the disk refuses is told, and training goes on, unless `on_save_error: stop` or `must_succeed`.
+        A save that the disk refuses is told, and training continues, unless `on_save_error: stop` or `must_succeed`.
 
         Args:
             metrics: measured on exactly these weights; empty if they were not measured.
-            further_state: of this session, into `trainer_state.json`.
+            further_state: state of this session, into `trainer_state.json`.
         """
         if self.saved_step == step:
             return 0.0
@@ -349,10 +351,10 @@ class RunFiles:
         try:
             weights = read_directory(best.path, without={OPTIMIZER_FILE})[1][WEIGHTS_FILE]
         except DamagedDirectory as damage:
-            self.tracker.warn(f"{damage}: the final adapter is that of the last step, not the best")
+            self.tracker.warn(f"{damage}: the final adapter is from the last step, not the best one")
             return None
         self.tracker.info(
-            f"the final adapter is that of step {best.step:,}: `{name}` was {value:.4g} there and {last:.4g} at the "
+            f"the final adapter is from step {best.step:,}: `{name}` was {value:.4g} there and {last:.4g} at the "
             "last step, on the same examples"
         )
         return best.step, weights
@@ -407,8 +409,8 @@ class RunFiles:
             return EXIT_DONE
         missing = f": {', '.join(result.missing)}" if result.missing else ""
         self.tracker.warn(
-            f"not everything was copied to {self.settings.remote_path} ({result.error}){missing}; it is whole on this "
-            f"disk, and `trietune sync {self.directory}` copies it",
+            f"not everything was copied to {self.settings.remote_path} ({result.error}){missing}; all of it is on this "
+            f"disk, and `trietune sync {self.directory}` uploads the rest",
         )
         return EXIT_UPLOAD_INCOMPLETE
 
@@ -422,7 +424,7 @@ class RunFiles:
         try:
             self.tracker.info(f"the adapter is at {push_folder(adapter, repository)}")
         except UserError as error:
-            again = f"`trietune export {self.directory} --push {repository}` tries again"
+            again = f"`trietune export {self.directory} --push {repository}` retries it"
             self.tracker.warn(f"{error.what}; the adapter is whole on this disk, and {again}")
             return EXIT_UPLOAD_INCOMPLETE
         return EXIT_DONE

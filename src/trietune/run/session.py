@@ -32,7 +32,7 @@ from trietune.run.early_stopping import EarlyStopping
 from trietune.run.malloc import KeptMemory, give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
 from trietune.run.objective import reference_keys
 from trietune.run.prepare import Prepared, adapter_arguments, prepare_together, progress_of, run_directory
-from trietune.run.proving import positions_under_masks, prove_on_data, prove_on_host
+from trietune.run.proving import positions_on_rows, positions_under_masks, prove_on_data, prove_on_host
 from trietune.run.shared_files import open_run_files
 from trietune.run.signals import StopSignals
 from trietune.run.throughput import Throughput
@@ -71,7 +71,7 @@ class Run:
         step: optimizer steps taken in all.
         before, after: evaluation metrics of the whole validation set; empty where none was measured.
         adapter: folder of the final adapter; None if there is none.
-        exit_code: that a command should end with.
+        exit_code: what a command should exit with.
     """
 
     directory: Path
@@ -140,7 +140,7 @@ class TimedStop:
     """A stop by signal, or because `max_time` is nearly over; for long work between steps.
 
     Attributes:
-        max_time: seconds from `began`; None is no limit.
+        max_time: seconds from `began`; None: no limit.
         began: when the command began, by `time.monotonic`.
     """
 
@@ -225,7 +225,7 @@ class Session:
     # The run, in the order in which things happen
 
     def run(self) -> Run:
-        """From the first line to the last; the run's status is told to every listener whatever happens."""
+        """Run to the end and report the final status, also after an error."""
         if (finished := self._already_finished()) is not None:
             return finished
         resumed = self.files.find_checkpoint(self.allowed_changes)
@@ -292,7 +292,7 @@ class Session:
             self.loss_scale = LossScale(self.plan.device.torch_device, state["loss_scale"])
         if state.get("reference", (digest := self.learning.reference_digest())) != digest:
             self.tracker.warn(
-                "the scores of the reference were computed anew: the same numbers up to rounding, not the same bits",
+                "the reference's scores were computed again: the same numbers up to rounding, not the same bits",
             )
         if not self.files.is_comparable(resumed) or not self.patience.restore(state.get("early_stopping")):
             self.patience.begin_anew(self.tracker.info)
@@ -307,7 +307,7 @@ class Session:
             if self.max_positions < before:
                 self.tracker.info(
                     f"less memory is free than before: micro-batches of at most {self.max_positions:,} tokens instead "
-                    f"of {before:,}; a batch that is cut in another way has the same gradients up to rounding"
+                    f"of {before:,}; a batch that is cut differently has the same gradients up to rounding"
                 )
             self.max_positions = min(self.max_positions, before)
         if self.is_sharded:
@@ -357,8 +357,9 @@ class Session:
         from trietune.model.base.load import load_network
         from trietune.model.base.randomness import silence_draws, silence_rates
         from trietune.training.loss_scale import LossScale
-        from trietune.training.optimizer import build_optimizer, learning_rate_schedule
+        from trietune.training.optimizer import build_optimizer
         from trietune.training.sampler import Sampler
+        from trietune.training.schedule import learning_rate_schedule
 
         device = self.plan.device
         device.watch_memory()
@@ -381,7 +382,7 @@ class Session:
         if not self.settings.base_dropout:
             silence_rates(network)
             if drawing := silence_draws(network):
-                self.tracker.info(f"kept from drawing random numbers: {_few(drawing)}")
+                self.tracker.info(f"stopped from drawing random numbers: {_few(drawing)}")
         twin = twin_of(network) if self.plan.num_steps > 0 and not self.is_sharded else None
         self.peft_model = add_adapter(network, base=self.base, **adapter_arguments(self.settings))
         if twin is not None:
@@ -392,7 +393,7 @@ class Session:
             del twin
         elif self.is_sharded and self.plan.num_steps > 0:
             self.tracker.info(
-                "not tried before training: whether plain PEFT reads the adapter as the model that is trained, since "
+                "not checked before training: whether plain PEFT reads the adapter as the trained model, since "
                 "no process holds the whole base model"
             )
         if self.start is not None:
@@ -409,6 +410,7 @@ class Session:
             shapes=self.plan.static.shapes if self.plan.static else None,
             gradient_checkpointing=self.settings.gradient_checkpointing,
             whole=gathering(network) if self.is_sharded else nullcontext,
+            why_whole_rows=self.plan.why_whole_rows,
         )
         if on_host is not None:
             self.model.needs_masks = on_host.needs_masks
@@ -471,7 +473,7 @@ class Session:
     def _deal(self, indices: Any) -> Any:
         from trietune.trie.dealing import deal_step
 
-        # What several processes learn from has one sequence a row.
+        # What several processes learn from has one sequence per row.
         return deal_step(
             self.data.train,
             indices,
@@ -515,7 +517,9 @@ class Session:
         if error.num_positions <= error.longest:
             self.ranks.once(lambda: self._raise_too_long(error))
         self.max_positions = max(error.num_positions // 2, error.longest)
-        redrawn = "; dropout draws other masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
+        if self.model.most_cells is not None:
+            self.model.most_cells = max(self.model.most_cells // 2, error.longest)
+        redrawn = "; dropout draws new masks" if self.settings.lora_dropout or self.settings.base_dropout else ""
         self.tracker.warn(
             f"memory ran out at a micro-batch of {error.num_positions:,} tokens: at most {self.max_positions:,} from "
             f"here on, and step {self.step + 1:,} begins again{redrawn}",
@@ -527,7 +531,7 @@ class Session:
             where=f"step {self.step + 1}, on {self.plan.device.name}; checkpoints of earlier steps are whole",
             next_step="`--set gradient_checkpointing=True`"
             if not self.settings.gradient_checkpointing
-            else f"leave longer examples out: `--set max_length={max(error.longest // 2, 1)}`, or take a smaller "
+            else f"drop longer examples with `--set max_length={max(error.longest // 2, 1)}`, or use a smaller "
             "base model",
         ) from error
 
@@ -538,7 +542,7 @@ class Session:
         def write() -> None:
             try:
                 if not path.exists() and self.plan.device.write_memory_snapshot(path):
-                    self.tracker.info(f"{path} shows what took memory; open it at https://pytorch.org/memory_viz")
+                    self.tracker.info(f"{path} shows what used the memory; open it at https://pytorch.org/memory_viz")
             except OSError as error:
                 self.tracker.warn(f"no memory snapshot: {error}")
 
@@ -587,7 +591,7 @@ class Session:
         return not self._is_in_place()
 
     def _check_folder(self, step: Step, *, must_know: bool) -> None:
-        """Stop when the folder was moved or removed; what was learnt is saved where it is now.
+        """Stop when the folder was moved or removed; what was learned is saved where it is now.
 
         Of several ranks, the one that holds the folder told with the step's numbers if it was lost by then.
 
@@ -712,12 +716,14 @@ class Session:
 
     def _self_check(self) -> None:
         if not self.settings.self_check or self.plan.num_steps == 0:
+            self._bound_rows()
             return
         if not self.plan.device.has_static_shapes:
             # Every rank proves what it will compute, on rows of one length; all end if one fails.
             free_bytes = min(self.ranks.gather(self.plan.device.free_memory_bytes()))
             self.ranks.together(lambda: self._prove(free_bytes))
             self.max_positions = min(self.ranks.gather(self.max_positions))
+            self._bound_rows()
             return
         from trietune.model.self_check import check_against_rows
 
@@ -746,8 +752,16 @@ class Session:
             trains=True,
         )
         if bound < self.max_positions:
-            self.tracker.info(f"a mask grows squared: micro-batches of at most {bound:,} tokens")
+            self.tracker.info(f"masks grow with the square of their length: micro-batches of at most {bound:,} tokens")
             self.max_positions = bound
+
+    def _bound_rows(self) -> None:
+        """Where tries run on whole rows, what is computed at once is counted in their positions."""
+        if self.model.whole_rows is None:
+            return
+        free_bytes, checkpointing = self.plan.device.free_memory_bytes(), self.settings.gradient_checkpointing
+        bound = positions_on_rows(self.settings, self.model, free_bytes, gradient_checkpointing=checkpointing)
+        self.model.most_cells = min(self.ranks.gather(bound))
 
     def _prove_on_host(self, network: Any) -> Proof | None:
         """Layers are proven before a device of static shapes takes them: there each pass would be compiled."""
@@ -780,7 +794,7 @@ class Session:
         try:
             write_batch_picture(self.plan.directory, rows, indices, ids, self.tokenizer)
         except OSError as error:
-            self.tracker.warn(f"no picture of a batch for the report: {error}")
+            self.tracker.warn(f"the report has no picture of a batch: {error}")
 
     def _save(self, *, must_succeed: bool = False) -> None:
         metrics = self.measured if self.measured_step == self.step else {}
@@ -839,8 +853,8 @@ class Session:
         if without:
             layers = list(dict.fromkeys(name.removeprefix("base_model.model.").split(".lora_")[0] for name in without))
             self.tracker.warn(
-                f"{len(without)} of the adapter's {len(trained)} tensors took no part in the first step, on "
-                f"{_few(layers)}: they stay as they are unless later examples reach them",
+                f"{len(without)} of the adapter's {len(trained)} tensors got no gradient in the first step, on "
+                f"{_few(layers)}: they stay unchanged unless later examples reach them",
             )
 
     def _emit_histograms(self, step: int) -> None:
@@ -863,7 +877,8 @@ class Session:
         if finished is None:
             return None
         trained, place = finished
-        self.tracker.info(f"{self.plan.directory.name} has finished: its adapter is in {place}; nothing was changed")
+        name = self.plan.directory.name
+        self.tracker.info(f"{name} has already finished: its adapter is in {place}; nothing was changed")
         adapter = self.plan.directory / "adapter"
         return Run(self.plan.directory, "finished", trained, adapter=adapter if adapter.is_dir() else None)
 
@@ -891,15 +906,15 @@ class Session:
         )
 
     def _stopped(self, reason: str, exit_code: int) -> Run:
-        """Save what has been learnt; no final adapter is written."""
+        """Save what has been learned; no final adapter is written."""
         commands: list[str] = []
         if self.step > 0:
             self._save(must_succeed=True)
-            commands = ["the same command with `--resume` goes on from here"]
+            commands = ["run the same command with `--resume` to continue"]
         self.files.finish_uploads(is_final=False, must_leave=self._must_leave)
         self.tracker.info(f"stopped by {reason} after step {self.step:,}")
         if reason == "max_time" and self.step == self.first_step:
-            self.tracker.warn("no step was taken: `max_time` is shorter than what comes before the first")
+            self.tracker.warn("no step was taken: `max_time` ran out before the first one")
         self._finish("stopped", {}, commands)
         return Run(self.plan.directory, "stopped", self.step, exit_code=exit_code)
 

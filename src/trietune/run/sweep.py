@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 from trietune.config import load_config
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
+from trietune.io.places import expand
 from trietune.ranks.launch import Processes, signal_name
 
 if TYPE_CHECKING:
-    from trietune.config.settings import Settings
     from trietune.tracking.report.record import RunRecord
 
 # Keys that a sweep sets for each trial, or that would make trials of one run.
@@ -41,9 +41,9 @@ class Trial:
     """One combination.
 
     Attributes:
-        values: of the keys that are swept over, as they were written.
-        name: of the run, and of its folder.
-        command: that trains it.
+        values: values of the keys that are swept over, as they were written.
+        name: name of the run, and of its folder.
+        command: command that trains it.
     """
 
     values: Mapping[str, str]
@@ -57,7 +57,7 @@ class Sweep:
     """A grid, checked, with nothing started.
 
     Attributes:
-        directory: of all trials.
+        directory: folder of all trials.
         metric, mode: what tells a better trial: `eval/loss`, `min`.
     """
 
@@ -93,7 +93,7 @@ def plan_sweep(config: Path | None, over: Sequence[str], overrides: Sequence[str
     """
     grid = _read_grid(over, [override.partition("=")[0].strip() for override in overrides])
     settings = load_config(config, overrides)
-    directory = Path(settings.project_dir).expanduser() / f"{settings.wandb_run_name}-sweep"
+    directory = expand(settings.project_dir) / f"{settings.wandb_run_name}-sweep"
     trials = []
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
@@ -169,7 +169,9 @@ def comparison_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[st
         note = "" if outcome.exit_code == EXIT_DONE else f"exit code {outcome.exit_code}"
         if name == best:
             note = f"best {wording.metric_name(sweep.metric)}" + (f", {note}" if note else "")
-        table.append((*(values[key] for key in keys), *cells, "-" if seconds is None else wording.duration(seconds), note))
+        table.append(
+            (*(values[key] for key in keys), *cells, "-" if seconds is None else wording.duration(seconds), note)
+        )
     return table
 
 
@@ -232,7 +234,7 @@ def _read_grid(over: Sequence[str], taken: Sequence[str]) -> dict[str, list[str]
 
 
 def _name_of(values: Mapping[str, str]) -> str:
-    """`learning_rate=1e-4,lora_r=8`; a digest where that is no plain name for a folder."""
+    """`learning_rate=1e-4,lora_r=8`; a digest where that is not a plain name for a folder."""
     name = ",".join(f"{key}={value}" for key, value in values.items())
     if _PLAIN.fullmatch(name):
         return name

@@ -70,7 +70,7 @@ class Evaluated:
 
     Shares (`eval/accuracy`, `eval/exact_match`, `eval/f1`, ...) are fractions from 0 to 1. `intervals` are 95 %
     intervals in the unit of their metric, under the same names. `weights_step` is the step whose weights were
-    measured, where an earlier checkpoint won: then the values are no point of a curve at `step`.
+    measured, where an earlier checkpoint won: then the values are not points of a curve at `step`.
     """
 
     step: int
@@ -113,9 +113,9 @@ class Prediction:
 
     Attributes:
         is_right: None where there is no right answer.
-        probabilities: of each label by its short name.
+        probabilities: probability of each label, by its short name.
         f1: of an answer; None for labels.
-        kind: of a question: `answerable` or `unanswerable`.
+        kind: kind of a question: `answerable` or `unanswerable`.
     """
 
     id: str

@@ -2,7 +2,7 @@
 
     loop, evaluation, checkpoints  --event-->  Tracker  -->  files, W&B, report, console
 
-A listener that raises is dropped: one warning to the others, and the run goes on. One that raises `StillTrying` has
+A listener that raises is dropped: one warning to the others, and the run continues. One that raises `StillTrying` has
 kept what it could not deliver (the files of a run, while the disk is full): it stays, is told once, and tries again
 at the next event.
 """
@@ -76,7 +76,7 @@ class Tracker:
         if id(listener) in self._troubled:
             return
         self._troubled.add(id(listener))
-        self.warn(f"{listener.name}: {trouble}; tried again at the next event")
+        self.warn(f"{listener.name}: {trouble}; will be tried again at the next event")
 
     def _drop(self, listener: Listener, error: Exception) -> None:
         logger.debug("%s failed", listener.name, exc_info=True)
@@ -85,7 +85,7 @@ class Tracker:
             listener.close()
         except Exception:
             logger.debug("closing %s failed too", listener.name, exc_info=True)
-        self.warn(f"{listener.name}: {_describe(error)}; the run goes on without it")
+        self.warn(f"{listener.name}: {_describe(error)}; the run continues without it")
 
 
 def _describe(error: Exception) -> str:

@@ -45,7 +45,7 @@ def number(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Examples or tokens a second: `8.5`, `360`, `1,240`."""
+    """Examples or tokens per second: `8.5`, `360`, `1,240`."""
     return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
@@ -60,7 +60,8 @@ def size(num_bytes: float) -> str:
     """Decimal units, as disks and downloads are sold: `1.3 GB`."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
+            count = num_bytes / factor
+            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
     return f"{num_bytes:.0f} bytes"
 
 

@@ -21,7 +21,7 @@ class MicroBatchTooLargeError(Exception):
     """Memory ran out in a micro-batch; the weights are those of the step before.
 
     Attributes:
-        num_positions: of that micro-batch.
+        num_positions: positions in that micro-batch.
         longest: positions of its longest sequence, below which no cut can go.
     """
 
@@ -41,9 +41,9 @@ def accumulate_gradients(
     """Add the gradients of the mean loss over all labels of `micro_batches`; returns that loss, still on the device.
 
     Args:
-        divisor: of the weighted sum of the labels' losses; by default the sum of the weights.
+        divisor: what the weighted sum of the labels' losses is divided by; by default the sum of the weights.
         between: called after each micro-batch but the last, which goes together with the update.
-        loss_scale: that the gradients are multiplied with.
+        loss_scale: scale of the gradients.
 
     Raises:
         MicroBatchTooLargeError: memory ran out; some gradients may have been added.

@@ -32,10 +32,11 @@ from trietune.training.gradients import MicroBatchTooLargeError
 from trietune.training.loss_scale import LossScale
 from trietune.training.objectives.learning import Learn, Work
 from trietune.training.objectives.sft import learn_labels
-from trietune.training.optimizer import Schedule, make_state
+from trietune.training.optimizer import make_state
 from trietune.training.pending_losses import PendingLosses
 from trietune.training.prefetch import ahead_thread, prefetch
 from trietune.training.sampler import Sampler
+from trietune.training.schedule import Schedule
 from trietune.trie import MicroBatch, total_weight
 from trietune.trie.dealing import Deal
 
@@ -51,14 +52,14 @@ class Step:
         number: steps taken so far, this one included; the first is 1.
         epoch: passes over the data so far, as a fraction.
         loss: mean `-log p` over the labels of the step, before the update; None where it was not read.
-        learning_rate: of this update.
+        learning_rate: rate of this update.
         grad_norm: length of the gradient before clipping; None where it was not read.
         sequence_indices: the step's examples (rows of the data), in the order drawn.
         num_labels: label tokens, repeated ones counted each time.
         num_tokens: positions of plain rows without padding.
         num_positions: positions computed: distinct tokens on a trie.
         num_micro_batches: forward and backward passes, of all processes together, as are positions and tokens.
-        deal: of the examples over processes; None in one.
+        deal: how the examples were dealt over processes; None for one process.
         num_stopping: processes that wanted to stop when the step's numbers were added up.
         metrics: what else the objective tells of the step, by the names that TRL gives them: `rewards/margins`.
     """
@@ -86,7 +87,7 @@ class StepRange:
         num_steps: steps of the whole run.
         first_step: steps already taken (0 unless resumed).
         batches_per_step: batches that one optimizer step accumulates.
-        learning_rate: of step `n`, counted from 0.
+        learning_rate: rate of step `n`, counted from 0.
     """
 
     num_steps: int
@@ -118,16 +119,16 @@ def training_steps(
 
     Args:
         make_micro_batches: cuts the sequences of one batch into micro-batches; called in another thread.
-        seed: of dropout, which is drawn anew from (seed, step) at each step, so that no random state outlives a step.
+        seed: seed of dropout, which is drawn from (seed, step) at each step, so that no random state outlives one.
         max_grad_norm: longer gradients are shortened to this length.
         before_update: called with the step's number when all gradients are there, before the optimizer uses them.
         cut_smaller: told of a micro-batch that did not fit; from then on `make_micro_batches` cuts smaller ones, and
             the step is taken again from its beginning. Its result is the same up to rounding, but with dropout, whose
             draws follow the cut.
-        device: that the model is on; None for one that runs each operation when it is called.
+        device: device that the model is on; None for one that runs each operation when it is called.
         loss_scale: for a base model in fp16. A step whose gradients it made infinite is taken again, with half of it.
         is_read: on a device that does not read every step, whether step `number` (from 1) is read.
-        learn: what is learnt from a step's micro-batches (`trietune.training.objectives`). Over several processes one
+        learn: what is learned from a step's micro-batches (`trietune.training.objectives`). Over several processes one
             whose divisor is the number of labels: each process learns its part.
         ranks: the processes that share each step.
         deal: over several processes, who computes which of a step's sequences; called in another thread.
@@ -294,7 +295,7 @@ class _Stepper:
             optimizer.step()
         else:
             self.loss_scale.update(optimizer)
-        # Where steps are programs, gradients stay the same tensors: made anew, they would be another program.
+        # Where steps are programs, gradients stay the same tensors: made again, they would be another program.
         optimizer.zero_grad(set_to_none=not device.has_static_shapes)
         device.end_step()
         if not device.reads_every_step and self.is_read(number + 1):

@@ -1,4 +1,4 @@
-"""Training in fp16: the loss is multiplied before the backward, so that small gradients are no zeros there.
+"""Training in fp16: the loss is multiplied before the backward pass, so that small gradients do not underflow.
 
     loss x scale -> backward in fp16 -> gradients / scale, in fp32 -> clip -> update
                                         | some are infinite: the scale was too large
@@ -26,8 +26,8 @@ class LossScale:
     """The scale of a run; holds it over steps.
 
     Args:
-        device: of the gradients.
-        state: of an earlier one, to go on from.
+        device: device of the gradients.
+        state: state of an earlier one, to continue from.
     """
 
     def __init__(self, device: torch.device, state: Mapping[str, Any] | None = None) -> None:
@@ -49,7 +49,7 @@ class LossScale:
         self._scaler.unscale_(optimizer)
 
     def has_overflowed(self, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Whether the gradients are infinite for the scale alone, not for the loss or what it is made of."""
+        """Whether the gradients are infinite only because of the scale, not for the loss or what it is made of."""
         is_too_large = math.isfinite(float(loss)) and not math.isfinite(float(grad_norm))
         return is_too_large and self._scaler.get_scale() > SMALLEST_SCALE
 

@@ -1,10 +1,9 @@
-"""Optimizers by the names of the field, and the learning rate as a function of the step."""
+"""Optimizers by the names of the field."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch import nn
 from trietune.device import Device
 from trietune.errors import UserError
 from trietune.training.flat_adamw import FlatAdamW, can_be_flat
-
-Schedule = Callable[[int], float]
 
 
 def build_optimizer(
@@ -95,26 +92,3 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-
-
-def learning_rate_schedule(kind: str, *, peak: float, num_steps: int, num_warmup_steps: int) -> Schedule:
-    """The learning rate of each step, counted from 0; formulas as in transformers' `get_scheduler`.
-
-    `constant`, `linear` and `cosine` all rise in a line over `num_warmup_steps` first.
-    """
-
-    def at(step: int) -> float:
-        if step < num_warmup_steps:
-            return peak * step / max(1, num_warmup_steps)
-        done = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
-        match kind:
-            case "constant":
-                return peak
-            case "linear":
-                return peak * max(0.0, 1 - done)
-            case "cosine":
-                return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
-            case _:
-                raise ValueError(f"no schedule is called {kind!r}")
-
-    return at

@@ -33,7 +33,7 @@ def prefetch(
     Closing the generator waits for the one that is being computed.
 
     Args:
-        thread: of `ahead_thread`, for several calls one after another; None: one that ends with this call.
+        thread: a thread of `ahead_thread`, for several calls one after another; None: one that ends with this call.
     """
     with nullcontext(thread) if thread is not None else ahead_thread() as runner:
         upcoming: Future[R] | None = None

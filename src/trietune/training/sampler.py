@@ -1,4 +1,4 @@
-"""The order of the data: which sequences make batch `b` of epoch `e`, from the seed alone.
+"""The order of the data: which sequences make batch `b` of epoch `e`, from the seed only.
 
 Nothing is remembered between steps, so a resumed run, or one with another micro-batch bound, draws the same batches.
 """
@@ -18,7 +18,7 @@ class Sampler:
     Args:
         num_sequences: size of the data set.
         batch_size: examples in a batch, over all ranks.
-        seed: of the order.
+        seed: seed of the order.
         groups: shared prefixes, when examples that have one should meet; None shuffles plainly.
     """
 

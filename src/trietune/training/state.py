@@ -1,4 +1,4 @@
-"""The optimizer's state as named tensors, and back, so that a resumed run goes on bit for bit.
+"""The optimizer's state as named tensors, and back, so that a resumed run continues bit for bit.
 
 state.0.exp_avg   state.0.exp_avg_sq   state.0.step   state.1.exp_avg ...      one number a parameter, in order
 """

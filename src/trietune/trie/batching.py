@@ -80,7 +80,7 @@ def make_micro_batches(
     """Cut the batch of `sequences[indices]` into micro-batches of at most `max_positions` positions.
 
     A single sequence longer than `max_positions` becomes a micro-batch of its own. Sequences without a label are
-    computed by nobody and appear in no micro-batch; a batch of nothing else gives an empty list.
+    never computed and appear in no micro-batch; a batch of nothing else gives an empty list.
     """
     batch = gather(sequences, np.asarray(indices, np.int64))
     lengths = num_nodes_alone(batch.labels, batch.offsets)

@@ -32,9 +32,9 @@ class Deal:
     Attributes:
         parts: for each process, indices into the data set, int64, in sorted order. Sequences without a label are in
             no part.
-        costs: of the parts, in nodes.
-        cost_of_whole: of one trie of everything.
-        num_labels: of all parts together: the divisor of the step's loss.
+        costs: costs of the parts, in nodes.
+        cost_of_whole: cost of one trie of everything.
+        num_labels: labels of all parts together: the divisor of the step's loss.
     """
 
     parts: tuple[Int64[np.ndarray, " _"], ...]
@@ -70,7 +70,7 @@ def deal_step(
 
     Args:
         batching: only a trie shares; packed and padded parts are dealt by their tokens.
-        label_cost: of one label at the output head, in nodes of the layers before it.
+        label_cost: cost of one label at the output head, in nodes of the layers before it.
     """
     step = _sort(sequences, np.asarray(indices, np.int64), share=batching == "trie", label_cost=label_cost)
     ways = [cut_into_runs(step, num_parts)]

@@ -11,6 +11,7 @@ Calls and states that are started from cost time, so the best cuts lie between t
 Letters: T nodes, R rows, S segments of a bucket, L steps of its longest, K kept outputs.
 """
 
+import itertools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class ScanCost:
     """What a scan costs, in the time of one step.
 
     Attributes:
-        start: a segment that starts from a state, which is copied, read and kept for the backward.
+        start: a segment that starts from a state, which is copied, read and kept for the backward pass.
         call: one call of the scan, forward and backward.
         multiple: a segment takes as many steps as if it were this long, or a multiple of it: chunks of the scan.
     """
@@ -251,7 +252,7 @@ def _levels_of(trie: Trie, is_cut: Bool[np.ndarray, " T"]) -> list[list[_Segment
         bounds = [0, *(np.flatnonzero(is_cut[path]) + 1).tolist()]
         if bounds[-1] < len(path):
             bounds.append(len(path))
-        for level, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for level, (begin, end) in enumerate(itertools.pairwise(bounds)):
             key = (int(path[end - 1]), begin)
             if key in known:
                 continue

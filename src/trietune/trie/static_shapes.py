@@ -2,7 +2,7 @@
 
 A short list of shapes is chosen from the data before training; then every micro-batch is padded to one of them:
 
-    positions   the nodes, then padding: each a root of its own, which sees itself alone and is seen by nothing else
+    positions   the nodes, then padding: each a root of its own, which sees only itself and is seen by nothing else
     labels      the pairs, then padding of weight 0, of which neither loss nor gradient knows
 
 Where several devices share a batch, as many tries are put side by side, as rows of one forest:

@@ -1,7 +1,7 @@
 """Turn token sequences into one trie whose nodes, in depth-first order, are the positions of the model's input.
 
     sequences      5 6 7 1     5 6 9 1      where 7 1 and 9 1 carry labels
-    node            0  1  2  3              a sequence's last labeled token predicts nothing, so it is no node
+    node            0  1  2  3              a sequence's last labeled token predicts nothing, so it is not a node
     input_ids       5  6  7  9
     position_ids    0  1  2  2              depth: rotary positions are those of the plain sequence
     subtree_end     4  4  3  4              one past the last node below; node 3 does not see node 2
@@ -66,6 +66,17 @@ class Trie:
     def num_rows(self) -> int:
         return len(self.row_start) - 1
 
+    def sees(self, query: np.ndarray, key: np.ndarray, window: int | None = None) -> np.ndarray:
+        """Whether node `query` attends node `key`: it lies in the subtree of `key`, less than `window` below it.
+
+        Args:
+            query, key: nodes, of shapes that broadcast.
+        """
+        is_seen: np.ndarray = (key <= query) & (query < self.subtree_end[key])
+        if window is not None:
+            is_seen &= self.position_ids[query] - self.position_ids[key] < window
+        return is_seen
+
 
 def build_trie(
     input_ids: Int32[np.ndarray, " K"],
@@ -95,7 +106,7 @@ def build_trie(
 def pad_trie(trie: Trie, num_nodes: int) -> Trie:
     """The same trie with padding at its end, up to `num_nodes` nodes: one more row, that nobody else sees.
 
-    Padding nodes hold token 0, see each other alone and predict nothing.
+    Padding nodes hold token 0, see only each other and predict nothing.
     """
     added = num_nodes - trie.num_nodes
     if added <= 0:

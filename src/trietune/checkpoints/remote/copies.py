@@ -75,7 +75,7 @@ class RemoteRun:
     def check_owner(self, run_id: str) -> None:
         """Raise `UserError` when another run's copies lie here, before the first step.
 
-        A storage that is away, or takes longer than five seconds, is no error: each synchronization asks again.
+        A storage that is away, or takes longer than five seconds, is not an error: each synchronization asks again.
         """
         found: list[RemoteCopy] = []
         adapters: list[Manifest | None] = []
@@ -114,7 +114,7 @@ class RemoteRun:
         """Whose copies these are, for a run directory that is still empty.
 
         Raises:
-            UserError: the storage cannot be read, so nobody knows.
+            UserError: the storage cannot be read, so it is unknown.
         """
         with self.needed_now():
             found = next((copy.manifest for copy in reversed(self.scan()) if copy.manifest), None)
@@ -125,7 +125,7 @@ class RemoteRun:
         """That of the final adapter's copy; None if there is none, or one that cannot be believed.
 
         Raises:
-            UserError: the storage cannot be read, so nobody knows.
+            UserError: the storage cannot be read, so it is unknown.
         """
         key = f"{self.name}/adapter/{MANIFEST_NAME}"
         with self.needed_now():
@@ -139,7 +139,7 @@ class RemoteRun:
 
     @contextmanager
     def needed_now(self) -> Iterator[None]:
-        """Turn the storage's last word into a `UserError`, where there is no going on without it."""
+        """Raise storage errors as `UserError`: the caller cannot continue without it."""
         try:
             yield
         except (UserError, DamagedDirectory):
@@ -147,8 +147,8 @@ class RemoteRun:
         except Exception as error:
             raise UserError(
                 f"{self.location} cannot be read: {attempts.describe(error)}",
-                where="`load_from_storage: True` goes on from the copies there",
-                next_step="try again when it can be reached, or set `load_from_storage: False` to go on from this disk",
+                where="`load_from_storage: True` resumes from the copies there",
+                next_step="try again when it can be reached, or `load_from_storage: False` to resume from this disk",
                 exit_code=EXIT_RESUME_REFUSED,
             ) from error
 

@@ -51,7 +51,7 @@ class Storage(Protocol):
     def exists(self, key: str) -> bool: ...
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove keys, in this order; those that are gone already are no error."""
+        """Remove keys, in this order; those that are gone already are not an error."""
         ...
 
     def discard_unfinished(self, prefix: str) -> int:

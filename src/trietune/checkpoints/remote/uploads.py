@@ -32,7 +32,7 @@ RUN_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "batches.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class SyncResult:
-    """What a synchronization did. `missing` names what is still on this machine alone, and `error` says why."""
+    """What a synchronization did. `missing` names what is still only on this machine, and `error` says why."""
 
     uploaded: tuple[str, ...]
     removed: tuple[str, ...]
@@ -46,7 +46,7 @@ class SyncResult:
 
 
 class Uploader:
-    """Uploads in a thread of its own while training goes on; call every method from the training thread.
+    """Uploads in a thread of its own while training continues; call every method from the training thread.
 
     Args:
         resumed_step: the step that this run went on from, None at a fresh start. Copies beyond it belong to a line
@@ -80,7 +80,7 @@ class Uploader:
         )
 
     def start(self) -> None:
-        """Begin. Raises `UserError` when another run's copies lie there; a storage that is away is no error."""
+        """Begin. Raises `UserError` when another run's copies lie there; a storage that is away is not an error."""
         self._remote.check_owner(self._store.run_id)
         self._thread.start()
 
@@ -101,7 +101,7 @@ class Uploader:
     ) -> SyncResult:
         """Upload what is left, the final adapter too when `final`; waits `timeout_s` at most.
 
-        `must_leave` is asked ten times a second, so a second signal ends the wait. What did not get through stays on
+        `must_leave` is asked ten times per second, so a second signal ends the wait. What did not get through stays on
         disk whole, for `trietune sync`.
         """
         self._final = final
@@ -154,7 +154,7 @@ class Uploader:
         reason = error.what if isinstance(error, UserError) else attempts.describe(error)
         if reason != self._error:
             later = "it is tried again" if attempts.is_transient(error) else "it is tried again after the next save"
-            self._news.put(f"no copy in {self._remote.storage.location}: {reason}; training goes on, {later}")
+            self._news.put(f"no copy in {self._remote.storage.location}: {reason}; training continues, {later}")
         self._error = reason
 
     def _names_to_upload(self) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def start_tenstorrent(options: DeviceOptions, where: str, reason: str | None = N
         raise UserError(
             "`device: tt`, but no Tenstorrent plug-in is installed",
             where=f"{where}; no entry point `tt` in the group {PLUGIN_GROUP}",
-            next_step=f"{INSTALL_TENSTORRENT}; `--set device=auto` takes what is there",
+            next_step=f"{INSTALL_TENSTORRENT}; `--set device=auto` uses what is there",
         )
     return _start(TENSTORRENT_TYPE, options, where, reason)
 

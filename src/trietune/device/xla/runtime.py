@@ -83,7 +83,7 @@ def _explained(error: RuntimeError, device_type: str, where: str) -> UserError:
     text, line = str(error), first_line(error)
     if "device_ready_queues_" in text or "after XLA runtime is initialized" in text or "use_spmd" in text:
         return UserError(
-            f"the device {device_type} cannot be started any more: this process has computed on another one before",
+            f"the device {device_type} can no longer be started: this process has already computed on another device",
             where=where,
             next_step="start a new process and use this device in it first",
         )
@@ -100,7 +100,7 @@ def _explained(error: RuntimeError, device_type: str, where: str) -> UserError:
         return UserError(
             f"the plug-in for {device_type} is installed, but its library cannot be opened",
             where=f"{where}; {line}",
-            next_step=f"install the plug-in and the card's driver again; or {WITHOUT_XLA}",
+            next_step=f"reinstall the plug-in and the card's driver; or {WITHOUT_XLA}",
         )
     return UserError(
         f"the device {device_type} could not be started: {line}",

@@ -59,7 +59,7 @@ def add_adapter(
             that module names end with.
         target_parameters: names that parameters end with, for experts that are one tensor; `auto` takes those that
             PEFT finds under `target_modules`, without the routers.
-        seed: of the initialization alone; the global random state is neither read nor changed.
+        seed: only for the initialization; the global random state is neither read nor changed.
 
     Raises:
         UserError: a name matches nothing, a module is of a kind that LoRA cannot wrap, biases are to be trained on a
@@ -131,7 +131,7 @@ def load_adapter(
 ) -> PeftModel:
     """Put the adapter in `folder` onto `network`; every tensor of the file has its place, and every place its tensor.
 
-    The weights are read after their header has been found to fit, so a file that claims the world costs nothing.
+    The weights are read after their header has been found to fit, so an absurd header cannot exhaust memory.
 
     Args:
         listed: what its files must hold, see `adapter_folder.read_listed`.
@@ -327,7 +327,7 @@ def _check_matches(key: str, network: nn.Module, targets: str | list[str]) -> No
             raise UserError(
                 f"`{key}`: nothing in this model is called `{pattern}`",
                 where=f"its linear modules are {', '.join(linear_modules(network))}",
-                next_step=f"{key}: all-linear" if key == "lora_target_modules" else f"take the name out of `{key}`",
+                next_step=f"{key}: all-linear" if key == "lora_target_modules" else f"remove the name from `{key}`",
             )
 
 
@@ -347,8 +347,8 @@ def _check_not_tied(network: PreTrainedModel, modules_to_save: Sequence[str]) ->
         if module in (head, embedding) and name in modules_to_save:
             raise UserError(
                 f"`modules_to_save` names `{name}`, which shares its weights with another module of this model",
-                where="the embedding and the output head are one tensor; a copy of one would part them",
-                next_step="take it out of `modules_to_save`; `lora_target_modules` may name it instead",
+                where="the embedding and the output head are one tensor; a copy of one would separate them",
+                next_step="remove it from `modules_to_save`; `lora_target_modules` may name it instead",
             )
 
 

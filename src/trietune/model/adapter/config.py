@@ -170,7 +170,7 @@ def parse_config(data: bytes, *, where: str) -> LoraConfig:
     except strict_json.NotStrict as error:
         raise UserError(f"`{where}` cannot be read: {error}") from error
     if not isinstance(document, dict):
-        raise UserError(f"`{where}` is not an adapter's configuration: it is no JSON object")
+        raise UserError(f"`{where}` is not an adapter's configuration: it is not a JSON object")
     if missing := [key for key in _REQUIRED if key not in document]:
         raise UserError(f"`{where}` is not an adapter's configuration: `{missing[0]}` is missing")
     for key, value in document.items():

@@ -160,7 +160,7 @@ def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
     }
     if present := [name for name, is_there in obstacles.items() if is_there]:
         raise UserError(
-            f"`{where}` cannot be made plain: it has `{present[0]}`, which is more than two matrices a module",
+            f"`{where}` cannot be made plain: it has `{present[0]}`, which is more than two matrices per module",
             next_step="trietune export ADAPTER OUT --merge",
         )
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
@@ -176,7 +176,7 @@ def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
 
 def _scaled(tensor: RawTensor, scale: float) -> RawTensor:
     if tensor.dtype != "F32":
-        raise UserError(f"the adapter's weights are {tensor.dtype}, and only F32 can be scaled without a loss")
+        raise UserError(f"the adapter's weights are {tensor.dtype}, and only F32 can be scaled without loss")
     return from_numpy((tensor.to_numpy().astype("float64") * scale).astype("float32"))
 
 
@@ -200,7 +200,7 @@ def _write_merged(
     if was_in_4bit:
         report(
             "this adapter was trained on its base in 4 bits and is merged into the base's own weights, which are not "
-            "quite those: evaluate the merged model anew"
+            "quite those: evaluate the merged model again"
         )
     network = load_network(base, dtype=torch.float32, device=torch.device("cpu"), report=report)
     tokens = _checked_tokens(network.config.get_text_config().vocab_size)

@@ -1,6 +1,6 @@
 """The files of an adapter on disk, read without trust: plain files, and the bytes that its manifest lists.
 
-Without a manifest, as PEFT writes adapters, nobody can tell whether a file is as it was; a line says so.
+Without a manifest, as PEFT writes adapters, there is no telling whether a file is as it was; a line says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trietune.io.manifest import MANIFEST_NAME, FileEntry, ManifestError
 from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-# An adapter of rank 256 on every layer of a 70B model has 7 GB; what is larger is no adapter of ours.
+# An adapter of rank 256 on every layer of a 70B model has 7 GB; what is larger is not an adapter of ours.
 MAX_WEIGHTS_BYTES = 16 * 2**30
 PROMPT_FILE, CHAT_FILE = "prompt_format.json", "chat_template.jinja"
 MAX_TEXT_BYTES = 16 * 2**20
@@ -34,7 +34,7 @@ def read_listed(folder: Path, report: Callable[[str], None] = lambda text: None)
         UserError: the manifest cannot be believed, or which files are there, or their sizes, is not what it lists.
     """
     if not os.path.lexists(folder / MANIFEST_NAME):
-        report(f"{folder} has no {MANIFEST_NAME}, so its files are taken as they are, unchecked")
+        report(f"{folder} has no {MANIFEST_NAME}, so its files are used unchecked")
         return None
     try:
         listed = manifest.parse(read_plain_file(folder, MANIFEST_NAME, max_bytes=manifest.MAX_MANIFEST_BYTES)).files
@@ -80,7 +80,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The tensors' shapes by name, from the header of the weights.
 
     Raises:
-        UserError: there is no plain file, or it is too large.
+        UserError: there is not a plain file, or it is too large.
         TensorError: the header cannot be read, or does not describe a file of this size.
     """
     path = _plain_file(folder, WEIGHTS_FILE, max_bytes=MAX_WEIGHTS_BYTES)
@@ -94,7 +94,7 @@ def _plain_file(folder: Path, name: str, *, max_bytes: int) -> Path:
         _check_link(folder, path)
     if not path.is_file():
         raise UserError(
-            f"`{folder}` holds no adapter: {name} is {'no plain file' if path.exists() else 'missing'}",
+            f"`{folder}` holds no adapter: {name} is {'not a plain file' if path.exists() else 'missing'}",
             next_step="give the folder of an adapter, such as runs/NAME/adapter",
         )
     if (size_bytes := path.stat().st_size) > max_bytes:
@@ -108,7 +108,7 @@ def copied_file(folder: Path, name: str) -> Path:
     if path.is_symlink():
         _check_link(folder, path)
     if not path.is_file():
-        raise UserError(f"`{path}` is no plain file", next_step="remove it, or put a plain file in its place")
+        raise UserError(f"`{path}` is not a plain file", next_step="remove it, or put a plain file in its place")
     return path
 
 
@@ -118,8 +118,8 @@ def _check_link(folder: Path, path: Path) -> None:
     own = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
     if target.parent not in own:
         raise UserError(
-            f"`{path}` is a link out of its folder, to {target}",
-            where="what lies elsewhere is neither used nor handed on under this name",
+            f"`{path}` is a link that leads out of its folder, to {target}",
+            where="files from elsewhere are neither used nor passed on under this name",
             next_step=f"if you mean that file, copy it: `cp --remove-destination {target} {path}`",
         )
 

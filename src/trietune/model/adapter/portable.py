@@ -47,7 +47,7 @@ def portable_config(written: Mapping[str, Any], base: Mapping[str, Any], *, dtyp
     Args:
         written: what transformers wrote for the merged network.
         base: the base model's own `config.json`.
-        dtype: of the stored weights, such as `bfloat16`.
+        dtype: dtype of the stored weights, such as `bfloat16`.
     """
     is_same_class = base.get("model_type") == written.get("model_type") and (
         base.get("architectures") in (None, written.get("architectures"))
@@ -128,7 +128,7 @@ def write_portable(folder: Path, base: Path, *, dtype: str, chat_template: str) 
 
     Args:
         base: the base model's folder.
-        chat_template: that the adapter was trained with; empty if it was not trained on conversations.
+        chat_template: the template that the adapter was trained with; empty if it was not trained on conversations.
     """
     written = _read(folder / CONFIG)
     meant = _meaning(folder)

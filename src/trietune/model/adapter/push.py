@@ -25,7 +25,7 @@ def push_folder(folder: Path, repository: str, *, is_public: bool = False) -> st
     """Upload every file of `folder`; returns the page's address.
 
     Args:
-        is_public: of a repository that does not exist yet; one that does stays as it is.
+        is_public: whether a new repository is public; one that exists stays as it is.
 
     Raises:
         UserError: no login, no right to write there, or the hub cannot be reached. Nothing was uploaded then.
@@ -54,6 +54,6 @@ def push_folder(folder: Path, repository: str, *, is_public: bool = False) -> st
     except (OSError, ValueError) as error:
         raise UserError(
             f"the hub could not be reached for `{repository}`: {first_line(error)}",
-            next_step="the same command tries again",
+            next_step="run the same command to try again",
         ) from error
     return f"{hub.endpoint}/{repository}"

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trietune.errors import UserError
+from trietune.model.decoder_layers import decoder_of
 
 ALL_LINEAR = "all-linear"
 # Groups of weights without an adapter that are named: each at least this part of the layers' weights.
@@ -66,6 +67,7 @@ def resolve_targets(
         UserError: a parameter that is not there or no stack of matrices, or a module that cannot carry an adapter.
     """
     given = modules if isinstance(modules, str) else list(modules)
+    towers = names_of_towers(network)
     is_all = isinstance(given, str) and given.lower() == ALL_LINEAR
     routers = find_routers(network)
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=given, task_type="CAUSAL_LM")  # type: ignore[arg-type]
@@ -90,6 +92,8 @@ def resolve_targets(
     alphas = {**(config.alpha_pattern or {})} if kept_patterns else {}
     if not is_all:
         named: Any = config.target_modules if is_mapped else given
+        if towers:
+            named = _in_the_decoder(network, named, towers)
         _check_can_be_wrapped(network, named)
         # A name that means experts here is a module's name elsewhere: PEFT must not be given it a second time.
         listed = sorted(named) if isinstance(named, set) else named
@@ -97,13 +101,57 @@ def resolve_targets(
     mapped = config.target_modules if is_mapped else None
     chosen = []
     for name, module in _linear(network):
-        if name in routers or not _is_allowed(network, name):
+        if name in routers or is_within(name, towers) or not _is_allowed(network, name):
             continue
         if _gives_one_tensor(module) and (mapped is None or name.rpartition(".")[2] in mapped or name in mapped):
             chosen.append(name)
     everything = [name for name, _ in _linear(network)]
+    if towers:
+        found = _only_in_the_decoder(network, found, towers)
     names: str | list[str] = ALL_LINEAR if chosen == everything and not is_mapped else chosen
     return Targets(names, found, ranks, alphas)
+
+
+def names_of_towers(network: Any) -> tuple[str, ...]:
+    """Names of the modules that a network has beside its decoder and its head; none where text is all that it takes.
+
+    Towers for images or sounds compute nothing of text, so an adapter on them would never train.
+    """
+    if network.config.get_text_config() is network.config:
+        return ()
+    decoder, head = decoder_of(network), network.get_output_embeddings()
+    own = {id(module) for module in decoder.modules()} | ({id(head)} if head is not None else set())
+    around = {name for name, module in network.named_modules() if module is decoder or module is head}
+    outside: list[str] = []
+    for name, module in network.named_modules():
+        holds = not name or any(is_within(other, (name,)) for other in around)
+        if id(module) not in own and not holds and not is_within(name, outside):
+            outside.append(name)
+    return tuple(outside)
+
+
+def is_within(name: str, outer: Sequence[str]) -> bool:
+    """Whether `name` is one of the modules `outer`, or lies in one."""
+    return any(name == one or name.startswith(f"{one}.") for one in outer)
+
+
+def _in_the_decoder(network: nn.Module, named: Any, towers: tuple[str, ...]) -> list[str]:
+    """Full names of what `named` means outside the towers: the same words name parts of both."""
+    meant = [name for name, _ in network.named_modules() if name and _is_meant(name, named)]
+    found = [name for name in meant if not is_within(name, towers)]
+    if not found and meant:
+        raise UserError(
+            f"`lora_target_modules` names parts of the model that text does not pass, such as `{meant[0]}`",
+            where="an adapter there would never train",
+            next_step="lora_target_modules: all-linear, which is the text decoder's",
+        )
+    return found or (named if isinstance(named, list) else [named])
+
+
+def _only_in_the_decoder(network: nn.Module, parameters: list[str], towers: tuple[str, ...]) -> list[str]:
+    names = [name for name, _ in network.named_parameters()]
+    meant = [name for name in names if any(name == one or name.endswith(f".{one}") for one in parameters)]
+    return [name for name in meant if not is_within(name, towers)] if len(meant) else parameters
 
 
 def find_routers(network: nn.Module) -> list[str]:
@@ -188,7 +236,7 @@ def _is_allowed(network: nn.Module, name: str) -> bool:
 
 
 def _gives_one_tensor(module: nn.Module) -> bool:
-    """Whether the layer's forward gives the product alone: routers of some families are linear layers that give more.
+    """Whether the layer's forward gives only the product: routers of some families are linear layers that give more.
 
     Tried on a copy without weights, so that a class of any name is understood.
     """
@@ -209,7 +257,7 @@ def _gives_one_tensor(module: nn.Module) -> bool:
 
 
 def _is_router_weight(target: str, network: nn.Module, routers: Sequence[str]) -> bool:
-    """Whether a name of PEFT's ends the weights of routers alone."""
+    """Whether a name of PEFT's ends only the weights of routers."""
     met = [name for name, _ in network.named_parameters() if name == target or name.endswith(f".{target}")]
     return all(name.rpartition(".")[0] in routers for name in met)
 
@@ -222,7 +270,7 @@ def _check_parameters(network: nn.Module, names: Sequence[str]) -> None:
             raise UserError(
                 f"`lora_target_parameters`: no parameter of this model is called `{target}`",
                 where=f"its experts are {', '.join(experts)}" if experts else "it has no experts in one parameter",
-                next_step=f"lora_target_parameters: [{', '.join(experts)}]" if experts else "take the key out",
+                next_step=f"lora_target_parameters: [{', '.join(experts)}]" if experts else "remove the key",
             )
         for name, parameter in met:
             owner = network.get_submodule(name.rpartition(".")[0])
@@ -257,7 +305,7 @@ class Coverage:
 
     Attributes:
         num_weights: in matrices of the layers.
-        num_adapted: of these, in matrices with an adapter or trained whole.
+        num_adapted: how many of these are in matrices with an adapter or trained whole.
         without: share of `num_weights` by group without an adapter, `mlp.experts.gate_up_proj` and the like, the
             largest first; routers are not among them.
     """
@@ -304,6 +352,8 @@ def _outside_layers(network: nn.Module) -> set[int]:
     """Embeddings of any kind and the output head."""
     found = {id(p) for module in network.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     head: Any = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    if isinstance(network, PreTrainedModel) and (towers := names_of_towers(network)):
+        found |= {id(p) for name, p in network.named_parameters() if is_within(name, towers)}
     return found | ({id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set())
 
 

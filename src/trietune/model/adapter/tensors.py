@@ -1,4 +1,4 @@
-"""PyTorch tensors as the bytes of a safetensors file, and back, without the library's own file writing."""
+"""PyTorch tensors as the bytes of a safetensors file, and back, without safetensors' own file writing."""
 
 from __future__ import annotations
 

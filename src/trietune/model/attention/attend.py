@@ -1,4 +1,4 @@
-"""How the nodes of a trie attend, and the library's attention interface in front of it.
+"""How the nodes of a trie attend, and transformers' attention interface in front of it.
 
     rows     batched products of rows and their paths (`rows.py`): runs anywhere
     varlen   the same rows as sequences of one flash kernel (`varlen.py`)
@@ -65,7 +65,7 @@ def trie_attention(
     trie_layout: TrieLayout | None = None,
     **other: Any,
 ) -> tuple[Float[Tensor, "1 T H d"], Tensor | None]:
-    """The library's attention interface. Without a layout (generation, padded rows) it is the library's own attention.
+    """transformers' attention interface. Without a layout (generation, padded rows) it is transformers' own attention.
 
     Raises:
         ValueError: if `dropout` is set; attention dropout would need one draw for each pair that a branch sees.
@@ -109,7 +109,7 @@ def attend(
     match layout.kind:
         case "varlen":
             if softcap is not None:
-                raise ValueError("variable-length attention knows no soft-capping")
+                raise ValueError("variable-length attention does not support soft-capping")
             runs = layout.varlen(window, is_pruned=is_pruned)
             out: Tensor = VarlenAttention.apply(query, key, value, runs, scale)  # type: ignore[no-untyped-call]
             return out
@@ -151,7 +151,7 @@ def _library_attention(module: torch.nn.Module) -> Callable[..., tuple[Tensor, T
 
 
 def register() -> str:
-    """Make the attention known to the library and return its name; may be called again."""
+    """Make the attention known to transformers and return its name; may be called again."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 

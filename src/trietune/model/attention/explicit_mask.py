@@ -1,6 +1,6 @@
 """Masks in the form that transformers makes them, for layers whose own attention function runs on a trie.
 
-A window that a layer does not tell its attention function lives in this mask alone; so do masks that a layer changes
+A window that a layer does not tell its attention function lives only in this mask; so do masks that a layer changes
 before it attends (Doge). Whether the masks are those that a family means is not assumed: layers that read them are
 proven with them.
 """

@@ -9,7 +9,7 @@ Whether a block of 128 queries and 128 keys is empty, full or mixed follows from
           128..255    full        mixed                    all of 128..255 lie below all of 0..127
           256..383    full        empty       mixed        the subtrees of 128..255 have ended
 
-Lengths are padded to multiples of 128; a padding node sees itself alone, for a query that sees nothing has no softmax.
+Lengths are padded to multiples of 128; a padding node sees only itself, for a query that sees nothing has no softmax.
 
 Letters: T nodes, N nodes that query, H query heads, G key and value heads, d head size; Q and K blocks.
 """
@@ -55,7 +55,7 @@ class FlexLayout:
     Attributes:
         num_queries: N, without padding.
         num_nodes: T, without padding.
-        block_mask: of padded queries and padded nodes.
+        block_mask: which padded queries see which padded nodes.
     """
 
     num_queries: int
@@ -180,7 +180,7 @@ def _pairs(
 ) -> Callable[..., Tensor]:
     """Whether one query sees one key; with a window, only from depths before the key's `unseen_from`.
 
-    Captures tensors alone: a number that changes would be another program, or a symbol in the kernel.
+    Captures only tensors: a number that changes would be another program, or a symbol in the kernel.
     """
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from trietune.model.attention.flex import FlexLayout, build_flex_layout
@@ -98,11 +98,11 @@ class TrieLayout:
             self._states = self.states()
         return self._states
 
-    def states(self, *, keeps: Int64[np.ndarray, " B"] | None = None) -> TrieStates:
+    def states(self, *, keeps: Int[np.ndarray, " B"] | None = None) -> TrieStates:
         """The same, anew; `keeps` as in `TrieStates`."""
         forced: dict[str, list[int] | None] = {"none": [], "all": branch_points(self._trie), "cheapest": None}
         cuts = None if self._forced is None else forced[self._forced.cuts]
-        return TrieStates(self._trie, device=self._device, place=self._place, cuts=cuts, keeps=keeps)
+        return TrieStates(self._trie, device=self._device, to_device=self._to_device, cuts=cuts, keeps=keeps)
 
     def rows(self, window: int | None, head_size: int, dtype: torch.dtype, *, is_pruned: bool = False) -> RowLayout:
         """The buckets for a layer.
@@ -155,9 +155,6 @@ class TrieLayout:
 
 
 def visibility(trie: Trie, window: int | None = None) -> Bool[np.ndarray, "T T"]:
-    """`[i, j]` is True when node `i` sees node `j`: `j <= i < subtree_end[j]`, and within the window by depth."""
+    """`[i, j]` is True when node `i` sees node `j`."""
     node = np.arange(trie.num_nodes)
-    sees: np.ndarray = (node[None] <= node[:, None]) & (node[:, None] < trie.subtree_end[None])
-    if window is not None:
-        sees &= trie.position_ids[:, None] - trie.position_ids[None] < window
-    return sees
+    return trie.sees(node[:, None], node[None], window)

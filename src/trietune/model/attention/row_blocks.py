@@ -11,7 +11,7 @@ a row wastes nothing. The cut is the one with the least estimated time. Blocks o
 bucket. Heads that share a key and value head are stacked under each other, so keys and values are gathered once for all
 of them.
 
-Letters: T nodes, H query heads, G key and value heads; in a bucket R blocks, Q queries and K keys a block.
+Letters: T nodes, H query heads, G key and value heads; in a bucket R blocks, Q queries and K keys per block.
 """
 
 import math
@@ -50,7 +50,7 @@ class AttentionCost:
     whole: float = math.inf
 
     def of(self, num_blocks: Count, queries: Count, keys: Count) -> Any:
-        """Of one bucket a number."""
+        """One number per bucket."""
         cost: Any = self.bucket + num_blocks * self.of_block(queries, keys)
         return cost
 
@@ -60,7 +60,7 @@ class AttentionCost:
         return cost
 
     def of_block(self, queries: Count, keys: Count) -> Count:
-        """Of one block a number, without the bucket that it shares."""
+        """One number per block, without the bucket that it shares."""
         cost: Count = self.gathered * (queries + keys) + self.score * queries * keys
         return cost
 
@@ -81,7 +81,7 @@ class Bucket:
 
     Attributes:
         shape: (R, Q, K).
-        query_rows: where each query lies in the flattened [T * H] rows of d numbers (of the queries alone, where only
+        query_rows: where each query lies in the flattened [T * H] rows of d numbers (of the queries only, where only
             some nodes query); [R, G, H/G, q] flat.
         key_rows: where each key lies in the flattened [T * G] rows; [R, G, k] flat.
         bias: 0 where a query sees a key, -inf elsewhere, in fp32 or fp64; [R, 1, 1, q, k].
@@ -120,7 +120,7 @@ class Blocks:
     """What each block computes: its queries, and as keys some ancestors and then its own nodes.
 
     Attributes:
-        first_query, num_queries: of each block, as places in the array of querying nodes.
+        first_query, num_queries: each block's queries, as places in the array of querying nodes.
         keys: nodes, block after block.
         key_start: where each block's keys begin in `keys`, and their number at the end.
     """
@@ -224,9 +224,9 @@ class _QueryRows:
 
     Attributes:
         first_query, num_queries: as places in the array of querying nodes.
-        first_node, end_node: of the row up to its last query.
+        first_node, end_node: the row up to its last query.
         num_ancestors: nodes of its path before its first node.
-        path_start: of its path in `row_path`.
+        path_start: where its path begins in `row_path`.
     """
 
     first_query: Int64[np.ndarray, " R"]
@@ -371,9 +371,7 @@ def _bucket_nodes(
     queries = blocks.first_query[group, None] + np.minimum(query_at, num_queries[:, None] - 1)
     keys = blocks.keys[blocks.key_start[group, None] + np.minimum(key_at, num_keys[:, None] - 1)]
     query_node, key_node = query_nodes[queries][:, :, None], keys[:, None, :]
-    sees = (key_node <= query_node) & (query_node < trie.subtree_end[keys][:, None, :]) & is_key[:, None, :]
-    if window is not None:
-        sees &= trie.position_ids[query_node] - trie.position_ids[key_node] < window
+    sees = trie.sees(query_node, key_node, window) & is_key[:, None, :]
     return queries.astype(np.int64), keys, sees, is_query, is_key
 
 

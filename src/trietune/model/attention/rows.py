@@ -1,9 +1,9 @@
 """Attention of the rows of a trie: every bucket gathered, computed by batched matrix products, and laid back.
 
-Keys, values and queries are gathered again in the backward instead of kept; what is kept is the probabilities of small
-buckets. A bucket whose probabilities would be large runs through PyTorch's flash kernel and keeps none.
+Keys, values and queries are gathered again in the backward pass instead of kept; what is kept is the probabilities of
+small buckets. A bucket whose probabilities would be large runs through PyTorch's flash kernel and keeps none.
 
-Letters: T nodes, H query heads, G key and value heads, d head size; in a bucket R rows, Q queries and K keys a row.
+Letters: T nodes, H query heads, G key and value heads, d head size; in a bucket R rows, Q queries and K keys per row.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ class RowAttention(torch.autograd.Function):
     """Softmax attention of every bucket, gathered, computed and laid back in node order.
 
     Inputs: query [T * H, d], key and value [T * G, d]; output [T * H, d] in the inputs' dtype. Scores are rounded to
-    the inputs' dtype, as in the library's own `eager` attention; softmax and sums of gradients are taken in fp32
+    the inputs' dtype, as in transformers' own `eager` attention; softmax and sums of gradients are taken in fp32
     (fp64 for fp64 inputs).
     """
 
@@ -190,7 +190,7 @@ def _softmax(scores: Tensor, bucket: Bucket) -> Tensor:
     """Probabilities of masked scores, in their dtype.
 
     The mask is fp32, and so is what it is added to: PyTorch's softmax of bf16 on CPU takes up to twice as long as that
-    of fp32, where rows are no multiple of 32 long.
+    of fp32, where rows are not a multiple of 32 long.
     """
     masked = torch.add(_grid(scores, bucket), bucket.bias).view(scores.shape)
     return torch.softmax(masked, -1).to(scores.dtype)

@@ -42,11 +42,5 @@ class StaticLayout:
 
 def visibility_of_rows(forest: Trie, num_rows: int, window: int | None = None) -> np.ndarray:
     """`[r, i, j]` is True when node `i` of row `r` sees node `j` of that row; bool [S, W, W]."""
-    width = forest.num_nodes // num_rows
-    node = np.arange(width)
-    ends = forest.subtree_end.reshape(num_rows, width) - width * np.arange(num_rows)[:, None]
-    sees: np.ndarray = (node[None] <= node[:, None]) & (node[:, None] < ends[:, None, :])
-    if window is not None:
-        depth = forest.position_ids.reshape(num_rows, width)
-        sees &= depth[:, :, None] - depth[:, None, :] < window
-    return sees
+    node = np.arange(forest.num_nodes).reshape(num_rows, -1)
+    return forest.sees(node[:, :, None], node[:, None, :], window)

@@ -7,8 +7,8 @@ keys, so that plain causal attention is the trie's:
     run 0   queries 0 1 2   keys 0 1 2          query_start   0 3 4
     run 1   queries 3       keys 0 1 3          key_start     0 3 6          key_nodes   0 1 2 0 1 3
 
-Keys and values are gathered again in the backward instead of kept. A key that several runs read gets the sum of their
-gradients, taken in fp32 and in a fixed order.
+Keys and values are gathered again in the backward pass instead of kept. A key that several runs read gets the sum of
+their gradients, taken in fp32 and in a fixed order.
 
 Letters: T nodes, N nodes that query, H query heads, G key and value heads, d head size, S runs, P gathered keys.
 """
@@ -150,7 +150,7 @@ def run_kernel(
 ) -> tuple[Float[Tensor, "Q H d"], Float[Tensor, "H Q"]]:
     """Output and log-sum-exp of every query.
 
-    This is the operator behind `torch.nn.attention.varlen.varlen_attn`, which has no backward that could gather anew.
+    This is the operator behind `torch.nn.attention.varlen.varlen_attn`, whose own backward pass cannot gather again.
     Query `i` of a run with `n` queries and `m` keys sees the keys `m - n + i - window .. m - n + i`. Groups of query
     heads share a key head.
     """

@@ -71,7 +71,7 @@ def check_folder(folder: Path) -> None:
     config = read_config(folder)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(
-            f"`{folder / 'config.json'}` names no `model_type`, so nobody can tell what model it is",
+            f"`{folder / 'config.json'}` names no `model_type`, so it is not clear what model it is",
             next_step="take config.json from the page that the weights come from",
         )
     _check_implementations(config, folder / "config.json")
@@ -142,7 +142,7 @@ def _is_built_in(value: object) -> bool:
 
 
 def check_names(place: str, names: Sequence[str]) -> None:
-    """Judge a folder or a repository by the names of its files alone; before anything is fetched."""
+    """Judge a folder or a repository by only the names of its files; before anything is fetched."""
     if "adapter_config.json" in names and "config.json" not in names:
         raise UserError(
             f"`{place}` is an adapter, not a base model",
@@ -151,7 +151,7 @@ def check_names(place: str, names: Sequence[str]) -> None:
     if "adapter_config.json" in names:
         # transformers would put that adapter onto the model by itself, with whatever PEFT reads in it.
         raise UserError(
-            f"`{place}` holds both a model and an adapter (adapter_config.json), so nobody can tell which is meant",
+            f"`{place}` holds both a model and an adapter (adapter_config.json), so it is not clear which is meant",
             next_step="copy the model's own files to another folder, or take the adapter out of this one: "
             "`trietune export --merge` puts it into its base",
         )
@@ -164,14 +164,14 @@ def check_names(place: str, names: Sequence[str]) -> None:
                 next_step="give one of them: `model_name: path/to/file.gguf`",
             )
         raise UserError(
-            f"`{place}` has no config.json, so it is no model that can be loaded",
+            f"`{place}` has no config.json, so it cannot be loaded as a model",
             next_step="give the folder that directly holds config.json and the safetensors",
         )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if not has_weights and pickles:
         raise UserError(
             f"`{place}` has its weights only as `{pickles[0]}`, a pickle, which can run any code when it is opened",
-            where="TrieTune reads safetensors and GGUF alone",
+            where="TrieTune reads only safetensors and GGUF",
             next_step="take a revision with safetensors; on the hub, the pull requests of its page often have one: "
             "`model_name: owner/name@refs/pr/1`",
         )

@@ -72,7 +72,7 @@ def convert_gguf(file: Path, *, report: Callable[[str], None] = lambda text: Non
             _convert(file, staging)
             if _check_and_hash(file) != digest:
                 raise UserError(
-                    f"`{file}` was written to while it was converted",
+                    f"`{file}` changed while it was being converted",
                     where="nothing was kept",
                     next_step="wait until the file is complete, then run the same command again",
                 )
@@ -145,7 +145,7 @@ def _convert(file: Path, folder: Path) -> None:
             next_step="use the model's safetensors instead: its hub id or a folder as `model_name`",
         ) from error
     _restore_pre_tokenizer(tokenizer, str(metadata.get("tokenizer.ggml.pre", "")))
-    # A title that the file's author gave it; the library would take it for a place to load from.
+    # A title that the file's author gave it; transformers would take it for a place to load from.
     vars(network.config).pop("_model_name_or_path", None)
     with redirect_stderr(io.StringIO()):
         network.save_pretrained(folder)
@@ -176,7 +176,7 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
         if isinstance(error, MemoryError):
             raise
         raise UserError(
-            f"`{file}` is damaged or only a part of a download: {first_line(error).rstrip('.')}",
+            f"`{file}` is damaged or only partly downloaded: {first_line(error).rstrip('.')}",
             where=f"{file.stat().st_size:,} bytes",
             next_step="download it again and compare its size with the page that it comes from",
         ) from error
@@ -197,7 +197,7 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
 
 
 def _restore_pre_tokenizer(tokenizer: Any, name: str) -> None:
-    """The splitting rule that the file names but the library's converter leaves at GPT-2's.
+    """The splitting rule that the file names but transformers' converter leaves at GPT-2's.
 
     SmolLM splits every digit off before anything else; without that, two spaces before a number become other tokens
     than those the model was trained on.

@@ -86,7 +86,7 @@ def fetch(repo: str, revision: str | None, *, token: str | None, report: Report,
         check_names(shown, names)
         _check_space(shown, info)
     except HFValidationError as error:
-        raise UserError(f"`model_name: {repo}` is no hub id: {error}", next_step=_suggest(repo)) from error
+        raise UserError(f"`model_name: {repo}` is not a hub id: {error}", next_step=_suggest(repo)) from error
     except (HTTPError, OSError) as error:
         # Whatever keeps us from asking, a copy of this very revision on the disk serves as well.
         reachable = False
@@ -150,8 +150,8 @@ def _explain(repo: str, revision: str | None, error: Exception) -> NoReturn:
     status = _status(error)
     if isinstance(error, OfflineModeIsEnabled):
         raise UserError(
-            f"`{shown}` is not on this disk, and HF_HUB_OFFLINE forbids to fetch it",
-            next_step=f"unset HF_HUB_OFFLINE, or fetch it elsewhere with `hf download {repo}` and copy HF_HOME here",
+            f"`{shown}` is not on this disk, and HF_HUB_OFFLINE prevents downloading it",
+            next_step=f"unset HF_HUB_OFFLINE, or download it elsewhere with `hf download {repo}` and copy HF_HOME here",
         ) from error
     if isinstance(error, GatedRepoError):
         raise UserError(
@@ -181,13 +181,13 @@ def _explain(repo: str, revision: str | None, error: Exception) -> NoReturn:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         raise UserError(
-            f"the disk became full while `{shown}` was fetched",
+            f"the disk filled up while `{shown}` was being downloaded",
             where=f"in {HF_HUB_CACHE}",
             next_step="free some space, or set HF_HOME to a folder on a larger disk; what is there already is kept",
         ) from error
     if isinstance(error, PermissionError):
         raise UserError(
-            f"the hub's cache may not be written: `{error.filename}`",
+            f"the hub's cache cannot be written: `{error.filename}`",
             next_step="set HF_HOME to a folder of your own",
         ) from error
     if status is not None:

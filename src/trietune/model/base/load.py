@@ -1,6 +1,6 @@
 """A base model from a local folder into memory.
 
-Weights come from safetensors alone and code from transformers alone: what a folder brings as Python is never run.
+Weights come only from safetensors and code only from transformers: what a folder brings as Python is never run.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any
 import psutil
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from trietune.device.device import recompute
@@ -40,14 +43,14 @@ def load_network(
         load_in_4bit: linear layers are held in 4 bits and compute in `dtype`; see `four_bits.check_four_bits`.
 
     Raises:
-        UserError: needs code of its own, is no causal language model, is quantized, lacks weights, is damaged, does
+        UserError: needs code of its own, is not a causal language model, is quantized, lacks weights, is damaged, does
             not fit into memory.
     """
     check_config(folder)
     _check_memory(folder.path, dtype, device, load_in_4bit)
     try:
         with quiet_library(), reading_config(folder):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(_model_type(folder)).from_pretrained(
                 folder.path,
                 dtype=dtype,
                 use_safetensors=True,
@@ -64,7 +67,7 @@ def load_network(
         raise UserError(
             f"the weights of `{folder.name}` are damaged: {error}",
             where=str(folder.path),
-            next_step="fetch or copy them again"
+            next_step="download or copy them again"
             if folder.source != "gguf"
             else f"delete {folder.path}, then run again",
         ) from error
@@ -74,7 +77,17 @@ def load_network(
         raise _too_large(folder.path, dtype, device, load_in_4bit) from error
     check_loaded(folder, info, report)
     network.train(False)
-    return network  # type: ignore[no-any-return]  # the library gives a pair when it is asked for one
+    return network  # type: ignore[no-any-return]  # transformers gives a pair when it is asked for one
+
+
+def auto_class(model_type: str) -> Any:
+    """The class of transformers that loads a type: of text alone, or of text beside images and sounds."""
+    is_text = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if is_text else AutoModelForMultimodalLM
+
+
+def _model_type(folder: ModelFolder) -> str:
+    return str(read_config(folder.path)["model_type"])
 
 
 @contextmanager
@@ -101,12 +114,14 @@ def reading_config(folder: ModelFolder) -> Iterator[None]:
 
 
 def check_config(folder: ModelFolder) -> None:
-    """Raise `UserError` unless `folder` holds a causal language model that the installed library can load as it is."""
+    """Raise `UserError` unless `folder` holds a causal language model that this transformers can load as it is."""
     raw: dict[str, Any] = read_config(folder.path)
     family = raw["model_type"]
-    if raw.get("use_bidirectional_attention"):
+    text = raw.get("text_config")
+    both_ways = [one.get("use_bidirectional_attention") for one in (raw, text) if isinstance(one, dict)]
+    if any(way in (True, "all") for way in both_ways):  # "vision": for images alone
         raise UserError(
-            f"`{folder.name}` is no causal language model: it attends in both directions",
+            f"`{folder.name}` is not a causal language model: it attends in both directions",
             where="config.json: use_bidirectional_attention",
             next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
         )
@@ -117,7 +132,7 @@ def check_config(folder: ModelFolder) -> None:
             f"the weights of `{folder.name}` are quantized ({method}); TrieTune trains on plain weights",
             next_step="take the model that this one was made from, often the same name without the suffix",
         )
-    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or family in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
         return
     if "auto_map" in raw:
         raise UserError(
@@ -136,14 +151,15 @@ def check_config(folder: ModelFolder) -> None:
             next_step="pip install --upgrade transformers",
         ) from None
     raise UserError(
-        f"`{folder.name}` is no causal language model: model_type `{family}`",
+        f"`{folder.name}` is not a model that generates text: transformers has no such class for `{family}`",
+        where="config.json: model_type",
         next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
     )
 
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Keep the library's bars and its report on weights off the terminal: what matters in it is raised by us."""
+    """Keep transformers' bars and its report on weights off the terminal: what matters in it is raised by us."""
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -188,9 +204,9 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
-            f"`{file}` is damaged or only a part of a download: {error}",
+            f"`{file}` is damaged or only partly downloaded: {error}",
             where=f"{file.stat().st_size:,} bytes",
-            next_step="fetch or copy it again",
+            next_step="download or copy it again",
         ) from error
 
 
@@ -208,7 +224,7 @@ def _available_bytes(device: torch.device) -> int:
 
 
 def check_loaded(folder: ModelFolder, info: dict[str, Any], report: Callable[[str], None]) -> None:
-    """The library fills what a file lacks with random numbers, and goes on."""
+    """transformers fills what a file lacks with random numbers, and continues."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing or mismatched:
         what = f"lack {len(missing)} tensors of" if missing else f"have {len(mismatched)} tensors of other shapes than"
@@ -226,7 +242,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def enable_checkpointing(network: PreTrainedModel, recompute: Callable[..., Any] = recompute) -> None:
-    """Compute activations a second time in the backward, layer by layer, by `recompute` (`Device.recompute`)."""
+    """Compute activations a second time in the backward pass, layer by layer, by `recompute` (`Device.recompute`)."""
     # transformers 5.20 renamed it.
     enable: Any = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     parameter = next(name for name in inspect.signature(enable).parameters if name.endswith("checkpointing_kwargs"))

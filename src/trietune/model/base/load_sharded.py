@@ -24,11 +24,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from trietune.errors import UserError
 from trietune.model.base.folder import ModelFolder
-from trietune.model.base.load import check_config, check_loaded, quiet_library
+from trietune.model.base.load import auto_class, check_config, check_loaded, quiet_library
+from trietune.model.decoder_layers import decoder_of
 
 WHOLE = "`--set parallelism_strategy=data_parallel` holds it whole in each process"
 
@@ -50,9 +51,7 @@ def load_sharded(
     check_config(folder)
     config = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
     with quiet_library(), torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, trust_remote_code=False
-        )
+        network = auto_class(config.model_type).from_config(config, dtype=dtype, trust_remote_code=False)
     network.requires_grad_(False)
     _shard(network, device)
     network.to_empty(device=device)
@@ -89,7 +88,7 @@ def gathering(network: nn.Module) -> Callable[[nn.Module], AbstractContextManage
 def _shard(network: Any, device: torch.device) -> None:
     """Each decoder layer is one group, and the decoder their root, so that gathers are done ahead."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    decoder = network.get_decoder()
+    decoder = decoder_of(network)
     for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
     rest = {parameter for parameter in network.parameters() if not isinstance(parameter, DTensor)}
@@ -119,7 +118,7 @@ def _read_weights(folder: ModelFolder, network: Any, report: Callable[[str], Non
             raise UserError(
                 f"the weights of `{folder.name}` are damaged: {error}",
                 where=str(file),
-                next_step="fetch or copy them again",
+                next_step="download or copy them again",
             ) from error
     missing = sorted(set(parameters) - read)
     if missing and unexpected:
@@ -145,7 +144,7 @@ def _read_own_rows(parameter: Tensor, source: Any) -> None:
 
 
 def _fill_buffers(folder: ModelFolder, network: Any, config: Any, dtype: torch.dtype) -> None:
-    """Buffers that no file holds, from a network of one layer of each kind that is made anew."""
+    """Buffers that no file holds, from a network of one layer of each kind that is made again."""
     if not any(True for _ in network.buffers()):
         return
     small = copy.deepcopy(config)
@@ -155,9 +154,7 @@ def _fill_buffers(folder: ModelFolder, network: Any, config: Any, dtype: torch.d
     if kinds:
         text.layer_types = kinds
     with quiet_library():
-        whole = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            small, dtype=dtype, trust_remote_code=False
-        )
+        whole = auto_class(config.model_type).from_config(small, dtype=dtype, trust_remote_code=False)
     made = dict(whole.named_buffers())
     for name, buffer in network.named_buffers():
         if name not in made or made[name].shape != buffer.shape:

@@ -55,7 +55,7 @@ def locate_model(
     repo, _, revision = model_name.partition("@")
     if not _HUB_ID.fullmatch(repo) or repo.startswith((".", "/", "~")):
         raise UserError(
-            f"`model_name: {model_name}` is no folder here, and cannot be a hub id (owner/name)",
+            f"`model_name: {model_name}` is not a folder here, and cannot be a hub id (owner/name)",
             where=f"looked in {Path.cwd()}" if not place.is_absolute() else None,
             next_step="check the path, or write an id such as `google/gemma-1.1-2b-it`",
         )

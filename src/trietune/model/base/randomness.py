@@ -22,7 +22,7 @@ from trietune.model.base.load import quiet_library
 
 # What rates of dropout and of noise are called, whoever holds them.
 _WORDS = ("drop", "jitter", "pdrop", "router_noise", "noise_std")
-# Names that hold these letters and are no rates.
+# Names that hold these letters and are not rates.
 _NO_RATES = ("first_k_dense_replace", "token_dropping", "drop_tokens")
 # Parts of other models of the family: classifiers, and summaries of a whole text.
 _OF_OTHER_MODELS = ("classifier", "summary")
@@ -32,7 +32,7 @@ _NUM_TOKENS = 8
 def rates_of(network: PreTrainedModel) -> dict[str, float]:
     """The rates above 0 that this network would draw with, by the names that its configuration and modules give them.
 
-    Call it before an adapter is put on: an adapter's dropout is no part of the base.
+    Call it before an adapter is put on: an adapter's dropout is not part of the base.
     """
     found: dict[str, float] = {}
     for holder, name, value in _rates(network):
@@ -71,7 +71,7 @@ def silence_draws(network: PreTrainedModel) -> list[str]:
     A model that cannot be run on so few tokens is left as it is.
 
     Raises:
-        UserError: something goes on drawing.
+        UserError: something keeps drawing.
     """
     kept: dict[str, None] = {}
     for _ in range(4):

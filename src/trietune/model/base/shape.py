@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from trietune.device.memory import Widths, widths_of
 from trietune.model.adapter.adapter import add_adapter
 from trietune.model.adapter.targets import Coverage, measure_coverage
-from trietune.model.architecture import check_architecture
+from trietune.model.architecture import check_architecture, longest_of_one_rope, why_whole_rows
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized
-from trietune.model.base.load import check_config, reading_config
+from trietune.model.base.load import auto_class, check_config, reading_config
 from trietune.model.base.randomness import rates_in_attention, rates_of, silence_rates
 
 # GPT-2's `wpe`; `embed_positions`, `position_embeddings` and their like.
@@ -29,15 +29,17 @@ class NetworkShape:
 
     Attributes:
         config: its text config, of transformers.
-        num_parameters: of the base model, tied ones once.
-        num_trainable: of the adapter.
-        num_in_layers: of the base model's parameters, those of linear layers below the output head.
+        num_parameters: parameters of the base model, tied ones counted once.
+        num_trainable: parameters of the adapter.
+        num_in_layers: parameters of the base model's linear layers below the output head.
         num_embeddings: rows of the input embedding.
         has_learnt_positions: whether each position has a vector of its own, so that there are no more of them.
         refusal: why tries cannot be computed, as the end of a sentence; None if they can.
+        why_whole_rows: why they run on whole rows, alike; None if they need not.
+        longest_in_a_trie: tokens of the longest row that tries compute as a row by itself; None if there is no end.
         widths: of its layers, for the estimate of memory.
         coverage: which part of its layers carries adapters.
-        base_rates: of its own dropout and noise, by name.
+        base_rates: rates of its own dropout and noise, by name.
         adapts_parameters: whether adapters are on parameters themselves, such as stacks of experts.
     """
 
@@ -49,6 +51,8 @@ class NetworkShape:
     widths: Widths
     coverage: Coverage
     base_rates: Mapping[str, float]
+    why_whole_rows: str | None = None
+    longest_in_a_trie: int | None = None
     num_embeddings: int = 0
     has_learnt_positions: bool = False
     adapts_parameters: bool = False
@@ -76,14 +80,13 @@ def describe_network(
     with reading_config(base):
         config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, trust_remote_code=False
-            )
+            network = auto_class(config.model_type).from_config(config, dtype=dtype, trust_remote_code=False)
             base_rates = rates_of(network)
             dropped = rates_in_attention(network)
             if not base_dropout:
                 silence_rates(network)
             refusal = check_architecture(network)
+            on_rows = why_whole_rows(network)
             if base_dropout and dropped:
                 name, rate = next(iter(dropped.items()))
                 refusal = f"`base_dropout: True` keeps its dropout on attention weights (`{name}: {rate:g}`)"
@@ -106,6 +109,8 @@ def describe_network(
         num_trainable=num_trainable,
         num_in_layers=num_in_layers,
         refusal=refusal,
+        why_whole_rows=on_rows,
+        longest_in_a_trie=longest_of_one_rope(config),
         widths=widths,
         coverage=measure_coverage(network),
         base_rates=base_rates,

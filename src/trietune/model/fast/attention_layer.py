@@ -6,7 +6,7 @@ last layer   only hidden states at label positions are asked of it: only those q
              output projection and the MLP; keys and values are made for all nodes
 
 Both are written once for all families that project, rotate and attend alike, and take the place of a layer's own code
-only after they have given its result on a short sequence. Without a trie (generation, padded rows) the library's code
+only after they have given its result on a short sequence. Without a trie (generation, padded rows) transformers' code
 runs.
 """
 
@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 
 from trietune.model.attention.attend import attend
 from trietune.model.attention.layout import TrieLayout, visibility
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.fast.frozen_weight import Whole, keep_joined
 from trietune.model.fast.linear import FrozenLayer, JoinedLinear
 from trietune.model.replaced import replace_forward
@@ -38,7 +39,7 @@ PROBE_TOLERANCE = 50
 
 @dataclass(frozen=True, slots=True)
 class TrieLayers:
-    """How many layers attend by our code, and whether the last one computes label positions alone."""
+    """How many layers attend by our code, and whether the last one computes label positions only."""
 
     attentions: int
     prunes_last: bool
@@ -50,7 +51,7 @@ def fuse_trie_layers(network: Any, whole: Whole = nullcontext) -> TrieLayers:
     Args:
         whole: a context in which all weights of a module are here, for a network that is sharded over processes.
     """
-    layers = getattr(network.get_decoder(), "layers", None)
+    layers = getattr(decoder_of(network), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return TrieLayers(0, False)
     attentions: list[_Attention | None] = []
@@ -225,7 +226,7 @@ def _attention_forward(attention: _Attention, library: Callable[..., Any]) -> Ca
 
 @torch.no_grad()
 def _observe(module: Any, weight: Tensor) -> dict[str, Any] | None:
-    """What the library's module tells its attention function: scale, window, soft-capping; None if it calls none."""
+    """What transformers' module tells its attention function: scale, window, soft-capping; None if it calls none."""
     told: list[dict[str, Any]] = []
 
     def observe(_: Any, query: Tensor, *others: Any, **how: Any) -> tuple[Tensor, None]:
@@ -251,7 +252,7 @@ def _is_ours(layout: object) -> bool:
 
 
 def _prune(layer: Any, attention: _Attention, device: torch.device) -> bool:
-    """Let the last layer compute label positions alone; False if it is not put together as we know layers to be."""
+    """Let the last layer compute label positions only; False if it is not put together as we know layers to be."""
     names = {name for name, _ in layer.named_children()}
     sandwiched = {
         "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",

@@ -1,4 +1,4 @@
-"""The weight of a linear layer that nobody trains, ready to be multiplied from both sides.
+"""The weight of a linear layer that is frozen, ready to be multiplied from both sides.
 
     forward   x [T, in] -> x W' [T, out]        backward   g [T, out] -> g W [T, in]
 
@@ -35,7 +35,7 @@ class FrozenWeight:
     Attributes:
         modules: the linear layers.
         may_pack: whether copies may be made.
-        is_part: of another one, which is multiplied in its place.
+        is_part: whether it is part of another one, which is multiplied in its place.
     """
 
     def __init__(self, *modules: nn.Linear) -> None:

@@ -3,8 +3,8 @@
     y = x W' + s (x A') B'        A [r, in] and B [out, r] in fp32, x and W in the base's dtype
 
 PEFT computes the adapter's branch in fp32, so it casts the whole of `x` up and the branch's output down again, at every
-layer, forward and backward. Here the small matrices are cast instead. What is kept for the backward is `x`, which the
-layer's neighbors keep too, and `x A'`, which is r numbers a node.
+layer, forward and backward. Here the small matrices are cast instead. What is kept for the backward pass is `x`, which
+the layer's neighbors keep too, and `x A'`, which is r numbers per node.
 
 Queries, keys and values read the same `x`, gate and up another: such layers are one here, their W and A under each
 other, their B along a diagonal. So a layer costs four wide products a pass instead of seven, and as many thin ones.
@@ -44,7 +44,7 @@ class LoraWeights:
 
 @dataclass(frozen=True, slots=True)
 class FrozenLayer:
-    """A linear layer whose weight and bias nobody trains, with or without a plain adapter."""
+    """A linear layer whose weight and bias are frozen, with or without a plain adapter."""
 
     weight: FrozenWeight
     lora: LoraWeights | None
@@ -59,7 +59,7 @@ class FrozenLayer:
         """The parts of a layer of the plain kind; None for everything else.
 
         Of another kind are layers with dropout, DoRA, adapter biases, trained base weights or biases, several adapters,
-        or a base that is no plain linear layer.
+        or a base that is not a plain linear layer.
         """
         from peft.tuners.lora.layer import Linear
 
@@ -114,7 +114,7 @@ class JoinedLinear:
         return out
 
     def forward(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`rows` [T, D] -> [T, O], and what the backward wants to have kept."""
+        """`rows` [T, D] -> [T, O], and what the backward pass wants to have kept."""
         out = self.weight.forward(rows, self.bias)
         if not self.adapters:
             return out, ()
@@ -142,7 +142,7 @@ class JoinedLinear:
         return grad_x, grads
 
     def _joined_adapters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [R, D] and B [O, R] in `dtype`, made anew each time, since optimizers change the originals in place."""
+        """A [R, D] and B [O, R] in `dtype`, made again each time, since optimizers change the originals in place."""
         all_a, all_b = self.adapters[::2], self.adapters[1::2]
         if len(self.sizes) == 1:
             return all_a[0].to(dtype), all_b[0].to(dtype)
@@ -178,7 +178,8 @@ class LoraLinear(torch.autograd.Function):
         out, kept = linear.forward(rows)
         context.save_for_backward(*((rows, *kept) if kept else ()))
         context.linear = linear
-        return out.view(*x.shape[:-1], -1)
+        # Not as a view: some layers change it in place (Llama 4), which autograd forbids for views made here.
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
     @staticmethod
     def backward(context: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -208,10 +209,10 @@ def fuse_linears(network: nn.Module) -> int:
 
 
 def _fused_forward(linear: JoinedLinear, library: Any) -> Any:
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not linear.is_active():
-            out: Tensor = library(x, *args, **kwargs)
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs or not linear.is_active():
+            out: Tensor = library(*args, **kwargs)
             return out
-        return linear(x)
+        return linear(args[0])
 
     return forward

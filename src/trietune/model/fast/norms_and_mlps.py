@@ -1,10 +1,10 @@
 """The parts of a decoder layer that touch every number, in fewer passes over memory and with their own backward.
 
-RMSNorm        the library casts to fp32, squares, averages, scales, casts back: eight passes, and more backward
+RMSNorm        transformers casts to fp32, squares, averages, scales, casts back: eight passes, and more backward
 gated MLP      gate and up projection read the same input; with their adapters they are one function
 
-A part is replaced only after its fused form has given the library's result on random input, so a family with its own
-idea of a norm or an activation keeps the library's code. Parameters and their names stay as they are.
+A part is replaced only after its fused form has given transformers' result on random input, so a family with its own
+idea of a norm or an activation keeps transformers' code. Parameters and their names stay as they are.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # Cast once: an operation between bf16 and fp32 casts for itself, each time anew.
+        # Cast once: an operation between bf16 and fp32 casts for itself, every time.
         precise = x.to(weight.dtype, copy=True)
         inverse = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         context.save_for_backward(x, weight, inverse)
@@ -96,10 +96,15 @@ def _fuse_norm(module: nn.Module, proven: dict[type, bool]) -> bool:
         proven[type(module)] = _agrees_as_norm(module, offset, epsilon)
     if not proven[type(module)]:
         return False
-    # Cast, then add, as the library does: in bf16 a sum near one keeps two or three digits of Gemma's weights.
+    # Cast, then add, as transformers does: in bf16 a sum near one keeps two or three digits of Gemma's weights.
     scale = weight.detach().to(adapter_dtype(weight.dtype)) + offset
 
-    def forward(x: Tensor) -> Tensor:
+    library: Callable[..., Tensor] = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs:
+            return library(*args, **kwargs)
+        x: Tensor = args[0]
         fused: Tensor = RmsNorm.apply(x, scale, epsilon)  # type: ignore[no-untyped-call]
         return fused
 
@@ -178,11 +183,12 @@ def _fuse_mlp(module: Any) -> bool:
 
 
 def _mlp_forward(
-    module: Any, linear: JoinedLinear, activation: Activation, library: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        if not linear.is_active():
-            return library(x)
+    module: Any, linear: JoinedLinear, activation: Activation, library: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs or not linear.is_active():
+            return library(*args, **kwargs)
+        x: Tensor = args[0]
         hidden = GatedMlp.apply(x, linear, activation, *linear.adapters)  # type: ignore[no-untyped-call]
         out: Tensor = module.down_proj(hidden)
         return out

@@ -119,7 +119,7 @@ def write_adapter(
     for name, values in sorted(tensors.items()):
         base_name, part = adapted_part(name)
         stored = names.stored(base_name, values) if part == "lora_b" else values
-        # Rows of a few numbers are no blocks: such an adapter is small, and f16 keeps it exact enough.
+        # Rows of a few numbers are not blocks: such an adapter is small, and f16 keeps it exact enough.
         kind = "f16" if quantization in ("q8_0", "q4_k_m") else quantization
         _add_tensor(writer, f"{names.name(base_name)}.{part}", stored, kind)
     _close(writer)
@@ -152,13 +152,6 @@ def read_back(file: Path) -> dict[str, np.ndarray]:
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         found[str(tensor.name)] = values.reshape(shape)
     return found
-
-
-def read_metadata(file: Path) -> dict[str, Any]:
-    """The scalar metadata of a GGUF file, for checks."""
-    import gguf
-
-    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items() if len(field.data) == 1}
 
 
 # llama.cpp's `llama_ftype`

@@ -39,7 +39,7 @@ class GgufNames:
 
     Attributes:
         architecture: as llama.cpp calls it.
-        num_heads, num_key_heads: of attention; rows of queries and keys are reordered by them.
+        num_heads, num_key_heads: heads of attention; rows of queries and keys are reordered by them.
         notes: what llama.cpp will do otherwise than transformers, in whole sentences.
     """
 
@@ -60,7 +60,7 @@ class GgufNames:
         if found is None:
             raise UserError(
                 f"llama.cpp has no place for `{of_transformers}` in an architecture `{self.architecture}`",
-                next_step="--to transformers --merge, which every part of a model can go through",
+                next_step="--to transformers --merge, which takes every part of a model",
             )
         return str(found)
 

@@ -78,8 +78,8 @@ class HandedOver:
     """What was written and how it was proved.
 
     Attributes:
-        agreement: of what was read back with base and adapter in fp32.
-        floor: of base and adapter in bf16 with themselves in fp32.
+        agreement: how what was read back agrees with base and adapter in fp32.
+        floor: the same for base and adapter in bf16 against themselves in fp32.
         commands: to use it, for a shell.
         notes: what a user must know, in whole sentences.
     """
@@ -109,7 +109,7 @@ def hand_over(
         adapter: an adapter's folder or a run's.
         prompts: gives the token ids of prompts to prove it with, from the tokenizer and the prompt format.
         merge: a whole model instead of an adapter.
-        quantization: of a GGUF file; by default f16 for a model and f32 for an adapter.
+        quantization: number format of a GGUF file; by default f16 for a model and f32 for an adapter.
 
     Raises:
         UserError: what the program does not take, `out` is taken, or an export that answers otherwise.
@@ -121,7 +121,7 @@ def hand_over(
         raise UserError(f"`{out}` exists already", next_step="choose another name, or remove it first")
     if quantization is not None and target not in ("gguf", "ollama"):
         raise UserError(
-            f"`--quantize {quantization}` is of GGUF files, and {program(target)} reads none",
+            f"`--quantize {quantization}` applies to GGUF files, which {program(target)} does not read",
             next_step="--to gguf, or leave it out",
         )
     if not merge:
@@ -255,7 +255,7 @@ def _merged(job: _Job, staging: Path, quantization: Quantization) -> tuple[Calla
                 parameter.copy_(torch.from_numpy(np.array(values)))
         written.pop("rope_freqs.weight", None)
         if written:
-            raise UserError(f"{MODEL_GGUF} holds {len(written)} tensors too many, the first is `{min(written)}`")
+            raise UserError(f"{MODEL_GGUF} holds {len(written)} extra tensors, the first is `{min(written)}`")
         return network
 
     return load_gguf, quantization

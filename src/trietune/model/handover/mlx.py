@@ -25,7 +25,7 @@ def mlx_files(config: LoraConfig, tensors: Mapping[str, np.ndarray], *, num_laye
 
     Args:
         tensors: as PEFT names them, float32.
-        num_layers: of the base model.
+        num_layers: layers of the base model.
 
     Raises:
         UserError: an adapter on something else than linear layers of blocks.

@@ -169,7 +169,7 @@ def modelfile(
         weights: what stands behind FROM.
         adapter: what stands behind ADAPTER; None for a merged model.
         stops: texts that end an answer.
-        form: of a chat; None leaves Ollama to choose by the chat template inside the weights.
+        form: how a chat is written; None leaves Ollama to choose by the chat template inside the weights.
         notes: comments at the top.
     """
     lines = [f"# {note}" for note in notes]

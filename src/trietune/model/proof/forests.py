@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trietune.model.rows.grid import RowIndex
 from trietune.trie import Batching, Sequences, Trie, build_trie, pad_trie
 
 # Rows of 12 tokens separate right from wrong almost as well as rows of 48; branches want some room.
@@ -64,19 +65,12 @@ class PlainRows:
 
     @classmethod
     def of(cls, trie: Trie, device: torch.device) -> PlainRows:
-        lengths = np.diff(trie.row_path_start)
-        width = int(lengths.max())
-        is_real = np.arange(width) < lengths[:, None]
-        node_of = np.zeros(is_real.shape, np.int64)
-        node_of[is_real] = trie.row_path
-        row_of_node = np.searchsorted(trie.row_start, np.arange(trie.num_nodes), side="right") - 1
-        own = np.diff(trie.row_start)
-        place = np.arange(trie.num_nodes) - trie.row_start[row_of_node] + (lengths - own)[row_of_node]
+        index = RowIndex.of(trie)
         return cls(
-            np.where(is_real, trie.input_ids[node_of], 0),
-            torch.from_numpy(is_real).to(device),
-            torch.from_numpy(node_of).to(device),
-            torch.from_numpy(row_of_node * width + place).to(device),
+            index.tokens,
+            torch.from_numpy(index.is_real).to(device),
+            torch.from_numpy(index.node_of).to(device),
+            torch.from_numpy(index.owner).to(device),
         )
 
     @property

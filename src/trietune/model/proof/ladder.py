@@ -3,9 +3,11 @@
     as it is        fused parts, attention by the way of the run
     by rows         transformers' own code of the layer; only its attention function is ours
     under a mask    transformers' own attention function too, under an explicit mask
+    whole rows      the network as it is on the rows of the trie, laid out whole; products once a node (`model/rows/`)
     refused         exit code 2
 
-Padded rows have the same ladder without the layouts: fused, transformers' own code, its plain attention.
+The first three are each layer's, the fourth is the network's. Padded rows and whole rows have the same ladder without
+the layouts: fused or shared, transformers' own code, its plain attention.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from trietune.model.attention.attend import attend, attend_by_library
 from trietune.model.attention.layout import AttentionNote, ForcedRows
 from trietune.model.attention.row_blocks import AttentionCost
 from trietune.model.causal_lm import TrieModel
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.proof.forests import Forest, PlainRows
 from trietune.model.proof.parts import (
     adapters_that_matter,
@@ -44,6 +47,7 @@ from trietune.model.proof.passes import (
     skipping,
 )
 from trietune.model.replaced import library_code, restore_forward
+from trietune.model.rows.grid import RowGrid
 from trietune.model.states import carry_states, scans_states
 from trietune.trie import Trie, build_trie
 
@@ -88,15 +92,25 @@ class Proof:
         rungs: of each layer by name: 0 as it is, 1 by rows, 2 under a mask.
         worst: the greatest error that was accepted.
         lines: for people; the first sums up, each other one says what runs in another way than planned, and why.
+        on_whole_rows: tries run on whole rows.
     """
 
     rungs: dict[str, int]
     worst: float
     lines: tuple[str, ...]
+    on_whole_rows: bool = False
 
     @property
     def needs_masks(self) -> bool:
         return UNDER_A_MASK in self.rungs.values()
+
+
+class _NotProvenError(Exception):
+    """Of one attempt. `is_final`: it is the network itself, so no other way to compute it helps."""
+
+    def __init__(self, what: str, padded_is_proven: Callable[[], bool], *, is_final: bool = False) -> None:
+        super().__init__(what)
+        self.what, self.padded_is_proven, self.is_final = what, padded_is_proven, is_final
 
 
 @dataclass(slots=True)
@@ -160,9 +174,44 @@ def prove(
     network.eval()
     try:
         with _no_tf32(), adapters_that_matter(network):
-            return _Prover(model, short, longest, family, with_gradients).prove()
+            try:
+                return _Prover(model, short, longest, family, with_gradients).prove()
+            except _NotProvenError as failure:
+                if not model.may_lay_out_rows or failure.is_final:
+                    raise _refusal(model, family, failure) from failure
+                model.compute_whole_rows(failure.what)
+            try:
+                return _Prover(model, short, longest, family, with_gradients).prove()
+            except _NotProvenError as failure:
+                raise _refusal(model, family, failure) from failure
     finally:
         network.train(was_training)
+
+
+def _refusal(model: TrieModel, family: str, failure: _NotProvenError) -> UserError:
+    dtype = str(model.network.dtype).removeprefix("torch.")
+    if model.attention is None:
+        return UserError(
+            f"`{family}` cannot be trusted on padded rows: {failure.what}",
+            where=f"self-check, {dtype}",
+            next_step=_advice(model.network) or "choose another model; please report the family",
+        )
+    is_exact = not failure.is_final and failure.padded_is_proven()
+    return UserError(
+        f"`{family}` cannot be computed as a trie: {failure.what}",
+        where=f"self-check, {dtype}",
+        next_step="`--set batching=padded`, which has passed the same check on plain rows; please report the family"
+        if is_exact
+        else _advice(model.network)
+        or "choose another model: padded rows fail the same check; please report the family",
+    )
+
+
+def _advice(network: Any) -> str | None:
+    """What makes a model of this class causal, where its configuration has a word for it."""
+    if getattr(network.config, "is_decoder", None) is False:
+        return '`"is_decoder": true` in the model\'s config.json makes it one that generates from left to right'
+    return None
 
 
 class _Prover:
@@ -175,12 +224,13 @@ class _Prover:
         self.kind_of = kinds_of(self.network, self.parts)
         self.first_of_kind = set(self.kind_of.values())
         self.is_padded = model.attention is None
+        self.in_rows = self.is_padded or model.whole_rows is not None
         self.scans = frozenset(name for name, part in self.parts.items() if not is_layer(name) and scans_states(part))
         device = model.device
         two = build_trie(short.trie.input_ids[:3], np.array([-100, 1, 1], np.int32), np.array([0, 3]))
         self.known: dict[str, Record] = {}
         if not self.layers:
-            raise self._refusal("it has no list of layers to look into")
+            raise self._failure("it has no list of layers to look into", is_final=True)
         try:
             self.known = record(self.network, PlainRows.of(two, device), Scope(self.parts), {}, precise=False)
             self.mixing = {name for name, one in self.known.items() if one.mixes}
@@ -189,41 +239,49 @@ class _Prover:
             self.of_gradients = self._record(short, scope) if with_gradients else {}
             self.of_longest = self._record_longest()
         except RAISED_BY_MODELS as error:
-            raise self._refusal(f"on plain rows, transformers' own code {describe_error(error)}") from error
+            raise self._failure(
+                f"on plain rows, transformers' own code {describe_error(error)}", is_final=True
+            ) from error
 
     def prove(self) -> Proof:
         if unseen := [name for name in self.layers if name not in self.of_short]:
-            raise self._refusal(f"layer {unseen[0]} is given something else than hidden states")
+            raise self._failure(
+                f"layer {unseen[0]} (`{self._class(unseen[0])}`) is given something else than the hidden states of "
+                "the tokens, so it cannot be compared",
+                is_final=True,
+            )
         for name, one in self.of_short.items():
             if name in self.mixing and not one.spread <= (SCAN_BOUND if name in self.scans else BOUND):
-                raise self._refusal(
-                    f"in `{name}` (`{self._class(name)}`) the output of a position depends on more than the tokens "
-                    f"before it ({one.spread:.1e} on plain rows)"
-                )
+                where = f"in `{name}` (`{self._class(name)}`), {one.spread:.1e}"
+                if self._sees_the_future():
+                    what = f"it is not a causal language model: tokens change the logits of those before them ({where})"
+                else:
+                    what = f"the output of a position depends on the length of its row, or on other rows ({where})"
+                raise self._failure(what, is_final=True)
         rungs = dict.fromkeys(self.layers, AS_IT_IS)
         reasons: dict[str, tuple[Error, str, str]] = {}
         while True:
             found = self._round()
             failed = {name: why for name, why in found.failed.items() if name in rungs}
             if others := [name for name in found.failed if name not in rungs]:
-                raise self._refusal(self._say_failure(others[0], found.failed[others[0]]))
+                raise self._failure(self._say_failure(others[0], found.failed[others[0]]))
             if not failed:
                 break
             for layer, why in failed.items():
                 reasons.setdefault(layer, why)
                 rungs[layer] += 1
                 if rungs[layer] == REFUSED:
-                    raise self._refusal(self._say_failure(layer, why))
+                    raise self._failure(self._say_failure(layer, why))
                 self._go_down(layer, rungs[layer])
         lines = self._say_rungs(rungs, reasons)
         lines += self._prove_last(rungs, found)
         try:
             self._prove_head()
         except RAISED_BY_MODELS as error:
-            raise self._refusal(f"its head by itself {describe_error(error)}") from error
-        if self.model.attention in KERNELS:
+            raise self._failure(f"its head by itself {describe_error(error)}") from error
+        if self.model.attention in KERNELS and not self.in_rows:
             self._prove_kernel()
-        return Proof(rungs, found.worst, (self._say_all(found), *lines))
+        return Proof(rungs, found.worst, (self._say_all(found), *lines), self.model.whole_rows is not None)
 
     # Rounds
 
@@ -254,7 +312,7 @@ class _Prover:
     def _compare(
         self, records: dict[str, Record], forest: Forest, scope: Scope, run: Callable[..., object]
     ) -> dict[str, Error]:
-        places = forest.rows if self.is_padded else forest.nodes
+        places = forest.rows if self.in_rows else forest.nodes
         try:
             errors = compare(records, lambda: run(forest), scope, places, self.known)
         except RAISED_BY_MODELS as error:
@@ -273,8 +331,10 @@ class _Prover:
     def _ways(self) -> list[tuple[str, Callable[[Forest], object]]]:
         """All ways in which the run's attention may compute; the last one is that of a large batch."""
         model = self.model
+        if model.whole_rows is not None:
+            return [("whole rows", partial(_run_whole_rows, model))]
         if self.is_padded:
-            return [("padded", lambda forest: _run_padded(model, forest))]
+            return [("padded", partial(_run_padded, model))]
         if model.attention == "mask":
             return [("under a mask", partial(_run_trie, model, kind="mask", forced=None))]
         ways = [("in one block", _WHOLE), ("every row gathered", _GATHERED)]
@@ -350,15 +410,15 @@ class _Prover:
             if layer_of(name) == layer:
                 for module in part.modules():
                     restore_forward(module)
-                    if rung == UNDER_A_MASK and not self.is_padded:
+                    if rung == UNDER_A_MASK and not self.in_rows:
                         attend_by_library(module, is_on=True)
-        if not self.is_padded:
+        if not self.in_rows:
             carry_states(self.network, self.parts[layer])
         if rung == UNDER_A_MASK:
-            if self.is_padded:
+            if self.in_rows:
                 self.network.set_attn_implementation("eager")
                 self.model.library_attention = "eager"
-            self.model.needs_masks = not self.is_padded
+            self.model.needs_masks = not self.in_rows
             self.model.can_decode = False
         if layer == self.layers[-1]:
             self.model.prunes_last = False
@@ -394,7 +454,7 @@ class _Prover:
     def _prove_head(self) -> None:
         """The head by itself, next to the whole network on a row of a few tokens."""
         tokens = torch.from_numpy(self.short.trie.input_ids[None, :9].astype(np.int64)).to(self.model.device)
-        decoder = self.network.get_decoder()
+        decoder = decoder_of(self.network)
         scope = Scope(self.parts, set(self.layers))
         for factor in HEAD_FACTORS:
             seen: list[Any] = []
@@ -417,7 +477,7 @@ class _Prover:
             # A head runs in its own dtype: sums of another shape may round once.
             bound = max(BOUND, float(torch.finfo(theirs.dtype).eps))
             if not error <= bound:
-                raise self._refusal(
+                raise self._failure(
                     f"its head gives other logits on single positions ({error:.1e}, allowed {bound:.0e})"
                 )
 
@@ -461,12 +521,17 @@ class _Prover:
 
     def _say_rungs(self, rungs: dict[str, int], reasons: dict[str, tuple[Error, str, str]]) -> list[str]:
         lines = []
+        if self.model.whole_rows is not None:
+            lines.append(
+                f"tries run on whole rows, which takes time and memory; projections, norms and MLPs run once a node: "
+                f"{self.model.why_whole_rows}"
+            )
         for rung, text in (
             (BY_ROWS, "run unfused: fused they give other values"),
             (
                 UNDER_A_MASK,
                 "attend through transformers' plain function, which takes time: otherwise, other values"
-                if self.is_padded
+                if self.in_rows
                 else "attend through transformers under a mask, which takes time and memory: by rows, other values",
             ),
         ):
@@ -488,25 +553,21 @@ class _Prover:
         number = _number(error, name in self.scans)
         return f"{what} (`{self._class(name)}`) differs from plain rows ({where}: {number})"
 
-    def _refusal(self, what: str) -> UserError:
-        if self.is_padded:
-            return UserError(
-                f"`{self.family}` cannot be trusted on padded rows: {what}",
-                where=f"self-check, {str(self.network.dtype).removeprefix('torch.')}",
-                next_step="choose another model; please report the family",
-            )
-        is_exact = self._padded_is_proven()
-        return UserError(
-            f"`{self.family}` cannot be computed as a trie: {what}",
-            where=f"self-check, attention `{self.model.attention}`, {str(self.network.dtype).removeprefix('torch.')}",
-            next_step="`--set batching=padded`, which has passed the same check on plain rows; please report the family"
-            if is_exact
-            else "choose another model: padded rows fail the same check; please report the family",
-        )
+    def _failure(self, what: str, *, is_final: bool = False) -> _NotProvenError:
+        return _NotProvenError(what, self._padded_is_proven, is_final=is_final)
+
+    def _sees_the_future(self) -> bool:
+        """Whether another last token changes what the model says before it."""
+        tokens = torch.from_numpy(self.short.trie.input_ids[:9].astype(np.int64)).to(self.model.device)[None]
+        other = tokens.clone()
+        other[0, -1] = (other[0, -1] + 1) % self.model.vocabulary_size
+        with torch.no_grad(), library_code(self.network, self._library_attention):
+            one, two = (self.network(input_ids=ids, use_cache=False).logits[0, :-1].double() for ids in (tokens, other))
+        return not bool((one - two).norm() <= 0.01 * one.norm())
 
     def _padded_is_proven(self) -> bool:
         """Whether padded rows, in transformers' own code and attention, pass what the trie did not."""
-        if not self.known or not getattr(self, "of_short", None):
+        if not self.known or not getattr(self, "of_short", None) or not set(self.layers) <= set(self.of_short):
             return False
         scope = Scope(self.parts, self._wide_elsewhere())
         if any(
@@ -536,6 +597,11 @@ def _run_trie(
 def _run(model: TrieModel, forest: Forest, layout: Any) -> object:
     trie = forest.trie
     return model.decode(trie.input_ids[None], trie.position_ids[None], model.mask_of(layout), layout)
+
+
+def _run_whole_rows(model: TrieModel, forest: Forest) -> object:
+    assert model.whole_rows is not None
+    return model.whole_rows.of_rows(RowGrid(forest.trie, model.to_device))
 
 
 def _run_padded(model: TrieModel, forest: Forest) -> object:

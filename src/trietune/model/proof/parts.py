@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trietune.model.decoder_layers import decoder_layers
+from trietune.model.decoder_layers import decoder_layers, decoder_of
 from trietune.model.replaced import FORWARD_BEFORE
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -30,7 +30,7 @@ def parts_of(network: Any) -> dict[str, nn.Module]:
         parts[str(number)] = layer
         parts.update({f"{number}.{name}": child for name, child in layer.named_children()})
     inner = {id(module) for module in layers.modules()}
-    for module in network.get_decoder().modules():
+    for module in decoder_of(network).modules():
         children = dict(module.named_children())
         if layers in children.values():
             parts.update(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from trietune.device.memory import is_out_of_memory
 from trietune.errors import UserError
+from trietune.model.decoder_layers import decoder_of
 from trietune.model.proof.forests import Places, PlainRows
 from trietune.model.proof.parts import InFullPrecision, in_full_precision, is_layer, layer_of
 from trietune.model.replaced import library_code
@@ -135,7 +136,7 @@ def record(
             leaf, args, kwargs = in_full_precision(leaf), in_full_precision(args), in_full_precision(kwargs)
         if name in scope.with_gradients:
             leaves[name] = leaf.requires_grad_(True)
-        return _put(found[0], leaf.view(*found[1].shape[:-1], -1), args, kwargs)
+        return _put(found[0], _ungrid(leaf, found[1]), args, kwargs)
 
     def after(name: str, part: nn.Module, output: Any) -> Any:
         one, returned = records.get(name), _first(output)
@@ -154,7 +155,7 @@ def record(
             one.grad_input = None if grad is None else rows.sum_copies(grad.view(*rows.shape, -1))
         if name in upcast:
             upcast.pop(name).restore()
-        return _replaced(output, rows.lay(one.returned).view(returned.shape))
+        return _replaced(output, _ungrid(rows.lay(one.returned), returned))
 
     inputs = {"input_ids": torch.from_numpy(rows.tokens.astype(np.int64)).to(rows.is_real.device)}
     with (
@@ -164,7 +165,7 @@ def record(
         torch.set_grad_enabled(bool(scope.with_gradients)),
     ):
         try:
-            network.get_decoder()(**inputs, attention_mask=rows.is_real.long(), use_cache=False)
+            decoder_of(network)(**inputs, attention_mask=rows.is_real.long(), use_cache=False)
         finally:
             for one in upcast.values():
                 one.restore()
@@ -203,7 +204,7 @@ def compare(
             upcast[name] = InFullPrecision(part)
             leaf, args, kwargs = in_full_precision(leaf), in_full_precision(args), in_full_precision(kwargs)
         leaves[name] = leaf.requires_grad_(name in scope.with_gradients)
-        return _put(found[0], leaf.view(*found[1].shape[:-1], -1), args, kwargs)
+        return _put(found[0], _ungrid(leaf, found[1]), args, kwargs)
 
     def after(name: str, part: nn.Module, output: Any) -> Any:
         leaf = leaves.pop(name, None)
@@ -241,7 +242,7 @@ def compare(
             gradients = _gradient_error(one, _gradients(part, leaf, grid, laid_cotangent), places)
         errors[name] = _error(ours.detach(), theirs, stream if is_layer(name) else None, gradients)
         # A copy: some layers add to what a child returned in place.
-        return _replaced(output, laid.clone().view(returned.shape))
+        return _replaced(output, _ungrid(laid.clone(), returned))
 
     def fail(layer: str, error: Exception) -> None:
         for name in [n for n in leaves if layer_of(n) == layer]:
@@ -323,12 +324,29 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, T
 
 
 def _grid(x: Any, shape: tuple[int, int]) -> Tensor | None:
-    """Hidden states [S, W, D], also of parts that see them flat, [S * W, D]; None if `x` is none such."""
+    """Hidden states as [S, W, D]; None if `x` is none such.
+
+    Some parts see them flat, [S * W, D]; some layers carry several streams, [S, W, N, D] or [N, S, W, D].
+    """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return None
-    if x.dim() == 3 and tuple(x.shape[:2]) == shape:
-        return x
+    if x.dim() in (3, 4) and tuple(x.shape[:2]) == shape:
+        return x.flatten(2)
+    if _has_streams_first(x, shape):
+        return x.permute(1, 2, 0, 3).flatten(2)
     return x.view(*shape, -1) if x.dim() == 2 and len(x) == shape[0] * shape[1] and x.is_contiguous() else None
+
+
+def _has_streams_first(x: Tensor, shape: tuple[int, int]) -> bool:
+    return x.dim() == 4 and tuple(x.shape[1:3]) == shape
+
+
+def _ungrid(grid: Tensor, like: Tensor) -> Tensor:
+    """Hidden states [S, W, D] in the form of `like`."""
+    shape = (grid.shape[0], grid.shape[1])
+    if _has_streams_first(like, shape) and tuple(like.shape[:2]) != shape:
+        return grid.reshape(*shape, like.shape[0], -1).permute(2, 0, 1, 3)
+    return grid.reshape(like.shape[:-1].numel(), -1).view(*like.shape[:-1], -1)
 
 
 def _put(

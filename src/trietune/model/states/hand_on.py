@@ -100,7 +100,9 @@ def _layer_forward(layer: nn.Module, bound: _Bound) -> Callable[..., Any]:
     return forward
 
 
-def _mixer_forward(mixer: nn.Module, kinds: dict[str, Kind], bound: _Bound, number: tuple[int, int]) -> Callable[..., Any]:
+def _mixer_forward(
+    mixer: nn.Module, kinds: dict[str, Kind], bound: _Bound, number: tuple[int, int]
+) -> Callable[..., Any]:
     own = mixer.forward
     plain = inspect.unwrap(type(mixer).forward)
 

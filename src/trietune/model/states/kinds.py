@@ -132,7 +132,7 @@ def _delta_rule(library: Function, carrier: Carrier, place: Place) -> Function:
 
 
 def _mamba2(library: Function, carrier: Carrier, place: Place) -> Function:
-    """Zeros are neutral once dt is what the scan sees: after bias, softplus and limits, which are taken at the nodes."""
+    """Zeros are neutral once dt is what the scan sees: after bias, softplus and limits, taken at the nodes."""
 
     def chunk_scan(
         hidden_states: Tensor,
@@ -198,7 +198,9 @@ def _mamba1(library: Function, carrier: Carrier, place: Place) -> Function:
             found = library(u, time, A, b, c, D=D, return_last_state=wants_state, **how)
             out, state = found if wants_state else (found, None)
             if start is not None:
-                kept = torch.exp(A[:, None] * time.to(start.dtype).cumsum(2)[..., None]) * start[:, :, None]  # [N,D,L,S]
+                kept = (
+                    torch.exp(A[:, None] * time.to(start.dtype).cumsum(2)[..., None]) * start[:, :, None]
+                )  # [N,D,L,S]
                 out = out + torch.einsum("ndls,nsl->ndl", kept, c.to(kept.dtype)).to(out.dtype)
                 state = None if state is None else state + kept[:, :, -1]
             return out.transpose(1, 2), state

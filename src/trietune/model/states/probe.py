@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from trietune.model.decoder_layers import decoder_layers
+from trietune.model.decoder_layers import decoder_layers, decoder_of
 from trietune.model.states.hand_on import carry_states, mixers_in
 from trietune.model.states.kinds import Place, Run
 
@@ -55,19 +55,17 @@ class _Notes:
         return query.new_empty(batch, length, num_heads, value.shape[-1]), None
 
 
-def refuse_mixing(config: Any) -> str | None:
+def refuse_mixing(given: PreTrainedModel) -> str | None:
     """Why the layers of such a network cannot be computed on a trie, as the end of a sentence; None if they can.
 
     Args:
-        config: of a causal model of transformers, some layers of which have mixers.
+        given: some layers of which have mixers; with weights or without.
     """
-    family, notes = str(config.model_type), _Notes()
+    family, notes = str(given.config.model_type), _Notes()
     AttentionInterface.register(_NAME, notes.attend)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
     with torch.device("meta"):
-        network: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            copy.deepcopy(config), trust_remote_code=False
-        )
+        network: Any = type(given)(copy.deepcopy(given.config))
         carry_states(network)
         has_stopped = False
         try:
@@ -96,7 +94,7 @@ def refuse_mixing(config: Any) -> str | None:
 def run_decoder(network: Any, told: Any) -> None:
     """Run the decoder on a few tokens as a trie's layers are run."""
     tokens = torch.zeros(1, _NUM_TOKENS, dtype=torch.long)
-    decoder = network.get_decoder()
+    decoder = decoder_of(network)
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.zeros(1, 1, 1, 1), "use_cache": False}
     decoder(**inputs, position_ids=tokens, trie_layout=told)
 

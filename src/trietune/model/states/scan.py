@@ -56,7 +56,7 @@ class TrieStates:
     """What follows what in a trie: a `Carrier`. Made once a micro-batch and shared by all layers.
 
     Args:
-        place: takes what was built on the host to the device.
+        to_device: takes what was built on the host to the device.
         cuts: nodes that are cut whatever they cost; None leaves all cuts to the costs.
         keeps: nodes, ascending, after which decoding goes on: states and inputs there are kept by call.
 
@@ -70,11 +70,11 @@ class TrieStates:
         trie: Trie,
         *,
         device: torch.device,
-        place: Callable[[Tensor], Tensor],
+        to_device: Callable[[Tensor], Tensor],
         cuts: list[int] | None = None,
         keeps: np.ndarray | None = None,
     ) -> None:
-        self._trie, self._put, self._cuts, self._keeps = trie, place, cuts, keeps
+        self._trie, self._to_device, self._cuts, self._keeps = trie, to_device, cuts, keeps
         self._cost = CPU_COST if device.type == "cpu" else CARD_COST
         self._levels: list[list[_Bucket]] | None = None
         self._order: Tensor | None = None
@@ -123,10 +123,10 @@ class TrieStates:
             self._levels = [
                 [
                     _Bucket(
-                        self._place(bucket.nodes.reshape(-1)),
+                        self._on_device(bucket.nodes.reshape(-1)),
                         (bucket.nodes.shape[0], bucket.nodes.shape[1]),
-                        None if bucket.parent is None else self._place(bucket.parent),
-                        self._place(bucket.kept),
+                        None if bucket.parent is None else self._on_device(bucket.parent),
+                        self._on_device(bucket.kept),
                         bucket.num_states,
                         bucket.ends,
                     )
@@ -134,7 +134,7 @@ class TrieStates:
                 ]
                 for level in segments.levels
             ]
-            self._order = self._place(segments.order)
+            self._order = self._on_device(segments.order)
         return self._levels, self._order
 
     def _choose(self) -> Segments:
@@ -150,7 +150,7 @@ class TrieStates:
     def _context(self, width: int) -> tuple[Tensor, Tensor]:
         if width not in self._contexts:
             context: Context = context_of(self._trie, width)
-            self._contexts[width] = self._place(context.packed), self._place(context.own)
+            self._contexts[width] = self._on_device(context.packed), self._on_device(context.own)
         return self._contexts[width]
 
     def _last_inputs(self, width: int) -> Tensor:
@@ -163,11 +163,11 @@ class TrieStates:
             for back in range(width - 2, -1, -1):
                 nodes[:, back] = np.where(at < 0, self._trie.num_nodes, at)
                 at = np.where(at < 0, -1, parent[np.maximum(at, 0)])
-            self._ends[width] = self._place(nodes.reshape(-1))
+            self._ends[width] = self._on_device(nodes.reshape(-1))
         return self._ends[width]
 
-    def _place(self, array: np.ndarray) -> Tensor:
-        return self._put(torch.from_numpy(np.ascontiguousarray(array)))
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return self._to_device(torch.from_numpy(np.ascontiguousarray(array)))
 
 
 def parents_of(trie: Trie) -> np.ndarray:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
+from trietune.io.columns import columns
 from trietune.tracking import wording
 from trietune.tracking.console import result
 from trietune.tracking.console.progress import Progress, progress_lines
@@ -129,7 +130,7 @@ class ConsoleListener:
 
     def _write_plan(self, event: RunStarted) -> None:
         self._write(wording.line(f"{event.name}: {event.directory}"), "strong")
-        for line in result.columns([(f"  {name}", value) for name, value in event.plan]):
+        for line in columns([(f"  {name}", value) for name, value in event.plan]):
             self._write(wording.line(line))
 
     def _write_example(self, example: MarkedExample) -> None:

@@ -49,7 +49,7 @@ class Progress:
         self._timed_to: tuple[int, float] | None = None
 
     def start(self, first_step: int, num_steps: int) -> None:
-        """Training begins, or goes on, at `first_step`."""
+        """Training begins, or resumes, at `first_step`."""
         self.num_steps = num_steps
         self.last_step = first_step
         self.phase = None

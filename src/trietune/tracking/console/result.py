@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from trietune.io.columns import columns
 from trietune.tracking import wording
 from trietune.tracking.events import Evaluated, Event, PredictionsShown, RunFinished, RunStarted, Saved
 
@@ -115,14 +116,6 @@ def subject(prompt: str, width: int) -> str:
     last = asked[-1] if asked else ""
     name, colon, rest = last.partition(": ")
     return wording.one_line(rest if colon and len(name) < 20 else last, width)
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as aligned columns, two blanks apart."""
-    if not rows:
-        return []
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _title(title: str, evaluation: Evaluated) -> str:

@@ -12,8 +12,8 @@ from trietune.tracking.report.record import RunRecord
 @dataclass(frozen=True, slots=True)
 class BatchNumbers:
     """Attributes:
-    seconds: that the distinct positions of the batch take at the run's median speed; None if it was not measured.
-    seconds_padded: that padded rows would take, were a padded position as fast as one of the trie.
+    seconds: time that the distinct positions of the batch take at the run's median speed; None if it was not measured.
+    seconds_padded: time that padded rows would take, were a padded position as fast as one of the trie.
     left_out: examples that are counted and not drawn.
     """
 

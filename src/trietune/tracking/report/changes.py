@@ -40,10 +40,10 @@ class Changes:
     counts: examples by outcome, over all of them.
     num_left_out: examples without a row.
     tests: before against after.
-    classes: of labels, `(name, examples, recall, precision, F1)` after training.
-    confusion: of labels, rows are what was expected.
-    groups: of questions, `(name, examples, exact match, F1)` after training.
-    calibration: of labels, `(mean probability, share right, examples)` by tenth of the probability.
+    classes: for labels, `(name, examples, recall, precision, F1)` after training.
+    confusion: for labels; rows are what was expected.
+    groups: for questions, `(name, examples, exact match, F1)` after training.
+    calibration: for labels, `(mean probability, share right, examples)` by tenth of the probability.
     calibration_error: mean distance of the two, weighted by examples.
     """
 

@@ -12,12 +12,12 @@ MOST_POINTS = 1200
 _TITLES = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
-    "examples_per_second": "examples a second",
-    "tokens_per_second": "distinct tokens a second",
+    "examples_per_second": "examples per second",
+    "tokens_per_second": "distinct tokens per second",
     "sharing_factor": "sharing factor",
     "memory_bytes": "memory, GB",
-    "num_labels": "labels a step",
-    "num_micro_batches": "micro-batches a step",
+    "num_labels": "labels per step",
+    "num_micro_batches": "micro-batches per step",
 }
 _FACTORS = {"memory_bytes": 1e-9}
 _STEP_KEYS = ("event", "step", "epoch", "time")

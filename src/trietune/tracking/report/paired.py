@@ -24,12 +24,12 @@ class PairedTest:
     """How much better the second is than the first.
 
     Attributes:
-        name: of what was compared, such as `accuracy`.
+        name: what was compared, such as `accuracy`.
         num_examples: answered by both.
         num_better, num_worse: examples on which the second did better, or worse.
-        difference: of the means.
+        difference: difference of the means.
         interval: 95 %, of the difference, by the bootstrap over examples.
-        p_value: of no difference, two-sided: McNemar's exact test for right and wrong, a sign-flip test for scores.
+        p_value: two-sided, of no difference: McNemar's exact test for right and wrong, a sign-flip test for scores.
     """
 
     name: str
@@ -77,7 +77,7 @@ def mcnemar(num_fixed: int, num_broken: int) -> float:
     n, fewest = num_fixed + num_broken, min(num_fixed, num_broken)
     if n == 0:
         return 1.0
-    # Logarithms, for the powers of two of ten thousand changed examples are no floats.
+    # Logarithms, for the powers of two of ten thousand changed examples do not fit into floats.
     terms = [
         math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(fewest + 1)
     ]

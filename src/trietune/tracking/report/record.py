@@ -1,6 +1,6 @@
 """Read a run's folder back: what `FilesListener` wrote, as one frozen record.
 
-A run that is still going, was killed, or went on from a checkpoint reads like any other.
+A run that is still going, was killed, or resumed from a checkpoint reads like any other.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class RunRecord:
     """One run, as its files tell it.
 
     Attributes:
-        status: of its last end: `finished`, `stopped`, `failed`; `running` where the file says nothing of an end.
-        seconds: of the last end; None while it runs.
+        status: how it last ended: `finished`, `stopped`, `failed`; `running` where the file says nothing of an end.
+        seconds: how long it took until then; None while it runs.
         steps: the logged steps, as lines of `metrics.jsonl`.
         notes: (level, text) of what the run said.
         predictions: the latest ones, and whether they are from before or after training.
@@ -34,7 +34,7 @@ class RunRecord:
         before: the same as whole predictions.
         batch: the picture of the first batch, as `trietune.run.batch_picture` describes it; None if there is none.
         times: (step, seconds of work since the start).
-        num_unreadable: lines that are no records.
+        num_unreadable: lines that are not records.
     """
 
     name: str
@@ -71,7 +71,8 @@ def read_run(directory: Path) -> RunRecord:
     path = directory / METRICS
     if not path.is_file():
         raise UserError(
-            f"`{directory}` is no run: it has no {METRICS}", next_step=f"name a run's folder: {_near_runs(directory)}"
+            f"`{directory}` is not a run: it has no {METRICS}",
+            next_step=f"name a run's folder: {_near_runs(directory)}",
         )
     lines, num_unreadable = _read_lines(path)
     of_kind: dict[str, list[dict[str, Any]]] = {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trietune.errors import UserError
+from trietune.io.columns import columns
 from trietune.io.outputs import write_output
 from trietune.tracking import wording
 from trietune.tracking.console import result
@@ -100,7 +101,7 @@ def report_text(run_directories: Sequence[Path]) -> str:
     lines += [*data_warnings(runs), *comparison_lines(runs)]
     differing = differences([run.config for run in runs])
     if differing:
-        lines += ["settings that differ", *result.columns([["", *(run.name for run in runs)], *differing]), ""]
+        lines += ["settings that differ", *columns([["", *(run.name for run in runs)], *differing]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -111,7 +112,7 @@ def compare_text(run_directories: Sequence[Path]) -> str:
     lines += ["", *data_warnings(runs), *comparison_lines(runs)]
     differing = differences([run.config for run in runs])
     if differing:
-        lines += ["", "settings that differ", *result.columns([["", *(run.name for run in runs)], *differing])]
+        lines += ["", "settings that differ", *columns([["", *(run.name for run in runs)], *differing])]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -120,7 +121,7 @@ def comparison_lines(runs: Sequence[RunRecord]) -> list[str]:
     lines = []
     for name, tests in comparisons(runs):
         lines.append(f"{name} against {runs[0].name}")
-        lines += [f"  {test}" for test in tests] or ["  no example was answered by both with a right or wrong"]
+        lines += [f"  {test}" for test in tests] or ["  no example was judged right or wrong in both runs"]
     return lines
 
 
@@ -139,7 +140,7 @@ def comparisons(runs: Sequence[RunRecord]) -> list[tuple[str, list[PairedTest]]]
 def data_warnings(runs: Sequence[RunRecord]) -> list[str]:
     """What keeps runs from being compared: other data to train on, or other examples to be measured on."""
     names = {
-        "validation_fingerprint": "the runs were measured on different validation data: their figures do not compare",
+        "validation_fingerprint": "the runs were measured on different validation data: figures are not comparable",
         "data_fingerprint": "the runs were trained on different data",
         "base_digest": "the runs have different base models",
     }
@@ -261,7 +262,7 @@ def sparklines(run: RunRecord) -> list[str]:
             levels = [round(7 * (y - low) / (high - low)) if high > low else 0 for y in values]
             first, last = (wording.metric_value(series["key"], y) for y in (values[0], series["points"][-1][1]))
             rows.append((series["key"], first, "".join("▁▂▃▄▅▆▇█"[level] for level in levels), last))
-    return result.columns(rows)
+    return columns(rows)
 
 
 def _read_runs(directories: Sequence[Path]) -> list[RunRecord]:

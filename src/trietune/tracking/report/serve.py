@@ -45,7 +45,7 @@ def serve_report(
     try:
         server = ThreadingHTTPServer((LOOPBACK, port), Handler)
     except (OSError, OverflowError) as error:
-        raise UserError(f"port {port} cannot be used: {error}", next_step="--port 0, which takes a free one") from error
+        raise UserError(f"port {port} cannot be used: {error}", next_step="--port 0, which picks a free one") from error
     say(f"http://{LOOPBACK}:{server.server_address[1]}/")
     return server
 

@@ -42,15 +42,15 @@ def find_access(
     settings = _read_settings(environ, working_directory or Path.cwd())
     url = (environ.get("WANDB_BASE_URL") or settings.get("base_url") or DEFAULT_URL).rstrip("/")
     if not is_installed("wandb"):
-        return Access("off", url, "not installed, the run goes on without it; `pip install 'trietune[wandb]'`")
+        return Access("off", url, "not installed, the run continues without it; `pip install 'trietune[wandb]'`")
     mode = (environ.get("WANDB_MODE") or settings.get("mode") or "online").lower()
     if mode == "disabled" or environ.get("WANDB_DISABLED", settings.get("disabled", "")).lower() in _TRUE:
-        return Access("off", url, "off, as its own settings say (WANDB_MODE, WANDB_DISABLED)")
+        return Access("off", url, "off, as its settings say (WANDB_MODE, WANDB_DISABLED)")
     if mode in ("offline", "dryrun"):
         return Access("offline", url)
     if not has_login(environ, settings, url):
         host = urlsplit(url).hostname or url
-        return Access("off", url, f"no login for {host}, the run goes on without it; `wandb login`, or WANDB_API_KEY")
+        return Access("off", url, f"no login for {host}, the run continues without it; `wandb login`, or WANDB_API_KEY")
     trouble = probe(url, timeout_s)
     if trouble:
         return Access("offline", url, f"{url} {trouble}; recorded offline")
@@ -98,7 +98,7 @@ def _ask(url: str, timeout_s: float) -> str | None:
     import urllib.request
 
     if not url.startswith(("http://", "https://")):
-        return "is no http address"
+        return "is not an http address"
     try:
         with urllib.request.urlopen(f"{url}/healthz", timeout=timeout_s):  # noqa: S310  (the scheme is checked)
             return None

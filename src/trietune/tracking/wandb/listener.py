@@ -3,9 +3,10 @@
     training thread            thread `wandb`                    process of its own
     handle(event)  --outbox--> decides, starts, feeds  --pipe--> wandb.init, log, finish
 
-`handle` only appends to a bounded outbox. When W&B is slow and the outbox is full, histograms leave it first; then,
-counted and told, the oldest measurements (a hundred thousand fit). When `wandb.init` fails although the host had
-answered, a second process records the same run offline: nothing has been sent before the first one was ready.
+`handle` only appends to a bounded outbox. While W&B is slow, new histograms are left out where two are waiting, and
+beyond a hundred thousand measurements the oldest ones are; both are counted and told. When `wandb.init` fails although
+the host had answered, a second process records the same run offline: nothing has been sent before the first one was
+ready.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ DRAIN_TIMEOUT_S = 30.0
 SILENT_WAIT_S = 5.0  # a slow machine needs some seconds to start and end W&B's process; nobody need hear of that
 FINISH_MARGIN_S = 3.0  # W&B gives up by itself first, and then leaves its files whole
 OFFLINE_TIMEOUT_S = 10.0
+GRACE_S = 1.0
 WatchMode = Literal["all", "gradients", "parameters"] | None
 
 
@@ -46,7 +48,7 @@ class WandbListener:
 
     Args:
         say: receives one line for the user at a time, and whether it is a warning; called within `handle` and `close`.
-        project, name, tags: of the W&B run; `name` None takes the run's own.
+        project, name, tags: what the W&B run is called and filed under; `name` None takes the run's own.
         uploads_model: every saved checkpoint and the adapter become artifacts (`model_to_wandb`).
         access: decides whether and how W&B is reached; called once, in the listener's thread.
         init_timeout_s: how long W&B's process waits for the server to open the run; training does not wait.
@@ -98,7 +100,7 @@ class WandbListener:
             case Evaluated() if event.is_point:
                 self._log(event.step, event.epoch, event.metrics)
             case Histograms():
-                self._outbox.put_histograms(event)
+                self._outbox.put(event)
             case Saved() if self._uploads_model:
                 self._outbox.put(artifact_message(event, self._config, self._run_id))
             case RunFinished():
@@ -119,7 +121,8 @@ class WandbListener:
             if self._thread.is_alive():
                 self._pass_on_what_was_told()
                 if not self._has_finished and not self._is_offline:  # else its process is only ending or writing
-                    self._say(f"W&B: waiting up to {self._drain_timeout_s:g} s for the server to take the rest", False)
+                    limit = f"{self._drain_timeout_s:g} s"
+                    self._say(f"W&B: waiting up to {limit} for the server to receive the rest", False)
                 self._thread.join(max(0.0, self._drain_timeout_s - 2.0))
             is_late = self._thread.is_alive() and self._outbox.is_begun and not self._has_finished
             if self._thread.is_alive() and not self._outbox.is_begun:
@@ -133,8 +136,8 @@ class WandbListener:
         self._pass_on_what_was_told()
         if is_late:
             self._say(late_line(self._directory), True)
-        if self._outbox.num_dropped_histograms or self._outbox.num_dropped_messages:
-            self._say(f"W&B was too slow: {self._outbox.describe_dropped()}; the run's own files have all", True)
+        if dropped := self._outbox.describe_dropped():
+            self._say(f"W&B was too slow: {dropped}; the run's own files have all", True)
 
     def _start(self, event: RunStarted) -> None:
         self._directory = event.directory
@@ -161,14 +164,14 @@ class WandbListener:
         try:
             access = self._access()
             if access.mode == "off":
-                self._outbox.discard()
+                self._outbox.close(discard=True)
                 self._tell(f"W&B: {access.reason}")
                 return
             if access.reason:
                 self._tell(f"W&B: {access.reason}; later: {sync_command(self._directory)}", is_warning=True)
             elif access.mode == "offline":
                 self._is_offline = True
-                self._tell(f"W&B: offline, as its own settings say; later: {sync_command(self._directory)}")
+                self._tell(f"W&B: offline, as its settings say; later: {sync_command(self._directory)}")
             keep_run_id(self._directory, self._run_id)
             trouble = self._feed(access.mode, access.url)
             if self._has_given_up:
@@ -177,14 +180,14 @@ class WandbListener:
                 self._tell(f"W&B: {trouble}; recorded offline; later: {sync_command(self._directory)}", is_warning=True)
                 trouble = self._feed("offline", access.url)
             if trouble:
-                self._outbox.discard()
+                self._outbox.close(discard=True)
                 self._tell(
-                    f"W&B: {trouble}; the run goes on without it; what it had: {sync_command(self._directory)}",
+                    f"W&B: {trouble}; the run continues without it; what it had: {sync_command(self._directory)}",
                     is_warning=True,
                 )
         except Exception as error:  # nothing of W&B's may reach the run
-            self._outbox.discard()
-            self._tell(f"W&B: {type(error).__name__}: {error}; the run goes on without it", is_warning=True)
+            self._outbox.close(discard=True)
+            self._tell(f"W&B: {type(error).__name__}: {error}; the run continues without it", is_warning=True)
 
     def _feed(self, mode: Literal["online", "offline"], url: str) -> str | None:
         """Run one process to its end; returns what went wrong."""
@@ -225,18 +228,14 @@ class WandbListener:
                 self._tell(f"W&B: {reply['text']}", is_warning=True)
             elif reply["told"] == "failed":
                 self._trouble = reply["reason"]
-            elif reply["told"] == "late":
-                self._has_finished = True
-                self._tell(late_line(self._directory), is_warning=True)
             else:
                 self._has_finished = True
-                self._tell_failures(reply["num_failures"])
-
-    def _tell_failures(self, num_failures: Mapping[str, int]) -> None:
-        """The first of each kind has been told already."""
-        if sum(num_failures.values()) > len(num_failures):
-            counts = ", ".join(f"{number:,} x {name}" for name, number in num_failures.items())
-            self._tell(f"W&B: in all, not recorded: {counts}", is_warning=True)
+                num_failures = reply.get("num_failures", {})
+                if reply["told"] == "late":
+                    self._tell(late_line(self._directory), is_warning=True)
+                elif sum(num_failures.values()) > len(num_failures):  # the first of each kind has been told already
+                    counts = ", ".join(f"{number:,} x {name}" for name, number in num_failures.items())
+                    self._tell(f"W&B: in all, not recorded: {counts}", is_warning=True)
 
     def _settings(self, mode: str, url: str) -> dict[str, Any]:
         """What `wandb.init` gets. Code, command line, machine and console stay out: they can carry secrets."""
@@ -301,7 +300,7 @@ def artifact_message(event: Saved, config: Mapping[str, Any], run_id: str) -> di
 
 
 def find_run_id(directory: Path, environ: Mapping[str, str]) -> str:
-    """The W&B id of the run in `directory`: the one that it had before, so that a resume goes on with its curves."""
+    """The W&B id of the run in `directory`: the one that it had before, so that a resume continues its curves."""
     try:
         return str(json.loads((directory / RUN_FILE).read_text())["id"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -322,7 +321,7 @@ def sync_command(directory: Path | None) -> str:
 
 def late_line(directory: Path | None) -> str:
     """For a server that was too slow at the end."""
-    return f"W&B: the server has not taken everything; later: {sync_command(directory)}"
+    return f"W&B: the server did not receive everything; later: {sync_command(directory)}"
 
 
 def start_process(directory: Path) -> subprocess.Popen[str]:
@@ -335,7 +334,7 @@ def start_process(directory: Path) -> subprocess.Popen[str]:
     script = Path(__file__).with_name("process.py")
     with (folder / "process.log").open("ab") as log:
         return subprocess.Popen(  # noqa: S603  (our own script, no shell)
-            # -P keeps this folder off the path, where our wandb.py would hide the library's.
+            # -P keeps this folder off the path, where our wandb.py would hide the real one.
             [sys.executable, "-P", str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -358,7 +357,7 @@ def send(stream: IO[str], message: Mapping[str, Any]) -> None:
     stream.flush()
 
 
-def end_process_group(process: subprocess.Popen[str], grace_s: float = 1.0) -> None:
+def end_process_group(process: subprocess.Popen[str]) -> None:
     """End the process and what it started; W&B's own helper leaves when its parent is gone."""
     if process.poll() is not None:
         return
@@ -368,7 +367,7 @@ def end_process_group(process: subprocess.Popen[str], grace_s: float = 1.0) -> N
                 os.killpg(process.pid, signal_number)
             else:
                 process.terminate()
-        deadline = time.monotonic() + grace_s
+        deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 return

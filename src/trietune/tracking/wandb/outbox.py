@@ -1,4 +1,4 @@
-"""Messages on their way to a slow receiver: bounded, never blocking the sender, and open about what was dropped."""
+"""Messages on their way to a slow receiver: bounded, never blocking the sender, and counting what was dropped."""
 
 from __future__ import annotations
 
@@ -14,88 +14,62 @@ NUM_BINS = 64
 
 
 class Outbox:
-    """Messages on their way to W&B; bounded, and open about what it had to drop."""
+    """Measurements in order, and apart from them a few histograms, which are large and never displace a measurement."""
 
     def __init__(self, most_messages: int = MOST_MESSAGES, most_histograms: int = MOST_HISTOGRAMS) -> None:
-        self._messages: deque[dict[str, Any] | Histograms] = deque()
-        self._most_messages = most_messages
+        # One more measurement than fits pushes the oldest one out.
+        self._messages: deque[dict[str, Any]] = deque(maxlen=most_messages)
+        self._histograms: deque[Histograms] = deque()
         self._most_histograms = most_histograms
         self._changed = threading.Condition()
-        self._is_discarding = False
-        self.is_closed = False
+        self._is_closed = self._is_discarding = False
         self.is_begun = False
-        self.num_dropped_histograms = 0
-        self.num_dropped_messages = 0
+        self.num_dropped_histograms = self.num_dropped_messages = 0
 
     def __len__(self) -> int:
-        return len(self._messages)
+        return len(self._messages) + len(self._histograms)
 
-    def put(self, message: dict[str, Any]) -> None:
-        """Queue a message; a full outbox gives up its histograms, then its oldest message."""
+    def put(self, message: dict[str, Any] | Histograms) -> None:
+        """Queue a message; histograms only where fewer than the limit wait, since a later one says more."""
         with self._changed:
             if self._is_discarding:
                 return
-            if len(self._messages) >= self._most_messages:
-                self._make_room()
-            self._messages.append(message)
-            self._changed.notify()
-
-    def put_histograms(self, event: Histograms) -> None:
-        """Queue histograms, unless some are waiting already: they are large, and a later one says more."""
-        with self._changed:
-            if self._is_discarding:
-                return
-            num_waiting = sum(isinstance(message, Histograms) for message in self._messages)
-            if num_waiting >= self._most_histograms or len(self._messages) >= self._most_messages:
+            if not isinstance(message, Histograms):
+                self.num_dropped_messages += len(self._messages) == self._messages.maxlen
+                self._messages.append(message)
+            elif len(self._histograms) < self._most_histograms:
+                self._histograms.append(message)
+            else:
                 self.num_dropped_histograms += 1
-                return
-            self._messages.append(event)
             self._changed.notify()
 
     def take(self) -> dict[str, Any] | None:
         """The next message, waiting for it; None when the outbox is closed and empty."""
         with self._changed:
-            while not self._messages and not self.is_closed:
-                self._changed.wait()
-            if not self._messages:
+            self._changed.wait_for(lambda: self._histograms or self._messages or self._is_closed)
+            # Histograms first: what ends a run is the last measurement.
+            waiting = self._histograms or self._messages
+            if not waiting:
                 return None
             self.is_begun = True
-            message = self._messages.popleft()
+            message = waiting.popleft()
         return histograms_message(message) if isinstance(message, Histograms) else message
 
-    def close(self) -> None:
-        """No message follows."""
+    def close(self, *, discard: bool = False) -> None:
+        """No message follows; with `discard`, nobody will take those that wait, nor any later one."""
         with self._changed:
-            self.is_closed = True
-            self._changed.notify_all()
-
-    def discard(self) -> None:
-        """Nobody will take these messages, nor any later one."""
-        with self._changed:
-            self._is_discarding = True
-            self._messages.clear()
+            self._is_closed = True
+            self._is_discarding |= discard
+            if discard:
+                self._messages.clear()
+                self._histograms.clear()
             self._changed.notify_all()
 
     def describe_dropped(self) -> str:
-        """`3 histograms and 12 measurements were not sent`."""
-        parts = [
-            f"{number:,} {name}"
-            for number, name in (
-                (self.num_dropped_histograms, "sets of histograms"),
-                (self.num_dropped_messages, "measurements"),
-            )
-            if number
-        ]
-        return " and ".join(parts) + " were not sent"
-
-    def _make_room(self) -> None:
-        for index, message in enumerate(self._messages):
-            if isinstance(message, Histograms):
-                del self._messages[index]
-                self.num_dropped_histograms += 1
-                return
-        self._messages.popleft()
-        self.num_dropped_messages += 1
+        """`3 sets of histograms and 12 measurements were not sent`; empty if all were."""
+        dropped = ((self.num_dropped_histograms, "sets of histograms"), (self.num_dropped_messages, "measurements"))
+        parts = [f"{number:,} {name}" for number, name in dropped if number]
+        return " and ".join(parts) + " were not sent" if parts else ""
 
 
 def histograms_message(event: Histograms) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The process that talks to W&B, so that nothing W&B does can hold up or end a training run.
 
-It is started as a script with this file's path, imports nothing of TrieTune, reads one JSON object a line from stdin
-and writes one a line to stdout:
+It is started as a script with this file's path, imports nothing of TrieTune, reads one JSON object per line from stdin
+and writes one per line to stdout:
 
     {"do": "start", "settings": {...}, "config": {...}}      {"told": "started", "url": ..., "directory": ...}
     {"do": "log", "values": {"trainer/step": 10, ...}}       {"told": "failed", "reason": ...}
@@ -28,7 +28,7 @@ def main() -> None:
     # W&B's helper inherits the standard streams, and may outlive this process: it must not hold the pipes open.
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # whatever W&B prints is no reply
+    os.dup2(2, 1)  # whatever W&B prints is not a reply
     run: Any = None
     num_failures: Counter[str] = Counter()
     for line in requests:

@@ -1,4 +1,4 @@
-"""What is learnt from a batch: one file an objective, each a function from the answers' scores to a loss.
+"""What is learned from a batch: one file an objective, each a function from the answers' scores to a loss.
 
     sft                          -log p of every label, one mean over the labels of the step
     dpo, ipo, simpo, orpo        a preferred answer against another

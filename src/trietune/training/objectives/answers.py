@@ -74,7 +74,7 @@ def answers_of(
     Args:
         counts: float64 [E], labels of each.
         reference: float64 [S], of every sequence of `sets`; None without a reference.
-        pairs: of a row with more than two answers: every better one with every worse one, or only the best.
+        pairs: pairs of a row with more than two answers: every better one with every worse one, or only the best.
     """
     sequences = sets.sequences_of(rows)
     sizes = sets.row_start[rows + 1] - sets.row_start[rows]

@@ -5,8 +5,8 @@
     pass 2     every micro-batch, with a graph   sum over pairs i of w_i (-log p_i),  w_i = -sum of g_e over the labels
                                                                                             of answers e merged into i
 
-The chain rule makes the gradients of pass 2 those of L: a parameter acts on L through the scores alone, and a score is
-a sum of log-probabilities. Weights have either sign. Where one micro-batch holds all that is learnt from, its only
+The chain rule makes the gradients of pass 2 those of L: a parameter acts on L only through the scores, and a score is
+a sum of log-probabilities. Weights have either sign. Where one micro-batch holds all that is learned from, its only
 forward keeps its graph until the weights are known, and pass 1 is not needed. Labels whose weight is exactly zero,
 such as the common beginning of the two answers of a pair, get no logits in pass 2.
 """
@@ -54,7 +54,7 @@ class LearnByScores:
         for micro_batch in work.micro_batches:
             is_trained = self.sets.is_trained[micro_batch.sequence_indices].any()
             (learnt_from if is_trained else only_scored).append(micro_batch)
-        # A device that runs whole steps as programs would have to end one between a forward and its backward.
+        # A device that runs whole steps as programs would have to end one between a forward and its backward pass.
         is_one_pass = len(learnt_from) == 1 and not work.device.has_static_shapes
         losses = None
         if is_one_pass:
@@ -174,7 +174,7 @@ def _run_backward(
 
 
 def _without_zeros(micro_batch: MicroBatch, weight: np.ndarray) -> tuple[MicroBatch, np.ndarray]:
-    """The micro-batch without the labels that nothing is learnt from; its positions stay."""
+    """The micro-batch without the labels that nothing is learned from; its positions stay."""
     is_kept = weight != 0
     if is_kept.all():
         return micro_batch, weight

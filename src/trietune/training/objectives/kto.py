@@ -23,7 +23,7 @@ from trietune.training.objectives.answers import Answers
 class Kto:
     """Attributes:
     beta: how closely the model is held to the reference.
-    desirable_weight, undesirable_weight: of the two kinds of rows.
+    desirable_weight, undesirable_weight: weights of the two kinds of rows.
     """
 
     beta: float = 0.1

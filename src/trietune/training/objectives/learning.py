@@ -19,10 +19,10 @@ class Work:
     """A step before its gradients are there.
 
     Attributes:
-        rows: of the data, in the order drawn; int64 [rows of the step].
-        micro_batches: that hold their sequences.
+        rows: rows of the data, in the order drawn; int64 [rows of the step].
+        micro_batches: micro-batches that hold their sequences.
         reseed: begins the step's random draws (dropout) anew.
-        loss_scale: that the gradients are multiplied with; None leaves them as they are.
+        loss_scale: scale of the gradients; None leaves them as they are.
         divisor: labels of the whole step, where other processes hold the rest of it; None: those of `micro_batches`.
         fillers: micro-batches whose labels weigh nothing, computed after the others so that all processes compute as
             many.

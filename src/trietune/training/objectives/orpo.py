@@ -24,7 +24,7 @@ SMALLEST = 2.0**-24
 @dataclass(frozen=True, slots=True)
 class Orpo:
     """Attributes:
-    weight: of the odds ratio; lambda in the paper.
+    weight: weight of the odds ratio; lambda in the paper.
     """
 
     weight: float = 0.1

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trietune.data.answers import TokenArrays
 from trietune.data.examples import IGNORED_LABEL
 from trietune.model.causal_lm import TrieModel
 from trietune.training.gradients import accumulate_gradients
 from trietune.training.objectives.learning import Learnt, Work
-from trietune.trie import MicroBatch
+from trietune.trie import MicroBatch, Sequences
 
 
 def learn_labels(model: TrieModel, work: Work) -> Learnt:
@@ -40,7 +39,7 @@ class LearnWeightedLabels:
     weights: np.ndarray
 
     @classmethod
-    def of(cls, sequences: TokenArrays, weights: np.ndarray) -> LearnWeightedLabels:
+    def of(cls, sequences: Sequences, weights: np.ndarray) -> LearnWeightedLabels:
         """For these sequences, with a weight at each of their tokens: float64 [tokens]."""
         is_label = np.asarray(sequences.labels) != IGNORED_LABEL
         offsets = np.asarray(sequences.offsets)

@@ -19,7 +19,7 @@ from trietune.training.objectives.answers import Answers, Objective
 class WithChosen:
     """Attributes:
     objective: what is added to.
-    weight: of the added loss.
+    weight: weight of the added loss.
     """
 
     objective: Objective

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
+import typer
+
+from trietune.cli.options import MaybePath, MaybeText
+from trietune.cli.printing import console, say_line
 from trietune.errors import UserError
+from trietune.ranks.launched import refuse_several_processes
 
 if TYPE_CHECKING:
     from trietune.model.handover.gguf_files import Quantization
@@ -17,7 +22,40 @@ TARGETS = ("transformers", "vllm", "mlx", "gguf", "ollama")
 QUANTIZATIONS = ("f32", "bf16", "f16", "q8_0", "q4_k_m")
 
 
-def export_command(
+def export(
+    target: Annotated[Path, typer.Argument(help="A run's folder or an adapter's.")],
+    out: Annotated[MaybePath, typer.Argument(help="New folder; with --push it may be left out.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="A whole model: the adapter added to its base.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Fold the scale into the weights, for servers that ignore it.")
+    ] = False,
+    to: Annotated[
+        MaybeText,
+        typer.Option(
+            "--to", metavar="PROGRAM", help="For gguf, ollama, vllm, mlx or transformers; read back and compared."
+        ),
+    ] = None,
+    quantize: Annotated[
+        MaybeText,
+        typer.Option(metavar="FORMAT", help="For GGUF files: f32, bf16, f16, q8_0, q4_k_m."),
+    ] = None,
+    push: Annotated[
+        MaybeText,
+        typer.Option("--push", metavar="OWNER/NAME", help="Upload what is exported to this repository of the hub."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is public.")] = False,
+) -> None:
+    """Copy an adapter, merge it into its base model, or write it as another program wants it."""
+    refuse_several_processes()
+    with console() as tracker:
+        lines = _exported(
+            target, out, tracker, merge=merge, plain=plain, to=to, quantize=quantize, push=push, is_public=public
+        )
+    for line in lines:
+        say_line(line)
+
+
+def _exported(
     target: Path,
     out: Path | None,
     tracker: Tracker,
@@ -61,7 +99,7 @@ def _check(
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise UserError(f"`--quantize {quantize}` is not known", next_step=f"--quantize {'|'.join(QUANTIZATIONS)}")
     if quantize is not None and to not in ("gguf", "ollama"):
-        raise UserError("`--quantize` is of GGUF files", next_step=f"--to gguf --quantize {quantize}")
+        raise UserError("`--quantize` applies to GGUF files only", next_step=f"--to gguf --quantize {quantize}")
     if plain and to is not None:
         raise UserError(
             "`--plain` and `--to` do not go together: each program gets the form that it reads",
@@ -72,7 +110,7 @@ def _check(
             "`--plain` and `--merge` do not go together: a merged model has no scale", next_step="leave out --plain"
         )
     if is_public and push is None:
-        raise UserError("`--public` is of `--push`", next_step="--push OWNER/NAME --public")
+        raise UserError("`--public` needs `--push`", next_step="--push OWNER/NAME --public")
     if push is not None:
         from trietune.model.adapter.push import check_repository
 

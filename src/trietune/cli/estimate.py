@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
+import typer
+
+from trietune.cli.options import AsJson, MaybePath, MaybeText, Overrides
+from trietune.cli.printing import console, print_json, say_line
 from trietune.errors import UserError
-from trietune.ranks.launch import as_one_of
+from trietune.ranks.launched import refuse_several_processes
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -17,8 +21,38 @@ if TYPE_CHECKING:
 NOT_COUNTED = "loading model and data, saving, uploads, and machines that others use too"
 
 
-def estimate_command(
-    settings: Settings, hub: Tracker, *, device: str | None, num_processes: int, price: float | None
+def estimate(
+    config: Annotated[MaybePath, typer.Argument(help="YAML file; without one, the sample model and data.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    device: Annotated[
+        MaybeText,
+        typer.Option(metavar="NAME", help="h200, h100, a100, l4, cpu; default: this machine's, measured."),
+    ] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes that share each step.")] = 1,
+    price: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, metavar="EUR", help="Of one device for an hour; the total is printed."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how long a run would take, how much memory, and at what cost."""
+    from trietune.config import load_config
+    from trietune.demo import demo_config
+    from trietune.io.columns import columns
+
+    refuse_several_processes()
+    settings = load_config(config or demo_config(), overrides)
+    with console() as tracker:
+        lines, document = _estimated(settings, tracker, device=device, num_processes=nproc, price=price)
+    if as_json:
+        print_json({"estimate": document})
+        return
+    for line in columns(lines):
+        say_line(line)
+
+
+def _estimated(
+    settings: Settings, tracker: Tracker, *, device: str | None, num_processes: int, price: float | None
 ) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """What the command prints, as (name, value), and the same for `--json`.
 
@@ -26,6 +60,7 @@ def estimate_command(
         UserError: a device without figures, and whatever is wrong with settings or data.
     """
     from trietune.device.figures import imagine, published_speed
+    from trietune.ranks.launch import as_one_of
     from trietune.run.estimate import estimate_run
     from trietune.run.prepare import prepare
     from trietune.run.signals import StopSignals
@@ -38,7 +73,7 @@ def estimate_command(
 
         imagined = describe_cpu()
     with StopSignals() as signals, as_one_of(num_processes):
-        prepared = prepare(settings, hub, signals.check, num_processes=num_processes, device=imagined)
+        prepared = prepare(settings, tracker, signals.check, num_processes=num_processes, device=imagined)
     speed = _measure(prepared, num_processes) if card is None else published_speed(card, prepared.plan.dtype)
     found = estimate_run(prepared, speed, num_processes)
     return _lines(prepared, found, price), _document(prepared, found, price)

@@ -1,0 +1,137 @@
+"""What a path stands for: a file, the files that a pattern finds, or a folder of splits."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from trietune.data.files import FORMAT_OF_SUFFIX, FORMATS_IN_WORDS
+from trietune.data.rows import FileRows, Rows
+from trietune.errors import UserError
+from trietune.io.places import expand
+
+SplitRole = Literal["train", "validation", "test"]
+
+_SPLIT_NAMES: dict[SplitRole, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test",),
+}
+
+# `-00000-of-00002`, with the hub's hash behind it or not; `_1`; `.part3`.
+_SHARD = re.compile(r"([-_.]?(part|shard)?[-_.]?\d+([-_.]of[-_.]\d+)?([-_][0-9a-f]{8,})?)?", re.IGNORECASE)
+
+
+def find_split(splits: Mapping[str, Rows], role: SplitRole) -> str | None:
+    return next((name for name in _SPLIT_NAMES[role] if name in splits), None)
+
+
+def local_splits(value: str, key: str, report: Callable[[str], None]) -> dict[str, Rows]:
+    """What a path stands for; a file, or files that a pattern finds, are one split called `train`."""
+    path = expand(value)
+    return _splits_of_folder(path, report) if path.is_dir() else {"train": FileRows.of(_expand(path, key))}
+
+
+def _splits_of_folder(folder: Path, report: Callable[[str], None]) -> dict[str, Rows]:
+    """Split names to files: `train.tsv`, shards such as `train-00000-of-00002.parquet`, or `train/anything.jsonl`."""
+    # Data sets downloaded from the hub keep their files in `data`.
+    roots = [folder, folder / "data"] if (folder / "data").is_dir() else [folder]
+    files: dict[str, list[Path]] = {}
+    similar: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
+    for path in sorted(path for root in roots for path in root.iterdir()):
+        name, is_exact = _split_of(path.stem if path.is_file() else path.name)
+        if path.is_dir():
+            if name and is_exact:
+                files.setdefault(name, []).extend(_data_files(path))
+        elif path.suffix.lower() in FORMAT_OF_SUFFIX:
+            if name is None:
+                unnamed.append(path)
+            else:
+                (files if is_exact else similar).setdefault(name, []).append(path)
+    for name, paths in similar.items():
+        _settle(name, paths, files, folder, report)
+    for name, paths in files.items():
+        suffixes = sorted({path.suffix for path in paths})
+        if len(suffixes) > 1:
+            raise UserError(
+                f"the split `{name}` is there in several forms: {', '.join(suffixes)}",
+                where=str(folder),
+                next_step="name the one to take: `train_file: ...` and `validation_file: ...`",
+            )
+    if not files:
+        if not unnamed:
+            raise UserError(
+                f"the folder `{folder}` holds no data files",
+                where="train.*, and validation.* or dev.* are looked for",
+                next_step=f"these can be read: {FORMATS_IN_WORDS}",
+            )
+        files["train"] = unnamed
+    return {name: FileRows.of(paths) for name, paths in files.items() if paths}
+
+
+def _settle(
+    name: str, similar: list[Path], files: dict[str, list[Path]], folder: Path, report: Callable[[str], None]
+) -> None:
+    """`train_backup.jsonl` is not part of `train.jsonl`; a single `train_v2.jsonl` is the split where nothing else is.
+
+    Raises:
+        UserError: several could be the split.
+    """
+    names = ", ".join(f"`{path.name}`" for path in similar)
+    if name in files:
+        report(f"not read, beside `{files[name][0].name}` in `{folder}`: {names}")
+    elif len(similar) == 1:
+        files[name] = similar
+    else:
+        raise UserError(
+            f"several files could be the split `{name}`: {names}",
+            where=str(folder),
+            next_step="name those to take: `train_file: ...` and `validation_file: ...` (a file or a pattern)",
+        )
+
+
+def _split_of(stem: str) -> tuple[str | None, bool]:
+    """The split that a file's name begins with, and whether nothing but the number of a shard follows."""
+    word = re.match(r"[a-z]+", stem.lower())
+    known = {name for names in _SPLIT_NAMES.values() for name in names}
+    if word is None or word.group() not in known:
+        return None, False
+    return word.group(), _SHARD.fullmatch(stem[word.end() :]) is not None
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMAT_OF_SUFFIX)
+
+
+def _expand(path: Path, key: str) -> list[Path]:
+    """The files that a path or a pattern stands for."""
+    if path.is_file():
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise no_such_path(path, key)
+    matches = glob.iglob(str(path), recursive=True)  # noqa: PTH207  (a pattern may begin at the root)
+    paths = sorted(match for match in map(Path, matches) if match.is_file())
+    if not paths:
+        raise UserError(
+            f"`{key}: {path}` finds no file",
+            where=str(Path.cwd()),
+            next_step=f"these can be read: {FORMATS_IN_WORDS}",
+        )
+    return paths
+
+
+def no_such_path(path: Path, key: str) -> UserError:
+    neighbors = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, neighbors, n=1)
+    return UserError(
+        f"there is no file or folder `{path}`",
+        where=f"`{key}`, looked for in {Path.cwd()}",
+        next_step=f"did you mean `{path.parent / near[0]}`?"
+        if near
+        else "check the path; it counts from the folder that you are in",
+    )
