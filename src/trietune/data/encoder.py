@@ -39,6 +39,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        # Special tokens of odd kinds are only met when their numbers are asked for.
+        _ = tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     except Exception as error:  # whatever is wrong with the files, transformers raises a different class for each
         raise UserError(
             f"the tokenizer of `{folder.name}` cannot be loaded: {first_line(error)}",

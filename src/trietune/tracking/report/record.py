@@ -146,6 +146,8 @@ def _refuse(text: str) -> Any:
 
 def _is_as_written(record: Mapping[str, Any]) -> bool:
     """Whether each value is of the kind that the run's files hold under that key; other keys hold numbers."""
+    if "event" in record and not _is_count(record.get("step")):
+        return False
     return all(_KINDS.get(key, _is_any if "event" not in record else _is_figure)(value)
                for key, value in record.items())  # fmt: skip
 
@@ -283,7 +285,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = YAML(typ="safe", pure=True).load(text)
     except (OSError, YAMLError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
         return {}
-    return content if isinstance(content, dict) and all(isinstance(key, str) for key in content) else {}
+    return content if _is_clean(content) and all(isinstance(key, str) for key in content) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -291,7 +293,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = strict_json.parse(_bytes_of(path))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if _is_clean(content) else {}
+
+
+def _is_clean(content: object) -> bool:
+    """Whether it is an object without half a character, which no page can hold."""
+    return isinstance(content, dict) and find_lone(json.dumps(content, ensure_ascii=False, default=str)) is None
 
 
 def _bytes_of(path: Path) -> bytes:
