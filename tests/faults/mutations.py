@@ -165,7 +165,7 @@ MUTATIONS = [
     ),
     Mutation(
         "lines beyond the checkpoint left in the log", "checkpoints/resume.py",
-        'isinstance(step := event.get("step"), int) and step > after_step:', "False:",
+        'isinstance(step := event.get("step"), int) and step > after_step\n', "False\n",
         ("tests/checkpoints/test_resume.py",),
     ),
     Mutation(
@@ -252,7 +252,8 @@ MUTATIONS = [
     ),
     Mutation(
         "schedule begins anew", "training/loop.py",
-        "schedules.learning_rate(number)", "schedules.learning_rate(number - schedules.first_step)", (BIT_EQUAL,),
+        "self.step_range.learning_rate(number)", "self.step_range.learning_rate(number - self.step_range.first_step)",
+        (BIT_EQUAL,),
     ),
     Mutation(
         "data order begins anew", "training/loop.py",
@@ -265,7 +266,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a run without checkpoints never has finished", "run/saving.py",
-        "        if trained < self.prepared.plan.num_steps:\n", "        if not self.store.has_traces():\n",
+        "        if trained < self.prepared.plan.num_steps and not self._was_stopped_early(info):\n",
+        "        if not self.store.has_traces():\n",
         ("tests/run/test_finished.py",),
     ),
     Mutation(

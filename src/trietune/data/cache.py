@@ -60,7 +60,7 @@ def open_cached(cache_folder: Path, key: str) -> tuple[TokenSequences, dict[str,
     except FileNotFoundError:
         if not folder.exists():
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
     return None

@@ -299,7 +299,7 @@ def _call_in_form(call: dict[str, Any], form: _CallForm) -> dict[str, Any]:
     if not form.has_text_arguments and isinstance(arguments, str):
         try:
             decoded = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return call
         return {**call, "arguments": decoded} if isinstance(decoded, dict) else call
     return call

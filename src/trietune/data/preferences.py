@@ -289,7 +289,7 @@ def _is_conversation(value: Any) -> bool:
             return False
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     if isinstance(value, Mapping):
         return "role" in value

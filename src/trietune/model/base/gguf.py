@@ -85,7 +85,7 @@ def _damage_of(folder: Path) -> str | None:
     """What of a converted folder is not as it was written; None if every byte is."""
     try:
         recorded, found = _recorded(folder), _digests(folder)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"{_DIGESTS}: {first_line(error).rstrip('.')}"
     return next((name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)), None)
 
