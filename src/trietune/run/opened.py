@@ -20,6 +20,7 @@ import numpy as np
 from trietune.config import load_config
 from trietune.config.settings import Settings
 from trietune.errors import UserError
+from trietune.io.outputs import check_output, write_output
 from trietune.io.places import expand
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.device_plan import check_device, device_options, largest_under_mask, shapes_for_any_data
@@ -171,6 +172,8 @@ def evaluate(
     tracker = tracker or Tracker()
     if split not in (None, "train", "validation", "test"):
         raise UserError(f"there is no split `{split}`", next_step="--split validation   (or train, or test)")
+    if keep is not None:
+        check_output(keep, "--predictions")
     with StopSignals() as signals:
         opened = open_model(target, overrides, tracker)
         if not _names_data(opened, target, overrides):
@@ -228,7 +231,6 @@ def evaluate(
 
 
 def _keep_predictions(found: Evaluation, sequences: TokenSequences, encoder: Encoder, file: Path) -> None:
-    from trietune.io import files
     from trietune.run.predictions import described, predictions_file
 
     task = encoder.prompt_format.task
@@ -239,7 +241,7 @@ def _keep_predictions(found: Evaluation, sequences: TokenSequences, encoder: Enc
             next_step="leave `--predictions` out, or ask with `trietune predict --input FILE`",
         )
     told = described(found.predictions, sequences.examples, task)
-    files.replace_file(file, predictions_file(told, is_squad=task.kind == "answers"))
+    write_output(file, predictions_file(told, is_squad=task.kind == "answers"), "--predictions")
 
 
 def predict(
