@@ -7,13 +7,16 @@ READY := $(VENV)/.ready
 HANDOVER_VENV ?= .venv-handover
 HANDOVER_BIN := $(HANDOVER_VENV)/bin
 HANDOVER_READY := $(HANDOVER_VENV)/.ready
+RAY_VENV ?= .venv-ray
+RAY_BIN := $(RAY_VENV)/bin
+RAY_READY := $(RAY_VENV)/.ready
 XLA_VENV ?= .venv-xla
 XLA_BIN := $(XLA_VENV)/bin
 XLA_READY := $(XLA_VENV)/.ready
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-families test-all test-ranks fuzz test-xla test-handover package lint test-gpu bench bench-gpu lock clean
+.PHONY: help train test test-slow test-families test-all test-ranks fuzz test-hosts test-ray test-xla test-handover package lint test-gpu bench bench-gpu lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +40,12 @@ fuzz: $(READY)  ## readers of files of others, a minute each (TRIETUNE_FUZZ_SECO
 
 test-ranks: $(READY)  ## trainings over several processes: parity, whole runs, lost processes (some minutes)
 	$(BIN)/python -m pytest tests/ranks
+
+test-hosts: $(READY)  ## two machines, as network namespaces of this one, and a cable that is cut (Linux, root, iproute2)
+	$(BIN)/python -m pytest tests/hosts --timeout 600
+
+test-ray: $(READY) $(RAY_READY)  ## trainings and sweeps on a local Ray cluster (an environment of its own, 0.5 GB)
+	TRIETUNE_RAY_PYTHON=$(CURDIR)/$(RAY_BIN)/python $(BIN)/python -m pytest tests/ray_cluster --timeout 900
 
 test-xla: $(XLA_READY)  ## the Tenstorrent and XLA path, on XLA's own CPU client (an environment of its own, 7 GB)
 	PJRT_DEVICE=CPU $(XLA_BIN)/python -m pytest tests/xla --timeout 1200
@@ -73,7 +82,7 @@ lock: $(READY)  ## resolve requirements.lock anew
 	./requirements.sh $(BIN)
 
 clean:  ## remove the environments and what tools left behind
-	rm -rf $(VENV) $(XLA_VENV) $(HANDOVER_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) $(XLA_VENV) $(HANDOVER_VENV) $(RAY_VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
 
 # A torch that is new enough is kept; with pip, this version is a CPU build where one is offered.
 $(READY): requirements.lock pyproject.toml
@@ -95,4 +104,12 @@ $(HANDOVER_READY): requirements-handover.txt
 	test -x $(HANDOVER_BIN)/python || $(PYTHON) -m venv $(HANDOVER_VENV)
 	$(HANDOVER_BIN)/python -m pip install --quiet '$(TORCH)'
 	$(HANDOVER_BIN)/python -m pip install --quiet -r requirements-handover.txt
+	touch $@
+
+# A layer over $(VENV): what Ray needs beside it, and nothing twice.
+$(RAY_READY): $(READY) requirements-ray.txt
+	test -x $(RAY_BIN)/python || $(BIN)/python -m venv $(RAY_VENV)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(RAY_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(RAY_BIN)/python -m pip install --quiet -r requirements-ray.txt
 	touch $@

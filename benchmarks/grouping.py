@@ -162,7 +162,7 @@ def first_examples(file: Path, count: int) -> str:
 
 
 def compare(results: Sequence[dict[str, Any]], one: tuple[str, int, float]) -> list[dict[str, Any]]:
-    """Each order's mean and, over the seeds that have both, grouped minus shuffled with its 95 % interval."""
+    """Each order's mean and, over the seeds that have both, grouped minus shuffled with its 95% interval."""
     dataset, batch_size, learning_rate = one
     lines = []
     for metric in METRICS[dataset]:

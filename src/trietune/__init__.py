@@ -1,9 +1,10 @@
 """TrieTune: exact LoRA fine-tuning of causal language models that computes every shared prefix once.
 
-from trietune import load_config, train
+from trietune import load_config, predict, train
 
 run = train(load_config("sst2.yaml", ["num_epochs=2"]))
 print(run.after["eval/accuracy"], run.adapter)
+print(predict(run.directory, ["a fine film"]))
 """
 
 from __future__ import annotations
@@ -11,24 +12,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trietune.config import Settings, load_config
+    from trietune.config import Settings
     from trietune.errors import UserError
     from trietune.evaluation.evaluate import Evaluation
-    from trietune.run.opened import evaluate
-    from trietune.run.session import Run, train
+    from trietune.run.python import evaluate, export, load_config, predict, train
+    from trietune.run.result import Run
 
 __version__ = "0.1.0"
-__all__ = ["Evaluation", "Run", "Settings", "UserError", "__version__", "evaluate", "load_config", "train"]
+__all__ = [
+    "Evaluation", "Run", "Settings", "UserError", "__version__", "evaluate", "export", "load_config", "predict",
+    "train",
+]  # fmt: skip
 
 # Loaded on first use, so that `import trietune` costs nothing and loads no torch.
 _HOMES = {
     "Evaluation": "trietune.evaluation.evaluate",
-    "Run": "trietune.run.session",
+    "Run": "trietune.run.result",
     "Settings": "trietune.config",
     "UserError": "trietune.errors",
-    "evaluate": "trietune.run.opened",
-    "load_config": "trietune.config",
-    "train": "trietune.run.session",
+    "evaluate": "trietune.run.python",
+    "export": "trietune.run.python",
+    "load_config": "trietune.run.python",
+    "predict": "trietune.run.python",
+    "train": "trietune.run.python",
 }
 
 
@@ -38,3 +44,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The interface, for `dir` and for completion: what is loaded on first use is not there before."""
+    return sorted(__all__)

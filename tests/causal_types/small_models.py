@@ -11,6 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from trietune.model.base.few_layers import randomize
 from trietune.model.base.load import auto_class
 
 VOCABULARY = 120
@@ -107,7 +108,7 @@ def small_config(model_type: str, **changes: Any) -> Any:
 def _smaller(given: dict[str, Any], model_type: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in given.items():
-        if name in ("transformers_version", "model_type", "architectures", "dtype", "torch_dtype"):
+        if name in ("transformers_version", "model_type", "architectures", "dtype", "torch_dtype", "hybrid_layer_ids"):
             continue
         if isinstance(value, dict) and name.endswith("_config") and "model_type" in value:
             made[name] = _smaller(value, value["model_type"]) | {"model_type": value["model_type"]}
@@ -115,6 +116,9 @@ def _smaller(given: dict[str, Any], model_type: str) -> dict[str, Any]:
             made[name] = [SIZE_OF[name]] * LAYERS if isinstance(value, list | tuple) else SIZE_OF[name]
         elif name.endswith("_token_id") and isinstance(value, int):
             made[name] = {"pad": 0, "bos": 1, "eos": 2}.get(name.split("_")[0], 3)
+        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict) and "mrope_section" in value:
+            pairs = int(8 * value.get("partial_rotary_factor", given.get("partial_rotary_factor") or 1.0)) // 2
+            made[name] = value | {"mrope_section": [pairs - 2 * (pairs // 4), pairs // 4, pairs // 4]}
         elif name in _NAMED_BUT_NOT_GIVEN and value is None:
             made[name] = SIZE_OF[name]
         elif name in ("layer_types", "layers_block_type", "mlp_layer_types") and isinstance(value, list):
@@ -137,19 +141,3 @@ def small_network(model_type: str, *, seed: int = 20, **changes: Any) -> PreTrai
     network: PreTrainedModel = auto_class(model_type).from_config(small_config(model_type, **changes)).float()
     randomize(network, seed)
     return network.eval()
-
-
-def randomize(network: torch.nn.Module, seed: int = 20) -> None:
-    """Matrices keep the scale of their input; norms and biases are off their neutral values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() < 2:
-                parameter.add_(0.2 * noise)
-            elif any(word in name for word in ("embed", "wte", "wpe", "embd")):
-                parameter.copy_(0.3 * noise)
-            elif "conv" in name:
-                parameter.copy_(0.5 * noise)
-            else:
-                parameter.copy_(1.3 * min(parameter.shape[-2:]) ** -0.5 * noise)

@@ -1,84 +1,92 @@
-"""Every causal type of the installed transformers, small and random, trained three SGD steps in three ways.
+"""Every causal type of the installed transformers, small and random: what a trie, padded rows and a proof make of it.
 
-    trie, padded       `train` with `batching: trie` and `batching: padded`, as a user would run them
-    loop               plain transformers and PEFT, a row at a time
+    loop     plain transformers and PEFT, a row an example: the gradients that all others are compared with
+    trie     as a run computes it, the proof of every layer in front; again in bf16, and with another layout of heads
+    padded   padded rows, proven alike
+    caught   the proof again with a broken mask, broken positions, dropped windows, rotation where there is none
 
-    python tests/causal_types/try_types.py OUT.jsonl [TYPE ...] [--jobs 2] [--dtype float32]
+    python tests/causal_types/try_types.py [OUT.jsonl] [TYPE ...] [--jobs 2]
 
 A process for each type; a line of JSON for each that is done, so that a second call goes on where the first was ended.
-What is compared: the adapters after the three steps, relative to how far they moved.
+Adapters are random, so that every gradient counts; rows are longer than every window.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import itertools
 import json
 import multiprocessing
 import os
-import random
 import sys
-import tempfile
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SECONDS_PER_TYPE = 240
-LEARNING_RATE = 0.5
-STEPS = 3
-# fp32, three steps: right ways differ in the order of sums; the largest seen is 7e-6. bf16 rounds at every layer.
-EXACT = {"float32": 1e-4, "bfloat16": 0.2}
-TARGETS = {"r": 4, "alpha": 8, "seed": 3}
+TABLE = Path(__file__).parent / "table.jsonl"
+SECONDS_A_TYPE = 900
+# Norm of the difference of all adapters' gradients by their norm, in fp32: right ways differ in the order of sums.
+EXACT = 2e-4
+# In bf16 the proof, whose parts are fp32, is what tells right from wrong. Gradients of a whole network are further from
+# the fp32 loop's, by rounding and by experts that are chosen otherwise: this far, or twice as far as plain rows are.
+BF16_FACTOR, BF16_LEAST = 2.0, 0.2
+LONGEST = 70
+MULTIMODAL = (
+    "aria", "cohere2_vision", "glm4v", "glm4v_moe", "idefics3", "internvl", "kimi_k25", "lfm2_vl", "llava",
+    "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_5",
+    "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=TABLE)
     parser.add_argument("types", nargs="*")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=list(EXACT))
     arguments = parser.parse_args()
-    import trietune.model.adapter.export
-    import trietune.run.session  # noqa: F401  (once, for all processes)
+    import trietune.model.adapter.export  # noqa: F401  (once, for all processes)
+    from causal_types import mutations  # noqa: F401
     from causal_types.small_models import causal_types
 
-    done = {row["type"] for row in read_table(arguments.out) if row["dtype"] == arguments.dtype}
-    missing = [name for name in arguments.types or causal_types() if name not in done]
+    done = {row["type"] for row in read_table(arguments.out)}
+    everything = [*causal_types(), *(name for name in MULTIMODAL if name not in causal_types())]
+    missing = [name for name in arguments.types or everything if name not in done]
     # Each thread does nothing but wait for its process.
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool, arguments.out.open("a") as file:
-        for row in pool.map(lambda name: try_type_apart(name, arguments.dtype), missing):
+        for row in pool.map(try_type_apart, missing):
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(summary_of(row), flush=True)
-    rows = read_table(arguments.out)
+    rows = sorted(read_table(arguments.out), key=lambda row: str(row["type"]))
+    arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for way in ("built", "trie", "padded"):
         print(way, dict(Counter(row[way]["status"] for row in rows if way in row)))
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
+def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
 
 
 def summary_of(row: dict[str, Any]) -> str:
-    ways = [f"{way} {row[way]['status']}" for way in ("built", "trie", "padded", "loop") if way in row]
-    said = next((row[way]["said"] for way in ("padded", "trie", "loop", "built") if row.get(way, {}).get("said")), "")
-    return f"{row['type']:26} {', '.join(ways)}  {said[:110]}"
+    ways = [f"{way} {row[way]['status']}" for way in ("built", "trie", "bf16", "padded", "heads") if way in row]
+    said = next((row[way]["said"] for way in ("trie", "padded", "built") if row.get(way, {}).get("said")), "")
+    return f"{row['type']:26} {', '.join(ways)} {row.get('caught', '')} {said[:110]}"
 
 
-def try_type_apart(model_type: str, dtype: str) -> dict[str, Any]:
+def try_type_apart(model_type: str) -> dict[str, Any]:
     """In a process of its own: some types end theirs. It is a copy of this one, which has imported what all need."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, model_type, dtype))
+    process = context.Process(target=_child, args=(sender, model_type))
     process.start()
     sender.close()
-    row: dict[str, Any] = {"type": model_type, "dtype": dtype, "built": {"status": "crashed", "said": "no answer"}}
-    if receiver.poll(SECONDS_PER_TYPE):
+    row: dict[str, Any] = {"type": model_type, "built": {"status": "crashed", "said": "no answer in time"}}
+    if receiver.poll(SECONDS_A_TYPE):
         try:
             row = receiver.recv()
         except EOFError:
@@ -88,7 +96,7 @@ def try_type_apart(model_type: str, dtype: str) -> dict[str, Any]:
     return row
 
 
-def _child(sender: Any, model_type: str, dtype: str) -> None:
+def _child(sender: Any, model_type: str) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -96,133 +104,230 @@ def _child(sender: Any, model_type: str, dtype: str) -> None:
     with open(os.devnull, "w") as nothing:  # noqa: PTH123  (a device)
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
-    sender.send(try_type(model_type, dtype))
+    sender.send(try_type(model_type))
 
 
-def try_type(model_type: str, dtype: str = "float32") -> dict[str, Any]:
+def try_type(model_type: str) -> dict[str, Any]:
     """The line of the table."""
+    import torch
     import transformers
 
-    row: dict[str, Any] = {"type": model_type, "dtype": dtype, "transformers": transformers.__version__}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ["TRIETUNE_CACHE"] = str(folder / "cache")
-        try:
-            _write_model(model_type, folder / "model")
-        except Exception as error:
-            return row | {"built": {"status": "not built", "said": _said(error)}}
-        row["built"] = {"status": "built"}
-        _write_examples(folder / "train.jsonl")
-        adapters: dict[str, Any] = {}
-        for way in ("loop", "padded", "trie"):
-            row[way], adapters[way] = _try(way, folder, dtype)
-        for way in ("padded", "trie"):
-            if row[way]["status"] != "ran" or row["loop"]["status"] != "ran":
-                continue
-            row[way]["difference"] = difference = _difference(adapters[way], adapters["loop"])
-            row[way]["status"] = "exact" if difference <= EXACT[dtype] else "WRONG"
+    from causal_types.small_models import causal_types, small_network
+
+    row: dict[str, Any] = {"type": model_type, "transformers": transformers.__version__}
+    row["is_multimodal"] = model_type not in causal_types()
+    try:
+        network = small_network(model_type)
+    except Exception as error:
+        return row | {"built": {"status": "not built", "said": _said(error)}}
+    row["built"] = {"status": "built", "class": type(network).__name__}
+    row["as_decoder"] = getattr(network.config, "is_decoder", None) is True
+    try:
+        expected = _plain(model_type, torch.float32)
+    except Exception as error:
+        row["loop"] = {"status": "crashed", "said": _said(error)}
+        expected = None
+    del network
+    row["trie"] = _guarded(lambda: _computed(model_type, expected, "rows"))
+    row["padded"] = _guarded(lambda: _computed(model_type, expected, None))
+    if row["trie"]["status"] in ("exact", "WRONG"):
+        row["bf16"] = _guarded(lambda: _in_bf16(model_type, expected))
+        row["heads"] = _guarded(lambda: _other_heads(model_type))
+        row["caught"] = {name: _caught(model_type, name, row["trie"], expected) for name in _mutations()}
     return row
 
 
-def _write_model(model_type: str, folder: Path) -> None:
-    from causal_types.small_models import small_network
-    from tiny_model import write_tiny_model
-
-    write_tiny_model(folder)
-    for file in (folder / "config.json", folder / "model.safetensors", folder / "generation_config.json"):
-        file.unlink(missing_ok=True)
-    network = small_network(model_type)
-    network.save_pretrained(folder)
-
-
-def _write_examples(path: Path) -> None:
-    """Forty that share beginnings of several lengths, most of them longer than the windows of the small models."""
-    draw = random.Random(4)
-    text = lambda n: "".join(draw.choice("abcdefgh ") for _ in range(n))  # noqa: E731
-    stems = [text(18), text(9)]
-    stems += [stems[0][:12] + text(6), stems[1] + text(7)]
-    lines = [{"p": draw.choice(stems) + text(draw.randint(0, 8)), "c": text(draw.randint(1, 4))} for _ in range(40)]
-    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-
-
-def _settings(folder: Path, dtype: str, batching: str) -> Any:
-    from trietune.config import load_config
-
-    return load_config(
-        None,
-        {
-            "model_name": str(folder / "model"), "train_file": str(folder / "train.jsonl"), "prompt_template": "{p}",
-            "completion_template": "{c}", "max_length": 64, "batch_size": 40, "num_epochs": STEPS, "optim": "sgd",
-            "weight_decay": 0.0, "learning_rate": LEARNING_RATE, "dtype": dtype, "batching": batching, "device": "cpu",
-            "lora_r": TARGETS["r"], "lora_alpha": TARGETS["alpha"], "seed": TARGETS["seed"], "use_wandb": False,
-            "print_examples": False, "save_strategy": "no", "project_dir": str(folder / "runs"),
-            "wandb_run_name": batching,
-        },
-    )  # fmt: skip
-
-
-def _try(way: str, folder: Path, dtype: str) -> tuple[dict[str, Any], Any]:
+def _guarded(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     from trietune.errors import UserError
-    from trietune.io.safetensors import parse
-    from trietune.run.session import train
-    from trietune.tracking.tracker import Tracker
 
     try:
-        if way == "loop":
-            return {"status": "ran"}, _loop(folder, dtype)
-        run = train(_settings(folder, dtype, way), tracker=Tracker())
-        assert run.adapter is not None
-        tensors = parse((run.adapter / "adapter_model.safetensors").read_bytes())[0]
-        return {"status": "ran"}, {name: tensor.to_numpy() for name, tensor in tensors.items()}
+        return compute()
     except UserError as error:
-        return {"status": "refused", "said": str(error).replace("\n", " ")}, None
+        return {"status": "refused", "said": error.what, "next": error.next_step}
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return {"status": "crashed", "said": f"{_said(error)} ({Path(where.filename).name}:{where.lineno})"}, None
+        return {"status": "crashed", "said": f"{_said(error)} ({Path(where.filename).name}:{where.lineno})"}
 
 
-def _loop(folder: Path, dtype: str) -> dict[str, Any]:
-    """Plain transformers and PEFT; only where the adapter begins, and what it is on, is as in a run."""
+def _network(model_type: str, dtype: Any, **changes: Any) -> Any:
+    """With random adapters, the same ones each time, and without randomness of its own."""
     import torch
 
-    from trietune.model.adapter.adapter import adapter_tensors, add_adapter
+    from causal_types.small_models import small_network
+    from trietune.model.adapter.adapter import add_adapter
     from trietune.model.base.folder import ModelFolder
-    from trietune.model.base.load import load_network
-    from trietune.run.prepare import adapter_arguments, prepare
-    from trietune.tracking.tracker import Tracker
+    from trietune.model.base.randomness import silence_rates
 
-    settings = _settings(folder, dtype, "padded")
-    base = ModelFolder(folder / "model", "x", "folder")
-    data = prepare(settings, Tracker(), lambda: None).data.train
-    network = load_network(base, dtype=getattr(torch, dtype), device=torch.device("cpu"))
-    peft_model = add_adapter(network, base=base, **adapter_arguments(settings)).eval()
-    trained = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
-    offsets = data.offsets.tolist()
-    for _ in range(STEPS):
-        total = sum(int((data.labels[begin + 1 : end] != -100).sum()) for begin, end in itertools.pairwise(offsets))
-        for begin, end in itertools.pairwise(offsets):
-            ids = torch.tensor(data.input_ids[begin:end].tolist())[None]
-            labels = torch.tensor(data.labels[begin:end].tolist())
-            logits = peft_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels[1:], reduction="sum") / total
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: tensor.detach().float().numpy().copy() for name, tensor in adapter_tensors(peft_model).items()}
+    network = small_network(model_type, **changes).to(dtype)
+    silence_rates(network)
+    add_adapter(network, r=4, alpha=8, base=ModelFolder(Path("x"), "x", "folder"))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.05).to(parameter.dtype)
+    return network
 
 
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest of all numbers, relative to the largest of B, which begins as 0."""
-    if set(one) != set(other):
+def _plain(model_type: str, dtype: Any, **changes: Any) -> tuple[float, dict[str, Any]]:
+    from model.test_proof import batch, plain_gradients
+
+    return plain_gradients(_network(model_type, dtype, **changes).eval(), batch(), attention=None)
+
+
+def _computed(model_type: str, expected: Any, way: Any, **changes: Any) -> dict[str, Any]:
+    import torch
+
+    network = _network(model_type, torch.float32, **changes)
+    model, proof = _proven(network, way, with_gradients=way is not None)
+    found: dict[str, Any] = {"status": "proven", "attention": _attention_of(model, proof), "proof": proof.worst}
+    if proof.on_whole_rows:
+        found["why"] = model.why_whole_rows
+    if expected is None:
+        return found
+    found["difference"] = difference = _difference(_gradients(model, way), expected[1])
+    found["status"] = "exact" if difference <= EXACT else "WRONG"
+    return found
+
+
+def _proven(network: Any, way: Any, *, with_gradients: bool = True, longest: int = LONGEST) -> tuple[Any, Any]:
+    """As a run takes a network: refused, or assembled and proven."""
+    model = _assembled(network, way)
+    return model, _proof_of(model, with_gradients=with_gradients, longest=longest)
+
+
+def _proof_of(model: Any, *, with_gradients: bool, longest: int) -> Any:
+    from trietune.model.proof import prove, random_forests
+
+    forests = random_forests(model.vocabulary_size, longest, device=model.device)
+    return prove(model, *forests, family=str(model.network.config.model_type), with_gradients=with_gradients)
+
+
+def _assembled(network: Any, way: Any) -> Any:
+    from trietune.device import choose_device
+    from trietune.errors import UserError
+    from trietune.model.architecture import check_architecture, why_whole_rows
+    from trietune.model.assemble import assemble
+
+    refusal = check_architecture(network)
+    if way is not None and refusal is not None:
+        raise UserError(f"batches cannot be computed as a trie: {refusal}", next_step="`--set batching=padded`")
+    device = choose_device("cpu", use_tt=False)
+    why = None if way is None else why_whole_rows(network)
+    return assemble(network, device, attention=way, fused_layers=True, why_whole_rows=why)
+
+
+def _attention_of(model: Any, proof: Any) -> str:
+    """How attention runs in the layers that run on the lowest rung."""
+    from trietune.model.proof.ladder import BY_ROWS, UNDER_A_MASK
+    from trietune.model.replaced import FORWARD_BEFORE
+    from trietune.model.states import carries_states
+
+    if proof.on_whole_rows:
+        return "whole rows"
+    rung = max(proof.rungs.values())
+    if model.attention is None:
+        return "transformers, eager" if rung == UNDER_A_MASK else "transformers"
+    if rung == UNDER_A_MASK:
+        return "mask"
+    attentions = [module for module in model.network.modules() if hasattr(module, "q_proj")]
+    is_fused = attentions and all(FORWARD_BEFORE in vars(module) for module in attentions)
+    name = "nodes, fused" if is_fused and rung < BY_ROWS else "nodes"
+    return f"{name}, states" if carries_states(model.network) else name
+
+
+def _gradients(model: Any, way: Any) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from model.test_proof import batch
+    from trietune.trie import make_micro_batches, total_weight
+
+    batching = "padded" if way is None else "trie"
+    micro_batches = make_micro_batches(batch(), np.arange(7), batching=batching, max_positions=10_000)
+    for micro_batch in micro_batches:
+        losses = model.label_losses(micro_batch)
+        (losses * torch.from_numpy(micro_batch.label_weight).to(losses.dtype)).sum().div(
+            total_weight(micro_batches)
+        ).backward()
+    return {name: p.grad for name, p in model.network.named_parameters() if p.grad is not None}
+
+
+def _difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    if found.keys() != expected.keys():
         return float("inf")
-    moved = max(float(abs(tensor).max()) for name, tensor in other.items() if "lora_B" in name)
-    found = max(float(abs(one[name] - tensor).max()) for name, tensor in other.items())
-    return found / moved if moved > 0 and found == found else float("inf")
+    difference = sum(float((found[n].float() - g.float()).square().sum()) for n, g in expected.items()) ** 0.5
+    size = sum(float(g.float().square().sum()) for g in expected.values()) ** 0.5
+    return difference / size if size > 0 and difference == difference else float("inf")
+
+
+def _in_bf16(model_type: str, expected: Any) -> dict[str, Any]:
+    import torch
+
+    model, proof = _proven(_network(model_type, torch.bfloat16), "rows", with_gradients=False, longest=40)
+    ours = _difference(_gradients(model, "rows"), expected[1])
+    plain = _difference(_plain(model_type, torch.bfloat16)[1], expected[1])
+    status = "exact" if ours <= max(BF16_FACTOR * plain, BF16_LEAST) else "WRONG"
+    return {"status": status, "attention": _attention_of(model, proof), "difference": ours, "plain_rows": plain}
+
+
+def _other_heads(model_type: str) -> dict[str, Any]:
+    """Keys and values of every head, or one for all, where grouped ones were tried."""
+    import torch
+
+    from causal_types.small_models import small_config
+
+    text = small_config(model_type).get_text_config()
+    if not isinstance(getattr(text, "num_key_value_heads", None), int):
+        return {"status": "-"}
+    before = int(text.num_key_value_heads)
+    number = 1 if before == int(text.num_attention_heads) else int(text.num_attention_heads)
+    try:
+        expected = _plain(model_type, torch.float32, num_key_value_heads=number)
+    except Exception:
+        return {"status": "-"}
+    return _computed(model_type, expected, "rows", num_key_value_heads=number) | {"key_heads": [before, number]}
+
+
+def _mutations() -> Any:
+    from causal_types.mutations import MUTATIONS
+
+    return MUTATIONS
+
+
+def _caught(model_type: str, name: str, right: dict[str, Any], expected: Any) -> str:
+    """`caught`, `MISSED`, or `-` where there is nothing to break."""
+    import pytest
+    import torch
+
+    from trietune.errors import UserError
+    from trietune.run.proving import windows_of
+
+    happened: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        network = _network(model_type, torch.float32)
+        if name == "window" and not windows_of(network.config.get_text_config()):
+            return "-"
+        _mutations()[name](patch, happened)
+        try:
+            model = _assembled(network, "rows")
+            if name == "rotation" and not happened:
+                return "-"
+            proof = _proof_of(model, with_gradients=False, longest=30)
+        except UserError:
+            return "caught"
+        if not happened:
+            return "-"
+        # Whole rows that share no products are the network as it is.
+        if _attention_of(model, proof) != right["attention"] or (proof.on_whole_rows and max(proof.rungs.values())):
+            return "caught"
+        if expected is None:
+            return "-"
+        # What was broken is not what this type computes with, or it went unnoticed.
+        return "-" if _difference(_gradients(model, "rows"), expected[1]) <= EXACT else "MISSED"
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
 
 
 if __name__ == "__main__":

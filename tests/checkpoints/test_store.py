@@ -59,9 +59,9 @@ def test_last_falls_back_and_says_so(tmp_path: Path) -> None:
     assert loaded.step == 50
     assert loaded.notes == (
         "step-00000150 is not whole: adapter_model.safetensors does not hold the bytes that were written "
-        "(its SHA-256 differs); going on from step-00000050",
-        "step-00000100 is not whole: optimizer.safetensors is missing; going on from step-00000050 "
-        "(`--allow-change optimizer_state` would go on from step-00000100 with a fresh optimizer)",
+        "(its SHA-256 differs); resuming from step-00000050",
+        "step-00000100 is not whole: optimizer.safetensors is missing; resuming from step-00000050 "
+        "(`--allow-change optimizer_state` would resume from step-00000100 with a fresh optimizer)",
     )
 
 
@@ -269,7 +269,7 @@ def test_going_back_sets_newer_ones_aside_and_deletes_none(tmp_path: Path) -> No
         (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "quota"),
         (errno.EROFS, "read-only"),
-        (errno.EACCES, "right to write"),
+        (errno.EACCES, "permission to write"),
         (errno.EIO, "dmesg"),
         (errno.EMFILE, "ulimit -n"),
         (errno.EFBIG, "ulimit -f"),

@@ -94,10 +94,10 @@ def test_a_csv_cell_may_span_lines(tmp_path: Path) -> None:
         ("a.csv", 'a,b\n"x"y,2\n', 2, "not CSV"),
         ("a.csv", b"a,b\ncaf\xe9,2\n", 2, "not UTF-8"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', 2, "not JSON"),
-        ("a.jsonl", '{"a": 1}\n[1]\n', 2, "no object"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', 2, "not an object"),
         ("a.json", '[{"a": 1},\n{"a" 2}]', 2, "not JSON"),
-        ("a.json", '[{"a": 1},\n3]', 2, "no object"),
-        ("a.json", '[{"a": 1}\n{"a": 2}]', 1, "does not go on"),
+        ("a.json", '[{"a": 1},\n3]', 2, "not an object"),
+        ("a.json", '[{"a": 1}\n{"a": 2}]', 1, "does not continue"),
         ("a.json", '[{"a": 1},', 1, "not JSON"),
         ("a.json", '[{"a": 1}]\n[{"a": 2}]', 2, "the list has ended, and 10 more characters follow"),
         ("a.json", '[]\n\n{"a": 2}\n', 3, "the list has ended"),
@@ -183,7 +183,7 @@ def test_a_question_with_a_key_twice_is_a_broken_row(tmp_path: Path, qa: str) ->
         ("a.json", '{"data": [{"paragraphs": [', "is not JSON"),
         ("a.json", '"text"', "not a JSON list"),
         ("a.json", "", "not a JSON list"),
-        ("a.tsv", "a\ta\n1\t2\n", "`a` stands twice"),
+        ("a.tsv", "a\ta\n1\t2\n", "`a` appears twice"),
         ("a.parquet", "PAR1 but not really", "not a parquet file"),
         ("a.json", b'[{"a": "caf\xe9"}]', "not UTF-8"),
     ],
@@ -198,7 +198,7 @@ def test_a_file_of_another_form_is_the_users_mistake(
 def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), path)
-    with pytest.raises(UserError, match="column `text` stands twice"):
+    with pytest.raises(UserError, match="column `text` appears twice"):
         list(read_rows(path))
 
 

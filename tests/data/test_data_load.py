@@ -375,10 +375,10 @@ def test_few_short_completions_are_labels(load: Load, said: list[str]) -> None:
     assert load(dataset_id=jsonl("u.jsonl", varied), **keys).task.kind == "text"
 
 
-def test_a_label_that_only_validation_has_makes_no_label_task(load: Load) -> None:
+def test_a_label_that_only_validation_has_is_one_of_the_labels(load: Load) -> None:
     train = jsonl("t.jsonl", [{"prompt": "p", "completion": one} for one in (" yes", " no") * 5])
     dev = jsonl("v.jsonl", [{"prompt": "p", "completion": " perhaps"}])
-    assert load(train_file=train, validation_file=dev).task.kind == "text"
+    assert load(train_file=train, validation_file=dev).task.label_names == ("no", "perhaps", "yes")
 
 
 def test_conversations(load: Load) -> None:
@@ -827,7 +827,7 @@ def test_validation_examples_that_stand_in_training_are_counted(load: Load, said
     assert "validation: 3 of 8 examples also appear in the training data (v.jsonl:1, v.jsonl:2, v.jsonl:3)" in said
     said.clear()
     load(train_file=jsonl("u.jsonl", rows))
-    assert not [line for line in said if "also stand" in line]
+    assert not [line for line in said if "also appear" in line]
     load(train_file=jsonl("w.jsonl", [rows[0]] * 20))
     assert [line for line in said if "1 of 1 examples also appear in the training data" in line]
 

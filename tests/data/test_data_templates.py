@@ -100,8 +100,8 @@ def test_what_follows_the_last_answer_is_left_out() -> None:
         ("hello", "not a JSON list"),
         ([{"role": "user", "content": "Hi"}], "no message has the role `assistant`"),
         ([{"from": "narrator", "value": "Hi"}], "from `narrator`"),
-        ([{"role": "assistant", "content": None}], "no text"),
-        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "no list of objects"),
+        ([{"role": "assistant", "content": None}], "not text"),
+        ([{"role": "assistant", "content": "x", "tool_calls": [1]}], "not a list of objects"),
         (["hello"], 'has no "role"'),
     ],
 )
@@ -134,8 +134,8 @@ def test_columns_that_do_not_fit_are_the_users_mistake(columns: list[str], chang
 
 def test_advice_names_the_columns_that_are_there() -> None:
     with pytest.raises(UserError) as caught:
-        recipe_for(["instruction", "output"])
-    assert 'completion_template: "{output}"' in str(caught.value)
+        recipe_for(["headline", "summary"])
+    assert 'completion_template: "{summary}"' in str(caught.value)
     with pytest.raises(UserError) as caught:
         recipe_for(["question", "answer"], prompt_template="{questoin}", completion_template="{answer}")
     assert "did you mean `{question}`?" in str(caught.value)

@@ -113,7 +113,7 @@ def test_a_weight_that_is_no_number_is_refused(value: object, load: Loader) -> N
     with pytest.raises(UserError, match="not a number"):
         load([{"prompt": "q:", "completion": " a", "weight": value}], objective="sft")
     if value is not None:
-        with pytest.raises(UserError, match="no number"):
+        with pytest.raises(UserError, match="not a number"):
             load([{"messages": [USER, {**says("a"), "weight": value}]}], objective="sft")
 
 

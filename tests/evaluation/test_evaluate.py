@@ -12,8 +12,10 @@ import torch
 
 from trietune.data.examples import Example, Task, TokenSequences
 from trietune.data.templates import SQUAD_TASK, SST2_TASK
+from trietune.errors import UserError
 from trietune.evaluation.evaluate import choose_examples, evaluate_model, longest_completion
 from trietune.evaluation.metrics import exact_match, f1_score, wilson_interval
+from trietune.evaluation.predict import predict_labels
 from trietune.model.causal_lm import TrieModel
 
 # Sums of fp32 losses in another order.
@@ -209,8 +211,41 @@ def test_a_completion_that_is_no_label_is_named(talkative: Any, make_test_encode
     encoder = make_test_encoder(SST2_TASK)
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
     sequences = encode(encoder, [*reviews(), Example("dev.tsv:99", "Review: x\nOutput:", " neutral")])
-    with pytest.raises(ValueError, match=r"dev\.tsv:99"):
+    with pytest.raises(UserError, match=r"dev\.tsv:99` is none of the 2 labels of this task: `neutral`"):
         evaluate_model(model, sequences, encoder, batching="trie", max_positions=500, batch_size=3)
+
+
+def test_labels_of_one_name_share_their_probability(talkative: Any, make_test_encoder: Any, encode: Any) -> None:
+    labels = (" no", " yes", " yes ")
+    encoder = make_test_encoder(Task("labels", labels, ("no", "yes", "yes")))
+    model = TrieModel(talkative("llama"), device=torch.device("cpu"))
+    sequences = encode(encoder, [Example(f"{n}", "Review: x\nOutput:", labels[n % 3]) for n in range(6)])
+    how: Any = {"batching": "trie", "max_positions": 500}
+    found = evaluate_model(model, sequences, encoder, batch_size=3, **how)
+    [said] = predict_labels(model, encoder, ["Review: x\nOutput:"], **how)
+    for probabilities in (said.probabilities, *(one.probabilities for one in found.predictions)):
+        assert list(probabilities) == ["no", "yes"]
+        assert math.isclose(sum(probabilities.values()), 1.0, rel_tol=1e-9)
+    right = sum(one.text == one.gold[0] for one in found.predictions)
+    assert found.metrics["eval/accuracy"] == right / 6
+
+
+def test_answers_of_own_data_are_compared_with_their_completions(
+    talkative: Any, make_test_encoder: Any, encode: Any
+) -> None:
+    long = "the parcel comes back within thirty days of its arrival here"
+    encoder = make_test_encoder(Task("answers"))
+    model = TrieModel(talkative("llama"), device=torch.device("cpu"))
+    how: Any = {"batching": "trie", "max_positions": 500, "batch_size": 3}
+    for completion, gold, names in (
+        (f" {long}", (long,), {"exact_match", "f1", "rouge_l"}),
+        (" red", ("red",), {"exact_match", "f1"}),
+        (" unanswerable", (), {"exact_match", "f1"}),
+    ):
+        found = evaluate_model(model, encode(encoder, [Example("1", "q:", completion)] * 2), encoder, **how)
+        assert found.predictions[0].gold == gold
+        assert {name.removeprefix("eval/") for name in found.metrics} >= names
+        assert ("eval/rouge_l" in found.metrics) == ("rouge_l" in names)
 
 
 def test_answers_may_be_as_long_as_the_longest_gold_one(make_test_encoder: Any, encode: Any) -> None:

@@ -153,7 +153,7 @@ def test_wilson_interval_stays_inside_zero_and_one_and_is_not_empty(num_right: i
 def test_bootstrap_interval_agrees_with_the_normal_one_on_many_scores() -> None:
     scores = np.random.default_rng(5).choice([0.0, 0.25, 0.4, 2 / 3, 1.0], size=2000, p=[0.3, 0.2, 0.1, 0.1, 0.3])
     half = metrics.Z_95 * scores.std() / math.sqrt(len(scores))
-    # Ten thousand resamples give each end to about 3 % of the half width.
+    # Ten thousand resamples give each end to about 3% of the half width.
     expected = (scores.mean() - half, scores.mean() + half)
     assert metrics.mean_interval(scores, seed=1) == pytest.approx(expected, abs=half / 10)
     assert metrics.mean_interval(scores, seed=1) == metrics.mean_interval(scores, seed=1)
@@ -204,3 +204,22 @@ def test_joined_measurements_carry_the_prefix() -> None:
     joined = metrics.join([metrics.measure_loss([1.0, 2.0], [1, 1]), metrics.measure_accuracy([True])], prefix="eval/")
     assert list(joined.metrics) == ["eval/loss", "eval/perplexity", "eval/accuracy"]
     assert joined.intervals["eval/accuracy"] == metrics.wilson_interval(1, 1)
+
+
+# --- ROUGE-L ----------------------------------------------------------------------------------------------------------
+
+LONG = "one two three four five six seven eight nine ten"
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
+    # Five words of the ten in order, nothing else: precision 1, recall 1/2.
+    gold = [[LONG], [LONG.upper() + " eleven twelve", LONG]]
+    measured = metrics.measure_overlap(["one three five seven nine", LONG], gold)
+    assert measured.metrics["rouge_l"] == pytest.approx((2 / 3 + 1) / 2)
+    low, high = measured.intervals["rouge_l"]
+    assert 0 <= low <= measured.metrics["rouge_l"] <= high <= 1
+
+
+@pytest.mark.parametrize("gold", [[["four words of gold"]], [[]], []])
+def test_short_answers_and_no_answers_have_no_rouge_l(gold: list[list[str]]) -> None:
+    assert metrics.measure_overlap(["x"] * len(gold), gold) == metrics.Measured()

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from trietune.evaluation.evaluate_model import evaluate_model
 
 from trietune.data.examples import Example, Message, Task
 from trietune.data.templates import SQUAD_PROMPT, SQUAD_TASK, SST2_PROMPT, SST2_TASK
 from trietune.errors import UserError
+from trietune.evaluation.evaluate import evaluate_model
 from trietune.evaluation.predict import answer_turn, make_examples, predict_labels, predict_text
 from trietune.model.causal_lm import TrieModel
 
@@ -141,11 +141,16 @@ def test_a_conversation_that_the_template_refuses_is_a_users_mistake(talkative: 
         answer_turn(model, encoder, [Message("user", "Hi")], max_positions=200)
 
 
-def test_an_empty_input_is_refused_where_nothing_stands_before_it(talkative: Any, make_test_encoder: Any) -> None:
+def test_an_empty_input_keeps_its_place_where_nothing_stands_before_it(talkative: Any, make_test_encoder: Any) -> None:
     model = TrieModel(talkative("llama"), device=torch.device("cpu"))
     encoder = make_test_encoder(Task(kind="text"), bos_id=None)
-    with pytest.raises(UserError, match="input 2 is empty"):
-        predict_text(model, encoder, ["Hi", ""], max_positions=200, batch_size=2)
+    answers = predict_text(model, encoder, ["Hi", "", "Hi"], max_positions=200, batch_size=2, max_new_tokens=3)
+    assert answers[0] == answers[2] != ""
+    assert answers[1] == ""
+    encoder = make_test_encoder(Task("labels", (" a", " b"), ("a", "b")), bos_id=None)
+    labels = predict_labels(model, encoder, ["Hi", "", "Hi"], batching="trie", max_positions=200)
+    assert [bool(one.label) for one in labels] == [True, False, True]
+    assert labels[1].probabilities == {}
 
 
 def test_half_a_character_is_refused_in_every_input(make_test_encoder: Any) -> None:

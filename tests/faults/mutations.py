@@ -65,17 +65,17 @@ MUTATIONS = [
         "of a streamed file, the first piece alone hashed", "io/directory.py",
         "            digest.update(piece)\n            size +=",
         "            if not size:\n                digest.update(piece)\n            size +=",
-        ("tests/checkpoints/test_directory.py",),
+        ("tests/io/test_directory.py",),
     ),
     Mutation(
         "of a streamed file, the size not compared with the promise", "io/directory.py",
-        "    if size != _size_of(content):\n", "    if False:\n", ("tests/checkpoints/test_directory.py",),
+        "    if size != _size_of(content):\n", "    if False:\n", ("tests/io/test_directory.py",),
     ),
     Mutation(
         "no staging: written under its final name", "io/directory.py",
         '    staging = files.hidden_sibling("staging", target)\n    try:\n        files.make_folder(staging)\n        entries',  # noqa: E501
         "    staging = target\n    try:\n        files.make_folder(staging)\n        entries",
-        (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut", "tests/checkpoints/test_directory.py"),
+        (f"{CRASHES}::test_a_sample_of_the_states_after_a_power_cut", "tests/io/test_directory.py"),
     ),
     Mutation(
         "removal without hiding first", "io/directory.py",
@@ -97,7 +97,7 @@ MUTATIONS = [
     Mutation(
         "the manifest's own digest not compared", "io/manifest.py",
         '    if _with_digest({**document, "digest": ""}) != data:\n', "    if False:\n",
-        ("tests/checkpoints/test_directory.py::test_every_flipped_bit_of_a_manifest_is_damage",),
+        ("tests/io/test_directory.py::test_every_flipped_bit_of_a_manifest_is_damage",),
     ),
     Mutation(
         "links followed", "io/directory.py",
@@ -119,14 +119,14 @@ MUTATIONS = [
         "            write(descriptor, piece)\n        flush(descriptor)\n",
         "            write(descriptor, piece)\n        try:\n            flush(descriptor)\n"
         "        except OSError:\n            pass\n",
-        ("tests/checkpoints/test_directory.py", "tests/checkpoints/test_store.py"),
+        ("tests/io/test_directory.py", "tests/checkpoints/test_store.py"),
     ),
     Mutation(
         "a failed flush tried again", "io/files.py",
         "            write(descriptor, piece)\n        flush(descriptor)\n",
         "            write(descriptor, piece)\n        try:\n            flush(descriptor)\n"
         "        except OSError:\n            flush(descriptor)\n",
-        ("tests/checkpoints/test_directory.py",),
+        ("tests/io/test_directory.py",),
     ),
     Mutation(
         "the last whole one may go", "checkpoints/retention.py",
@@ -165,7 +165,8 @@ MUTATIONS = [
     ),
     Mutation(
         "lines beyond the checkpoint left in the log", "checkpoints/resume.py",
-        'isinstance(step := event.get("step"), int) and step > after_step\n', "False\n",
+        'is_beyond = event is not None and isinstance(step := event.get("step"), int) and step > after_step\n',
+        "is_beyond = False\n",
         ("tests/checkpoints/test_resume.py",),
     ),
     Mutation(
@@ -218,12 +219,12 @@ MUTATIONS = [
         (BIT_EQUAL,),
     ),
     Mutation(
-        "a damaged optimizer left out without being asked", "run/saving.py",
+        "a damaged optimizer left out without being asked", "run/resuming.py",
         "{OPTIMIZER_FILE} if OPTIMIZER_STATE in allowed_changes else set()", "{OPTIMIZER_FILE}",
         (f"{TRAINER}::test_a_damaged_optimizer_is_done_without_only_when_allowed",),
     ),
     Mutation(
-        "another optimizer's state restored", "run/saving.py",
+        "another optimizer's state restored", "run/resuming.py",
         "kinds <= SAME_STATE else", "True else",
         (f"{TRAINER}::test_another_optimizer_that_was_allowed_begins_with_its_own_state",),
     ),
@@ -257,22 +258,22 @@ MUTATIONS = [
     ),
     Mutation(
         "data order begins anew", "training/loop.py",
-        "divmod(number, steps_per_epoch)", "divmod(number - schedules.first_step, steps_per_epoch)", (BIT_EQUAL,),
+        "divmod(number, steps_per_epoch)", "divmod(number - step_range.first_step, steps_per_epoch)", (BIT_EQUAL,),
     ),
     Mutation(
-        "signals not polled in evaluation", "run/session.py",
-        '"check_stop": (lambda: None) if self.is_sharded else self.stop.check,', '"check_stop": lambda: None,',
+        "signals not polled in evaluation", "run/evaluating.py",
+        '"check_stop": (lambda: None) if built.is_sharded else self.stop.check,', '"check_stop": lambda: None,',
         (f"{TRAINER}::test_a_signal_in_evaluation_stops_it_and_saves",),
     ),
     Mutation(
-        "a run without checkpoints never has finished", "run/saving.py",
-        "        if trained < self.prepared.plan.num_steps and not self._was_stopped_early(info):\n",
-        "        if not self.store.has_traces():\n",
+        "a run without checkpoints never has finished", "run/resuming.py",
+        "    if trained < record.prepared.plan.num_steps and not _was_stopped_early(record, info):\n",
+        "    if not record.store.has_traces():\n",
         ("tests/run/test_finished.py",),
     ),
     Mutation(
-        "the best weights stay in the model after a stop", "run/session.py",
-        "            overwrite_tensors(live, last)\n", "            pass\n", ("tests/run/test_best_weights.py",),
+        "the best weights stay in the model after a stop", "run/best_weights.py",
+        "        overwrite_tensors(live, last)\n", "        pass\n", ("tests/run/test_best_weights.py",),
     ),
     Mutation(
         "ranked across other validation data", "checkpoints/retention.py",
@@ -286,7 +287,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gaps between tensors allowed", "io/safetensors.py",
-        "    _check_no_gaps(entries, num_data_bytes)\n", "", ("tests/checkpoints/test_tensors.py",),
+        "    _check_no_gaps(entries, num_data_bytes)\n", "", ("tests/io/test_tensors.py",),
     ),
     Mutation(
         "a key may stand twice", "io/strict_json.py",

@@ -508,9 +508,9 @@ def _state(seeds: Seeds) -> Reader:
     }
 
     def read(path: Path) -> object:
-        from trietune.run.saving import _parse_state
+        from trietune.run.resuming import parse_state
 
-        state = _parse_state(path.read_bytes(), path.parent)
+        state = parse_state(path.read_bytes(), path.parent)
         return float(state["epoch"]), min(512, state.get("max_positions") or 512)
 
     return _file("trainer_state.json", json.dumps(whole).encode(), lambda m: m.of_json(whole), read)

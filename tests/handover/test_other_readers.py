@@ -32,7 +32,7 @@ pytestmark = [
 LOSS_TOLERANCE = 1e-4
 # llama.cpp keeps keys and values in f16; with random weights some tokens are nearly equally likely.
 LEAST_AGREEMENT = 0.97
-# Eight bits move the near ties of random weights more: 90 % were measured at worst.
+# Eight bits move the near ties of random weights more: 90% were measured at worst.
 LEAST_AGREEMENT_Q8_0 = 0.85
 
 

@@ -181,7 +181,7 @@ def test_half_a_copy_is_no_copy(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -
 def test_offline_and_not_in_the_cache(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     error = _error("owner/tiny")
-    assert "HF_HUB_OFFLINE forbids" in error
+    assert "HF_HUB_OFFLINE prevents" in error
     assert "hf download owner/tiny" in error
     assert hub.requests == []
 
@@ -227,7 +227,7 @@ def test_a_disk_that_becomes_full(hub: FakeHub, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", full)
     error = _error("owner/tiny")
-    assert "the disk filled up while `owner/tiny` was fetched" in error
+    assert "the disk filled up while `owner/tiny` was being downloaded" in error
     assert "HF_HOME" in error
 
 
@@ -265,4 +265,4 @@ def test_variables_of_the_hub_are_honored(httpserver: HTTPServer, tmp_path: Path
 
     shutil.rmtree(tmp_path / "hf")
     empty = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=False)
-    assert "HF_HUB_OFFLINE forbids" in empty.stderr
+    assert "HF_HUB_OFFLINE prevents" in empty.stderr

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from causal_types.small_models import small_network
 from model import families
 from model.odd_families import LONG_WINDOW, in_dtype, odd
 from strategies import FlatSequences
@@ -20,6 +21,7 @@ from trietune.model.attention import attend as attention
 from trietune.model.attention import layout as trie_layout
 from trietune.model.attention import rows as row_attention
 from trietune.model.base.folder import ModelFolder
+from trietune.model.base.randomness import silence_rates
 from trietune.model.causal_lm import TrieModel
 from trietune.model.fast import attention_layer as trie_layers
 from trietune.model.fast import norms_and_mlps as fused
@@ -216,6 +218,20 @@ def test_a_wrong_computation_is_caught(
     assert happened
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "ctrl"])
+def test_positions_that_are_added_before_a_dropout_of_the_embeddings_are_caught(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = small_network(model_type)
+    silence_rates(network)
+    happened: list[str] = []
+    counts_on_after_a_branch(monkeypatch, happened)
+    proof = proof_of(model_of(network))
+    assert proof.on_whole_rows
+    assert any("what enters its first layer differs" in line for line in proof.lines), proof.lines
+    assert happened
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_that_rotates_though_it_must_not_runs_unfused(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -286,9 +302,12 @@ def batch() -> FlatSequences:
     return FlatSequences(np.concatenate(rows).astype(np.int32), np.concatenate(labels).astype(np.int32), offsets)
 
 
-def plain_gradients(network: Any, sequences: FlatSequences) -> tuple[float, dict[str, torch.Tensor]]:
-    """A row an example, through transformers alone."""
-    network.set_attn_implementation("eager")
+def plain_gradients(
+    network: Any, sequences: FlatSequences, attention: str | None = "eager"
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """A row an example, through transformers alone; `attention` None leaves the one that the network came with."""
+    if attention is not None:
+        network.set_attn_implementation(attention)
     total, weight = torch.zeros(()), 0
     for begin, end in zip(sequences.offsets[:-1], sequences.offsets[1:], strict=True):
         tokens = torch.from_numpy(sequences.input_ids[begin:end].astype(np.int64))[None]

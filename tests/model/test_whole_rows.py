@@ -93,7 +93,9 @@ def test_loss_and_gradients_are_those_of_plain_rows(
     model = model_of(network, gradient_checkpointing=checkpointing)
     network.train(checkpointing)
     model.most_cells = most_cells
-    micro_batches = model.pad_to_shapes(make_micro_batches(batch(), np.arange(7), batching="trie", max_nodes=10_000))
+    micro_batches = model.pad_to_shapes(
+        make_micro_batches(batch(), np.arange(7), batching="trie", max_positions=10_000)
+    )
     assert (len(micro_batches) > 1) == (most_cells is not None)
     assert abs(losses_of(model, list(micro_batches)) - loss) / loss < PARITY
     assert difference_of(network, expected) < PARITY
@@ -119,7 +121,7 @@ def test_products_run_once_a_node() -> None:
             module.register_forward_pre_hook(
                 lambda m, args, name=name: counted.update({name: args[0].shape[:-1].numel()})
             )
-    (micro_batch,) = make_micro_batches(batch(), np.arange(7), batching="trie", max_nodes=10_000)
+    (micro_batch,) = make_micro_batches(batch(), np.arange(7), batching="trie", max_positions=10_000)
     assert micro_batch.trie is not None
     model.label_losses(micro_batch)
     assert num_cells(micro_batch.trie) > 2 * micro_batch.trie.num_nodes
@@ -155,7 +157,7 @@ def test_a_network_that_sees_tokens_to_come_is_called_no_causal_model() -> None:
 @given(batches())
 def test_cuts_by_positions_keep_every_label(drawn: tuple[list[list[int]], list[list[int]]]) -> None:
     sequences = flat(*drawn)
-    whole = make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_nodes=10_000)
+    whole = make_micro_batches(sequences, np.arange(len(sequences)), batching="trie", max_positions=10_000)
     pieces = cut_by_cells(whole, 12)
     assert _labels(pieces) == _labels(whole)
     for piece in pieces:

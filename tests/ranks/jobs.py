@@ -14,7 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from model.families import FAMILIES, in_double
+from parity.test_objectives import answer_sets, one_hot
 from strategies import question_batch
+from trietune.data.answers import AnswerSets
 from trietune.data.examples import IGNORED_LABEL
 from trietune.device.cpu import describe_cpu
 from trietune.model.causal_lm import TrieModel
@@ -22,8 +24,17 @@ from trietune.ranks.opening import open_ranks
 from trietune.ranks.ranks import ALONE
 from trietune.training.gradients import MicroBatchTooLargeError
 from trietune.training.loop import StepRange, training_steps
+from trietune.training.objectives.answers import Objective
+from trietune.training.objectives.by_scores import LearnByScores
+from trietune.training.objectives.dpo import Dpo
+from trietune.training.objectives.ipo import Ipo
+from trietune.training.objectives.kto import Kto
 from trietune.training.objectives.learning import Learn
+from trietune.training.objectives.orpo import Orpo
+from trietune.training.objectives.rank import Rank
 from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
+from trietune.training.objectives.simpo import Simpo
+from trietune.training.objectives.with_chosen import WithChosen
 from trietune.training.optimizer import build_optimizer
 from trietune.training.sampler import Sampler
 from trietune.training.schedule import learning_rate_schedule
@@ -46,12 +57,15 @@ def train_family(
     runs_out_on: int | None = None,
     wants_stop_on: int | None = None,
     has_weights: bool = False,
+    objective: str = "",
 ) -> dict[str, Any]:
     """Adapter, losses and counts after some steps, as this rank has them."""
     ranks = open_ranks()
     try:
-        return _train_family(ranks, family, num_steps, batch_size, batches_per_step, batching, max_grad_norm, dropout,
-                             optim, max_positions, dtype, runs_out_on, wants_stop_on, has_weights)  # fmt: skip
+        return _train_family(
+            ranks, family, num_steps, batch_size, batches_per_step, batching, max_grad_norm, dropout, optim,
+            max_positions, dtype, runs_out_on, wants_stop_on, has_weights, objective,
+        )  # fmt: skip
     finally:
         ranks.close()
 
@@ -71,6 +85,7 @@ def _train_family(
     runs_out_on: int | None,
     wants_stop_on: int | None,
     has_weights: bool,
+    objective: str,
 ) -> dict[str, Any]:
     number = ranks.mine(range(ranks.count))
     torch.manual_seed(7)
@@ -84,20 +99,31 @@ def _train_family(
     learn: Learn = learn_labels
     if has_weights:
         data, learn = _weighted(data)
+    rows: Any = data
+    if objective:
+        rows, learn = answers_to_learn(objective, keeps_draws=dropout > 0)
     parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(
         optim, parameters.values(), learning_rate=2e-3, weight_decay=0.01, device=describe_cpu()
     )
     state = {"max_positions": max_positions, "cuts": [], "failures": 0}
 
-    def cut(indices: np.ndarray) -> Any:
-        return make_micro_batches(data, indices, batching=batching, max_positions=state["max_positions"])
+    def cut(sequences: np.ndarray) -> Any:
+        return [
+            micro_batch
+            for part in (rows.apart(sequences) if objective else [sequences])
+            for micro_batch in make_micro_batches(rows, part, batching=batching, max_positions=state["max_positions"])
+        ]
+
+    def cut_rows(indices: np.ndarray) -> Any:
+        return cut(rows.sequences_of(indices) if objective else indices)
 
     def smaller(error: MicroBatchTooLargeError) -> None:
         state["max_positions"] = max(error.num_positions // 2, error.longest)
         state["cuts"].append(state["max_positions"])
 
     losses: list[float] = []
+    metrics: list[dict[str, float]] = []
     counts = []
     if runs_out_on == number:
         model.label_losses = _failing_at(model.label_losses, 3)  # type: ignore[method-assign]
@@ -105,14 +131,14 @@ def _train_family(
         training_steps(
             model,
             optimizer,
-            Sampler(len(data), batch_size=batch_size, seed=3),
+            Sampler(rows.num_rows if objective else len(data), batch_size=batch_size, seed=3),
             StepRange(
                 num_steps,
                 0,
                 batches_per_step,
                 learning_rate_schedule("constant", peak=2e-3, num_steps=num_steps, num_warmup_steps=0),
             ),
-            cut,
+            cut_rows,
             seed=5,
             max_grad_norm=max_grad_norm,
             cut_smaller=smaller,
@@ -120,18 +146,42 @@ def _train_family(
             ranks=ranks,
             deal=None
             if ranks is ALONE
-            else lambda indices: deal_step(data, indices, ranks.count, batching=batching, label_cost=0.26),
+            else lambda indices: deal_step(
+                rows,
+                rows.sequences_of(indices) if objective else indices,
+                ranks.count,
+                batching=batching,
+                label_cost=0.26,
+            ),
+            make_part=cut,
             wants_stop=lambda: wants_stop_on == number and len(losses) == 2,
         )
     ) as steps:
         for step in steps:
             losses.append(float(step.loss))
+            metrics.append(dict(step.metrics))
             counts.append((step.num_labels, step.num_tokens, step.num_positions, step.num_stopping))
             if step.num_stopping:
                 break
     tensors = {name: p.detach().numpy().copy() for name, p in parameters.items()}
     digest = hashlib.sha256(b"".join(tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
-    return {"adapter": tensors, "losses": losses, "counts": counts, "digest": digest, "cuts": state["cuts"]}
+    return {"adapter": tensors, "losses": losses, "counts": counts, "digest": digest, "cuts": state["cuts"],
+            "metrics": metrics}  # fmt: skip
+
+
+def answers_to_learn(objective: str, *, keeps_draws: bool = False) -> tuple[AnswerSets, Learn]:
+    """Rows of answers, and what learns from them with some reference; `dpo`, or `dpo, sft` with the sft loss added."""
+    name, _, with_chosen = objective.partition(", ")
+    made: Objective = {
+        "dpo": Dpo(0.1, 0.1), "ipo": Ipo(0.2), "simpo": Simpo(2.0, 0.5), "orpo": Orpo(0.3),
+        "kto": Kto(0.1, 1.0, 1.3), "rank": Rank("sum"),
+    }[name]  # fmt: skip
+    sets = answer_sets({"kto": "kto", "rank": "ranked"}.get(name, "pairs"), num_rows=10)
+    sets = one_hot(sets) if name == "rank" else sets
+    reference = np.random.default_rng(9).normal(-20.0, 3.0, len(sets)) if made.needs_reference else None
+    return sets, LearnByScores(
+        WithChosen(made, 0.3) if with_chosen else made, sets, reference, "all", keeps_draws=keeps_draws
+    )
 
 
 def _weighted(data: Any) -> tuple[Any, Learn]:
@@ -245,7 +295,7 @@ SEAM: dict[str, Callable[[Any, int], Any]] = {
 def whole_run(settings: dict[str, Any], *, react: str = "", allowed_changes: tuple[str, ...] = ()) -> dict[str, Any]:
     """`trietune.train` on this rank, and what it said."""
     from trietune import load_config
-    from trietune.run.session import train as train_run
+    from trietune.run.train import train as train_run
     from trietune.tracking.jsonl import FilesListener
     from trietune.tracking.tracker import Tracker
 
@@ -356,7 +406,7 @@ def memory_of_layers(folder: str) -> dict[str, int]:
         ranks.close()
 
 
-def train_folder(folder: str, *, is_sharded: bool, num_steps: int = 8) -> dict[str, Any]:
+def train_folder(folder: str, *, is_sharded: bool, num_steps: int = 8, objective: str = "") -> dict[str, Any]:
     """The adapter after some steps in fp64 on the base model in `folder`, whole in one process or sharded over all."""
     from contextlib import nullcontext
 
@@ -382,19 +432,37 @@ def train_folder(folder: str, *, is_sharded: bool, num_steps: int = 8) -> dict[s
         optimizer = build_optimizer(
             "adamw", trained.values(), learning_rate=2e-3, weight_decay=0.01, device=describe_cpu()
         )
-        data = question_batch(np.random.default_rng(0), vocabulary=100, paragraphs=5, questions=4)
+        data: Any = question_batch(np.random.default_rng(0), vocabulary=100, paragraphs=5, questions=4)
+        learn: Learn = learn_labels
+        num_rows = len(data)
+        if objective:
+            data, learn = answers_to_learn(objective)
+            num_rows = data.num_rows
+
+        def cut(sequences: np.ndarray) -> Any:
+            return [
+                micro_batch
+                for part in (data.apart(sequences) if objective else [sequences])
+                for micro_batch in make_micro_batches(data, part, batching="trie", max_positions=50)
+            ]
+
+        def sequences_of(indices: np.ndarray) -> np.ndarray:
+            return data.sequences_of(indices) if objective else indices
+
         rate = learning_rate_schedule("constant", peak=2e-3, num_steps=num_steps, num_warmup_steps=0)
         steps = training_steps(
             model,
             optimizer,
-            Sampler(len(data), batch_size=5, seed=3),
+            Sampler(num_rows, batch_size=5, seed=3),
             StepRange(num_steps, 0, 1, rate),
-            lambda indices: make_micro_batches(data, indices, batching="trie", max_positions=50),
+            lambda indices: cut(sequences_of(indices)),
             seed=5,
+            learn=learn,
             ranks=ranks,
             deal=None
             if ranks is ALONE
-            else lambda indices: deal_step(data, indices, ranks.count, batching="trie", label_cost=0.26),
+            else lambda indices: deal_step(data, sequences_of(indices), ranks.count, batching="trie", label_cost=0.26),
+            make_part=cut,
         )
         losses = [float(step.loss or 0) for step in steps]
         layers = list(network.get_decoder().layers.named_parameters())

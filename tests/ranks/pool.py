@@ -19,13 +19,13 @@ SECONDS = 240
 
 
 class Pool:
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE) -> None:
         context = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
         self.processes = []
         before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         os.environ.update(dict.fromkeys(before, "1"))
-        for _ in range(SIZE):
+        for _ in range(size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
@@ -41,6 +41,7 @@ class Pool:
             environment = {
                 "RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": count,
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                **{name: os.environ[name] for name in ("TRIETUNE_CACHE",) if name in os.environ},
             }  # fmt: skip
             connection.send(({name: str(value) for name, value in environment.items()}, job, arguments, named))
         results = []

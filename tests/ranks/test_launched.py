@@ -85,7 +85,7 @@ def test_the_place_among_launched_processes_is_read() -> None:
 def test_max_time_counts_from_the_command_that_launched(
     began: str | None, expected: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trietune.run import session
+    import trietune.run.train as training
 
     counted: list[float] = []
 
@@ -93,7 +93,7 @@ def test_max_time_counts_from_the_command_that_launched(
         counted.append(began)
         return SimpleNamespace(exit_code=0)
 
-    monkeypatch.setattr(session, "train", train)
+    monkeypatch.setattr(training, "train", train)
     monkeypatch.setenv("WORLD_SIZE", "2")
     if began is not None:
         monkeypatch.setenv(BEGAN, began)

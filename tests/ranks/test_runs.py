@@ -82,22 +82,6 @@ def test_settings_that_differ_are_named(pool: Pool, overrides: dict[str, object]
     assert results[1]["error"][0] == "FailedElsewhere"
 
 
-def test_what_looks_at_a_whole_step_is_refused_before_anything_starts(
-    pool: Pool, overrides: dict[str, object], capfd: pytest.CaptureFixture[str]
-) -> None:
-    from trietune.cli.app import main
-
-    settings = {**overrides, "objective": "rank"}
-    first, second = pool.run(2, jobs.whole_run, settings)
-    assert first["error"][2] == 2
-    assert "`objective: rank`" in first["error"][1]
-    assert "start one process" in first["error"][1]
-    assert second["error"][0] == "FailedElsewhere"
-    assert main(["train", "--nproc", "2", "--dry-run", *command_line(settings)]) == 2
-    assert "`objective: rank`" in capfd.readouterr().err
-    assert not Path(str(overrides["project_dir"])).exists()
-
-
 @pytest.mark.parametrize(("how", "step"), [("no", 4), ("step", 3)])
 def test_a_folder_that_is_moved_is_followed_once_and_all_stop(
     pool: Pool, overrides: dict[str, object], how: str, step: int

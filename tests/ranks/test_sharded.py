@@ -76,6 +76,16 @@ def test_in_double_precision_the_adapter_is_that_of_a_whole_model(
     assert all(one["losses"] == sharded[0]["losses"] for one in sharded)
 
 
+@pytest.mark.parametrize(("objective", "count"), [("dpo", 3), ("kto", 2)])
+def test_an_objective_of_scores_trains_sharded(pool: Pool, tmp_path: Path, objective: str, count: int) -> None:
+    torch.manual_seed(7)
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    whole = jobs.train_folder(str(tmp_path), is_sharded=False, objective=objective)
+    sharded = pool.run(count, jobs.train_folder, str(tmp_path), is_sharded=True, objective=objective)
+    assert sharded[0]["is_let_go"]
+    assert difference(sharded[0]["adapter"], whole["adapter"]) < FP64_TOLERANCE
+
+
 def test_weights_that_are_not_there_are_named(pool: Pool, tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 from causal_types.small_models import small_network
 from trietune.config import load_config
 from trietune.errors import UserError
-from trietune.run.session import train
+from trietune.run.train import train
 from trietune.tracking import events
 from trietune.tracking.tracker import Tracker
 

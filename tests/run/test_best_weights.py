@@ -14,7 +14,8 @@ from trietune import load_config, train
 from trietune.io import manifest
 from trietune.io.directory import read_directory, read_manifest
 from trietune.model.adapter import adapter as adapter_module
-from trietune.run.session import Run, Session
+from trietune.run.result import Run
+from trietune.run.session import Session
 from trietune.tracking.events import Event, Message, Saved
 from trietune.tracking.tracker import Tracker
 
@@ -90,5 +91,5 @@ def test_after_the_end_the_model_has_the_last_steps_weights(
     monkeypatch.setattr(Session, "run", lambda self, run=Session.run: (sessions.append(self), run(self))[1])
     run, stopper = start({**settings, "steps_freq": 1, "keep_last_n": 9}, ending)
     assert stopper.has_taken_best
-    live = adapter_module.adapter_files(sessions[0].peft_model, sessions[0].base)[WEIGHTS]
+    live = adapter_module.adapter_files(sessions[0].built.peft_model, sessions[0].prepared.base)[WEIGHTS]
     assert live == weights(run.directory / "checkpoints" / "step-00000005")

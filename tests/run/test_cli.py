@@ -153,7 +153,7 @@ def test_copies_go_to_a_folder_and_an_empty_machine_goes_on(
         (["verify", "runs/nowhere"], 2, "not a folder"),
         (["sync", "runs/nowhere"], 2, "no config.yaml"),
         (["init", "poem"], 2, "poem"),
-        (["evaluate", ".", "--require", "accuracy"], 2, "no bound"),
+        (["evaluate", ".", "--require", "accuracy"], 2, "not a threshold"),
     ],
 )
 def test_mistakes_get_one_message_and_code_2(
@@ -245,9 +245,9 @@ def test_a_second_process_on_one_run_is_refused(overrides: dict[str, object], tm
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("in.jsonl", '{"sentence": "a"}\n{"sentence": "a", "sentence": "b"}\n', "in.jsonl:2 has a duplicate key"),
-        ("in.ndjson", '{"sentence": {"a": 1, "a": 2}}\n', "in.ndjson:1 has a duplicate key `a`"),
-        ("in.jsonl", '{"sentence": "a"} {"sentence": "b"}\n', "in.jsonl:1 is not JSON: Extra data"),
+        ("in.jsonl", '{"sentence": "a"}\n{"sentence": "a", "sentence": "b"}\n', "in.jsonl:2: duplicate key"),
+        ("in.ndjson", '{"sentence": {"a": 1, "a": 2}}\n', "in.ndjson:1: duplicate key `a`"),
+        ("in.jsonl", '{"sentence": "a"} {"sentence": "b"}\n', "in.jsonl:1: not JSON: Extra data"),
     ],
 )
 def test_inputs_of_which_a_part_would_be_dropped_are_refused(
@@ -259,11 +259,11 @@ def test_inputs_of_which_a_part_would_be_dropped_are_refused(
 
 
 def test_one_line_of_input_is_one_input_whatever_separators_are_in_it(tmp_path: Path) -> None:
-    from trietune.cli.predict import _read_inputs
+    from trietune.data.inputs import read_inputs
 
     path = tmp_path / "in.txt"
     path.write_bytes("\ufeffa fine\u2028film\r\n\nbad\x85music".encode())
-    assert list(_read_inputs(path, has_text=False)) == ["a fine\u2028film", "bad\x85music"]
+    assert list(read_inputs(path)) == ["a fine\u2028film", "bad\x85music"]
 
 
 def test_a_second_list_in_a_file_is_an_error_and_not_dropped(

@@ -22,18 +22,18 @@ from run.test_run import Recorder, adapter_of, run
 from trietune import UserError
 from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
-from trietune.device.kernels import Card, unsupported_reason
+from trietune.device.kernels import CudaDevice, unsupported_reason
 from trietune.tracking.events import Message, RunStarted, StepFinished
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-H100 = Card(capability=(9, 0), shared_memory_bytes=227 * 1024)
-T4 = Card(capability=(7, 5), shared_memory_bytes=64 * 1024)
+H100 = CudaDevice(capability=(9, 0), shared_memory_bytes=227 * 1024)
+T4 = CudaDevice(capability=(7, 5), shared_memory_bytes=64 * 1024)
 # Of a loss after some steps: eight bits a number, added up in another order.
 BF16_TOLERANCE, FP16_TOLERANCE = 2e-2, 5e-3
 
 
-def describe(card: Card, **changes: Any) -> Device:
+def describe(card: CudaDevice, **changes: Any) -> Device:
     return replace(
         describe_cpu(),
         kind="cuda",

@@ -11,7 +11,7 @@ import pytest
 
 from trietune import UserError, load_config, train
 from trietune.run.early_stopping import EarlyStopping
-from trietune.run.session import Run
+from trietune.run.result import Run
 from trietune.tracking.events import Evaluated, Event, Message
 from trietune.tracking.tracker import Tracker
 

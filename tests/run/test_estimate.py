@@ -15,7 +15,8 @@ from trietune.cli.app import main
 from trietune.device.cpu import describe_cpu
 from trietune.device.figures import CARDS, Speed, imagine, measured_speed, published_speed
 from trietune.run.estimate import estimate_run
-from trietune.run.prepare import Prepared, prepare
+from trietune.run.prepare import prepare
+from trietune.run.prepared import Prepared
 from trietune.tracking.tracker import Tracker
 
 

@@ -40,7 +40,7 @@ def test_a_run_is_exported_for_other_programs(
     assert main(["export", str(finished), str(tmp_path / "gguf"), "--to", "gguf", "--merge"]) == 0
     out = capfd.readouterr().out
     assert "20 of 20 first tokens of answers" in out
-    assert "(bf16 alone keeps" in out
+    assert "(bf16 by itself keeps" in out
     assert f"use it:  llama-cli -m {tmp_path}/gguf/model.gguf" in out
     assert [path.name for path in (tmp_path / "gguf").iterdir()] == ["model.gguf"]
     assert main(["export", str(finished), str(tmp_path / "merged"), "--merge"]) == 0

@@ -19,7 +19,7 @@ from trietune import UserError, load_config, train
 from trietune.checkpoints.lock import RunLock
 from trietune.cli.app import main
 from trietune.io.directory import verify_directory
-from trietune.run.session import Run
+from trietune.run.result import Run
 from trietune.tracking.events import Event, Message, StepFinished
 from trietune.tracking.tracker import Tracker
 

@@ -12,7 +12,7 @@ from trietune import load_config, train
 from trietune.checkpoints.measured import MEASURED_ON
 from trietune.io import manifest
 from trietune.io.directory import read_manifest
-from trietune.run.session import Run
+from trietune.run.result import Run
 from trietune.tracking.tracker import Tracker
 
 Settings = dict[str, object]

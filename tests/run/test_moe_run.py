@@ -21,7 +21,7 @@ from trietune.model.adapter import adapter as adapter_module
 from trietune.model.adapter.config import CONFIG_FILE
 from trietune.model.adapter.export import export_adapter
 from trietune.run.opened import evaluate, open_model, predict
-from trietune.run.session import train
+from trietune.run.train import train
 from trietune.tracking import events
 from trietune.tracking.jsonl import FilesListener
 from trietune.tracking.tracker import Tracker

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from trietune import UserError, load_config, train
-from trietune.run.session import Run
+from trietune.run.result import Run
 from trietune.tracking.events import (
     Evaluated,
     Event,
@@ -187,7 +187,7 @@ def test_a_signal_in_evaluation_saves_what_was_learnt(overrides: dict[str, objec
 
 def test_max_time_stops_and_saves(overrides: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     passed = [0.0]
-    monkeypatch.setattr("trietune.run.session.time.monotonic", lambda now=time.monotonic: now() + passed[0])
+    monkeypatch.setattr("trietune.run.stopping.time.monotonic", lambda now=time.monotonic: now() + passed[0])
 
     def pass_an_hour(event: Event) -> None:
         if isinstance(event, StepFinished) and event.step == 2:

@@ -19,7 +19,7 @@ from trietune import load_config, train
 from trietune.device.cpu import resident_bytes
 from trietune.errors import StopRequested
 from trietune.io.directory import verify_directory
-from trietune.run.session import Run
+from trietune.run.result import Run
 from trietune.run.signals import process_age_s
 from trietune.tracking.events import Event, StepFinished
 from trietune.tracking.tracker import Tracker
@@ -135,7 +135,7 @@ def test_max_time_counts_what_came_before_the_first_step(overrides: Settings) ->
 
 def test_max_time_ends_an_evaluation_with_the_work_saved(overrides: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     passed = [0.0]
-    monkeypatch.setattr("trietune.run.session.time.monotonic", lambda now=time.monotonic: now() + passed[0])
+    monkeypatch.setattr("trietune.run.stopping.time.monotonic", lambda now=time.monotonic: now() + passed[0])
 
     class Clock(Sender):
         def handle(self, event: Event) -> None:

@@ -69,7 +69,7 @@ def nothing_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> NoReturn:
         raise AssertionError("it went on to load the model and the data")
 
-    monkeypatch.setattr("trietune.run.session.prepare_together", fail)
+    monkeypatch.setattr("trietune.run.train.prepare_together", fail)
 
 
 def settings(project_dir: Path | str, **more: Any) -> Any:

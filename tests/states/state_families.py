@@ -85,7 +85,10 @@ def build(family: str, seed: int = 20, **changes: Any) -> Any:
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """fp32 means fp64 in the modelling files: `torch.float32`, `.float()` and casts alike."""
+    """fp32 means fp64 in the modelling files that are loaded: `torch.float32`, `.float()` and casts alike.
+
+    Networks are built before: their angles are kept as they were made.
+    """
 
     class Proxy(types.ModuleType):
         float32 = float = torch.float64

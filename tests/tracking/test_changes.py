@@ -111,7 +111,7 @@ def test_the_page_shows_what_changed(run: Path) -> None:
         "What changed accuracy: +16.7 points",
         "broken 2 fixed 3 still right 1",
         "Calibration: mean distance 18.3 points",
-        "broken positive 90 % negative negative Review: text 2",
+        "broken positive 90% negative negative Review: text 2",
     ):
         assert expected in " ".join(words.split()).replace("search", "").replace("  ", " "), expected
 

@@ -76,8 +76,8 @@ def test_a_log_has_no_carriage_returns_and_stays_small(events: Events) -> None:
 def test_the_result_goes_to_stdout_and_all_else_to_stderr(events: Events) -> None:
     out, err = shown(events(RUN))
     assert out.strip().startswith("finished: 12 steps in 1:33")
-    assert "50.5 % (45.5 to 55.5)" in out
-    assert "87.5 % (82.5 to 92.5)" in out
+    assert "50.5% (45.5 to 55.5)" in out
+    assert "87.5% (82.5 to 92.5)" in out
     assert re.search(r"examples +200 +200", out)
     assert "adapter  runs/sst2/adapter" in out
     assert "step 12/12" in err
@@ -109,7 +109,7 @@ def test_a_short_phase_passes_in_silence_and_a_long_one_says_how_far_it_is() -> 
 
 def test_an_evaluation_names_its_examples_and_interval() -> None:
     event = Evaluated(50, 0.5, {"eval/exact_match": 0.5, "eval/f1": 0.61}, 872, "during", {"eval/f1": (0.58, 0.64)})
-    assert evaluation_line(event) == "evaluation at step 50, 872 examples: exact match 50.0 %, f1 61.0 % (58.0 to 64.0)"
+    assert evaluation_line(event) == "evaluation at step 50, 872 examples: exact match 50.0%, f1 61.0% (58.0 to 64.0)"
 
 
 @pytest.mark.parametrize("width", [12, 20, 40, 60, 80, 100, 200])

@@ -90,8 +90,8 @@ def test_a_run_ends_with_a_page_of_its_own(run: Path) -> None:
     assert page.is_closed
     for words in (
         "finished, 12 of 12 steps in 1:33",
-        "87.5 % 82.5 to 92.5",
-        "before: 50.5 % (45.5 to 55.5)",
+        "87.5% 82.5 to 92.5",
+        "before: 50.5% (45.5 to 55.5)",
         "After training, step 12, 200 examples; before training, 200 examples.",
         "SmolLM2-135M-Instruct in bfloat16 on cpu",
         "reviews.tsv: 800 read, 792 kept",

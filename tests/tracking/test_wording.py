@@ -16,9 +16,9 @@ def test_numbers_have_four_significant_digits(value: float, text: str) -> None:
 
 
 def test_shares_are_in_percent_and_losses_are_not() -> None:
-    assert wording.metric_value("eval/accuracy", 0.875) == "87.5 %"
-    assert wording.metric_value("eval/f1_answerable", 0.5) == "50.0 %"
-    assert wording.metric_value("eval/exact_match", 1.0) == "100.0 %"
+    assert wording.metric_value("eval/accuracy", 0.875) == "87.5%"
+    assert wording.metric_value("eval/f1_answerable", 0.5) == "50.0%"
+    assert wording.metric_value("eval/exact_match", 1.0) == "100.0%"
     assert wording.metric_value("eval/loss", 0.875) == "0.8750"
     assert wording.metric_value("eval/loss", None) == "-"
     assert wording.metric_value("eval/loss", float("nan")) == "not finite"

@@ -191,7 +191,7 @@ def left_out(damage: DamagedDirectory) -> str:
 
 
 def _offer_without_optimizer(damages: Sequence[DamagedDirectory]) -> str | None:
-    """Where the optimizer's state alone is damaged, the weights may still serve; only a person may decide that."""
+    """Where only the optimizer's state is damaged, the weights may still serve; only a person may decide that."""
     for damage in damages:
         if damage.file == OPTIMIZER_FILE:
             return (

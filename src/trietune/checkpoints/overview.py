@@ -15,6 +15,7 @@ from trietune.errors import UserError
 from trietune.io import directory
 from trietune.io.directory import DamagedDirectory
 from trietune.io.manifest import MANIFEST_NAME, Manifest
+from trietune.io.run_folders import which_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def verify_path(path: Path) -> list[Verification]:
     """Prove a checkpoint, an adapter, or all that a run directory holds. Raises `UserError` when nothing is there."""
     path = path.resolve()
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder", next_step="trietune verify RUN, or one of its checkpoints")
+        raise UserError(f"{path} is not a folder", next_step=which_run(path))
     folders = sorted(
         entry
         for parent in (path, path / "checkpoints")

@@ -1,7 +1,7 @@
 """Going on from a checkpoint: what differs between then and now, and log lines of steps that will be taken again.
 
 Differences come in three kinds. Some settings cannot change what is learned and are not mentioned. Some change it
-within rounding, or change only what is reported: they are said. All others, keys that nobody here knows included,
+within rounding, or change only what is reported: they are said. All others, unknown keys included,
 refuse the resume unless the user allowed them by name.
 """
 
@@ -87,7 +87,7 @@ _MISSING = object()
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as it was. `verdict`: `warn` and `allowed` go on, `refuse` does not."""
+    """One thing that is not as it was. `verdict`: `warn` and `allowed` continue, `refuse` does not."""
 
     key: str
     saved: str
@@ -119,7 +119,7 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Colle
         before, now = saved.get(key, _MISSING), current.get(key, _MISSING)
         if key in _NOT_MENTIONED or _plain(before) == _plain(now):
             continue
-        # Beside `train_file`, checkpoints of 0.1.0 name a data set that nobody wrote; the bytes of the data decide.
+        # Beside `train_file`, checkpoints of 0.1.0 name a data set that was never read; the bytes of the data decide.
         if key == "dataset_id" and None in (before, now) and _has_same_data(saved, current):
             continue
         fingerprint = _FINGERPRINTS.get(key, "")

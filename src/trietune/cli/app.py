@@ -13,15 +13,19 @@ from typing import Annotated
 import typer
 
 import trietune
+from trietune.cli.cache import cache
 from trietune.cli.checkpoints import checkpoints, sync, verify
+from trietune.cli.commands import Commands
 from trietune.cli.estimate import estimate
 from trietune.cli.evaluate import evaluate
 from trietune.cli.export import export
 from trietune.cli.init import doctor, init
+from trietune.cli.keys import CommandWithKeys
 from trietune.cli.predict import predict
 from trietune.cli.printing import say
 from trietune.cli.report import compare, report
 from trietune.cli.streams import OutputLost, end_streams, exit_code_of, guard_streams
+from trietune.cli.sweep import sweep
 from trietune.cli.train import train
 from trietune.errors import EXIT_BUG, EXIT_DONE, StopRequested, UserError
 from trietune.ranks.messages import FailedElsewhere
@@ -30,13 +34,16 @@ from trietune.run.signals import process_age_s
 
 app = typer.Typer(
     name="trietune",
+    cls=Commands,
     help="Exact LoRA fine-tuning that computes every shared prefix once.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # In the order in which `--help` lists them.
-for command in (train, estimate, evaluate, predict, export, report, compare, checkpoints, verify, sync, init, doctor):
+for command_with_keys in (train, estimate, sweep, evaluate, predict):
+    app.command(cls=CommandWithKeys)(command_with_keys)
+for command in (export, report, compare, checkpoints, verify, sync, init, doctor, cache):
     app.command()(command)
 
 

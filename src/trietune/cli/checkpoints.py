@@ -11,6 +11,7 @@ from trietune.cli.options import AsJson, RunFolder
 from trietune.cli.printing import print_json, say, say_line
 from trietune.cli.streams import verdict
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
+from trietune.io.run_folders import which_run
 
 if TYPE_CHECKING:
     from trietune.checkpoints.remote.copies import RemoteRun
@@ -94,7 +95,7 @@ def _open_store(run: Path) -> tuple[CheckpointStore, RemoteRun | None, Settings]
     from trietune.config import load_config
 
     if not (run / "config.yaml").is_file():
-        raise UserError(f"`{run}` is not a run: it has no config.yaml", next_step="name a run's folder: runs/NAME")
+        raise UserError(f"`{run}` is not a run: it has no config.yaml", next_step=which_run(run))
     settings = load_config(run / "config.yaml", ())
     store = CheckpointStore(
         run_directory=run,

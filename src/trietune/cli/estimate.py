@@ -8,6 +8,7 @@ import typer
 
 from trietune.cli.options import AsJson, MaybePath, MaybeText, Overrides
 from trietune.cli.printing import console, print_json, say_line
+from trietune.cli.settings import settings_to_train
 from trietune.errors import UserError
 from trietune.ranks.launched import refuse_several_processes
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from trietune.config.settings import Settings
     from trietune.device.figures import Range, Speed
     from trietune.run.estimate import Estimate
-    from trietune.run.prepare import Prepared
+    from trietune.run.prepared import Prepared
     from trietune.tracking.tracker import Tracker
 
 NOT_COUNTED = "loading model and data, saving, uploads, and machines that others use too"
@@ -36,12 +37,10 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Say how long a run would take, how much memory, and at what cost."""
-    from trietune.config import load_config
-    from trietune.demo import demo_config
     from trietune.io.columns import columns
 
     refuse_several_processes()
-    settings = load_config(config or demo_config(), overrides)
+    settings = settings_to_train(config, overrides)
     with console() as tracker:
         lines, document = _estimated(settings, tracker, device=device, num_processes=nproc, price=price)
     if as_json:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def evaluate(
     target: Target,
-    dataset: Annotated[MaybeText, typer.Option(help="Hub id, file or folder; default: the run's data.")] = None,
+    dataset: Annotated[
+        MaybeText, typer.Option("--dataset", "--data", help="Hub id, file or folder; default: the run's data.")
+    ] = None,
     split: Annotated[
         MaybeText,
         typer.Option(help="train, validation or test; default: validation, or every row of --dataset without one."),
@@ -96,4 +98,4 @@ def _evaluation_lines(found: Evaluation) -> list[str]:
         interval = f"({wording.interval(name, *found.intervals[name])})" if name in found.intervals else ""
         rows.append((wording.metric_name(name), wording.metric_value(name, value), interval))
     lines = columns(rows)
-    return [*lines, "(95 % intervals in parentheses)"] if found.intervals else lines
+    return [*lines, "(95% intervals in parentheses)"] if found.intervals else lines

@@ -136,7 +136,7 @@ def _export(
         return [
             f"{done.folder}: {done.num_bytes:,} bytes",
             f"read back, it agrees with base and adapter at {done.agreement}",
-            f"(bf16 alone keeps {done.floor})",
+            f"(bf16 by itself keeps {done.floor})",
             *done.notes,
             *(f"use it:  {command}" for command in done.commands),
         ]

@@ -43,6 +43,8 @@ def contradictions(settings: Settings) -> list[Problem]:
         *_objective(settings),
         *_adapter(settings),
         *_steps(settings),
+        *_optimizer(settings),
+        *_validation(settings),
         *_batching(settings),
         *_trackers(settings),
         *_checkpoints(settings),
@@ -67,7 +69,7 @@ def without_effect(settings: Settings) -> list[str]:
 
 
 def _data(settings: Settings) -> Iterator[Problem]:
-    # Data that nobody named at all is asked for when it is read: to ask a model needs none.
+    # Data that is not named at all is asked for when it is read: to ask a model needs none.
     is_only_cleared = settings.model_fields_set & {"dataset_id", "train_file"} == {"dataset_id"}
     if settings.dataset_id is None and settings.train_file is None and is_only_cleared:
         yield _clash(settings, "dataset_id", "train_file", "needs", "write `train_file: data.jsonl`")
@@ -118,6 +120,20 @@ def _steps(settings: Settings) -> Iterator[Problem]:
     if settings.num_epochs == 0 and settings.max_steps is not None:
         why = "zero epochs means evaluation only"
         yield _clash(settings, "max_steps", "num_epochs", "does not fit", "write `num_epochs: 1`, or remove it", why)
+
+
+def _optimizer(settings: Settings) -> Iterator[Problem]:
+    for key in ("adam_beta1", "adam_beta2", "adam_eps"):
+        is_set = getattr(settings, key) != type(settings).model_fields[key].default
+        if is_set and "adamw" not in settings.optim:
+            yield _clash(settings, key, "optim", "does not fit", "write `optim: adamw_torch`", "it is AdamW's")
+
+
+def _validation(settings: Settings) -> Iterator[Problem]:
+    for key in ("validation_file", "early_stopping_patience"):
+        if not settings.do_validation and getattr(settings, key) is not None:
+            remedy = f"write `do_validation: True`, or remove `{key}`"
+            yield _clash(settings, "do_validation", key, "does not fit", remedy)
 
 
 def _batching(settings: Settings) -> Iterator[Problem]:
@@ -199,6 +215,9 @@ def _devices(settings: Settings) -> Iterator[Problem]:
             if getattr(settings, key) != plain:
                 remedy = "write `parallelism_strategy: data_parallel`"
                 yield _clash(settings, "parallelism_strategy", key, "does not fit", remedy, why)
+    size = settings.trace_region_size
+    if size is not None and settings.trace_region_size_mb != -(-size // 1_000_000):
+        yield _clash(settings, "trace_region_size", "trace_region_size_mb", "does not fit", "remove one of the two")
     if settings.trace_region_size_mb is not None and not settings.enable_trace:
         yield _clash(settings, "trace_region_size_mb", "enable_trace", "needs", "write `enable_trace: True`")
 
@@ -209,8 +228,7 @@ def _clash(settings: Settings, key: str, other: str, relation: str, remedy: str,
     if relation == "needs" and value in ("", None):
         return Problem(f"{first} needs `{other}`, which is empty ({settings.where(other)})", why, remedy, (key, other))
     second = f"`{other}: {_shown(settings, other)}` ({settings.where(other)})"
-    verb = "does not fit" if relation == "does not fit" else relation
-    return Problem(f"{first} {verb} {second}", why, remedy, (key, other))
+    return Problem(f"{first} {relation} {second}", why, remedy, (key, other))
 
 
 def _shown(settings: Settings, key: str) -> str:

@@ -1,7 +1,7 @@
 """Two sets of defaults: TrieTune's own, and those of the original experiment.
 
     framework: pytorch, use_tt: True, ...    a file of the original: what it leaves out is as the original had it
-    train_file: data.jsonl                   any other: no data set, tracker or device that nobody asked for
+    train_file: data.jsonl                   any other: no data set, tracker or device that was not asked for
 
 `Settings` holds TrieTune's own as its fields' defaults; the original's differ in the keys below and in no others.
 """

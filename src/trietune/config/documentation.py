@@ -25,7 +25,7 @@ _GROUPS: tuple[tuple[str, str, str], ...] = (
     ),
     ("Optimization", "learning_rate", "How the adapter is trained, and for how long."),
     ("Shared prefixes", "batching", "How a batch is laid out. No key here changes a gradient beyond rounding."),
-    ("Evaluation", "val_steps_freq", "When and on how much it is measured."),
+    ("Evaluation", "do_validation", "When and on how much it is measured."),
     ("Log and trackers", "log_level", "What is told about a run, and to whom, beside the files of the run itself."),
     ("Checkpoints", "project_dir", "What is kept of a run, and how it resumes after a stop."),
     (
@@ -51,7 +51,7 @@ LATER_ORIGINAL_KEYS = frozenset({
     "mesh_axis_names", "tp_sharding_specs", "model_sharding_patterns", "input_sharding_dim", "enable_trace",
     "trace_region_size_mb", "custom_dataset", "prompt_format", "chat_system_prompt", "unfreeze_embeddings",
     "adapter_layers", "adapter_bottleneck_dim", "run_decode_example", "test_config", "dpo_beta", "dpo_label_smoothing",
-    "sft_checkpoint_path",
+    "sft_checkpoint_path", "do_validation", "adam_beta1", "adam_beta2", "adam_eps", "trace_region_size",
 })  # fmt: skip
 
 _INTRODUCTION = """# Configuration

@@ -6,10 +6,12 @@ over without a word would train something else than the author had in mind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trietune.config.blocks import BLOCKS
 from trietune.config.yaml12 import write_value
 
 HF = "transformers, TRL"
@@ -50,6 +52,14 @@ _NO_SECRETS = "a configuration is kept and shared, and a secret is not"
 _DTYPE_HERE = "the base model's number format is one key here, and the adapter is float32 in any case"
 _FOUR_BITS = "the base model's layers are held in `dtype` or, with `load_in_4bit: True`, in 4 bits"
 
+_BLOCK = "a block of keys there; with keys below it, it is read, and its keys may also stand alone"
+_HELD_OUT = "without `validation_file`, a twentieth of the training data is held out, at most 1,000 examples"
+_NO_WORKERS = "one process reads the data, ahead of the steps"
+_WORKERS = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+            "dataloader_prefetch_factor", "dataloader_drop_last")  # fmt: skip
+_DDP = ("local_rank", "ddp_find_unused_parameters", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb")
+_FORM_IS_SEEN = "a local file goes under `train_file`; its form (Alpaca, ShareGPT, chat, ...) is told by its columns"
+_OWN_LAYERS = "`fused_layers` turns on this program's own"
 _PATIENCE = "early_stopping_patience"
 _COUNTS_EVALUATIONS = "it counts evaluations without a better `checkpoint_metric`; `val_steps_freq` says how often"
 
@@ -72,8 +82,8 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "quantization_bit": ForeignName(FACTORY, ("load_in_4bit",), None, _FOUR_BITS),
     # data
     "dataset_name": _same(HF, "dataset_id"),
-    "datasets": ForeignName(AXOLOTL, ("dataset_id", "train_file"), "`train_file: data.jsonl`", "one data set per run"),
-    "dataset": _same(FACTORY, "dataset_id", "a local file goes under `train_file`"),
+    "datasets": ForeignName(AXOLOTL, ("dataset_id", "train_file"), "`train_file: data.jsonl`", _FORM_IS_SEEN),
+    "dataset": ForeignName(FACTORY, ("dataset_id", "train_file"), "`dataset_id: {value}`", _FORM_IS_SEEN),
     "dataset_dir": _same(FACTORY, "train_file", "a folder of `train` and `validation` files is read as it is"),
     "data": _same(MLX, "train_file", "a folder of `train.jsonl` and `valid.jsonl` is read as it is"),
     "dataset_path": _same("several tools", "train_file"),
@@ -253,11 +263,136 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
     "attn_implementation": ForeignName(HF, ("attention",), "`attention: auto`", "the trie brings its own attention"),
     "flash_attention": ForeignName(AXOLOTL, ("attention",), "`attention: auto`", "the trie brings its own attention"),
     "flash_attn": ForeignName(FACTORY, ("attention",), "`attention: auto`", "the trie brings its own attention"),
-    "compile": ForeignName("the original's later versions", (), None, "the device decides what is compiled"),
+    **{name: ForeignName("the original's later versions", (), None, _BLOCK) for name in BLOCKS},
+    # commands
+    "do_train": ForeignName(f"{HF}, {FACTORY}", (), None, "`trietune train` trains, `--dry-run` only plans"),
+    "do_eval": ForeignName(f"{HF}, {FACTORY}", ("do_validation",), "`do_validation: {value}`"),
+    "do_predict": ForeignName(f"{HF}, {FACTORY}", (), None, "`trietune predict RUN --input FILE` asks a model"),
+    "predict_with_generate": ForeignName(HF, (), None, "answers are generated where the data has questions or labels"),
+    "val_size": ForeignName(FACTORY, ("validation_file",), None, _HELD_OUT),
+    "val_set_size": ForeignName(AXOLOTL, ("validation_file",), None, _HELD_OUT),
+    "test_size": ForeignName("several tools", ("validation_file",), None, _HELD_OUT),
+    "adam_epsilon": _same(f"{HF}, {FACTORY}", "adam_eps"),
+    "label_smoothing_factor": ForeignName(HF, (), None, "labels are not smoothed here"),
+    "optim_target_modules": ForeignName(HF, (), None, "the optimizer trains the whole adapter"),
+    "optim_args": ForeignName(HF, ("adam_beta1", "adam_beta2", "adam_eps"), None, "each is a key of its own"),
+    "use_qalora": ForeignName("PEFT", (), None, "only LoRA, rsLoRA and DoRA are trained here"),
+    "use_bdlora": ForeignName("PEFT", (), None, "only LoRA, rsLoRA and DoRA are trained here"),
+    "use_galore": ForeignName(FACTORY, (), None, "only LoRA, rsLoRA and DoRA are trained here"),
+    "pissa_init": ForeignName(FACTORY, (), None, "adapters begin at zero, or at `init_adapter`"),
+    "init_lora_weights": ForeignName("PEFT", ("init_adapter",), None, "adapters begin at zero, or at `init_adapter`"),
+    "bias": _same("PEFT", "lora_bias"),
+    "task_type": ForeignName("PEFT", ("lora_task_type",), "`lora_task_type: CAUSAL_LM`"),
+    "exclude_modules": ForeignName("PEFT", ("lora_target_modules",), None, "a pattern can leave modules out"),
+    "layers_to_transform": ForeignName("PEFT", ("lora_target_modules",), None, "a pattern can name the layers"),
+    "num_layers": ForeignName(MLX, ("lora_target_modules",), None, "every layer gets one; a pattern can name some"),
+    "full_finetuning": ForeignName("Unsloth", ("training_type",), None, "only adapters are trained here"),
+    "random_state": _same("Unsloth", "seed"),
+    "eval_accumulation_steps": ForeignName(HF, ("eval_batch_size",), None, "nothing piles up between evaluations"),
+    "gradient_checkpointing_kwargs": ForeignName(HF, ("gradient_checkpointing",), None, "it is non-reentrant, always"),
+    "lr_scheduler_kwargs": ForeignName(HF, ("lr_scheduler_type",), None, "schedules take no options here"),
+    "neftune_noise_alpha": ForeignName(HF, (), None, "no noise is added to embeddings here"),
+    "use_liger_kernel": ForeignName(HF, ("fused_layers",), None, _OWN_LAYERS),
+    "enable_liger_kernel": ForeignName(FACTORY, ("fused_layers",), None, _OWN_LAYERS),
+    "use_unsloth": ForeignName(FACTORY, ("fused_layers",), None, _OWN_LAYERS),
+    "torch_compile": ForeignName(HF, ("fused_layers",), None, "nothing is compiled but on XLA devices"),
+    "use_cache": ForeignName(HF, (), None, "it is off in training and on in generation"),
+    "trust_remote_code": ForeignName("several tools", (), None, "code that comes with a model is never run here"),
+    "logging_first_step": ForeignName(HF, (), None, "the first step is always logged"),
+    "logging_strategy": ForeignName(HF, ("steps_freq",), None, "metrics are logged by steps"),
+    "disable_tqdm": ForeignName(HF, (), None, "off a terminal there are no bars; NO_COLOR is respected"),
+    "plot_loss": ForeignName(FACTORY, (), None, "`report.html` in the run's folder draws it"),
+    "project": _same(HF, "wandb_project"),
+    "wandb_entity": ForeignName(AXOLOTL, (), None, "set the variable WANDB_ENTITY"),
+    "wandb_mode": ForeignName(AXOLOTL, (), None, "set the variable WANDB_MODE"),
+    "experiment_name": _same("several tools", "wandb_run_name"),
+    "save_safetensors": ForeignName(HF, (), None, "weights are always safetensors"),
+    "hub_strategy": ForeignName(HF, ("push_to_hub",), None, "only the final adapter goes there"),
+    "hub_private_repo": ForeignName(HF, ("push_to_hub",), None, "a new repository is private"),
+    "include_num_input_tokens_seen": ForeignName(HF, (), None, "tokens are counted and logged, always"),
+    "remove_unused_columns": ForeignName(HF, (), None, "columns that nothing uses are named once"),
+    "dataset_info": ForeignName(FACTORY, ("train_file",), None, "a file is named itself: `train_file: data.jsonl`"),
+    "dataset_text_field": ForeignName("TRL", ("prompt_template",), None, "a column `text` is known without a key"),
+    "dataset_num_proc": ForeignName("TRL", (), None, _NO_WORKERS),
+    "preprocessing_num_workers": ForeignName(FACTORY, (), None, _NO_WORKERS),
+    "dataset_prepared_path": ForeignName(AXOLOTL, (), None, "the variable TRIETUNE_CACHE names the cache's folder"),
+    "overwrite_cache": ForeignName(FACTORY, (), None, "the cache notices when data changes; `trietune cache` lists it"),
+    "special_tokens": ForeignName(AXOLOTL, (), None, "the tokenizer's own are used"),
+    "roles_to_train": ForeignName(AXOLOTL, (), None, 'all answers are learned; `"weight": 0` leaves one out'),
+    "enable_thinking": ForeignName(FACTORY, ("chat_template",), None, "the template gets `reasoning_content` as it is"),
+    "max_new_tokens": ForeignName("several tools", (), None, "`trietune predict` has `--max-new-tokens`"),
+    **{name: ForeignName(HF, (), None, _NO_WORKERS) for name in _WORKERS},
+    **{name: ForeignName(HF, ("parallelism_strategy",), None, _PROCESSES) for name in _DDP},
 }  # fmt: skip
 
 
 def remedy_for(name: str, value: Any) -> str | None:
     """What to write for a foreign name that was given with this value; None where there is nothing to write."""
+    if name in _BY_VALUE:
+        return _BY_VALUE[name](value)
     write = FOREIGN_NAMES[name].write
-    return None if write is None else "write " + write.format(value=write_value(value), text=value)
+    if write is None or (value is False and "{value}" not in write):
+        return None
+    return "write " + write.format(value=write_value(value), text=value)
+
+
+def _write(key: str, value: Any) -> str:
+    return f"write `{key}: {write_value(value)}`"
+
+
+def _targets(value: Any) -> str:
+    return _write("lora_target_modules", "all-linear" if value in ("all", ["all"]) else value)
+
+
+def _data_set(value: Any) -> str:
+    """Of axolotl's list of mappings, LLaMA-Factory's names, or a path."""
+    entries = value if isinstance(value, list) else [value]
+    paths = [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
+    names = [path for path in paths if isinstance(path, str) and path]
+    if not names:
+        return "write `train_file: data.jsonl`, or `dataset_id: owner/name`"
+    files = [re.search(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|gz)$|^[./~]", name) is not None for name in names]
+    if len(names) == 1:
+        return _write("train_file" if files[0] else "dataset_id", names[0])
+    return _write("train_file" if all(files) else "dataset_id", names)
+
+
+def _stage(value: Any) -> str | None:
+    if value in ("pt", "pretrain"):
+        return "leave it out: a column `text`, or a text file, is learned as a whole"
+    if value in ("rm", "ppo", "grpo"):
+        return "leave it out: there are no reward models here; `objective: dpo` learns from preferences"
+    return _write("objective", value)
+
+
+def _dtype(name: str) -> Callable[[Any], str | None]:
+    return lambda value: _write("dtype", "auto") if value == "auto" else _write("dtype", name) if value else None
+
+
+def _tracker(value: Any) -> str:
+    value = value[0] if isinstance(value, list) and value else value
+    return _write("tracker", "auto" if value == "all" else "none" if value in (None, False, []) else value)
+
+
+def _validations(value: Any) -> str:
+    return _write("val_steps_freq", 0 if value in ("no", "none", False) else 50)
+
+
+# Names whose advice depends on more of the value than its text.
+_BY_VALUE: Mapping[str, Callable[[Any], str | None]] = {
+    "lora_target": _targets,
+    "target_modules": _targets,
+    "datasets": _data_set,
+    "dataset": _data_set,
+    "stage": _stage,
+    "rl": _stage,
+    "bf16": _dtype("bfloat16"),
+    "fp16": _dtype("float16"),
+    "fp32": _dtype("float32"),
+    "report_to": _tracker,
+    "eval_strategy": _validations,
+    "evaluation_strategy": _validations,
+    "save_only_model": lambda value: _write("save_optim", not value),
+    "greater_is_better": lambda value: _write("checkpoint_metric_mode", "max" if value else "min"),
+    "wandb_log_model": lambda value: _write("model_to_wandb", value not in (False, None, "", "false")),
+}

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trietune.config.allowed import allowed_values, choices, takes_null, takes_text
+from trietune.config.blocks import BLOCKS, COMPILE_OPTIONS, is_compiler_key, unfold
 from trietune.config.checks import contradictions, without_effect
 from trietune.config.defaults import ORIGINAL_DEFAULTS, is_of_the_original
 from trietune.config.names import printable, unknown_key
@@ -72,7 +73,7 @@ def load_config(
         overrides: `key=value` texts as after `--set`, or a mapping of keys to Python values.
         environ: where `TRIETUNE_<KEY>` variables are looked up.
 
-    Keys that nobody wrote are as the original experiment had them if the file writes both `framework` and `use_tt`, or
+    Keys that are not set are as the original experiment had them if the file writes both `framework` and `use_tt`, or
     `TRIETUNE_DEFAULTS` is `original`, as the original's command has it.
 
     Raises:
@@ -86,13 +87,28 @@ def load_config(
     is_original = _asks_for_original_defaults(environ, given)
     given |= _from_environment(environ, problems)
     given |= _from_overrides(overrides, problems)
+    given, notes = _unfolded(given, problems)
     known = _known_keys(given, problems)
     settings = _validated(known, problems, {"is_original": is_original, "file": source})
+    settings._notes = (*settings._notes, *notes)
     if problems:
         command = f"`trietune train {source} --dry-run`" if source else "`trietune train --dry-run`"
         problems.sort(key=lambda problem: problem.line)
         raise as_user_error(problems, source=source, command=command)
     return settings
+
+
+def overrides_of_file(path: Path) -> list[str]:
+    """The keys of a file as `key=value`, for settings that it is laid over.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    problems: list[Problem] = []
+    given = _from_file(path, problems)
+    if problems:
+        raise as_user_error(problems, source=str(path), command=f"`trietune train {path} --dry-run`")
+    return [f"{key}={write_value(item.value)}" for key, item in given.items()]
 
 
 def show_config(settings: Settings) -> str:
@@ -204,6 +220,29 @@ def _read_into(given: dict[str, _Given], key: str, text: str, origin: str, probl
         problems.append(
             Problem(f"`{printable(key)}={shown}` ({origin}) cannot be read: {error.what}", None, error.remedy, (key,))
         )
+
+
+def _unfolded(given: Mapping[str, _Given], problems: list[Problem]) -> tuple[dict[str, _Given], list[str]]:
+    """Blocks and compiler keys of the original's later files, made flat; with what to say of them."""
+    unfolded = unfold(
+        {key: item.value for key, item in given.items()}, Settings.model_fields, lambda key: given[key].origin
+    )
+    taken = {key for key, item in given.items() if is_compiler_key(key) or (key in BLOCKS and _is_block(item.value))}
+    flat = {key: item for key, item in given.items() if key not in taken}
+    for key, (value, source) in unfolded.values.items():
+        origin = given[source].origin if source in given else given["compile"].origin
+        if key in flat and key != COMPILE_OPTIONS:
+            what = f"`{key}` stands in the block `{source}` ({origin}) and outside of it ({flat[key].origin})"
+            problems.append(Problem(what, None, "remove one of the two", (key,)))
+            continue
+        flat[key] = _Given(value, origin)
+    for block, key, value in unfolded.unknown:
+        problems.append(unknown_key(key, value, f"the block `{block}` in {given[block].origin}"))
+    return flat, unfolded.notes
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _known_keys(given: Mapping[str, _Given], problems: list[Problem]) -> dict[str, _Given]:

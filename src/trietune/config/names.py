@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from trietune.config.foreign import FOREIGN_NAMES, remedy_for
@@ -24,11 +25,22 @@ def unknown_key(key: str, value: Any, origin: str) -> Problem:
         ours = " and ".join(f"`{ours}` ({summary(ours)})" for ours in foreign.keys)
         why = f"a name in {foreign.tools}" + (f"; here it is {ours}" if ours else "; there is no such key here")
         why += f"\n{foreign.difference}" if foreign.difference else ""
-        return Problem(what, why, remedy_for(name, without_secrets(value)) or remove)
+        remedy = remedy_for(name, without_secrets(value)) or remove
+        return Problem(what, why, remedy if origin != "--set" else _as_options(remedy))
     nearest = nearest_key(name)
     if nearest is not None:
         return Problem(what, f"did you mean `{nearest}` ({summary(nearest)})?", f"write `{nearest}`, or {remove}")
     return Problem(what, "docs/configuration.md describes every key, and `trietune init sst2` writes them", remove)
+
+
+def _as_options(remedy: str) -> str:
+    """`learning_rate: 1e-4` of a file as it is typed: `--learning-rate 1e-4`."""
+
+    def option(found: re.Match[str]) -> str:
+        key, value = found[1], found[2].strip('"')
+        return found[0] if key not in Settings.model_fields else f"`--{key.replace('_', '-')} {value}`"
+
+    return re.sub(r"`(\w+): ([^`]*)`", option, remedy)
 
 
 def nearest_key(name: str) -> str | None:

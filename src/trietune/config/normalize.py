@@ -25,7 +25,7 @@ DTYPE_SPELLINGS: Mapping[str, str] = {
     "fp32": "float32",
     "float": "float32",
 }
-METRIC_SPELLINGS: Mapping[str, str] = {"val/loss": "eval/loss"}
+OCCASION_SPELLINGS: Mapping[str, str] = {"none": "no"}
 SCHEDULE_SPELLINGS: Mapping[str, str] = {"constant_with_warmup": "constant"}
 UNPUBLISHED_MODELS: Mapping[str, str] = {
     "google/gemma-1.1-1b-it": "google/gemma-1.1-2b-it",
@@ -52,7 +52,12 @@ def upper_case(value: Any) -> Any:
 
 
 def metric(value: Any) -> Any:
-    return METRIC_SPELLINGS.get(value, value) if isinstance(value, str) else value
+    """Later files of the original write `val/accuracy`."""
+    return re.sub(r"^val/", "eval/", value) if isinstance(value, str) else value
+
+
+def occasion(value: Any) -> Any:
+    return OCCASION_SPELLINGS.get(value, value) if isinstance(value, str) else value
 
 
 def schedule(value: Any) -> Any:

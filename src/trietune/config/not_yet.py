@@ -39,11 +39,6 @@ ELSEWHERE: Mapping[str, Refusal] = {
     "prompt_format": Refusal(
         _is_set, "the text of a prompt is given itself here", "write `prompt_template` or `chat_template`"
     ),
-    "chat_system_prompt": Refusal(
-        _is_set,
-        "a system message is a part of the data here",
-        "put it into `prompt_template`, or in front of each example's `messages`",
-    ),
     "unfreeze_embeddings": Refusal(
         _is_set, "modules that are trained whole have names here", 'write `modules_to_save: ["embed_tokens"]`'
     ),
@@ -52,9 +47,6 @@ ELSEWHERE: Mapping[str, Refusal] = {
     ),
     "adapter_bottleneck_dim": Refusal(
         _is_set, "there are no bottleneck adapters here, only LoRA", "remove it; `lora_r` is the width of LoRA"
-    ),
-    "run_decode_example": Refusal(
-        _is_set, "examples are generated after training by another key here", "write `print_examples: True`"
     ),
     "test_config": Refusal(
         _is_set, "the original's test harness is not a part of this", "remove it; `max_steps` bounds a run"

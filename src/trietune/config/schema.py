@@ -16,6 +16,7 @@ _ALSO: dict[str, list[dict[str, Any]]] = {
         {"enum": [*DTYPE_SPELLINGS]},
     ],
     "lr_scheduler_type": [{"enum": [*SCHEDULE_SPELLINGS]}],
+    "save_strategy": [{"const": "none"}],
     "log_level": [{"enum": ["debug", "info", "warning", "error", "critical"]}],
     "max_time": [_TEXT],
     "max_steps": [{"const": -1}],

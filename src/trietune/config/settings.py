@@ -62,6 +62,8 @@ def _check_target_modules(modules: str | tuple[str, ...]) -> str | tuple[str, ..
             raise ValueError(f"as a pattern it does not compile: {error}") from error
     elif "all-linear" in modules:
         raise ValueError("`all-linear` stands alone: with it, every linear layer is a target already")
+    elif modules == ("all",):
+        raise ValueError("`all` is `all-linear` here")
     elif not modules or not all(modules):
         raise ValueError("an adapter needs at least one target")
     return modules
@@ -70,6 +72,14 @@ def _check_target_modules(modules: str | tuple[str, ...]) -> str | tuple[str, ..
 def _check_metric(name: str) -> str:
     if not re.fullmatch(r"eval(/[\w.-]+)+", name):
         raise ValueError("metrics of evaluation begin with `eval/`")
+    return name
+
+
+def _check_encoding(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, UnicodeError) as error:
+        raise ValueError("Python knows no encoding of text of that name") from error
     return name
 
 
@@ -102,6 +112,11 @@ def _implied_values(written: Mapping[str, Any], context: Mapping[str, Any]) -> d
         implied["dataset_id"] = None
     if "use_wandb" not in written and written.get("tracker", "auto") != "auto":
         implied["use_wandb"] = written["tracker"] == "wandb"
+    if written.get("run_decode_example") is True and "print_examples" not in written:
+        implied["print_examples"] = True
+    size = written.get("trace_region_size")
+    if "trace_region_size_mb" not in written and isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        implied["trace_region_size_mb"] = -(-size // 1_000_000)
     if "use_tt" not in written and written.get("device") == "tt":
         implied["use_tt"] = True
     return implied
@@ -129,6 +144,15 @@ class Settings(BaseModel):
     validation_file: NonEmpty | None = None
     """Local validation data, in the same formats. Without it, the data set's own validation split is used; where there
     is none, a part of the training data is held out."""
+
+    file_encoding: Annotated[NonEmpty, AfterValidator(_check_encoding)] = "utf-8"
+    """Encoding of text files, as Python names it: `cp1252`, `utf-16`, `latin-1`, ..."""
+
+    csv_separator: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    """Character between the columns of `.csv` files, such as `;`."""
+
+    txt_unit: Literal["line", "file"] = "line"
+    """Part of `.txt` files that is one text: each line, or each file."""
 
     dataset_split: NonEmpty | None = None
     """Split that is trained on, `train` unless set, or a part of it: `train[:10%]`. Validation keeps its own split."""
@@ -161,6 +185,15 @@ class Settings(BaseModel):
     """Whether every sequence begins with the tokenizer's beginning-of-sequence token, once. `auto` puts it there if the
     tokenizer has one and does not say `add_bos_token: false`. The adapter's `prompt_format.json` keeps what was done,
     and `evaluate` and `predict` follow it; a chat template may write the token itself."""
+
+    chat_system_prompt: str | None = None
+    """System message that is put before conversations which have none, in training and in use. Without it, a system
+    message that all training conversations share is kept with the adapter, and `predict` asks with it."""
+
+    task: Literal["auto", "labels", "answers", "text"] = "auto"
+    """What a right answer is, and so what is measured beside the loss: `labels` scores every label and counts accuracy,
+    `answers` generates and compares (exact match, token F1, ROUGE-L where answers are long), `text` measures the loss
+    only. `auto` takes labels where completions are few, short and seen often, and says why."""
 
     ignored_index: int = -100
     """Label that counts for nothing, in data that brings labels of its own."""
@@ -319,6 +352,15 @@ class Settings(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Pull of the adapter's weights towards zero. 0.01 is AdamW's own default in PyTorch."""
 
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the last step's mean gradient that AdamW keeps."""
+
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Share of the last step's mean squared gradient that AdamW keeps."""
+
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Number that AdamW adds to the root of the mean squared gradient."""
+
     max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(normalize.none_if_zero)] = None
     """Length to which longer gradients are shortened. Without it (or with 0), gradients stay as they are."""
 
@@ -375,8 +417,12 @@ class Settings(BaseModel):
 
     # Evaluation
 
-    val_steps_freq: Positive = 50
-    """Steps between validations. Another one precedes the first step, and another follows the last."""
+    do_validation: bool = True
+    """Whether anything is measured on validation data. False holds nothing out and reads no validation data."""
+
+    val_steps_freq: Count = 50
+    """Steps between validations. Another one precedes the first step, and another follows the last. 0 leaves only these
+    two, and those of checkpoints."""
 
     eval_max_examples: Positive | Auto = "auto"
     """Examples of a periodic validation, always the same random ones. The last validation takes all. `auto` keeps
@@ -427,7 +473,7 @@ class Settings(BaseModel):
     project_dir: NonEmpty = "runs"
     """Folder that holds the folders of runs."""
 
-    save_strategy: Literal["epoch", "step", "no"] = "epoch"
+    save_strategy: Annotated[Literal["epoch", "step", "no"], BeforeValidator(normalize.occasion)] = "epoch"
     """Occasion of a checkpoint: after epochs (`epoch_freq`), after steps (`steps_freq`), or none but the final
     adapter."""
 
@@ -454,8 +500,8 @@ class Settings(BaseModel):
 
     early_stopping_patience: Positive | None = None
     """Evaluations without a better `checkpoint_metric` after which training ends. The last evaluation and the choice of
-    the final adapter follow as usual; `val_steps_freq` says how often it is evaluated. Without it, training goes on to
-    the end."""
+    the final adapter follow as usual; `val_steps_freq` says how often it is evaluated. Without it, training runs to the
+    end."""
 
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
     """Amount by which an evaluation must be better to count as better for `early_stopping_patience`."""
@@ -489,8 +535,8 @@ class Settings(BaseModel):
     """Whether a resume reads `remote_path`, so that an empty machine can resume."""
 
     push_to_hub: Annotated[NonEmpty | None, AfterValidator(_check_repository)] = None
-    """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to. Its card and prompt format go along,
-    in one commit; a repository that does not exist yet is private."""
+    """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to, in one commit with its card and
+    prompt format; a repository that does not exist yet is private."""
 
     # Devices
 
@@ -528,6 +574,9 @@ class Settings(BaseModel):
     trace_region_size_mb: Positive | None = None
     """Device memory set aside for `enable_trace`, in MB."""
 
+    trace_region_size: Positive | None = None
+    """The same as `trace_region_size_mb` in bytes, as later files of the original write it."""
+
     xla_compile_options: dict[str, Any] | None = None
     """Names and values for the compiler behind an XLA device, such as `optimization_level` and 1. They need a torch_xla
     that takes them, which is Tenstorrent's own; one line says so elsewhere."""
@@ -541,9 +590,6 @@ class Settings(BaseModel):
     prompt_format: str | None = None
     """Prompt style by name. Here `prompt_template` or `chat_template` give the text itself."""
 
-    chat_system_prompt: str | None = None
-    """System message in front of each example. Here it is a part of `prompt_template`, or the first of `messages`."""
-
     unfreeze_embeddings: bool = False
     """Whether the embeddings are trained, too. Here `modules_to_save` names them."""
 
@@ -554,7 +600,7 @@ class Settings(BaseModel):
     """Width of a bottleneck adapter. LoRA takes `lora_r`."""
 
     run_decode_example: bool = False
-    """Whether an example is generated after training. Here `print_examples` does that."""
+    """Whether examples are generated after training. True turns on `print_examples`, which does that here."""
 
     test_config: Any = None
     """Bounds of the original's own tests. Here `max_steps` limits a run."""
@@ -601,6 +647,10 @@ class Settings(BaseModel):
     def learns_preferences(self) -> bool:
         """Whether the data must say which answers are better or wanted."""
         return self.objective not in ("sft", "rank")
+
+    def is_validation_due(self, step: int) -> bool:
+        """Whether a periodic validation belongs after `step`."""
+        return self.val_steps_freq > 0 and step % self.val_steps_freq == 0
 
     def num_warmup_steps(self, num_steps: int) -> int:
         """Steps of warm-up in a run of `num_steps`, from `warmup_steps` or `warmup_ratio`."""

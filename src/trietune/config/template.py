@@ -70,10 +70,24 @@ def render_template(kind: TemplateKind) -> str:
     Args:
         kind: one of `template_kinds()`.
     """
-    values = {**_COMMON, **_VALUES[kind]}
+    return _render(_HEADINGS[kind], _VALUES[kind])
+
+
+def render_for_data(heading: str, values: Mapping[str, Any]) -> str:
+    """The same for data of one's own.
+
+    Args:
+        heading: what the data are, one line.
+        values: keys that the data decide, and those that the user should look at.
+    """
+    return _render(heading, values)
+
+
+def _render(heading: str, own: Mapping[str, Any]) -> str:
+    values = {**_COMMON, **own}
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
-        f"# {_HEADINGS[kind]}",
+        f"# {heading}",
         "# A key behind `# ` has its default; `trietune train FILE.yaml --dry-run` shows what would run.",
     ]
     for title, keys in groups().items():

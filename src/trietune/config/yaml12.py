@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError, YAMLStreamError
+
 _MAX_DEPTH = 16
 _MAX_NUMBER = 100  # characters: Python refuses to print integers of thousands of digits
 
@@ -131,9 +134,6 @@ class _Events:
     """The parser's events one by one; errors of the parser become `YamlError`."""
 
     def __init__(self, text: str) -> None:
-        from ruamel.yaml import YAML  # 10 ms that `--help` does not need
-        from ruamel.yaml.error import MarkedYAMLError, YAMLError, YAMLStreamError
-
         self._errors = (MarkedYAMLError, YAMLError, YAMLStreamError, ValueError)
         self._stream: Iterator[Any] = iter(YAML(typ="safe", pure=True).parse(text))
         self._text = text

@@ -30,13 +30,14 @@ import numpy as np
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import Example, Message, TokenSequences
 from trietune.errors import EXIT_USER_ERROR, StopRequested
+from trietune.io.cache_folder import mark_used
 
 LAYOUT_VERSION = 1
 _BUILDING = ".building-"
 _ROW_FILES = ("row_sizes.npy", "grades.npy")
 _WEIGHTS = "weights.npy"
 _FILES = ("input_ids.npy", "labels.npy", "offsets.npy", "examples.jsonl", "example_ends.npy")
-# Whoever was killed while building left a folder; nobody builds for as long as this.
+# A process killed while building left a folder; no build takes as long as this.
 _ABANDONED_AFTER_S = 7 * 24 * 3600
 # NumPy's header of a flat array has this size whatever its length is, so it can be written last.
 _NPY_HEADER_BYTES = 128
@@ -56,6 +57,7 @@ def open_cached(cache_folder: Path, key: str) -> tuple[TokenSequences, dict[str,
         for name, recorded in meta["files"].items():
             if (folder / name).stat().st_size != recorded["size"] or _sha256(folder / name) != recorded["sha256"]:
                 raise ValueError(name)
+        mark_used(folder)
         return _open(folder), meta["notes"]
     except FileNotFoundError:
         if not folder.exists():
@@ -236,8 +238,11 @@ def _to_line(example: Example) -> bytes:
     if example.answers or example.messages:
         fields.append(example.answers)
     if example.messages:
-        # Weights are in the arrays; what has none of them is written as it always was.
-        parts = [(one.role, one.content, *((one.weight, one.more) if one.more else ())) for one in example.messages]
+        # What has neither weight nor further keys is written as it always was.
+        parts = [
+            (one.role, one.content, *((one.weight, one.more) if one.more or one.weight != 1 else ()))
+            for one in example.messages
+        ]
         fields.append(parts)
     if example.tools:
         fields.append(example.tools)

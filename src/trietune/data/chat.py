@@ -58,7 +58,7 @@ def rewrites_turns(
     conversations: Sequence[Example] = (),
     check_stop: Callable[[], None] = _never,
 ) -> bool:
-    """Whether the template rewrites earlier answers as a conversation goes on.
+    """Whether the template rewrites earlier answers as a conversation continues.
 
     Args:
         conversations: some of the data; those that think or call tools are tried, for templates that only rewrite such.
@@ -189,7 +189,7 @@ def _render(
         )
     except (StopRequested, TemplateTooSlowError):
         raise
-    except Exception as error:  # a template is a program of somebody else's: it may raise anything
+    except Exception as error:  # a template is a program from elsewhere: it may raise anything
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         line = f" (line {error.lineno} of the template)" if isinstance(error, TemplateSyntaxError) else ""
         raise WrongRow(f"the chat template refuses it: {kind}{str(error)[:500]}{line}") from None

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal
 
-from trietune.data.examples import Example, Task
+from trietune.data.examples import Example, Message, Task
+from trietune.data.known_forms import find_known_form
 from trietune.data.messages import read_messages, read_tools
 from trietune.data.templates import (
     SQUAD_PROMPT,
@@ -31,6 +32,9 @@ from trietune.data.templates import (
     PromptFormat,
     fill_template,
     find_columns,
+    find_open_section,
+    find_optional,
+    find_optional_names,
     find_unknown_names,
     to_text,
 )
@@ -59,7 +63,7 @@ _OF_PREFERENCES = ("prompt", "chosen", "rejected", "completions", "completion", 
 _ALSO_USED: dict[RowFormatKind, tuple[str, ...]] = {
     "tokens": ("attention_mask",),
     "squad": ("id",),
-    "messages": ("tools",),
+    "messages": ("tools", "system"),
 }
 
 
@@ -79,6 +83,8 @@ class RowFormat:
     prompt_template: str = ""
     completion_template: str = ""
     template_columns: tuple[str, ...] | None = None
+    # Those that hold a conversation; of several, only the last is learnt.
+    message_columns: tuple[str, ...] = ("messages",)
 
     @property
     def task(self) -> Task:
@@ -118,6 +124,8 @@ def choose_row_format(
     for kind in FORMS:
         if all(name in columns for name in REQUIRED_COLUMNS[kind]):
             return built_in_row_format(kind)
+    if "conversations" in columns:
+        return RowFormat("messages", message_columns=("conversations",))
     for name, looks_like in _TASK_IN_WORDS.items():
         if all(column in columns for column in REQUIRED_COLUMNS[name]):
             raise UserError(
@@ -131,6 +139,10 @@ def choose_row_format(
             where=f"its columns are {_names(columns)}",
             next_step="objective: dpo     (or write templates over its columns, to learn one answer all the same)",
         )
+    if (form := find_known_form(columns)) is not None:
+        # `input` of a first row without one may come later.
+        names = (*form.required, *form.optional)
+        return RowFormat("templates", form.prompt_template, form.completion_template, names)
     raise UserError(
         f"it is not clear what to learn from `{source}`",
         where=f"its columns are {_names(columns)}",
@@ -159,6 +171,8 @@ def find_unused(columns: Sequence[str], row_format: RowFormat) -> tuple[str, ...
         used = {name for one in both for name in find_columns(one, row_format.template_columns)}
     elif row_format.kind in ("answers", "answer_messages"):
         used = {*_OF_PREFERENCES, *find_columns(row_format.prompt_template, row_format.template_columns)}
+    elif row_format.kind == "messages":
+        used = {*row_format.message_columns, *_ALSO_USED["messages"]}
     else:
         used = {*REQUIRED_COLUMNS[row_format.kind], *_ALSO_USED.get(row_format.kind, ())}
     return tuple(name for name in columns if name not in used)
@@ -181,7 +195,15 @@ def example_maker(row_format: RowFormat) -> Callable[[Mapping[str, Any], str], E
 
 
 def _from_templates(columns: Sequence[str], prompt_template: str, completion_template: str, source: str) -> RowFormat:
+    optional = [name for one in (prompt_template, completion_template) for name in find_optional_names(one, columns)]
+    columns = tuple(dict.fromkeys([*columns, *optional]))
     for key, template in (("prompt_template", prompt_template), ("completion_template", completion_template)):
+        if (name := find_open_section(template, columns)) is not None:
+            raise UserError(
+                f"`{key}` has a section over `{name}` that does not begin or does not end",
+                where=f"`{{#{name}}}` and `{{/{name}}}` belong together",
+                next_step=f"{{#{name}}} ... {{/{name}}}     (what stands between is left out where `{name}` is empty)",
+            )
         for name in find_unknown_names(template, columns):
             raise UserError(
                 f"`{key}` asks for the column `{name}`, which `{source}` has not",
@@ -198,7 +220,9 @@ def _from_templates(columns: Sequence[str], prompt_template: str, completion_tem
         "templates",
         prompt_template=prompt_template,
         completion_template=completion_template,
-        template_columns=tuple(name for name in columns if f"{{{name}}}" in prompt_template + completion_template),
+        template_columns=tuple(
+            name for name in columns if f"{{{name}}}" in prompt_template + completion_template or name in optional
+        ),
     )
 
 
@@ -223,7 +247,8 @@ def row_format_of_adapter(prompt_format: PromptFormat, columns: Sequence[str], s
     """
     templates = (prompt_format.prompt_template, prompt_format.completion_template)
     asked = [name for one in templates for name in find_columns(one, prompt_format.template_columns)]
-    if missing := [name for name in dict.fromkeys(asked) if name not in columns]:
+    optional = {name for one in templates for name in find_optional(one, prompt_format.template_columns)}
+    if missing := [name for name in dict.fromkeys(asked) if name not in columns and name not in optional]:
         raise UserError(
             f"{_names(missing)} missing in `{source}`, which the templates of the adapter ask for",
             where=f"its columns are {_names(columns)}",
@@ -288,7 +313,7 @@ def _read_answers(value: Any) -> tuple[str, ...]:
 
 def _make_conversation(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
     try:
-        messages, tools = read_messages(row.get("messages")), read_tools(row.get("tools"))
+        messages, tools = _read_conversation(row_format, row), read_tools(row.get("tools"))
     except TypeError as error:
         raise WrongRow(str(error)) from None
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
@@ -299,6 +324,24 @@ def _make_conversation(row_format: RowFormat, row: Mapping[str, Any], example_id
     messages = messages[: last + 1]
     completion = messages[-1].content or messages[-1].more
     return Example(id=example_id, prompt="", completion=completion, messages=messages, tools=tools)
+
+
+def _read_conversation(row_format: RowFormat, row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The messages of a row; those before its last column are given, and a column `system` comes before all."""
+    messages: tuple[Message, ...] = ()
+    for column in row_format.message_columns:
+        value = row.get(column)
+        # One message may stand for a list of one, and a text for what its column means.
+        messages = tuple(replace(one, weight=0.0) if one.role == "assistant" else one for one in messages)
+        if len(row_format.message_columns) > 1 and isinstance(value, str) and not value.lstrip().startswith("["):
+            role = "assistant" if column == row_format.message_columns[-1] else "user"
+            messages += (Message(role, value),)
+        else:
+            messages += read_messages([value] if isinstance(value, Mapping) else value, column)
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0].role != "system":
+        messages = (Message("system", system), *messages)
+    return messages
 
 
 def _make_pair(row_format: RowFormat, row: Mapping[str, Any], example_id: str) -> Example:
@@ -328,13 +371,13 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 def _advice(columns: Sequence[str]) -> str:
-    if "instruction" in columns and ("output" in columns or "response" in columns):
-        answer = "output" if "output" in columns else "response"
-        return f'prompt_template: "{{instruction}}\\n" and completion_template: "{{{answer}}}"'
-    if "question" in columns and "answer" in columns:
-        return 'prompt_template: "Question: {question}\\nAnswer:" and completion_template: " {answer}"'
-    if "conversations" in columns:
-        return 'rename `conversations` to `messages`, with "role" and "content" in each message'
+    texts = [name for name in columns if name.lower() not in ("id", "idx", "index")]
+    if len(texts) >= 2:
+        prompt = "".join(f"{name}: {{{name}}}\\n" for name in texts[:-1])
+        return (
+            f'if `{texts[-1]}` is what is to be learnt: prompt_template: "{prompt}" and completion_template: '
+            f'"{{{texts[-1]}}}"'
+        )
     return (
         "write `prompt_template` and `completion_template` with {column} where a column belongs, or name the columns "
         "`prompt` and `completion`, `messages`, or `text`"

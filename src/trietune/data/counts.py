@@ -47,6 +47,7 @@ class SplitCounts:
         equal_answers: answers that equal another one of their row; left out.
         without_pair: rows of preferences that prefer no answer to another; left out.
         completions: how often each completion occurs, if there are few; else empty.
+        completion_places: the first example that has each of these.
     """
 
     source: str
@@ -67,6 +68,7 @@ class SplitCounts:
     equal_answers: Count = field(default_factory=Count)
     without_pair: Count = field(default_factory=Count)
     completions: Mapping[str, int] = field(default_factory=dict)
+    completion_places: Mapping[str, str] = field(default_factory=dict)
     unlearnt: Count = field(default_factory=Count)
     cut_reasoning: Count = field(default_factory=Count)
     cut_text: Count = field(default_factory=Count)

@@ -19,7 +19,7 @@ from trietune.data.counts import Count, SplitCounts
 from trietune.data.encode_rows import ROWS_PER_BLOCK
 from trietune.data.encoder import EncodedExamples, Encoder
 from trietune.data.examples import IGNORED_LABEL
-from trietune.data.files import BrokenRow
+from trietune.data.opening import BrokenRow
 from trietune.data.preferences import AnswerForm, AnswerRow, answer_reader
 from trietune.data.read_row import LengthRules
 from trietune.data.rows import PlacedRow

@@ -20,8 +20,8 @@ from trietune.data.columns import (
 )
 from trietune.data.counts import SplitCounts
 from trietune.data.encoder import Encoder
-from trietune.data.files import BrokenRow, Row
 from trietune.data.left_out import chosen, encode_tokens, find_labeled, fit, take, weighted
+from trietune.data.opening import BrokenRow, Row
 from trietune.data.read_row import LengthRules, ReadExample, example_reader, with_row_weights
 from trietune.data.rows import PlacedRow
 from trietune.data.taken import LeftByTemplate

@@ -24,6 +24,7 @@ import numpy as np
 from trietune.data.chat import Segment, TemplateTooSlowError, split_last_turn, split_turns
 from trietune.data.columns import WrongRow
 from trietune.data.examples import IGNORED_LABEL, Example, Message
+from trietune.data.system_prompt import with_system_prompt
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
 from trietune.io.causes import first_line
@@ -287,7 +288,7 @@ class Encoder:
     def _turns(self, messages: Sequence[Message], tools: str = "", *, add_generation_prompt: bool) -> list[Segment]:
         split = split_last_turn if self.prompt_format.is_turn_by_turn else split_turns
         return split(
-            messages,
+            with_system_prompt(messages, self.prompt_format.system_prompt),
             tokenizer=self.tokenizer,
             chat_template=self.prompt_format.chat_template,
             add_generation_prompt=add_generation_prompt,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from trietune.data.files import FORMAT_OF_SUFFIX, FORMATS_IN_WORDS
+from trietune.data.files import FORMATS_IN_WORDS, format_suffix, is_data_file
+from trietune.data.opening import AS_USUAL, FileOptions
+from trietune.data.repositories import configured_splits, saved_splits
 from trietune.data.rows import FileRows, Rows
 from trietune.errors import UserError
 from trietune.io.places import expand
@@ -30,25 +32,60 @@ def find_split(splits: Mapping[str, Rows], role: SplitRole) -> str | None:
     return next((name for name in _SPLIT_NAMES[role] if name in splits), None)
 
 
-def local_splits(value: str, key: str, report: Callable[[str], None]) -> dict[str, Rows]:
-    """What a path stands for; a file, or files that a pattern finds, are one split called `train`."""
+def local_splits(
+    value: str, key: str, report: Callable[[str], None], options: FileOptions = AS_USUAL
+) -> dict[str, Rows]:
+    """What a path stands for; a file, or files that a pattern finds, are one split called `train`.
+
+    `FOLDER:CONFIGURATION` names one of several configurations of a data set that was downloaded whole.
+    """
     path = expand(value)
-    return _splits_of_folder(path, report) if path.is_dir() else {"train": FileRows.of(_expand(path, key))}
+    folder, _, configuration = value.rpartition(":")
+    if configuration and not path.exists() and folder and expand(folder).is_dir():
+        return _splits_of_folder(expand(folder), report, options, configuration)
+    if path.is_dir():
+        return _splits_of_folder(path, report, options)
+    paths = _expand(path, key)
+    _say_how_texts_are_read(paths, options, report)
+    return {"train": FileRows.of(paths, options)}
 
 
-def _splits_of_folder(folder: Path, report: Callable[[str], None]) -> dict[str, Rows]:
+def _say_how_texts_are_read(paths: Sequence[Path], options: FileOptions, report: Callable[[str], None]) -> None:
+    texts = [path for path in paths if format_suffix(path) in (".txt", ".text")]
+    if texts:
+        report(
+            f"`{texts[0].name}`: each line is a text; `txt_unit: file` takes each file as one"
+            if options.txt_unit == "line"
+            else f"`{texts[0].name}`: each file is a text; `txt_unit: line` takes each line as one"
+        )
+
+
+def _splits_of_folder(
+    folder: Path, report: Callable[[str], None], options: FileOptions, configuration: str = ""
+) -> dict[str, Rows]:
     """Split names to files: `train.tsv`, shards such as `train-00000-of-00002.parquet`, or `train/anything.jsonl`."""
+    known = saved_splits(folder) or configured_splits(folder, configuration)
+    if known is None and configuration:
+        known = {name: [*rows.paths] for name, rows in _plain_splits(folder / configuration, report, options).items()}
+    if known is not None:
+        return {name: FileRows.of(paths, options) for name, paths in known.items()}
+    return dict(_plain_splits(folder, report, options))
+
+
+def _plain_splits(folder: Path, report: Callable[[str], None], options: FileOptions) -> dict[str, FileRows]:
+    if not folder.is_dir():
+        raise no_such_path(folder, "train_file")
     # Data sets downloaded from the hub keep their files in `data`.
     roots = [folder, folder / "data"] if (folder / "data").is_dir() else [folder]
     files: dict[str, list[Path]] = {}
     similar: dict[str, list[Path]] = {}
     unnamed: list[Path] = []
     for path in sorted(path for root in roots for path in root.iterdir()):
-        name, is_exact = _split_of(path.stem if path.is_file() else path.name)
+        name, is_exact = _split_of(_stem(path) if path.is_file() else path.name)
         if path.is_dir():
             if name and is_exact:
                 files.setdefault(name, []).extend(_data_files(path))
-        elif path.suffix.lower() in FORMAT_OF_SUFFIX:
+        elif is_data_file(path):
             if name is None:
                 unnamed.append(path)
             else:
@@ -56,14 +93,24 @@ def _splits_of_folder(folder: Path, report: Callable[[str], None]) -> dict[str, 
     for name, paths in similar.items():
         _settle(name, paths, files, folder, report)
     for name, paths in files.items():
-        suffixes = sorted({path.suffix for path in paths})
+        suffixes = sorted({format_suffix(path) for path in paths})
         if len(suffixes) > 1:
             raise UserError(
                 f"the split `{name}` is there in several forms: {', '.join(suffixes)}",
                 where=str(folder),
                 next_step="name the one to take: `train_file: ...` and `validation_file: ...`",
             )
+    # Other files of a repository of data, such as its licence, are texts, too.
+    unnamed = [path for path in unnamed if path.stem.lower() not in ("readme", "license", "licence", "requirements")]
     if not files:
+        if not unnamed and (parts := _folders_with_splits(folder)):
+            if len(parts) == 1:
+                return _plain_splits(parts[0], report, options)
+            raise UserError(
+                f"`{folder}` holds several data sets: {', '.join(f'`{part.name}`' for part in parts)}",
+                where=str(folder),
+                next_step=f"name one: {folder}:{parts[0].name}",
+            )
         if not unnamed:
             raise UserError(
                 f"the folder `{folder}` holds no data files",
@@ -71,7 +118,20 @@ def _splits_of_folder(folder: Path, report: Callable[[str], None]) -> dict[str, 
                 next_step=f"these can be read: {FORMATS_IN_WORDS}",
             )
         files["train"] = unnamed
-    return {name: FileRows.of(paths) for name, paths in files.items() if paths}
+    for paths in files.values():
+        _say_how_texts_are_read(paths, options, report)
+    return {name: FileRows.of(paths, options) for name, paths in files.items() if paths}
+
+
+def _stem(path: Path) -> str:
+    """A file's name without what says its form: `train` of `train.jsonl.gz`."""
+    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
+
+
+def _folders_with_splits(folder: Path) -> list[Path]:
+    """Folders in it that hold a training split of their own: the configurations of a data set."""
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path for path in inner if any(_split_of(_stem(one))[0] in _SPLIT_NAMES["train"] for one in path.iterdir())]
 
 
 def _settle(
@@ -105,7 +165,7 @@ def _split_of(stem: str) -> tuple[str | None, bool]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMAT_OF_SUFFIX)
+    return sorted(path for path in folder.iterdir() if is_data_file(path))
 
 
 def _expand(path: Path, key: str) -> list[Path]:

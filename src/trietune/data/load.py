@@ -5,6 +5,7 @@ Memory stays bounded whatever the size of a file: rows pass in blocks, and the a
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from trietune.data.loading import CheckStop, Loading, Progress, Report, Watch, w
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.reading import find_row_format, first_conversations, in_words_of, weighting_of
 from trietune.data.sources import Sources, find_sources
-from trietune.data.task import find_label_task
+from trietune.data.system_prompt import common_system_prompt
+from trietune.data.task import find_task
 from trietune.data.templates import PromptFormat, find_columns
 from trietune.data.weights import COLUMN
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
+from trietune.errors import UserError
 
 DEMO_DATA = (DEMO_REVIEWS, DEMO_QUESTIONS)
 
@@ -82,6 +85,11 @@ def load_data(
         settings, tokenizer, row_format, first_conversations(sources.train, row_format), check_stop
     )
     weighting = weighting_of(settings, sources, row_format, report)
+    if row_format.kind == "templates" and settings.prompt_template is None:
+        report(
+            f"`{sources.train.name}` is read by its columns: prompt_template {json.dumps(row_format.prompt_template)}, "
+            f"completion_template {json.dumps(row_format.completion_template)} (write your own to change them)"
+        )
     unused = find_unused(sources.train.columns(), row_format)
     if weighting is not None and weighting.has_column:
         unused = tuple(name for name in unused if name != COLUMN)
@@ -105,7 +113,10 @@ def load_data(
         check_stop,
         watch,
     )
-    held_out = None if sources.validation is not None else draw_held_out(sources.train.count())
+    if not settings.do_validation:
+        sources = replace(sources, validation=None)
+    has_own = sources.validation is not None or not settings.do_validation
+    held_out = None if has_own else draw_held_out(sources.train.count())
     if held_out is not None:
         report(describe_held_out(sources.train, held_out))
     train, train_counts, train_key = loading.load(
@@ -119,18 +130,24 @@ def load_data(
         )
     if validation is not None:
         report_shared_rows(train, validation, report)
-    task = row_format.task
-    if row_format.kind in ("templates", "columns"):
-        task = find_label_task(train_counts, validation_counts)
-    if task.kind == "labels" and task != row_format.task:
-        report(
-            f"completions take {len(task.labels)} values ({', '.join(task.label_names)}): accuracy is measured on them"
-        )
+    if settings.learns_preferences:
+        if settings.task != "auto":
+            raise UserError(
+                f"`task: {settings.task}` has no meaning under `objective: {settings.objective}`, which measures how "
+                "often the better answer wins",
+                next_step="task: auto",
+            )
+        task = row_format.task
+    else:
+        task = find_task(settings.task, row_format.kind, train_counts, validation_counts, report)
+    system_prompt = prompt_format.system_prompt
+    if prompt_format.kind == "chat" and not system_prompt:
+        system_prompt = common_system_prompt(train.examples[index] for index in range(len(train.examples)))
     return Data(
         train=train,
         validation=validation,
         task=task,
-        prompt_format=replace(prompt_format, task=task),
+        prompt_format=replace(prompt_format, task=task, system_prompt=system_prompt),
         fingerprint=make_key(train=train_key, validation=validation_key),
         train_fingerprint=train_key,
         validation_fingerprint=validation_key,
@@ -187,8 +204,9 @@ def load_split(
     rows, held_out = rows_of_split(sources, split, report)
     is_rest = split == "train" and held_out is not None
     sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out, is_rest=is_rest)
-    if prompt_format is None and row_format.kind in ("templates", "columns"):
-        used_format = replace(used_format, task=find_label_task(counts, None))
+    is_asked = prompt_format is None or settings.task not in ("auto", used_format.task.kind)
+    if is_asked and not settings.learns_preferences:
+        used_format = replace(used_format, task=find_task(settings.task, row_format.kind, counts, None, report))
     return sequences, used_format
 
 

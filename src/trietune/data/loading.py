@@ -180,10 +180,14 @@ def _deciding_fields(words: RowFormat | PromptFormat) -> dict[str, Any]:
     """What of a row format or prompt format decides tokens.
 
     Names of columns do only where templates mean others than they meant when only identifiers were columns; a
-    checkpoint of that time then goes on with the same fingerprint.
+    checkpoint of that time then resumes with the same fingerprint.
     """
     fields = asdict(words)
     columns = fields.pop("template_columns")
+    if not fields.get("system_prompt"):  # as it was before there was one
+        fields.pop("system_prompt", None)
+    if fields.get("message_columns") == ("messages",):
+        del fields["message_columns"]
     templates = (words.prompt_template, words.completion_template)
     if all(split_template(one, columns) == split_template(one) for one in templates):
         return fields

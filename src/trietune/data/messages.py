@@ -48,13 +48,13 @@ def read_tools(value: Any) -> str:
     """The descriptions of tools that a row brings, as JSON; empty if it brings none.
 
     Raises:
-        TypeError: they are no list of objects.
+        TypeError: they are not a list of objects.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return ""
     value = _decoded(value, "tools", "tools")
     if not isinstance(value, Sequence) or not all(isinstance(one, Mapping) for one in value):
-        raise TypeError("column `tools` is no list of objects")
+        raise TypeError("column `tools` is not a list of objects")
     return _as_json(value) if value else ""
 
 
@@ -113,7 +113,7 @@ def _in_usual_words(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     call = _decoded(item.get("value"), "value", "calls")
     calls = call if isinstance(call, list) else [call]
     if not all(isinstance(one, Mapping) and "name" in one for one in calls):
-        raise TypeError(f'"value" of {where} is no call of a tool: {{"name": ..., "arguments": ...}}')
+        raise TypeError(f'"value" of {where} is not a call of a tool: {{"name": ..., "arguments": ...}}')
     made = [{"type": "function", "function": one} for one in calls]
     return {"role": role, "content": None, "tool_calls": made, **usual}
 
@@ -123,7 +123,7 @@ def _with_tool_calls(more: dict[str, Any], where: str) -> dict[str, Any]:
     if not calls:
         return {key: value for key, value in more.items() if key != "tool_calls"}
     if not isinstance(calls, Sequence) or not all(isinstance(one, Mapping) for one in calls):
-        raise TypeError(f'"tool_calls" of {where} is no list of objects')
+        raise TypeError(f'"tool_calls" of {where} is not a list of objects')
     return {**more, "tool_calls": list(calls)}
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from trietune.data.examples import IGNORED_LABEL, TokenSequences
 
 
@@ -31,8 +33,18 @@ def preview_examples(sequences: TokenSequences, tokenizer: Any, count: int = 3) 
     Args:
         tokenizer: the fast `transformers` tokenizer that they were made with.
     """
+    return preview_at(sequences, tokenizer, range(min(count, len(sequences))))
+
+
+def preview_longest(sequences: TokenSequences, tokenizer: Any) -> ExamplePreview:
+    """The example with the most tokens, the first one of several, token by token."""
+    return preview_at(sequences, tokenizer, [int(np.argmax(np.diff(np.asarray(sequences.offsets))))])[0]
+
+
+def preview_at(sequences: TokenSequences, tokenizer: Any, indices: Sequence[int]) -> list[ExamplePreview]:
+    """The examples at `indices`, token by token."""
     previews = []
-    for index in range(min(count, len(sequences))):
+    for index in indices:
         tokens = slice(int(sequences.offsets[index]), int(sequences.offsets[index + 1]))
         texts = split_text(sequences.input_ids[tokens].tolist(), tokenizer)
         labels = (sequences.labels[tokens] != IGNORED_LABEL).tolist()

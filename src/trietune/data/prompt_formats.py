@@ -54,6 +54,7 @@ def make_prompt_format(
         task=row_format.task,
         tokenizer_hash=hash_tokenizer(tokenizer),
         template_columns=row_format.template_columns,
+        system_prompt=_find_system_prompt(settings, is_chat=is_chat),
     )
     return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversations, check_stop))
 
@@ -115,6 +116,16 @@ def _find_chat_template(settings: Settings, tokenizer: Any, row_format: RowForma
             next_step="chat_template: FILE.jinja, or take the instruction-tuned model of the family",
         )
     return template
+
+
+def _find_system_prompt(settings: Settings, *, is_chat: bool) -> str:
+    if settings.chat_system_prompt and not is_chat:
+        raise UserError(
+            "`chat_system_prompt` is set, and the data has no conversations to put it before",
+            where=settings.where("chat_system_prompt"),
+            next_step="write it into `prompt_template`, or give the data a column `messages`",
+        )
+    return settings.chat_system_prompt or ""
 
 
 def _is_bare(row_format: RowFormat) -> bool:

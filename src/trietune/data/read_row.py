@@ -18,9 +18,9 @@ from trietune.data.columns import (
 )
 from trietune.data.encoder import Encoder
 from trietune.data.examples import IGNORED_LABEL, Example
-from trietune.data.files import Row
+from trietune.data.opening import Row
 from trietune.data.taken import check_calls
-from trietune.data.templates import find_columns, find_half_character, to_text
+from trietune.data.templates import find_columns, find_half_character, find_optional, to_text
 from trietune.data.weights import row_weight
 
 Overlong = Literal["drop", "truncate_prompt", "error"]
@@ -74,7 +74,10 @@ def example_reader(
 
         return read_tokens
     make = example_maker(row_format)
-    prompt_columns = find_columns(row_format.prompt_template, row_format.template_columns)
+    optional = find_optional(row_format.prompt_template, row_format.template_columns)
+    prompt_columns = [
+        name for name in find_columns(row_format.prompt_template, row_format.template_columns) if name not in optional
+    ]
 
     def read(row: Row, place: str) -> list[ReadExample]:
         _check_form(row, row_format)
@@ -92,7 +95,7 @@ def example_reader(
 
 def _check_form(row: Row, row_format: RowFormat) -> None:
     """The first row decides how all are read; one that would be read in another way may not pass in silence."""
-    if row_format.kind not in FORMS:
+    if row_format.kind not in FORMS or row_format.message_columns != ("messages",):
         return
     own = find_form(row)
     if own is not None and FORMS.index(own) < FORMS.index(row_format.kind):

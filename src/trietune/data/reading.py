@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -22,7 +22,8 @@ from trietune.data.columns import (
     row_format_of_adapter,
 )
 from trietune.data.examples import Example
-from trietune.data.files import BrokenRow, detect_format
+from trietune.data.files import detect_format
+from trietune.data.opening import BrokenRow
 from trietune.data.preferences import AnswerForm, choose_form
 from trietune.data.rows import FileRows, Rows
 from trietune.data.sources import Sources
@@ -30,7 +31,7 @@ from trietune.data.templates import PromptFormat
 from trietune.data.weights import COLUMN, Weighting, find_weighting
 from trietune.errors import UserError
 
-# Whether a template writes reasoning anew, and how it ends a call, is tried on so many conversations.
+# Whether a template rewrites reasoning, and how it ends a call, is tried on so many conversations.
 CONVERSATIONS_TRIED = 100
 
 
@@ -115,6 +116,9 @@ def find_row_format(
         completion_template=settings.completion_template,
         source=rows.name,
     )
+    first = _first_row(rows)
+    if row_format.kind == "columns" and any(_is_conversation(first.get(name)) for name in ("prompt", "completion")):
+        row_format = replace(built_in_row_format("messages"), message_columns=("prompt", "completion"))
     if row_format.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
         raise UserError(
             f"`label` of `{rows.name}` says which completions are wanted, and `objective: sft` would learn all of them",
@@ -132,6 +136,12 @@ def weighting_of(
     if COLUMN in sources.train.columns():
         report(f"the column `{COLUMN}` is not used: `objective: {settings.objective}` has no weights of examples")
     return None
+
+
+def _is_conversation(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lstrip().startswith("[") and '"role"' in value
+    return isinstance(value, Mapping) or (isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping))
 
 
 def _first_row(rows: Rows) -> Mapping[str, Any]:

@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from trietune.data.files import BrokenRow, Row, count_rows, detect_format, read_rows
+from trietune.data.files import BETWEEN, count_rows, detect_format, read_rows
+from trietune.data.opening import AS_USUAL, BrokenRow, FileOptions, Row
+from trietune.data.table_files import without_fillers
 from trietune.errors import UserError
 
 PlacedRow = tuple[str, Row | BrokenRow]
@@ -53,12 +55,13 @@ class FileRows:
 
     paths: tuple[Path, ...]
     labels: tuple[str, ...]  # how each file is called in a place: its name, or enough of its path
+    options: FileOptions = AS_USUAL
 
     @classmethod
-    def of(cls, paths: Sequence[Path]) -> FileRows:
+    def of(cls, paths: Sequence[Path], options: FileOptions = AS_USUAL) -> FileRows:
         names = [path.name for path in paths]
         labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
-        return cls(tuple(paths), tuple(labels))
+        return cls(tuple(paths), tuple(labels), options)
 
     @property
     def hub_id(self) -> None:
@@ -69,7 +72,7 @@ class FileRows:
         return self.labels[0] if len(self.paths) == 1 else f"{self.labels[0]} and {len(self.paths) - 1} more"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.options).encode() if self.options != AS_USUAL else b"")
         for path, label in zip(self.paths, self.labels, strict=True):
             try:
                 with path.open("rb") as file:
@@ -83,22 +86,22 @@ class FileRows:
 
     def columns(self) -> list[str]:
         for path in self.paths:
-            for _, row in read_rows(path):
+            for _, row in read_rows(path, self.options):
                 if not isinstance(row, BrokenRow):
                     return list(row)
         return []
 
     def count(self) -> int:
-        return sum(count_rows(path) for path in self.paths)
+        return sum(count_rows(path, self.options) for path in self.paths)
 
     def quick_count(self) -> int | None:
         forms = {detect_format(path) for path in self.paths}
-        return self.count() if forms <= {"parquet", "jsonl", "tsv"} else None
+        return self.count() if forms <= {"parquet", "arrow", "jsonl", "tsv"} else None
 
     def read(self) -> Iterator[PlacedRow]:
         for path, label in zip(self.paths, self.labels, strict=True):
-            between = {"squad": " question ", "parquet": " row "}.get(detect_format(path), ":")
-            for number, row in read_rows(path):
+            between = BETWEEN.get(detect_format(path), ":")
+            for number, row in read_rows(path, self.options):
                 yield f"{label}{between}{number}", row
 
 
@@ -139,7 +142,7 @@ class HubRows:
         number = 0
         for batch in self.dataset.iter(batch_size=4096):
             for values in zip(*batch.values(), strict=True):
-                yield f"{self.split}:{number}", dict(zip(batch, values, strict=True))
+                yield f"{self.split}:{number}", without_fillers(dict(zip(batch, values, strict=True)))
                 number += 1
 
 

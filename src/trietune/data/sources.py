@@ -15,9 +15,10 @@ from pathlib import Path
 
 from trietune.config.settings import Settings
 from trietune.data.columns import TaskName
-from trietune.data.files import FORMAT_OF_SUFFIX
+from trietune.data.files import is_data_file
 from trietune.data.folders import find_split, local_splits, no_such_path
 from trietune.data.hub import find_task, is_hub_id, load_from_hub, suggest_alias
+from trietune.data.opening import FileOptions
 from trietune.data.rows import HubRows, Rows, SlicedRows
 from trietune.demo.locations import (
     DEMO_PREFERENCES,
@@ -37,7 +38,7 @@ _SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\
 class Sources:
     """`validation` is None where the data has none: then a part of the training rows is held out.
 
-    `is_task_certain` is false where `task_name` may be an old default that nobody wrote.
+    `is_task_certain` is false where `task_name` may be an old default that was not set.
     """
 
     train: Rows
@@ -58,21 +59,27 @@ def find_sources(settings: Settings, *, report: Callable[[str], None]) -> Source
     """
     task_name = find_task(settings.dataset_id or "")
     split = settings.dataset_split or "train"
+    options = file_options(settings)
     if settings.train_file:
-        splits = local_splits(settings.train_file, "train_file", report)
+        splits = local_splits(settings.train_file, "train_file", report, options)
         found = _from_splits(splits, task_name, split, f"`{settings.train_file}`")
         found = replace(found, is_task_certain=not _is_of_a_run(settings.where("dataset_id")))
     elif settings.dataset_id is not None:
-        found = _from_dataset_id(settings.dataset_id, task_name, split, report)
+        found = _from_dataset_id(settings.dataset_id, task_name, split, report, options)
     else:
         raise UserError(
             "no data is named", where="`train_file` and `dataset_id` are empty", next_step="train_file: data.jsonl"
         )
     if settings.validation_file:
-        splits = local_splits(settings.validation_file, "validation_file", report)
+        splits = local_splits(settings.validation_file, "validation_file", report, options)
         name = find_split(splits, "validation") or "train"
         found = replace(found, validation=splits[name])
     return found
+
+
+def file_options(settings: Settings) -> FileOptions:
+    """What the settings say of files that do not say it themselves."""
+    return FileOptions(settings.file_encoding, settings.csv_separator, settings.txt_unit)
 
 
 def _is_of_a_run(origin: str) -> bool:
@@ -81,14 +88,18 @@ def _is_of_a_run(origin: str) -> bool:
     return path.name == "config.yaml" and (path.parent / ".run-id").is_file()
 
 
-def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str, report: Callable[[str], None]) -> Sources:
+def _from_dataset_id(
+    dataset_id: str, task_name: TaskName | None, split: str, report: Callable[[str], None], options: FileOptions
+) -> Sources:
     demo = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions, DEMO_PREFERENCES: demo_preferences}.get(
         dataset_id
     )
     path = demo() if demo else expand(dataset_id)
-    if path.exists() or glob.has_magic(dataset_id):
-        return _from_splits(local_splits(str(path), "dataset_id", report), task_name, split, f"`{dataset_id}`")
-    looks_like_a_path = path.suffix.lower() in FORMAT_OF_SUFFIX or dataset_id.startswith((".", "/", "~"))
+    is_configured = ":" in dataset_id and expand(dataset_id.rpartition(":")[0]).is_dir()
+    if path.exists() or glob.has_magic(dataset_id) or is_configured:
+        splits = local_splits(str(path), "dataset_id", report, options)
+        return _from_splits(splits, task_name, split, f"`{dataset_id}`")
+    looks_like_a_path = is_data_file(path) or dataset_id.startswith((".", "/", "~"))
     if looks_like_a_path or not is_hub_id(dataset_id):
         raise no_such_path(path, "dataset_id")
     if "/" not in dataset_id and task_name is None and (near := suggest_alias(dataset_id)):
@@ -97,8 +108,10 @@ def _from_dataset_id(dataset_id: str, task_name: TaskName | None, split: str, re
             where=f"dataset_id: {dataset_id}",
             next_step=f"did you mean `{near}`?",
         )
-    splits, name = load_from_hub(dataset_id, report=report)
-    return _from_splits({key: HubRows(rows, name, key) for key, rows in splits.items()}, task_name, split, f"`{name}`")
+    hub_splits, name = load_from_hub(dataset_id, report=report)
+    return _from_splits(
+        {key: HubRows(rows, name, key) for key, rows in hub_splits.items()}, task_name, split, f"`{name}`"
+    )
 
 
 def _from_splits(splits: Mapping[str, Rows], task_name: TaskName | None, split: str, source: str) -> Sources:

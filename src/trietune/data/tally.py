@@ -18,7 +18,7 @@ from trietune.data.taken import LeftByTemplate
 from trietune.errors import UserError
 
 # Completions are tallied until there are more different ones than any set of labels has.
-COMPLETIONS_TALLIED = 20
+COMPLETIONS_TALLIED = 500
 
 
 @dataclass(slots=True)
@@ -72,12 +72,15 @@ class Tally:
     )
     hashes: array[int] = field(default_factory=lambda: array("q"))
     completions: Counter[str] | None = field(default_factory=Counter)
+    completion_places: dict[str, str] = field(default_factory=dict)
     own_ids: set[str] = field(default_factory=set)
 
     def add(self, examples: Sequence[Example], encoded: EncodedExamples) -> None:
         self.hashes.extend(hash((one.prompt, one.completion, one.messages, one.tools)) for one in examples)
         if self.completions is not None:
             self.completions.update(one.completion for one in examples)
+            for one in examples:
+                self.completion_places.setdefault(one.completion, one.id)
             if len(self.completions) > COMPLETIONS_TALLIED:
                 self.completions = None
         counts = self.counts
@@ -119,4 +122,5 @@ class Tally:
             num_examples=self.num_examples,
             duplicates=Count(len(hashes) - len(first), samples),
             completions=dict(self.completions or {}),
+            completion_places=self.completion_places if self.completions else {},
         )

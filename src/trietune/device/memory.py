@@ -30,6 +30,8 @@ INPUT_WITH_HOLES = 2.5
 ALLOCATOR = 1.15
 # For work whose batches have not been looked at.
 ASSUMED_SCORES, ASSUMED_LABELS = 300, 0.35
+# The backward pass of a scan takes this part of what it has kept on top.
+PASSING_SCAN = 0.5
 # What is left for the optimizer, the next micro-batch and the rest of the machine.
 USABLE_SHARE = 0.6
 
@@ -59,6 +61,8 @@ class Widths:
         widest: numbers that the backward pass of the widest layer takes on top.
         heads: query heads of a layer, of the most that any has.
         vocabulary: logits of a position.
+        scanned: bytes that the scans of layers with a state keep of a position, in all layers.
+        widest_scan: the same of the layer that keeps most.
     """
 
     hidden: int
@@ -67,6 +71,8 @@ class Widths:
     widest: int
     heads: int
     vocabulary: int
+    scanned: int = 0
+    widest_scan: int = 0
 
 
 def widths_of(config: Any, network: nn.Module | None = None) -> Widths:
@@ -183,11 +189,12 @@ def bytes_per_position(
     whole_layers = layers - 1 + labels_per_position if is_fused else layers
     bytes_a_logit = size + LOG_PROBABILITY_BYTES * (2 if size == 2 else 1)
     logits = bytes_a_logit * labels_per_position * found.vocabulary
+    of_passing = passing * size + PASSING_SCAN * found.widest_scan
     if gradient_checkpointing:
         # Logits are there when only inputs are kept; a layer is computed again when the logits have gone.
         inputs = INPUT_WITH_HOLES * layers * hidden * size
-        return int(ALLOCATOR * (inputs + max(logits, (layer + passing) * size)))
-    return int(ALLOCATOR * (whole_layers * layer * size + max(logits, passing * size)))
+        return int(ALLOCATOR * (inputs + max(logits, layer * size + found.widest_scan + of_passing)))
+    return int(ALLOCATOR * (whole_layers * layer * size + found.scanned + max(logits, of_passing)))
 
 
 def micro_batch_bound(free_bytes: int, position_bytes: int) -> int:

@@ -23,7 +23,7 @@ def choose_dtype(dtype: str, device: Device, *, where: str) -> torch.dtype:
     """The dtype that `dtype` names; `auto` takes bfloat16 where a measured product is not slower than in float32.
 
     Raises:
-        UserError: float16 off CUDA, bfloat16 on a card without it.
+        UserError: float16 off CUDA, bfloat16 on a GPU without it.
     """
     if dtype == "auto":
         return device.fastest_dtype()

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from trietune.data.encoder import Encoder
-from trietune.data.examples import Task, TokenSequences
+from trietune.data.examples import Example, Task, TokenSequences
+from trietune.data.templates import UNANSWERABLE
+from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate_and_score
 from trietune.evaluation.metrics import (
     Measured,
@@ -25,6 +27,7 @@ from trietune.evaluation.metrics import (
     measure_accuracy,
     measure_answers,
     measure_loss,
+    measure_overlap,
     prediction_text,
 )
 from trietune.evaluation.scoring import (
@@ -33,13 +36,15 @@ from trietune.evaluation.scoring import (
     find_prompt_lengths,
     label_log_probabilities,
     label_probabilities,
+    names_of,
     no_progress,
     no_stop,
     sequence_losses,
+    sum_by_name,
 )
 from trietune.model.causal_lm import TrieModel
 from trietune.ranks.ranks import ALONE, Ranks
-from trietune.trie import Batching
+from trietune.trie import Batching, Sequences
 from trietune.trie.dealing import deal_step
 
 
@@ -103,7 +108,7 @@ def evaluate_model(
         ranks: processes that share the work; all call this function.
     """
     indices = choose_examples(len(sequences), max_examples, seed=seed)
-    mine = _own_places(sequences, indices, ranks, batching)
+    mine = own_places(sequences, indices, ranks, batching)
     own = indices[mine]
     how: Any = {"max_positions": max_positions, "check_stop": check_stop, "progress": progress}
     predictions: list[Prediction] = []
@@ -113,9 +118,9 @@ def evaluate_model(
         scores = ranks.together(
             lambda: label_log_probabilities(model, sequences, own, completions, batching=batching, **how)
         )
-        log_probabilities = _put_together(ranks, mine, scores, len(indices))
+        log_probabilities = put_together(ranks, mine, scores, len(indices))
         gold = find_labels(sequences, indices, completions)
-        measured = _measure_labels(log_probabilities, gold, completions)
+        measured = _measure_labels(log_probabilities, gold, completions, task)
         predictions = _label_predictions(sequences, indices, task, log_probabilities, gold)
     elif task.kind == "answers" and generate:
         limits = GenerationLimits(
@@ -127,8 +132,8 @@ def evaluate_model(
         own_answers, own_losses, own_weights = ranks.together(
             lambda: generate_and_score(model, sequences, own, limits, check_stop=check_stop, progress=progress)
         )
-        losses = _put_together(ranks, mine, own_losses, len(indices))
-        weights = _put_together(ranks, mine, own_weights, len(indices))
+        losses = put_together(ranks, mine, own_losses, len(indices))
+        weights = put_together(ranks, mine, own_weights, len(indices))
         answers: list[list[int]] = [[] for _ in range(len(indices))]
         for places, part in ranks.gather((mine.tolist(), own_answers)):
             for place, answer in zip(places, part, strict=True):
@@ -136,18 +141,19 @@ def evaluate_model(
         predictions = _answer_predictions(sequences, indices, encoder, answers)
         texts, gold_answers = [p.text for p in predictions], [p.gold for p in predictions]
         measured = [measure_loss(losses, weights), measure_answers(texts, gold_answers, seed=seed)]
+        measured.append(measure_overlap(texts, gold_answers, seed=seed))
     else:
         own_losses, own_weights = ranks.together(
             lambda: sequence_losses(model, sequences, own, batching=batching, **how)
         )
-        losses = _put_together(ranks, mine, own_losses, len(indices))
-        weights = _put_together(ranks, mine, own_weights, len(indices))
+        losses = put_together(ranks, mine, own_losses, len(indices))
+        weights = put_together(ranks, mine, own_weights, len(indices))
         measured = [measure_loss(losses, weights)]
     joined = join(measured, prefix="eval/")
     return Evaluation(joined.metrics, joined.intervals, len(indices), predictions)
 
 
-def _own_places(sequences: TokenSequences, indices: np.ndarray, ranks: Ranks, batching: Batching) -> np.ndarray:
+def own_places(sequences: Sequences, indices: np.ndarray, ranks: Ranks, batching: Batching) -> np.ndarray:
     """Places in `indices` of what this rank computes, ascending: all of them in one process."""
     everything = np.arange(len(indices))
     if ranks.count == 1:
@@ -159,7 +165,7 @@ def _own_places(sequences: TokenSequences, indices: np.ndarray, ranks: Ranks, ba
     return np.sort(ranks.mine([np.append(places[0], unlabeled), *places[1:]]))
 
 
-def _put_together(ranks: Ranks, mine: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+def put_together(ranks: Ranks, mine: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     """The values of all ranks' places, float64 [count, ...] in the order of the examples."""
     if ranks.count == 1:
         return values
@@ -193,7 +199,7 @@ def find_labels(sequences: TokenSequences, indices: np.ndarray, completions: Seq
     """Which of the labels' completions each example has; int64 [B].
 
     Raises:
-        ValueError: one has none of them.
+        UserError: one has none of them.
     """
     number_of = {completion.tobytes(): number for number, completion in enumerate(completions)}
     starts = np.asarray(sequences.offsets)[:-1] + find_prompt_lengths(sequences)
@@ -202,35 +208,50 @@ def find_labels(sequences: TokenSequences, indices: np.ndarray, completions: Seq
         completion = np.asarray(sequences.input_ids[starts[index] : sequences.offsets[index + 1]], np.int32)
         number = number_of.get(completion.tobytes())
         if number is None:
-            raise ValueError(f"the completion of example `{sequences.ids[index]}` is not one of the task's labels")
+            raise UserError(
+                f"the completion of `{sequences.ids[index]}` is none of the {len(completions)} labels of this task: "
+                f"`{sequences.examples[int(index)].completion.strip()[:80]}`",
+                next_step="correct it, or measure the loss alone: `--set task=text`",
+            )
         found[at] = number
     return found
 
 
 def _measure_labels(
-    log_probabilities: np.ndarray, gold: np.ndarray, completions: Sequence[np.ndarray]
+    log_probabilities: np.ndarray, gold: np.ndarray, completions: Sequence[np.ndarray], task: Task
 ) -> list[Measured]:
     losses = -log_probabilities[np.arange(len(gold)), gold]
     lengths = np.array([len(completion) for completion in completions])
-    return [measure_loss(losses, lengths[gold]), measure_accuracy(log_probabilities.argmax(axis=1) == gold)]
+    names, group = names_of(task)
+    predicted = sum_by_name(label_probabilities(log_probabilities), group, len(names)).argmax(axis=1)
+    return [measure_loss(losses, lengths[gold]), measure_accuracy(predicted == group[gold])]
 
 
 def _label_predictions(
     sequences: TokenSequences, indices: np.ndarray, task: Task, log_probabilities: np.ndarray, gold: np.ndarray
 ) -> list[Prediction]:
-    probabilities = label_probabilities(log_probabilities).tolist()
+    names, group = names_of(task)
+    probabilities = sum_by_name(label_probabilities(log_probabilities), group, len(names))
     return [
         Prediction(
             index=int(index),
             id=sequences.ids[index],
-            text=task.label_names[predicted],
-            gold=(task.label_names[right],),
-            probabilities=dict(zip(task.label_names, row, strict=True)),
+            text=names[int(row.argmax())],
+            gold=(names[group[right]],),
+            probabilities=dict(zip(names, row.tolist(), strict=True)),
         )
-        for index, predicted, right, row in zip(
-            indices, log_probabilities.argmax(axis=1), gold, probabilities, strict=True
-        )
+        for index, right, row in zip(indices, gold, probabilities, strict=True)
     ]
+
+
+def _gold_answers(example: Example, encoder: Encoder) -> tuple[str, ...]:
+    """All right answers of an example: those that the data lists, or its completion; none if it is `unanswerable`."""
+    if example.answers:
+        return example.answers
+    answer = example.completion
+    if example.messages:  # what is generated is the first answer that is learned
+        answer = next((one.content for one in encoder.answers(example) if one.weight), "")
+    return () if answer.strip() == UNANSWERABLE else (answer.strip(),)
 
 
 def _answer_predictions(
@@ -241,7 +262,7 @@ def _answer_predictions(
             index=int(index),
             id=sequences.ids[index],
             text=encoder.decode_completion(tokens).strip(),
-            gold=sequences.examples[int(index)].answers,
+            gold=_gold_answers(sequences.examples[int(index)], encoder),
         )
         for index, tokens in zip(indices, answers, strict=True)
     ]

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from trietune.data.examples import IGNORED_LABEL
+from trietune.errors import UserError
 from trietune.evaluation.decoding import Decoding, Prefill, register
+from trietune.evaluation.sampling import Sampling
 from trietune.evaluation.scoring import (
     CheckStop,
     FlatSequences,
@@ -56,12 +58,14 @@ class GenerationLimits:
         max_new_tokens: an answer without a stop token ends here.
         max_positions: most positions that are prefilled at once.
         batch_size: about how many prompts decode together.
+        sampling: how tokens are drawn; None takes the likeliest.
     """
 
     stop_ids: frozenset[int]
     max_new_tokens: int
     max_positions: int
     batch_size: int
+    sampling: Sampling | None = None
 
 
 @dataclass(slots=True)
@@ -193,11 +197,11 @@ def _run_tries(
                 joining, hidden_ND, ends_of_prompts = _prefill(model, decoding, micro_batch, place)
                 if on_losses is not None:
                     on_losses(micro_batch, place[micro_batch.sequence_indices], _losses(model, micro_batch, hidden_ND))
-                next_tokens = _most_likely(model, hidden_ND[ends_of_prompts])
+                next_tokens = _choose(model, hidden_ND[ends_of_prompts], limits.sampling)
                 rows += joining
                 changed = joining
             elif rows:
-                next_tokens = _decode(model, decoding, [row.tokens[-1] for row in rows])
+                next_tokens = _decode(model, decoding, [row.tokens[-1] for row in rows], limits.sampling)
                 changed = rows
             else:
                 return
@@ -259,12 +263,12 @@ def _losses(model: TrieModel, micro_batch: MicroBatch, hidden_ND: Tensor) -> np.
     return np.asarray(losses.double().cpu().numpy())
 
 
-def _decode(model: TrieModel, decoding: Decoding, tokens: list[int]) -> list[int]:
+def _decode(model: TrieModel, decoding: Decoding, tokens: list[int], sampling: Sampling | None) -> list[int]:
     """The token after `tokens`, one per row."""
     decoding.begin_step()
     hidden = _hidden_states(model, np.array([tokens]), decoding.position_ids, attends=decoding)
     decoding.end_step()
-    return _most_likely(model, hidden[0])
+    return _choose(model, hidden[0], sampling)
 
 
 def _hidden_states(
@@ -283,8 +287,10 @@ def _hidden_states(
     return hidden
 
 
-def _most_likely(model: TrieModel, hidden_BD: Tensor) -> list[int]:
-    tokens: list[int] = model.project(hidden_BD).argmax(dim=-1).tolist()
+def _choose(model: TrieModel, hidden_BD: Tensor, sampling: Sampling | None) -> list[int]:
+    logits_BV = model.project(hidden_BD)
+    chosen = logits_BV.argmax(dim=-1) if sampling is None else sampling.choose(logits_BV)
+    tokens: list[int] = chosen.tolist()
     return tokens
 
 
@@ -308,6 +314,11 @@ def _run_static(
     on_token: OnToken | None = None,
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
     """Each token of all rows from one pass over tries of their prompts and what they have said so far."""
+    if limits.sampling is not None:
+        raise UserError(
+            "a device of static shapes only takes the likeliest token",
+            next_step="leave out `--temperature` and `--top-p`",
+        )
     starts, lengths = np.asarray(sequences.offsets)[indices], find_prompt_lengths(sequences)[indices]
     tokens = [np.asarray(sequences.input_ids[a : a + n]).tolist() for a, n in zip(starts, lengths, strict=True)]
     waiting = sort_sequences(np.asarray(sequences.input_ids), starts, lengths)
@@ -353,17 +364,19 @@ def _run_padded(
     """The library's `generate` on rows padded at the left, prompts of similar length together."""
     from transformers import GenerationConfig
 
+    sampling = limits.sampling
     # Whatever a model's own file asks for besides, such as a repetition penalty: greedy is greedy.
-    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
+    rules = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=limits.max_new_tokens,
         eos_token_id=sorted(limits.stop_ids),
         pad_token_id=0,
-        do_sample=False,
+        do_sample=sampling is not None,
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        temperature=1.0,
-        top_p=1.0,
+        temperature=1.0 if sampling is None else sampling.temperature,
+        top_p=1.0 if sampling is None else sampling.top_p,
+        top_k=0 if sampling is not None else 50,
     )
     starts, lengths = np.asarray(sequences.offsets)[indices], find_prompt_lengths(sequences)[indices]
     order, first = np.argsort(-lengths, kind="stable"), 0
@@ -389,7 +402,7 @@ def _run_padded(
             output = model.network.generate(  # type: ignore[operator]  # of transformers, which is untyped
                 input_ids=torch.from_numpy(input_ids).to(model.device),
                 attention_mask=torch.from_numpy(is_real.astype(np.int64)).to(model.device),
-                generation_config=greedy,
+                generation_config=rules,
                 stopping_criteria=[between_tokens],
             )
         for at, tokens in zip(batch, output[:, width:].tolist(), strict=True):

@@ -1,6 +1,6 @@
 """Numbers that say how good a model is, each with the interval that its number of examples allows.
 
-    labels     accuracy                      872 sentences, 763 right: 0.8750, 95 % interval 0.8514 to 0.8953
+    labels     accuracy                      872 sentences, 763 right: 0.8750, 95% interval 0.8514 to 0.8953
     answers    exact match and F1            SQuAD v2's own definitions, answerable and unanswerable apart
     any text   loss and perplexity           weighted by tokens: sum of all losses / number of all label tokens
 
@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trietune.data.templates import UNANSWERABLE
+from trietune.errors import UserError
 
-Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
+Z_95 = 1.959963984540054  # the normal distribution's 97.5% point
 BOOTSTRAP_RESAMPLES = 10_000
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
@@ -30,7 +31,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Metrics by name, and the 95 % intervals of those that have one."""
+    """Metrics by name, and the 95% intervals of those that have one."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -93,6 +94,34 @@ def measure_answers(predictions: Sequence[str], gold_answers: Sequence[Sequence[
     return Measured(metrics, intervals)
 
 
+# Answers of so many words on the average are long: a single other word makes them no exact match.
+LONG_ANSWER_WORDS = 8
+
+
+def measure_overlap(predictions: Sequence[str], gold_answers: Sequence[Sequence[str]], *, seed: int = 0) -> Measured:
+    """ROUGE-L (F-measure of the longest common subsequence, without stemming) by `rouge-score`, if answers are long.
+
+    The best over the gold answers of each example (Lin 2004). Empty where answers are short, or there are none.
+
+    Raises:
+        UserError: `rouge-score` is not installed.
+    """
+    answerable = [(said, gold) for said, gold in zip(predictions, gold_answers, strict=True) if gold]
+    words = [len(one.split()) for _, gold in answerable for one in gold]
+    if not words or sum(words) < LONG_ANSWER_WORDS * len(words):
+        return Measured()
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise UserError(
+            "long answers are measured by ROUGE-L, and the package `rouge-score` is not installed",
+            next_step="pip install rouge-score     (or task: text)",
+        ) from None
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scores = np.array([scorer.score_multi(list(gold), said)["rougeL"].fmeasure for said, gold in answerable])
+    return Measured({"rouge_l": float(scores.mean())}, {"rouge_l": mean_interval(scores, seed=seed)})
+
+
 def prediction_text(text: str) -> str:
     """The answer in what the model said: nothing, if it said `unanswerable` (in any case, with a full stop or not)."""
     return "" if normalize_answer(text) == UNANSWERABLE else text
@@ -117,7 +146,7 @@ def normalize_answer(text: str) -> str:
 
 
 def wilson_interval(num_right: int, num_examples: int) -> tuple[float, float]:
-    """95 % score interval of a share (Wilson 1927): inside [0, 1], and of a sensible width at 0 and at 1 too."""
+    """95% score interval of a share (Wilson 1927): inside [0, 1], and of a sensible width at 0 and at 1 too."""
     share, z_squared = num_right / num_examples, Z_95**2
     center = (share + z_squared / (2 * num_examples)) / (1 + z_squared / num_examples)
     half = Z_95 * math.sqrt(share * (1 - share) / num_examples + z_squared / (4 * num_examples**2))
@@ -127,7 +156,7 @@ def wilson_interval(num_right: int, num_examples: int) -> tuple[float, float]:
 
 
 def mean_interval(scores: np.ndarray, *, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of scores in [0, 1]: Wilson's where all are 0 or 1, else the percentile bootstrap.
+    """95% interval of the mean of scores in [0, 1]: Wilson's where all are 0 or 1, else the percentile bootstrap.
 
     A resample of `n` scores is a multinomial draw over the distinct scores, of which F1 has few: so ten thousand
     resamples of a whole development set are one small matrix product.

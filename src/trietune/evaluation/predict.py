@@ -20,13 +20,16 @@ from trietune.data.messages import read_messages, read_tools
 from trietune.data.templates import PromptFormat, fill_template, find_half_character
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
+from trietune.evaluation.sampling import Sampling
 from trietune.evaluation.scoring import (
     CheckStop,
     FlatSequences,
     label_log_probabilities,
     label_probabilities,
+    names_of,
     no_progress,
     no_stop,
+    sum_by_name,
 )
 from trietune.model.causal_lm import TrieModel
 from trietune.trie import Batching
@@ -54,15 +57,16 @@ def predict_labels(
     max_positions: int,
     check_stop: CheckStop = no_stop,
 ) -> list[LabelPrediction]:
-    """The label of each input, for a prompt format whose task has labels.
+    """The label of each input, for a prompt format whose task has labels; an empty prompt has none.
 
     Raises:
         UserError: an input does not have what the prompt template asks for.
     """
     task = encoder.prompt_format.task
-    prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
+    all_prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
+    prompts = [prompt for prompt in all_prompts if prompt]
     if not prompts:
-        return []
+        return [LabelPrediction("", {}) for _ in all_prompts]
     lengths = np.array([len(prompt) for prompt in prompts])
     input_ids = np.concatenate([np.array(prompt, np.int32) for prompt in prompts])
     probabilities = label_probabilities(
@@ -77,10 +81,12 @@ def predict_labels(
             progress=no_progress,
         )
     )
-    return [
-        LabelPrediction(task.label_names[int(row.argmax())], dict(zip(task.label_names, row.tolist(), strict=True)))
-        for row in probabilities
-    ]
+    names, group = names_of(task)
+    found = (
+        LabelPrediction(names[int(row.argmax())], dict(zip(names, row.tolist(), strict=True)))
+        for row in sum_by_name(probabilities, group, len(names))
+    )
+    return [next(found) if prompt else LabelPrediction("", {}) for prompt in all_prompts]
 
 
 def predict_text(
@@ -92,21 +98,26 @@ def predict_text(
     batch_size: int,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """What the model says to each input, greedily; spaces at both ends are left out.
+    """What the model says to each input, greedily unless `sampling` draws; spaces at both ends are left out.
+
+    An empty prompt has no answer.
 
     Raises:
-        UserError: an input does not have what the prompt template asks for, or is empty.
+        UserError: an input does not have what the prompt template asks for.
     """
     prompts = [encode_prompt(encoder, example) for example in make_examples(encoder.prompt_format, inputs)]
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt:
-            raise UserError(
-                f"input {number} is empty, and a model needs a text to continue", next_step="give it a text"
-            )
-    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=batch_size)
-    answers = generate(model, prompts, limits, check_stop=check_stop)
-    return [encoder.decode_completion(tokens).strip() for tokens in answers]
+    limits = _limits(
+        encoder,
+        max_new_tokens=max_new_tokens,
+        max_positions=max_positions,
+        batch_size=batch_size,
+        sampling=sampling,
+    )
+    answers = iter(generate(model, [prompt for prompt in prompts if prompt], limits, check_stop=check_stop))
+    # Without a single token, not even BOS, a model has nothing to go on from.
+    return [encoder.decode_completion(next(answers)).strip() if prompt else "" for prompt in prompts]
 
 
 def answer_turn(
@@ -118,6 +129,7 @@ def answer_turn(
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     check_stop: CheckStop = no_stop,
     on_text: Callable[[str], None] | None = None,
+    sampling: Sampling | None = None,
 ) -> Message:
     """The assistant's next turn in a conversation.
 
@@ -131,7 +143,9 @@ def answer_turn(
     conversation = _conversation(messages)
     _check_text(conversation, "the conversation")
     prompt = encode_prompt(encoder, conversation)
-    limits = _limits(encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=1)
+    limits = _limits(
+        encoder, max_new_tokens=max_new_tokens, max_positions=max_positions, batch_size=1, sampling=sampling
+    )
     stream = _TextStream(encoder, on_text or (lambda piece: None))
     [answer] = generate(model, [prompt], limits, check_stop=check_stop, on_token=lambda _, token: stream.add(token))
     text = encoder.decode_completion(answer).strip()
@@ -183,7 +197,7 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
             except TypeError as error:
                 raise UserError(f"{name} cannot be read: {error}", next_step=_ADVICE_MESSAGES) from None
         raise UserError(f"{name} has no `messages`, and this adapter was trained on chats", next_step=_ADVICE_MESSAGES)
-    columns = prompt_format.columns
+    columns = tuple(name for name in prompt_format.columns if name not in prompt_format.optional_columns)
     if isinstance(value, str):
         if not prompt_format.prompt_template:
             return Example(id=name, prompt=value, completion="")
@@ -248,12 +262,15 @@ def _sample_row(columns: Sequence[str]) -> str:
     return "{" + ", ".join(f'"{column}": "..."' for column in columns) + "}"
 
 
-def _limits(encoder: Encoder, *, max_new_tokens: int, max_positions: int, batch_size: int) -> GenerationLimits:
+def _limits(
+    encoder: Encoder, *, max_new_tokens: int, max_positions: int, batch_size: int, sampling: Sampling | None
+) -> GenerationLimits:
     return GenerationLimits(
         stop_ids=frozenset(encoder.prompt_format.stop_ids),
         max_new_tokens=max_new_tokens,
         max_positions=max_positions,
         batch_size=batch_size,
+        sampling=sampling,
     )
 
 

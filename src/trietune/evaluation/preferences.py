@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from trietune.data.answers import AnswerSets
-from trietune.evaluation.evaluate import Evaluation, choose_examples
+from trietune.evaluation.evaluate import Evaluation, choose_examples, own_places, put_together
 from trietune.evaluation.metrics import Z_95, Measured, join, wilson_interval
 from trietune.evaluation.scoring import CheckStop, Progress, ScoringModel, no_progress, no_stop, sequence_losses
+from trietune.ranks.ranks import ALONE, Ranks
 from trietune.trie import Batching
 
 # From rows, scores and numbers of labels (both float64, one an answer) to metrics and intervals.
@@ -32,6 +33,7 @@ def evaluate_answers(
     seed: int = 0,
     check_stop: CheckStop = no_stop,
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Score the answers of a set and measure them by `judge`; names begin with `eval/`.
 
@@ -47,6 +49,7 @@ def evaluate_answers(
         max_positions=max_positions,
         check_stop=check_stop,
         progress=progress,
+        ranks=ranks,
     )
     joined = join([judge(rows, scores, counts)], prefix="eval/")
     return Evaluation(joined.metrics, joined.intervals, len(rows), [])
@@ -61,16 +64,30 @@ def score_answers(
     max_positions: int,
     check_stop: CheckStop,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the label log-probabilities of these sequences, and how many labels each has; both float64 [E]."""
-    losses, counts = sequence_losses(
-        model, sets, sequences, batching=batching, max_positions=max_positions, check_stop=check_stop, progress=progress
+    """Sum of the label log-probabilities of these sequences, and how many labels each has; both float64 [E].
+
+    Over several ranks each scores a part, and all get the scores of the whole.
+    """
+    mine = own_places(sets, sequences, ranks, batching)
+    losses, counts = ranks.together(
+        lambda: sequence_losses(
+            model,
+            sets,
+            sequences[mine],
+            batching=batching,
+            max_positions=max_positions,
+            check_stop=check_stop,
+            progress=progress,
+        )
     )
-    return -losses, counts
+    num = len(sequences)
+    return -put_together(ranks, mine, losses, num), put_together(ranks, mine, counts, num)
 
 
 def measure_share(name: str, is_right: np.ndarray, row: np.ndarray) -> Measured:
-    """Share of pairs in which the better answer won, with its 95 % interval; empty without pairs.
+    """Share of pairs in which the better answer won, with its 95% interval; empty without pairs.
 
     Rows are what was drawn. With one pair per row the interval is Wilson's; pairs of one row stand and fall together,
     so otherwise it is that of a ratio of two means over the rows, by the delta method.

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from trietune.data.examples import IGNORED_LABEL
+from trietune.data.examples import IGNORED_LABEL, Task
 from trietune.trie import Batching, MicroBatch, Sequences, make_micro_batches, sort_sequences
 
 # Sequences planned at once: enough that cutting them into micro-batches wastes nothing, few enough to plan at ease.
@@ -218,3 +218,20 @@ def _sorted_chunks(
     order = sort_sequences(np.asarray(sequences.input_ids), np.asarray(sequences.offsets)[indices], lengths)
     for start in range(0, len(order), chunk_size):
         yield order[start : start + chunk_size]
+
+
+def names_of(task: Task) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of a task's labels, each once, and which of them each label has; int64 [labels].
+
+    Labels that differ only in spaces at their ends have one name.
+    """
+    names = tuple(dict.fromkeys(task.label_names))
+    return names, np.array([names.index(name) for name in task.label_names], np.int64)
+
+
+def sum_by_name(probabilities: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:
+    """The probability of each name: that of all labels that have it; float64 [B, count]."""
+    summed = np.zeros((len(probabilities), count))
+    for label, name in enumerate(group.tolist()):
+        summed[:, name] += probabilities[:, label]
+    return summed

@@ -38,13 +38,13 @@ REPLACED = re.compile(r"\.replaced-(?P<name>.+)-[0-9a-f]{12}")
 REMOVED = re.compile(r"\.removed-(?P<name>.+)-[0-9a-f]{12}")
 DAMAGED = re.compile(r"\.damaged-(?P<name>.+)-(?P<number>[0-9]+)")
 
-# Room beyond the bytes themselves: blocks of the folder, the journal, and whoever else writes at the same time.
+# Room beyond the bytes themselves: blocks of the folder, the journal, and other writers at the same time.
 SPARE_BYTES = 1 * 2**20
 _CHUNK_BYTES = 4 * 2**20
 
 
 class DamagedDirectory(Exception):  # noqa: N818  (a state of a directory, not a failure of ours)
-    """A directory is not whole: `file` inside it is to blame, and `reason` is what a sentence about it goes on with."""
+    """A directory is not whole: `file` inside it is to blame, and `reason` is how a sentence about it continues."""
 
     def __init__(self, directory: Path, file: str, reason: str) -> None:
         super().__init__(f"{directory.name} is not whole: {file} {reason}")
@@ -217,7 +217,7 @@ def clean_leftovers(folder: Path, name: re.Pattern[str]) -> list[Path]:
             files.rename(entry, folder / replaced["name"])
             files.flush_folder(folder)
         else:
-            files.discard(entry)  # what cannot be removed now is in nobody's way and is met again at the next start
+            files.discard(entry)  # what cannot be removed now is in no one's way and is met again at the next start
         dealt_with.append(entry)
     return dealt_with
 
@@ -276,7 +276,7 @@ def _rename_folder(source: Path, target: Path) -> None:
 
 
 def _remove_in_place(directory: Path) -> None:
-    """Remove a folder that cannot be hidden first: its manifest goes before all else, so nobody takes it for whole."""
+    """Remove a folder that cannot be hidden first: its manifest goes first, so it is never taken for whole."""
     if os.path.lexists(directory / MANIFEST_NAME):
         files.remove_file(directory / MANIFEST_NAME)
         files.flush_folder(directory)

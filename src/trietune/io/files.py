@@ -117,7 +117,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 def hidden_sibling(purpose: str, target: Path) -> Path:
-    """A name that nobody has yet, beside `target`, of the form `.<purpose>-<name>-<random>`."""
+    """A name that is not taken, beside `target`, of the form `.<purpose>-<name>-<random>`."""
     return target.with_name(f".{purpose}-{target.name}-{secrets.token_hex(6)}")
 
 

@@ -37,6 +37,7 @@ METRICS: Mapping[str, MetricKind] = {
     "margins": MetricKind("max"),
     "exact_match": MetricKind("max", is_share=True, hub_name="exact_match"),
     "f1": MetricKind("max", is_share=True, hub_name="f1"),
+    "rouge_l": MetricKind("max", is_share=True, hub_name="rouge"),
     "precision": MetricKind("max", is_share=True),
     "recall": MetricKind("max", is_share=True),
     "share": MetricKind(is_share=True),

@@ -1,8 +1,8 @@
-"""Patterns over the names of a model's modules, which end in good time whoever wrote them.
+"""Patterns over the names of a model's modules, which end in good time, whatever they say.
 
 Python's own matcher needs longer than anybody lives for `(.|.)*X` on a name of sixty letters, and cannot be stopped.
 So patterns are in Python's syntax, are matched by `regex` under a time limit, once over all names, and what
-goes on from here are names.
+leaves here are names.
 """
 
 from __future__ import annotations

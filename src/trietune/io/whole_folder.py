@@ -38,7 +38,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_left(final.parent)
-        # Left by a process that died and whose number we were given: nobody else's can carry our own.
+        # Left by a process that died and whose number we were given: no other process can carry ours.
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         held = _hold(staging)

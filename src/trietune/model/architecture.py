@@ -64,7 +64,7 @@ def why_whole_rows(network: PreTrainedModel) -> str | None:
         return refuse_mixing(network)
     layers = set(getattr(config, "layer_types", None) or ())
     if other := sorted(layers - set(_ATTENTION_LAYERS)):
-        return f"`{family}` has layers of the kind `{other[0]}`, which a trie's own attention does not know"
+        return f"`{family}` has layers of the kind `{other[0]}`, which a trie's own attention does not support"
     if getattr(network, "_is_stateful", False):
         return f"`{family}` has state-space layers, which carry a state from token to token"
     is_known = family in TESTED_FAMILIES

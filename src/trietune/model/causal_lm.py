@@ -60,7 +60,7 @@ class TrieModel:
         prunes_last: see above; a proof that fails takes it back.
         needs_masks: some layers attend in transformers' own way under a mask, so the decoder is given one.
         can_decode: generation may keep keys and values from token to token (`evaluation.decoding`).
-        library_attention: of transformers, that the network came with.
+        library_attention: the attention of transformers that the network came with.
         whole_rows: where it is set, the network runs on the rows of a trie, laid out whole, and its products once a
             node: no layer is told what a node sees.
         why_whole_rows: the reason, for people.
@@ -166,22 +166,24 @@ class TrieModel:
             input_ids, position_ids = trie.input_ids[None], trie.position_ids[None]
         if trie is None:
             mask = self.tensor(np.ascontiguousarray(micro_batch.attention_mask)).long()
-            return self.decode(input_ids, position_ids, mask, None)
+            # Plain rows have the positions that the model gives them itself: RoBERTa's do not begin at 0.
+            return self.decode(input_ids, None, mask, None)
         layout = self._layout_of(trie, query_nodes)
         return self.decode(input_ids, position_ids, self.mask_of(layout), layout)
 
     def decode(
         self,
         input_ids: np.ndarray,
-        position_ids: np.ndarray,
+        position_ids: np.ndarray | None,
         mask: Tensor | dict[str, Tensor],
         layout: TrieLayout | StaticLayout | None,
     ) -> Tensor:
         """Hidden states [S, W, D] of tokens and positions [S, W]; `layout` says what is seen, or else `mask`."""
         inputs: dict[str, Any] = {} if layout is None else {"trie_layout": layout}
+        if position_ids is not None:
+            inputs["position_ids"] = self.tensor(position_ids)
         output = decoder_of(self.network)(
             input_ids=self.tensor(input_ids),
-            position_ids=self.tensor(position_ids),
             attention_mask=mask,
             use_cache=False,
             **inputs,

@@ -14,10 +14,10 @@ import torch
 from trietune.data.examples import IGNORED_LABEL
 from trietune.errors import UserError
 from trietune.model.causal_lm import TrieModel
-from trietune.trie import Batching, Sequences, make_micro_batches
+from trietune.trie import UNBOUNDED, Batching, Sequences, make_micro_batches
 
 # Difference of the mean loss, relative to 1 + loss. fp32 sums in another order; bf16 has 8 bits, and a few dozen layers
-# of it leave about 1 % of a loss.
+# of it leave about 1% of a loss.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 NUM_CHECKED = 4
 MAX_LOGITS_PER_ROW = 200_000_000
@@ -43,7 +43,9 @@ def check_against_rows(
     lengths = np.diff(np.asarray(sequences.offsets))[indices]
     fitting = indices[lengths * model.vocabulary_size <= MAX_LOGITS_PER_ROW]
     chosen = _neighbors(sequences, fitting)
-    micro_batches = model.pad_to_shapes(make_micro_batches(sequences, chosen, batching=batching, max_positions=2**31))
+    micro_batches = model.pad_to_shapes(
+        make_micro_batches(sequences, chosen, batching=batching, max_positions=UNBOUNDED)
+    )
     if not micro_batches:
         return None
     was_training = model.network.training
@@ -63,8 +65,8 @@ def check_against_rows(
     difference = abs(checked.loss - checked.loss_of_rows) / (1 + abs(checked.loss_of_rows))
     if not difference <= TOLERANCES[dtype]:
         raise UserError(
-            f"as `{batching}` batches, `{family}` has a loss of {checked.loss:.6g}; on plain rows through transformers "
-            f"alone, {checked.loss_of_rows:.6g}",
+            f"as `{batching}` batches, `{family}` has a loss of {checked.loss:.6g}; on plain rows through "
+            f"transformers, {checked.loss_of_rows:.6g}",
             where=f"self-check of {len(chosen)} examples with attention `{model.attention}`; "
             f"relative difference {difference:.1e}, allowed {TOLERANCES[dtype]:.0e} in {dtype}",
             next_step="please report the family"

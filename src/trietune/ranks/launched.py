@@ -39,7 +39,7 @@ class Launched:
 
 
 def read_launched(environ: Mapping[str, str] = os.environ) -> Launched:
-    """The place of this process among those that torchrun or `--nproc` started; one of one if nobody did.
+    """The place of this process among those that torchrun or `--nproc` started; one of one if none did.
 
     Raises:
         UserError: another launcher started several, or a variable that torchrun sets is missing.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -54,6 +55,10 @@ class Ranks:
             The summed loss, on the device that it was on, and the summed numbers.
         """
         return loss, list(numbers)
+
+    def add_arrays(self, values: np.ndarray) -> np.ndarray:
+        """Sum a float64 array of one length over all ranks; all get the same bits."""
+        return values
 
     def level(self, items: Sequence[T], filler: T | None) -> Sequence[T]:
         """`items`, and `filler` after them until every rank has as many, where ranks must compute equal passes."""

@@ -1,4 +1,4 @@
-"""Several processes as one training, over torch.distributed: gloo on the host, NCCL between CUDA cards.
+"""Several processes as one training, over torch.distributed: gloo on the host, NCCL between GPUs.
 
 The step's one message, in the dtype of the gradients:
 
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,21 +37,39 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(days=2)
 class Together(Ranks):
     """One of several ranks.
 
+    Args:
+        on_lost: told who was lost, from another thread, and ends the process; by default the sentence is printed.
+
     Raises:
-        UserError: there are fewer cards than processes on this machine.
+        UserError: there are fewer GPUs than processes on this machine.
     """
 
-    def __init__(self, launched: Launched, *, may_use_cuda: bool = True) -> None:
+    def __init__(
+        self,
+        launched: Launched,
+        *,
+        may_use_cuda: bool = True,
+        on_lost: Callable[[UserError], None] | None = None,
+    ) -> None:
         uses_cuda = may_use_cuda and torch.cuda.is_available()
         if uses_cuda:
             _take_card(launched)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if uses_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        # Ray has connected its workers already.
+        self._owns_group = not dist.is_initialized()
+        if self._owns_group:
+            dist.init_process_group(backend_for(uses_cuda=uses_cuda), timeout=COLLECTIVE_TIMEOUT)
         self.number, self.count = launched.number, launched.count
         self.launched = launched
         self._buffer: Tensor | None = None
         self._waited, self._step_seconds, self._last_end = 0.0, 0.0, time.monotonic()
         self._hosts: list[str] = []
-        self.watch = Watch(launched.number, launched.count, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        self.watch = Watch(
+            launched.number,
+            launched.count,
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            on_lost=on_lost,
+        )
         self._hosts = self.gather(f"host {socket.gethostname()}, process {os.getpid()}")
 
     def name_of(self, number: int) -> str:
@@ -79,6 +98,13 @@ class Together(Ranks):
         assert self._buffer is not None
         # Not the loss's own dtype: that of an empty part may be another one.
         return sums[0].to(self._buffer.dtype).to(loss.device), sums[1:-1].tolist()
+
+    def add_arrays(self, values: np.ndarray) -> np.ndarray:
+        summed = torch.from_numpy(np.array(values, np.float64))
+        with self.watch.phase("waiting"):
+            self._exchange(lambda: dist.all_reduce(summed))
+        found: np.ndarray = summed.numpy()
+        return found
 
     def level(self, items: Sequence[T], filler: T | None) -> Sequence[T]:
         if not self.has_equal_passes:
@@ -156,6 +182,8 @@ class Together(Ranks):
 
     def close(self) -> None:
         self.watch.close()
+        if not self._owns_group:
+            return
         with contextlib.suppress(RuntimeError):  # of a connection that is broken already
             dist.destroy_process_group()
 
@@ -164,7 +192,7 @@ class Together(Ranks):
         failed = [number for number, other in enumerate(found) if other is not None]
         if not failed:
             return
-        # A stop is nobody's failure; of several failures, the first rank's is said.
+        # A stop is not a failure; of several failures, the first rank's is said.
         first = min(failed, key=lambda number: (found[number]["kind"] == "stop", number))  # type: ignore[index]
         if error is not None and (first == self.number or found[first]["kind"] == "stop"):  # type: ignore[index]
             raise error
@@ -231,6 +259,11 @@ class Together(Ranks):
             raise self.watch.name_lost(str(error)) from error
 
 
+def backend_for(*, uses_cuda: bool) -> str:
+    """What torch.distributed connects the processes with."""
+    return "cpu:gloo,cuda:nccl" if uses_cuda else "gloo"
+
+
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
@@ -239,7 +272,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _take_card(launched: Launched) -> None:
-    """Let this process use its own card, before anything is placed on one."""
+    """Let this process use its own GPU, before anything is placed on one."""
     count = torch.cuda.device_count()
     if count < launched.local_count:
         raise UserError(

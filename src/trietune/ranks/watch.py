@@ -47,7 +47,7 @@ class Watch:
     Args:
         number, count: this rank's number, and how many there are.
         host, port: address of the store.
-        on_lost: told the sentence when somebody is lost; by default it is printed and the process ends with code 7.
+        on_lost: told the sentence when a process is lost; by default it is printed and the process ends with code 7.
 
     Attributes:
         newest_checkpoint: for the message, where there is one.

@@ -11,6 +11,9 @@ from trietune.device.memory import USABLE_SHARE
 from trietune.device.options import DeviceOptions, compile_option, read_mesh
 from trietune.errors import UserError
 from trietune.run.plan import StaticPlan
+from trietune.training.sampler import Sampler
+from trietune.trie import UNBOUNDED, make_micro_batches
+from trietune.trie.static_shapes import LABEL_STEP, LONG_STEP, StaticShape, StaticShapes, choose_shapes, rounded_length
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -25,8 +28,7 @@ MESH_KEYS = ("mesh_shape", "tp_sharding_specs", "model_sharding_patterns", "inpu
 SHARDING_DEVICES = ("cpu", "cuda")
 # Batches of the first epoch that are laid out to choose shapes from, spread evenly over it.
 LAID_OUT = 64
-# Lengths that are tried as the largest, from above, until one fits into memory: a mask of all pairs grows squared.
-UNBOUNDED = 2**31
+# Lengths that are tried as the largest, from above, until one fits into memory: a mask grows with its square.
 LARGEST_LENGTHS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256)
 
 
@@ -101,8 +103,7 @@ def check_processes(settings: Settings, device: Device, num_processes: int, say:
     """Refuse what several processes cannot do, by name; say how they share where the settings name another way.
 
     Raises:
-        UserError: several processes on a device that compiles whole steps, with a mesh, or for an objective that
-            looks at a whole step.
+        UserError: several processes on a device that compiles whole steps, or with a mesh.
     """
     strategy = settings.parallelism_strategy
     if strategy == "fsdp":
@@ -122,13 +123,6 @@ def check_processes(settings: Settings, device: Device, num_processes: int, say:
         if strategy == "data_parallel" and settings.mesh_shape is None:
             say("`parallelism_strategy: data_parallel`, and one process: trained as `single`; `--nproc N` starts more")
         return
-    if settings.objective != "sft":
-        raise UserError(
-            f"`objective: {settings.objective}` compares answers of a whole step, and {num_processes} processes would "
-            "each see a part of it",
-            where=settings.where("objective"),
-            next_step="start one process (without `--nproc` or torchrun); `objective: sft` trains in several",
-        )
     if settings.mesh_shape is not None or strategy == "tensor_parallel":
         key = "mesh_shape" if settings.mesh_shape is not None else "parallelism_strategy"
         raise UserError(
@@ -177,10 +171,6 @@ def plan_shapes(
         free_bytes: left for a micro-batch.
         position_bytes: what a position takes when it attends `scores_per_position` others.
     """
-    from trietune.training.sampler import Sampler
-    from trietune.trie import make_micro_batches
-    from trietune.trie.static_shapes import choose_shapes, rounded_length
-
     sampler = Sampler(sequences.num_rows, batch_size=settings.batch_size, seed=settings.seed, groups=groups)
     last = sampler.batches_per_epoch - 1
     numbers = np.unique(np.linspace(0, last, min(LAID_OUT, last + 1)).astype(int)).tolist()
@@ -225,9 +215,7 @@ def largest_under_mask(settings: Settings, free_bytes: int, position_bytes: Call
 
 
 def shapes_for_any_data(max_positions: int, *, deepest: int, num_rows: int) -> StaticShapes:
-    """Lengths that double up to `max_positions`, for a model that is asked things nobody knows before."""
-    from trietune.trie.static_shapes import LABEL_STEP, LONG_STEP, StaticShape, StaticShapes
-
+    """Lengths that double up to `max_positions`, for a model whose prompts are not known in advance."""
     lengths = {max_positions}
     while (length := LONG_STEP * 2 ** (len(lengths) - 1)) < max_positions:
         lengths.add(length)

@@ -100,7 +100,7 @@ class EarlyStopping:
         return True
 
     def begin_anew(self, say: Callable[[str], None]) -> None:
-        """Say that a resume cannot go on counting, if there is anything to count."""
+        """Say that a resume cannot continue counting, if there is anything to count."""
         if self.patience is not None:
             say(
                 "`early_stopping_patience` counts from here on: the checkpoint has no count of this metric on this data"

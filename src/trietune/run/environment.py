@@ -10,8 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
-    from trietune.run.prepare import Prepared
+    from trietune.run.prepared import Prepared
 
 # Of each file of a base model: enough to tell two fine-tunes of one shape apart, little enough to read at every start.
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 64 * 2**10
@@ -20,8 +22,6 @@ PACKAGES = ("trietune", "torch", "transformers", "peft", "tokenizers", "datasets
 
 def describe(prepared: Prepared) -> dict[str, Any]:
     """Plain values for `environment.json`."""
-    import torch
-
     plan, data = prepared.plan, prepared.data
     return {
         "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
@@ -63,7 +63,7 @@ def start_adapter(prepared: Prepared) -> str | None:
     """What the adapter that training begins with is, by its content; None without one."""
     if prepared.start is None:
         return None
-    from trietune.model.adapter.start import adapter_digest
+    from trietune.model.adapter.start import adapter_digest  # imports transformers, which starts XLA devices
 
     return adapter_digest(prepared.start)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trietune.io.metric_names import kind_of
-from trietune.run.prepare import Prepared
+from trietune.run.prepared import Prepared
 from trietune.trie import make_micro_batches
 from trietune.trie.batch_stats import Work, measure_work
 
@@ -199,7 +199,7 @@ def _validation(prepared: Prepared, model: _Model, num_processes: int) -> Range:
         return 0.0, 0.0
     answers = prepared.learning.validation
     rows = validation if answers is None else answers
-    num_during = max(plan.num_steps // settings.val_steps_freq, 0)
+    num_during = plan.num_steps // settings.val_steps_freq if settings.val_steps_freq else 0
     size = rows.num_rows if plan.eval_max_examples is None else min(plan.eval_max_examples, rows.num_rows)
     times_whole = 2 + num_during * size / max(rows.num_rows, 1)
     chosen = np.unique(np.linspace(0, rows.num_rows - 1, min(rows.num_rows, MOST_LAID_OUT)).astype(np.int64))

@@ -14,7 +14,13 @@ import numpy as np
 
 from trietune.data.answers import AnswerSets
 from trietune.data.cache import make_key
+from trietune.io.cache_folder import mark_used
 from trietune.run.plan import ProcessesPlan, Sharing
+from trietune.training.sampler import Sampler
+from trietune.trie import UNBOUNDED, make_micro_batches
+from trietune.trie.batch_stats import measure_work
+from trietune.trie.dealing import deal_step
+from trietune.trie.groups import SHARED_PART, SHORT_RUN, PrefixGroups, find_prefix_groups
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -29,8 +35,6 @@ if TYPE_CHECKING:
 GROUPING_SAVES = 0.25
 # Batches that are laid out to measure what is shared and how much memory they take.
 SAMPLED_BATCHES = 8
-# No bound: a batch is one micro-batch.
-UNBOUNDED = 2**31
 # Below this part of the processes' number, a larger batch is suggested.
 GOOD_SHARE = 0.75
 # Groups of fewer examples are found in less than a second.
@@ -63,8 +67,6 @@ def choose_groups(
 
 def find_groups(data: Data, sequences: Rows, batch_size: int, cache_folder: Path) -> PrefixGroups:
     """The prefix groups of the training data, from the cache if it is large and they are there."""
-    from trietune.trie.groups import SHARED_PART, SHORT_RUN, find_prefix_groups
-
     if isinstance(sequences, AnswerSets):
         return find_prefix_groups(sequences.first_answers, batch_size=batch_size)
     if len(data.train) < KEPT_FROM_EXAMPLES:
@@ -72,6 +74,7 @@ def find_groups(data: Data, sequences: Rows, batch_size: int, cache_folder: Path
     key = make_key(train=data.train_fingerprint, batch_size=batch_size, rules=[SHARED_PART, SHORT_RUN])
     path = cache_folder / "groups" / f"{key}.npz"
     groups = _read(path, len(data.train))
+    mark_used(path)
     if groups is None:
         groups = find_prefix_groups(data.train, batch_size=batch_size)
         _write(path, groups)
@@ -80,10 +83,6 @@ def find_groups(data: Data, sequences: Rows, batch_size: int, cache_folder: Path
 
 def measure_batches(settings: Settings, sequences: Rows, groups: PrefixGroups | None, max_positions: int) -> Work:
     """What a few batches of the first epoch hold, laid out as training will."""
-    from trietune.training.sampler import Sampler
-    from trietune.trie import make_micro_batches
-    from trietune.trie.batch_stats import measure_work
-
     sampler = Sampler(sequences.num_rows, batch_size=settings.batch_size, seed=settings.seed, groups=groups)
     return measure_work(
         [
@@ -112,9 +111,6 @@ def plan_processes(
 ) -> tuple[ProcessesPlan, Work, int]:
     """How `count` processes share a few steps of the first epoch, and whether a larger batch would share better; what
     all of them compute together, and of how many examples."""
-    from trietune.trie import make_micro_batches
-    from trietune.trie.batch_stats import measure_work
-
     per_step = settings.batch_size * settings.gradient_accumulation_steps
     deals, num_examples = _deals(settings, rows, groups, count, label_cost, settings.batch_size)
     speed_up = _speed_up(deals)
@@ -155,9 +151,6 @@ def _deals(
     label_cost: float,
     batch_size: int,
 ) -> tuple[list[Deal], int]:
-    from trietune.training.sampler import Sampler
-    from trietune.trie.dealing import deal_step
-
     sampler = Sampler(rows.num_rows, batch_size=batch_size, seed=settings.seed, groups=groups)
     batches = [sampler.batch(0, number) for number in range(sampler.batches_per_epoch)]
     per_step = settings.gradient_accumulation_steps
@@ -177,8 +170,6 @@ def _speed_up(deals: list[Deal]) -> float:
 
 def _read(path: Path, num_sequences: int) -> PrefixGroups | None:
     """Groups from the cache; None if there are none or they cannot be read. The archive checks its own sums."""
-    from trietune.trie.groups import PrefixGroups
-
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             groups = PrefixGroups(

@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trietune.config import load_config
+from trietune.data import make_encoder
+from trietune.data.examples import Example, Message
+from trietune.data.load import load_split
+from trietune.data.prompt_formats import make_plain_format
+from trietune.data.templates import fill_template
 from trietune.demo import demo_reviews
 from trietune.errors import UserError
-from trietune.run.prepare import locate_base
+from trietune.io.cache_folder import cache_folder
+from trietune.model.adapter.export import base_name_of, find_adapter
+from trietune.model.handover.handover import hand_over
+from trietune.run.opening import locate_base
 
 if TYPE_CHECKING:
     from trietune.data.templates import PromptFormat
@@ -37,8 +45,6 @@ def export_to(
     Raises:
         UserError: what the program does not take, `out` is taken, or an export that answers otherwise.
     """
-    from trietune.model.adapter.export import base_name_of, find_adapter
-    from trietune.model.handover.handover import hand_over
 
     def prompts(tokenizer: Any, prompt_format: PromptFormat | None) -> Sequence[Sequence[int]]:
         found = _of_the_run(source, tokenizer, prompt_format, tracker)
@@ -68,10 +74,6 @@ def _of_the_run(
     """Prompts of the run's first validation examples; none for an adapter without a run, or if its data has moved."""
     if prompt_format is None or not (source / "config.yaml").is_file():
         return ()
-    from trietune.data import make_encoder
-    from trietune.data.load import load_split
-    from trietune.io.cache_folder import cache_folder
-
     try:
         sequences, _ = load_split(
             load_config(source / "config.yaml", ()),
@@ -93,11 +95,6 @@ def _of_the_run(
 
 def shipped_prompts(tokenizer: Any, prompt_format: PromptFormat | None) -> list[list[int]]:
     """Twenty sentences that come with TrieTune, in the adapter's prompt format or as they are."""
-    from trietune.data import make_encoder
-    from trietune.data.examples import Example, Message
-    from trietune.data.prompt_formats import make_plain_format
-    from trietune.data.templates import fill_template
-
     lines = (demo_reviews() / "dev.tsv").read_text("utf-8").splitlines()[1 : NUM_PROMPTS + 1]
     sentences = [line.split("\t")[0].strip() for line in lines]
     used = prompt_format or make_plain_format(tokenizer)

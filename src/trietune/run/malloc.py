@@ -1,7 +1,7 @@
 """Memory that a training process frees stays its own, so that the next step does not ask the system for it again.
 
 A step frees and takes hundreds of megabytes in pieces of some megabytes. The C library hands such pieces back to the
-system at once, and every page of the next piece then costs a page fault: some 5 % of a step on two cores. No torch
+system at once, and every page of the next piece then costs a page fault: some 5% of a step on two cores. No torch
 here: the settings must be there before its first allocation.
 
 Pieces of ever new sizes leave gaps that nothing fits into: kept for good, they would make a process of 2 GB one of 4 GB

@@ -17,12 +17,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from trietune.data.answers import AnswerSets, with_every_label, with_other_completions
 from trietune.data.cache import make_key
+from trietune.data.encoder import make_encoder
 from trietune.data.examples import Task, TokenSequences
 from trietune.errors import UserError
+from trietune.evaluation.preferences import evaluate_answers, joined, measure_share, score_answers
 from trietune.io import files
+from trietune.io.cache_folder import mark_used
+from trietune.ranks.ranks import ALONE, Ranks
+from trietune.training.objectives.answers import answers_of
+from trietune.training.objectives.by_scores import LearnByScores, describe
+from trietune.training.objectives.dpo import Dpo
+from trietune.training.objectives.ipo import Ipo
+from trietune.training.objectives.kto import Kto
+from trietune.training.objectives.orpo import Orpo
+from trietune.training.objectives.rank import Rank
+from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
+from trietune.training.objectives.simpo import Simpo
+from trietune.training.objectives.with_chosen import WithChosen
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
@@ -40,14 +55,6 @@ MOST_LABELS = 1000
 
 def make_objective(settings: Settings) -> Objective | None:
     """The objective that the settings name; None for `sft`, which needs no scores."""
-    from trietune.training.objectives.dpo import Dpo
-    from trietune.training.objectives.ipo import Ipo
-    from trietune.training.objectives.kto import Kto
-    from trietune.training.objectives.orpo import Orpo
-    from trietune.training.objectives.rank import Rank
-    from trietune.training.objectives.simpo import Simpo
-    from trietune.training.objectives.with_chosen import WithChosen
-
     makers: dict[str, Callable[[], Objective]] = {
         "dpo": lambda: Dpo(settings.dpo_beta, settings.dpo_label_smoothing),
         "ipo": lambda: Ipo(settings.dpo_beta),
@@ -87,8 +94,6 @@ def rows_to_rank(data: Data, tokenizer: Any) -> tuple[AnswerSets, Data]:
     Raises:
         UserError: the completions are not labels.
     """
-    from trietune.data.encoder import make_encoder
-
     if data.task.kind != "labels":
         task = _task_of(data)
         data = replace(data, task=task, prompt_format=replace(data.prompt_format, task=task))
@@ -156,9 +161,6 @@ class Learning:
     @property
     def learn(self) -> Learn:
         """What the loop is given."""
-        from trietune.training.objectives.by_scores import LearnByScores
-        from trietune.training.objectives.sft import LearnWeightedLabels, learn_labels
-
         if self.objective is None:
             weights = self.rows.weights if isinstance(self.rows, TokenSequences) else None
             return learn_labels if weights is None else LearnWeightedLabels.of(self.rows, weights)
@@ -181,11 +183,15 @@ class Learning:
         max_positions: int,
         check_stop: Callable[[], None],
         progress: Callable[[str, int, int | None], None],
+        ranks: Ranks = ALONE,
+        shares_scoring: bool = True,
     ) -> Learning:
         """The same with the scores of the reference, which `model` must be at this moment.
 
         Args:
             keys: names in the cache for the training and the validation answers.
+            ranks: that all call this and get the same scores; what rank 0 finds in its cache is sent to the others.
+            shares_scoring: whether each rank scores a part; otherwise each scores all.
         """
         if self.objective is None or not self.objective.needs_reference:
             return self
@@ -193,20 +199,21 @@ class Learning:
 
         def scores(sets: AnswerSets, key: str) -> np.ndarray:
             path = cache_folder / "reference" / f"{key}.npz"
-            found = _read(path, len(sets))
-            if found is None:
-                from trietune.evaluation.preferences import score_answers
-
-                found, _ = score_answers(
-                    model,
-                    sets,
-                    np.arange(len(sets)),
-                    batching=plan.batching,
-                    max_positions=max_positions,
-                    check_stop=check_stop,
-                    progress=lambda phase, done, total: progress("scores of the reference", done, total),
-                )
-                _write(path, found)
+            kept = ranks.once(lambda: _bytes_of(_read(path, len(sets))))
+            mark_used(path)
+            if kept is not None:
+                return np.frombuffer(kept).copy()
+            found, _ = score_answers(
+                model,
+                sets,
+                np.arange(len(sets)),
+                batching=plan.batching,
+                max_positions=max_positions,
+                check_stop=check_stop,
+                progress=lambda phase, done, total: progress("scores of the reference", done, total),
+                ranks=ranks if shares_scoring else ALONE,
+            )
+            ranks.once(lambda: _write(path, found))
             return found
 
         validation = self.validation
@@ -223,8 +230,6 @@ class Learning:
             is_reference: whether the model is still its own reference, so that there are no rewards to speak of.
             arguments: arguments of `evaluate_answers`.
         """
-        from trietune.evaluation.preferences import evaluate_answers
-
         assert self.objective is not None
         assert self.validation is not None
         sets = self.validation
@@ -290,12 +295,6 @@ def measure(
     `preference_accuracy` is the share of pairs whose better answer has the greater score: the sum of its label
     log-probabilities, or their mean under an objective of means. `rewards/accuracies` compares with the reference.
     """
-    import torch
-
-    from trietune.evaluation.preferences import joined, measure_share
-    from trietune.training.objectives.answers import answers_of
-    from trietune.training.objectives.by_scores import describe
-
     objective = make_objective(settings)
     assert objective is not None
     lacks_reference = objective.needs_reference and reference is None
@@ -329,6 +328,10 @@ def _read(path: Path, num_sequences: int) -> np.ndarray | None:
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return scores if scores.shape == (num_sequences,) and scores.dtype == np.float64 else None
+
+
+def _bytes_of(scores: np.ndarray | None) -> bytes | None:
+    return None if scores is None else scores.tobytes()
 
 
 def _write(path: Path, scores: np.ndarray) -> None:

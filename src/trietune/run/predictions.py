@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from trietune.evaluation.evaluate import is_right
+from trietune.evaluation.metrics import f1_score, prediction_text
 from trietune.tracking import events
 from trietune.tracking.jsonl import prediction_record, to_json_line
 
@@ -16,9 +18,6 @@ if TYPE_CHECKING:
 
 def described(predictions: Sequence[Prediction], examples: ExampleSource, task: Task) -> list[events.Prediction]:
     """Predictions with what they are about, what was expected, and whether they are right."""
-    from trietune.evaluation.evaluate import is_right
-    from trietune.evaluation.metrics import f1_score, prediction_text
-
     found = []
     for prediction in predictions:
         is_question = task.kind == "answers"
@@ -39,8 +38,6 @@ def described(predictions: Sequence[Prediction], examples: ExampleSource, task: 
 
 def predictions_file(predictions: Sequence[events.Prediction], *, is_squad: bool) -> bytes:
     """`{"id": "answer"}` as SQuAD's official script reads it (`unanswerable` is empty there); else JSONL."""
-    from trietune.evaluation.metrics import prediction_text
-
     if is_squad:
         answers = {prediction.id: prediction_text(prediction.predicted) for prediction in predictions}
         return (json.dumps(answers, ensure_ascii=False, indent=1) + "\n").encode()

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trietune.data.answers import AnswerSets
 from trietune.data.examples import TokenSequences
+from trietune.data.load import Data, load_data
+from trietune.device import bytes_per_position, micro_batch_bound
 from trietune.errors import UserError
+from trietune.io.cache_folder import cache_folder
 from trietune.io.places import expand
-from trietune.run.device_plan import check_device, check_processes, check_sharding, device_options, plan_shapes
+from trietune.run.device_plan import plan_shapes
 from trietune.run.environment import PACKAGES, installed_version, sampled_digest, start_adapter
 from trietune.run.fitting import check_positions, check_vocabulary, with_max_length
 from trietune.run.grouping import choose_groups, measure_batches, num_sampled_of, plan_processes, sharing_of
 from trietune.run.objective import Learning, make_objective, rows_of, rows_to_rank
+from trietune.run.opening import choose_attention, open_base, open_machine, progress_of
 from trietune.run.plan import Plan, describe_defaults, num_steps_of
-from trietune.tracking.events import PhaseProgress
+from trietune.run.prepared import Chosen, Prepared
 
 if TYPE_CHECKING:
-    import torch
-
     from trietune.config.settings import Settings
     from trietune.data.load import Data
     from trietune.device import Device
-    from trietune.model.adapter.targets import Coverage
-    from trietune.model.attention.layout import AttentionKind
-    from trietune.model.base.folder import ModelFolder
-    from trietune.model.base.shape import NetworkShape
     from trietune.ranks.ranks import Ranks
     from trietune.tracking.tracker import Tracker
-    from trietune.trie.batch_stats import Work
-    from trietune.trie.groups import PrefixGroups
 
 # With `eval_max_examples: auto`, a periodic validation takes about a tenth of the training between two of them; a
 # training example costs three forward passes.
@@ -45,44 +41,6 @@ DEFAULT_EVAL_BATCH = 32
 BYTES_PER_TRAINED_PARAMETER = 16
 # Ways to attend whose kernels compute probabilities again in the backward pass.
 KEEP_NO_SCORES = ("varlen", "flex")
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A plan and all that was read to make it.
-
-    Attributes:
-        learning: what is learned, before its reference has been scored.
-        shape: counts of the network.
-        work: work in a few steps, by all processes together.
-        num_sampled: examples of these steps.
-        start: folder of the initial adapter; None: a new one.
-    """
-
-    settings: Settings
-    plan: Plan
-    base: ModelFolder
-    tokenizer: Any
-    data: Data
-    groups: PrefixGroups | None
-    learning: Learning
-    shape: NetworkShape
-    work: Work
-    num_sampled: int
-    start: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """What one process has chosen for all that share a training: where choices follow from a measurement or the disk.
-
-    Attributes:
-        directory: folder of the run.
-        dtype: dtype of the base model: `float32`, `bfloat16`, `float16`.
-    """
-
-    directory: Path
-    dtype: str
 
 
 def prepare_together(settings: Settings, tracker: Tracker, check_stop: Callable[[], None], ranks: Ranks) -> Prepared:
@@ -142,62 +100,25 @@ def prepare(
         chosen: by another process, for this one too.
         device: to plan for, which need not be here; None chooses it by the settings.
     """
-    from trietune.data.encoder import load_tokenizer
-    from trietune.data.load import load_data
-    from trietune.device import bytes_per_position, choose_device, choose_dtype, micro_batch_bound
-    from trietune.io.cache_folder import cache_folder
-    from trietune.model.base.four_bits import check_four_bits
-
     if settings.dataset_id is None and settings.train_file is None:
         raise UserError(
             "nothing says what to train on: `train_file` and `dataset_id` are not set",
             next_step="write `train_file: data.jsonl`, or type `--data data.jsonl` (or a hub id)",
         )
-    for note in settings.notes:
-        tracker.warn(note)
-    if settings.deterministic:
-        make_deterministic()
-    options = device_options(settings)
-    if device is None:
-        device = choose_device(settings.device, use_tt=settings.use_tt, options=options, where=settings.where)
-    if device.reason:
-        tracker.info(device.reason)
-    check_device(settings, device, options, tracker.info)
-    check_processes(settings, device, num_processes, tracker.info)
+    machine = open_machine(settings, tracker, num_processes=num_processes, device=device)
+    # Now that the device has been chosen: transformers starts XLA devices when it is imported.
     from trietune.model.base.load import reading_config
-    from trietune.model.base.shape import describe_network  # transformers starts XLA devices when it is imported
+    from trietune.run.describing import check_longest, check_trie, check_trie_on, describe, find_start, uncovered
 
-    asked_dtype = settings.dtype if chosen is None else chosen.dtype
-    dtype = choose_dtype(asked_dtype, device, where=settings.where("dtype"))
-    if settings.load_in_4bit:
-        check_four_bits(device, where=settings.where("load_in_4bit"))
-
-    base = locate_base(settings.model_name, tracker)
-    start = None
-    if settings.start_adapter is not None:
-        from trietune.model.adapter.export import find_adapter
-
-        start = find_adapter(expand(settings.start_adapter))
-    tokenizer = load_tokenizer(base.path)
-    shape = describe_network(base, dtype=dtype, adapter=adapter_arguments(settings), base_dropout=settings.base_dropout)
-    check_sharding(settings, shape)
+    opened = open_base(machine, settings, settings.model_name, tracker, dtype=None if chosen is None else chosen.dtype)
+    device, dtype, base, tokenizer = opened.device, opened.dtype, opened.base, opened.tokenizer
+    start = find_start(settings)
+    shape = describe(settings, opened)
     for sentence in uncovered(settings, shape.coverage):
         tracker.warn(sentence)
+    check_trie(settings, base.name, shape)
+    check_trie_on(settings, base.name, shape, device)
     keeps_dropout = settings.base_dropout and bool(shape.base_rates)
-    if settings.batching != "padded" and shape.refusal is not None:
-        raise UserError(
-            f"batches of `{base.name}` cannot be computed as a trie: {shape.refusal}",
-            where=f"`batching: {settings.batching}` ({settings.where('batching')})",
-            next_step="`--set base_dropout=False`"
-            if settings.base_dropout and "base_dropout" in shape.refusal
-            else "`--set batching=padded`, which trains it on plain rows",
-        )
-    if settings.batching != "padded" and shape.why_whole_rows is not None and device.has_static_shapes:
-        raise UserError(
-            f"batches of `{base.name}` cannot be computed as a trie on {device.name}: {shape.why_whole_rows}",
-            where=f"`batching: {settings.batching}` ({settings.where('batching')})",
-            next_step="`--set batching=padded`, which trains it on plain rows",
-        )
     with reading_config(base):
         attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
     settings = with_max_length(settings, shape.config)
@@ -224,15 +145,8 @@ def prepare(
         check_vocabulary(data.validation, shape.num_embeddings)
         longest = max(longest, data.counts.validation.longest)
     most = getattr(shape.config, "max_position_embeddings", None)
-    if settings.batching != "padded" and shape.longest_in_a_trie is not None and longest > shape.longest_in_a_trie:
-        raise UserError(
-            f"batches of `{base.name}` cannot be computed as a trie: an example of {longest:,} tokens is longer than "
-            f"{shape.longest_in_a_trie:,}, beyond which it rotates all rows of a call by other angles",
-            where="config.json: rope_type `longrope` or `dynamic`",
-            next_step=f"`--set max_length={shape.longest_in_a_trie}`, or `--set batching=padded`, which rotates "
-            "short rows beside long ones as transformers does",
-        )
     check_positions(longest, most, are_learnt=shape.has_learnt_positions, report=tracker.info)
+    check_longest(settings, base.name, shape, longest)
     rows = learning.rows
     num_train = rows.num_rows
     groups, work = choose_groups(settings, data, rows, kept, tracker)
@@ -248,8 +162,8 @@ def prepare(
         labels_per_position=work.labels_per_position,
         gradient_checkpointing=settings.gradient_checkpointing,
         is_fused=settings.fused_layers
-        and shape.why_whole_rows is None
         and device.runs_own_backwards
+        and shape.why_whole_rows is None
         and not settings.lora_dropout
         and not settings.use_dora
         and not settings.load_in_4bit
@@ -262,7 +176,7 @@ def prepare(
         base_bytes -= shape.num_in_layers * dtype.itemsize * (num_processes - 1) // num_processes
     model_bytes = base_bytes + BYTES_PER_TRAINED_PARAMETER * shape.num_trainable
     if num_processes > 1 and chosen is None:
-        # Now, while nobody has loaded anything: later each process would see what the others have taken.
+        # Now, while nothing has been loaded: later each process would see what the others have taken.
         _check_base_fits(base.name, base_bytes, device, num_processes)
     free_bytes = device.free_memory_bytes() - model_bytes
     max_positions = settings.max_tokens_per_micro_batch
@@ -351,46 +265,8 @@ def _describe_objective(settings: Settings, learning: Learning) -> str | None:
     return f"{settings.objective}, {answers}{reference}"
 
 
-def adapter_arguments(settings: Settings) -> dict[str, Any]:
-    """Keyword arguments of `add_adapter`."""
-    return {
-        "r": settings.lora_r,
-        "alpha": settings.lora_alpha,
-        "dropout": settings.lora_dropout,
-        "target_modules": settings.lora_target_modules,
-        "target_parameters": settings.lora_target_parameters,
-        "use_rslora": settings.use_rslora,
-        "use_dora": settings.use_dora,
-        "bias": settings.lora_bias,
-        "modules_to_save": settings.modules_to_save or None,
-        "seed": settings.seed,
-    }
-
-
-def uncovered(settings: Settings, coverage: Coverage) -> list[str]:
-    """What carries no adapter although `all-linear` sounds as if it did, in sentences; nothing where names were given.
-
-    Raises:
-        UserError: nothing carries one.
-    """
-    from trietune.model.adapter.targets import SMALLEST_NAMED
-
-    if settings.lora_target_modules != "all-linear":
-        return []
-    groups = [f"{name} ({share:.0%})" for name, share in coverage.without if share >= SMALLEST_NAMED]
-    sentences = []
-    if groups:
-        shown = ", ".join(groups[:6]) + (f" and {len(groups) - 6} more" if len(groups) > 6 else "")
-        advice = ""
-        experts = [name.rpartition(".")[2] for name, _ in coverage.without if ".experts." in name]
-        if experts and settings.lora_target_parameters == "auto":
-            advice = f"; `lora_target_parameters: [{', '.join(dict.fromkeys(experts))}]` adapts the experts"
-        sentences.append(f"adapters cover {coverage.share:.0%} of the layers' weights; not covered: {shown}{advice}")
-    return sentences
-
-
 def _check_base_fits(name: str, base_bytes: int, device: Device, num_processes: int) -> None:
-    """Refuse several whole base models where their weights alone do not fit."""
+    """Refuse several whole base models where even their weights do not fit."""
     free_bytes = device.free_memory_bytes()
     if base_bytes > free_bytes:
         raise UserError(
@@ -401,60 +277,14 @@ def _check_base_fits(name: str, base_bytes: int, device: Device, num_processes: 
         )
 
 
-def locate_base(model_name: str, tracker: Tracker) -> ModelFolder:
-    """The base model's folder; what is fetched or converted on the way is shown."""
-    from trietune.model.base.locate import locate_model
-
-    return locate_model(model_name, report=tracker.info, progress=progress_of(tracker, "bytes"))
-
-
-def progress_of(tracker: Tracker, unit: str) -> Callable[[str, int, int | None], None]:
-    """A progress callback that emits `PhaseProgress`."""
-
-    def progress(phase: str, done: int, total: int | None) -> None:
-        tracker.emit(PhaseProgress(phase, done, total, unit))
-
-    return progress
-
-
-def make_deterministic() -> None:
-    """PyTorch's deterministic algorithms; cuBLAS needs its variable before the first product."""
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
-def choose_attention(
-    settings: Settings, device: Device, config: Any, dtype: torch.dtype
-) -> tuple[AttentionKind | None, str | None]:
-    """How tries attend, None for padded rows; and why not in the device's best way.
-
-    Args:
-        config: the text config of a causal model of transformers.
-    """
-    from trietune.device.device import AttentionNeeds
-    from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_backend
-
-    if settings.batching == "padded":
-        return None, None
-    bound = settings.max_tokens_per_micro_batch
-    needs = AttentionNeeds(
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        dtype=dtype,
-        has_soft_cap=getattr(config, "attn_logit_softcapping", None) is not None,
-        num_positions=ANY_NUMBER_OF_POSITIONS if bound == "auto" else bound,
-    )
-    kind, reason = choose_backend(settings.attention, device, needs, where=settings.where("attention"))
-    return cast("AttentionKind", kind), reason
-
-
 def validation_bound(settings: Settings, data: Data) -> int | None:
     """Examples of a periodic validation; None takes all."""
     if settings.eval_max_examples != "auto":
         return settings.eval_max_examples
-    between = settings.val_steps_freq * settings.batch_size * settings.gradient_accumulation_steps
+    # Without periodic validation, that of checkpoints is the only one.
+    between = (
+        (settings.val_steps_freq or settings.steps_freq) * settings.batch_size * settings.gradient_accumulation_steps
+    )
     bound = max(FEWEST_VALIDATED, int(3 * VALIDATION_SHARE * between))
     return None if data.validation is None or bound >= data.validation.num_rows else bound
 

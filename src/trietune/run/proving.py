@@ -9,14 +9,26 @@ static shapes on the host, before the network goes to its device, under the mask
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trietune.device.memory import bytes_per_position, micro_batch_bound
+from trietune.model.causal_lm import TrieModel
+from trietune.model.proof import prove, random_forests, training_forests
+from trietune.model.proof.forests import BEYOND_A_WINDOW, SHORT_WIDTH
+from trietune.model.proof.ladder import LONG
+from trietune.run.device_plan import largest_under_mask
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from trietune.config.settings import Settings
     from trietune.model.causal_lm import TrieModel
     from trietune.model.proof import Proof
+    from trietune.run.prepared import Prepared
+    from trietune.tracking.tracker import Tracker
     from trietune.trie import Batching, Sequences
 
 Say = Callable[[str], None]
@@ -40,8 +52,6 @@ def prove_on_data(
     Raises:
         UserError: it cannot be computed as the run would.
     """
-    from trietune.model.proof import prove, random_forests, training_forests
-
     if not len(sequences.input_ids):
         return None
     most_tokens = most_proven(model.config, free_bytes)
@@ -54,10 +64,30 @@ def prove_on_data(
     return _tell(prove(model, short, longest, family=str(model.config.model_type), with_gradients=with_gradients), say)
 
 
+def prove_training(prepared: Prepared, model: TrieModel, free_bytes: int, tracker: Tracker) -> Proof | None:
+    """Prove a model that is trained as `prepared` says, gradients included."""
+    return prove_on_data(
+        model,
+        prepared.data.train,
+        prepared.data.validation,
+        batching=prepared.plan.batching,
+        with_gradients=True,
+        free_bytes=free_bytes,
+        say=tracker.info,
+    )
+
+
+def prove_before_device(prepared: Prepared, network: PreTrainedModel, tracker: Tracker) -> Proof | None:
+    """Layers are proven before a device of static shapes takes them: there each pass would be compiled."""
+    device = prepared.plan.device
+    if not (device.has_static_shapes and prepared.settings.self_check and prepared.plan.num_steps):
+        return None
+    free_bytes = device.free_memory_bytes()
+    return prove_on_host(network, lambda model: prove_training(prepared, model, free_bytes, tracker), say=tracker.info)
+
+
 def prove_for_length(model: TrieModel, longest: int, *, free_bytes: int, say: Say) -> Proof:
     """Prove values of `model` on random tokens, up to the longest window that rows of `longest` tokens exceed."""
-    from trietune.model.proof import prove, random_forests
-
     length = min(length_to_prove(model.config, longest), most_proven(model.config, free_bytes))
     short, long = random_forests(model.vocabulary_size, length, device=model.device)
     return _tell(prove(model, short, long, family=str(model.config.model_type), with_gradients=False), say)
@@ -69,8 +99,6 @@ def prove_on_host(network: Any, prove_it: Callable[[TrieModel], Proof | None], *
     Args:
         prove_it: one of the two above, of a model.
     """
-    from trietune.model.causal_lm import TrieModel
-
     before = network.config._attn_implementation
     model = TrieModel(network, device=network.device, attention="mask")
     model.may_lay_out_rows = False
@@ -100,16 +128,12 @@ def windows_of(config: Any) -> list[int]:
 
 def length_to_prove(config: Any, longest: int) -> int:
     """A row that exceeds every window that rows of `longest` tokens exceed, and no longer than need be."""
-    from trietune.model.proof.forests import BEYOND_A_WINDOW, SHORT_WIDTH
-
     exceeded = [window for window in windows_of(config) if window < longest]
     return max([2 * SHORT_WIDTH, *(window + BEYOND_A_WINDOW for window in exceeded)])
 
 
 def most_proven(config: Any, free_bytes: int) -> int:
     """Tokens of the longest row whose plain attention fits into a part of the memory: three rows, in fp32."""
-    from trietune.model.proof.ladder import LONG
-
     share, rows, copies = 0.25, 3, 3
     a_score = 4 * rows * copies * int(config.num_attention_heads)
     return max(LONG, int(np.sqrt(share * free_bytes / a_score)))
@@ -117,10 +141,6 @@ def most_proven(config: Any, free_bytes: int) -> int:
 
 def positions_under_masks(settings: Settings, config: Any, dtype: Any, free_bytes: int, *, trains: bool) -> int:
     """Positions of the largest micro-batch where some layers attend under a mask of all pairs."""
-    from functools import partial
-
-    from trietune.device.memory import bytes_per_position
-    from trietune.run.device_plan import largest_under_mask
 
     checkpointing = settings.gradient_checkpointing or not trains
     position_bytes = partial(bytes_per_position, config, dtype, gradient_checkpointing=checkpointing, is_fused=False)
@@ -129,8 +149,6 @@ def positions_under_masks(settings: Settings, config: Any, dtype: Any, free_byte
 
 def positions_on_rows(settings: Settings, model: TrieModel, free_bytes: int, *, gradient_checkpointing: bool) -> int:
     """Positions of whole rows, padding included, that are computed at once, or that the settings ask for."""
-    from trietune.device.memory import bytes_per_position, micro_batch_bound
-
     asked = settings.max_tokens_per_micro_batch
     if asked != "auto":
         return asked

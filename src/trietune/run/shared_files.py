@@ -7,28 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from trietune.checkpoints.store import LoadedCheckpoint
 from trietune.ranks.ranks import ALONE, Ranks
 from trietune.run.saving import RunFiles
 
 if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-
-    from trietune.evaluation.evaluate import Evaluation
-    from trietune.run.prepare import Prepared
+    from trietune.run.prepared import Prepared
     from trietune.tracking.tracker import Tracker
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def open_run_files(prepared: Prepared, tracker: Tracker, ranks: Ranks) -> RunFiles:
-    """The files of a run; with several ranks, one keeper for all."""
+    """The files of a run; with several ranks, those of rank 0 for all."""
     return RunFiles(prepared, tracker) if ranks is ALONE else SharedRunFiles(prepared, tracker, ranks)
 
 
+def _by_rank_0(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """The method, called by rank 0; all ranks get what it returned."""
+
+    def shared(files: Any, /, *arguments: P.args, **named: P.kwargs) -> R:
+        value: R = files.ranks.once(lambda: method(files, *arguments, **named))
+        return value
+
+    return shared
+
+
 class SharedRunFiles(RunFiles):
-    """A keeper whose files are rank 0's; every method is called by all ranks and gives all of them rank 0's result."""
+    """Run files whose files are rank 0's; every method is called by all ranks and gives all of them rank 0's result."""
 
     def __init__(self, prepared: Prepared, tracker: Tracker, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -83,30 +92,15 @@ class SharedRunFiles(RunFiles):
             self.saved_step = resumed.step
             self.ranks.saved(str(resumed.path))
 
-    def is_comparable(self, resumed: LoadedCheckpoint) -> bool:
-        return self.ranks.once(lambda: super(SharedRunFiles, self).is_comparable(resumed))
-
     def move_to(self, directory: Path) -> None:
         self.directory = directory
         self.ranks.once(lambda: super(SharedRunFiles, self).move_to(directory))
 
-    def save(
-        self,
-        step: int,
-        epoch: float,
-        metrics: Mapping[str, float],
-        peft_model: PeftModel,
-        optimizer: torch.optim.Optimizer,
-        *,
-        further_state: Mapping[str, Any],
-        must_succeed: bool = False,
-    ) -> float:
+    def save(self, step: int, *arguments: Any, **named: Any) -> float:
         self.ranks.at("saving", step)
 
         def write() -> tuple[float, int | None]:
-            seconds = super(SharedRunFiles, self).save(
-                step, epoch, metrics, peft_model, optimizer, further_state=further_state, must_succeed=must_succeed
-            )
+            seconds = super(SharedRunFiles, self).save(step, *arguments, **named)
             self._note_saved()
             return seconds, self.saved_step
 
@@ -123,37 +117,13 @@ class SharedRunFiles(RunFiles):
         better = self.ranks.once(lambda: super(SharedRunFiles, self).better_than_last(step, metrics))
         return None if better is None else (better[0], better[1])
 
-    def write_adapter(
-        self,
-        step: int,
-        peft_model: PeftModel,
-        before: Evaluation | None,
-        after: Evaluation | None,
-        encoder: Any,
-        *,
-        trained_steps: int,
-        is_stopped_early: bool = False,
-    ) -> Path:
+    def write_adapter(self, step: int, *arguments: Any, **named: Any) -> Path:
         self.ranks.at("saving", step)
-        return self.ranks.once(
-            lambda: super(SharedRunFiles, self).write_adapter(
-                step,
-                peft_model,
-                before,
-                after,
-                encoder,
-                trained_steps=trained_steps,
-                is_stopped_early=is_stopped_early,
-            )
-        )
+        return self.ranks.once(lambda: super(SharedRunFiles, self).write_adapter(step, *arguments, **named))
 
     def tell_uploads(self) -> None:
         self.ranks.on_first(super().tell_uploads)
 
-    def finish_uploads(self, *, is_final: bool, must_leave: Callable[[], bool]) -> int:
-        return self.ranks.once(
-            lambda: super(SharedRunFiles, self).finish_uploads(is_final=is_final, must_leave=must_leave)
-        )
-
-    def push_to_hub(self, adapter: Path) -> int:
-        return self.ranks.once(lambda: super(SharedRunFiles, self).push_to_hub(adapter))
+    is_comparable = _by_rank_0(RunFiles.is_comparable)
+    finish_uploads = _by_rank_0(RunFiles.finish_uploads)
+    push_to_hub = _by_rank_0(RunFiles.push_to_hub)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -61,9 +62,17 @@ class StopSignals:
         if self.received is not None:
             if number in REPEATED:
                 return
+            if number == signal.SIGINT and is_interactive():
+                raise KeyboardInterrupt  # a notebook's kernel must live on
             os._exit(128 + number)
         self.received = signal.Signals(number)
         self.received_at = time.monotonic()
+
+
+def is_interactive() -> bool:
+    """Whether a person waits for the next prompt: a notebook, IPython, or Python's own prompt."""
+    ipython: Any = sys.modules.get("IPython")
+    return hasattr(sys, "ps1") or (ipython is not None and ipython.get_ipython() is not None)
 
 
 def process_age_s() -> float:

@@ -6,14 +6,15 @@
     runs/sst2-sweep/learning_rate=1e-4,lora_r=8/      ...
     runs/sst2-sweep/comparison.html
 
-Each trial is a process of its own, started with `--resume`: the same command goes on where it was interrupted, and what
-has finished is not trained again. What a trial left behind is read from its folder, never remembered elsewhere.
+Each trial is a process of its own, started with `--resume`: the same command continues where it was interrupted, and
+what has finished is not trained again. What a trial left behind is read from its folder, never remembered elsewhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from trietune.io.places import expand
 from trietune.ranks.launch import Processes, signal_name
 
 if TYPE_CHECKING:
+    from trietune.tracking.events import Evaluated
     from trietune.tracking.report.record import RunRecord
 
 # Keys that a sweep sets for each trial, or that would make trials of one run.
@@ -50,6 +52,11 @@ class Trial:
     name: str
     directory: Path
     command: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """Its values, for messages."""
+        return ",".join(f"{key}={value}" for key, value in self.values.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +105,11 @@ def plan_sweep(config: Path | None, over: Sequence[str], overrides: Sequence[str
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         own = [*overrides, *(f"{key}={value}" for key, value in values.items())]
-        name = _name_of(values)
+        name, title = _name_of(values), ",".join(f"{key}={value}" for key, value in values.items())
         try:
             load_config(config, own)
         except UserError as error:
-            raise UserError(f"trial `{name}`: {error.what}", where=error.where, next_step=error.next_step) from error
+            raise UserError(f"trial `{title}`: {error.what}", where=error.where, next_step=error.next_step) from error
         own += [f"project_dir={directory}", f"wandb_run_name={name}"]
         command = (sys.executable, "-m", "trietune", "train", *([] if config is None else [str(config)]),
                    *(f"--set={override}" for override in own), "--resume")  # fmt: skip
@@ -112,9 +119,9 @@ def plan_sweep(config: Path | None, over: Sequence[str], overrides: Sequence[str
 
 def run_trials(sweep: Sweep, say: Callable[[str], None]) -> list[Outcome]:
     """Train one trial after the other; a failed one is named, and the next one begins. A signal ends all."""
-    outcomes = []
+    outcomes: list[Outcome] = []
     for number, trial in enumerate(sweep.trials, start=1):
-        say(f"trial {number} of {len(sweep.trials)}: {trial.name}")
+        say(f"trial {number} of {len(sweep.trials)}: {trial.title}")
         processes = Processes(trial.command, 1)
         with processes.forwarding_signals():
             end = processes.wait()
@@ -140,10 +147,10 @@ def outcome_of(trial: Trial, code: int) -> Outcome:
     if code == EXIT_DONE:
         return Outcome(trial, code)
     if code == EXIT_UPLOAD_INCOMPLETE:
-        return Outcome(trial, code, f"trial `{trial.name}` is trained, but not all of it could be uploaded")
+        return Outcome(trial, code, f"trial `{trial.title}` is trained, but not all of it could be uploaded")
     if code < 0:
-        return Outcome(trial, 128 - code, f"trial `{trial.name}` was killed by {signal_name(-code)}")
-    return Outcome(trial, code, f"trial `{trial.name}` ended with exit code {code}")
+        return Outcome(trial, 128 - code, f"trial `{trial.title}` was killed by {signal_name(-code)}")
+    return Outcome(trial, code, f"trial `{trial.title}` ended with exit code {code}")
 
 
 def comparison_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
@@ -158,9 +165,7 @@ def comparison_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[st
     metrics = list(dict.fromkeys(key for evaluation in found.values() if evaluation for key in evaluation.metrics))
     keys = list(sweep.trials[0].values)
     table: list[tuple[str, ...]] = [(*keys, *(wording.metric_name(key) for key in metrics), "time", "")]
-    measured = {name: e.metrics[sweep.metric] for name, e in found.items() if e and sweep.metric in e.metrics}
-    choose = max if sweep.mode == "max" else min
-    best = choose(measured, key=lambda name: measured[name]) if len(measured) > 1 else None
+    best = _best(sweep, found)
     for outcome in outcomes:
         name, values = outcome.trial.name, outcome.trial.values
         evaluation, record = found.get(name), records.get(name)
@@ -173,6 +178,19 @@ def comparison_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[st
             (*(values[key] for key in keys), *cells, "-" if seconds is None else wording.duration(seconds), note)
         )
     return table
+
+
+def _best(sweep: Sweep, found: Mapping[str, Evaluated | None]) -> str | None:
+    """The trial whose metric is best; None with less than two to choose from."""
+    measured = {}
+    for name, evaluation in found.items():
+        value = evaluation.metrics.get(sweep.metric) if evaluation else None
+        if value is not None and math.isfinite(value):
+            measured[name] = float(value)
+    if len(measured) < 2:
+        return None
+    choose = max if sweep.mode == "max" else min
+    return choose(measured, key=measured.__getitem__)
 
 
 def write_comparison(sweep: Sweep, outcomes: Sequence[Outcome]) -> Path | None:
@@ -214,14 +232,14 @@ def _read_grid(over: Sequence[str], taken: Sequence[str]) -> dict[str, list[str]
             raise UserError(f"`--over {text}` has no `=`", next_step="--over learning_rate=1e-4,3e-4")
         if key in grid:
             raise UserError(f"`--over {key}` is given twice", next_step=f"one `--over {key}=` with all its values")
-        if key in taken:
-            raise UserError(
-                f"`{key}` is both set for all trials and swept over", next_step=f"leave out `--set {key}=...`"
-            )
         if key in OWN_KEYS:
             raise UserError(
                 f"`{key}` says where a run lies, which a sweep decides for each trial",
                 next_step="`--set project_dir=...` and `--set wandb_run_name=...` move the whole sweep",
+            )
+        if key in taken:
+            raise UserError(
+                f"`{key}` is both set for all trials and swept over", next_step=f"leave out `--set {key}=...`"
             )
         grid[key] = split_values(values)
         if "" in grid[key]:

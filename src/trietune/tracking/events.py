@@ -68,7 +68,7 @@ class StepFinished:
 class Evaluated:
     """One evaluation, named `eval/...`; `when` is `before`, `during` or `after` training.
 
-    Shares (`eval/accuracy`, `eval/exact_match`, `eval/f1`, ...) are fractions from 0 to 1. `intervals` are 95 %
+    Shares (`eval/accuracy`, `eval/exact_match`, `eval/f1`, ...) are fractions from 0 to 1. `intervals` are 95%
     intervals in the unit of their metric, under the same names. `weights_step` is the step whose weights were
     measured, where an earlier checkpoint won: then the values are not points of a curve at `step`.
     """

@@ -25,6 +25,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from trietune.io import files
 from trietune.tracking.events import (
     Evaluated,
@@ -238,8 +240,6 @@ def plain(value: Any) -> Any:
 
 def write_settings(directory: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
     """Write `config.yaml` and `environment.json`, each whole or not at all."""
-    from ruamel.yaml import YAML
-
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False

@@ -26,6 +26,7 @@ def open_tracker(
     model_to_wandb: bool = False,
     writes_files: bool = True,
     console: Listener | None = None,
+    in_python: bool = False,
 ) -> Tracker:
     """The listeners of one run, in the order in which they hear of an event.
 
@@ -33,6 +34,7 @@ def open_tracker(
         tracker: `auto` is W&B if `use_wandb`, else none.
         project, run_name, tags, model_to_wandb: for the tracker; without a `run_name` it takes the run's.
         writes_files: False shows events without keeping them.
+        in_python: whether the console says what to do next in Python's words.
         console: instead of the one that writes to stdout and stderr.
 
     Raises:
@@ -57,7 +59,7 @@ def open_tracker(
         )
     if writes_files:
         opened.add(ReportListener())
-    opened.add(console or ConsoleListener())
+    opened.add(console or ConsoleListener(in_python=in_python))
     return opened
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event as Record
+from tensorboard.compat.proto.histogram_pb2 import HistogramProto
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
 from trietune.tracking.events import Evaluated, Event, Histograms, Metrics, RunStarted, StepFinished
 
 if TYPE_CHECKING:
@@ -26,8 +32,6 @@ class TensorboardListener:
         """Write the numbers of `event`, with the run's own steps as the axis."""
         match event:
             case RunStarted():
-                from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
                 self._writer = EventFileWriter(str(event.directory / FOLDER))
             case StepFinished() if event.is_logged:
                 self._write_scalars(event.step, event.metrics)
@@ -46,25 +50,16 @@ class TensorboardListener:
             self._writer = None
 
     def _write_scalars(self, step: int, metrics: Metrics) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         known = {key: value for key, value in metrics.items() if value is not None}
         self._write(step, [Summary.Value(tag=key, simple_value=value) for key, value in known.items()])
 
     def _write(self, step: int, values: list[Any]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event as Record
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         if self._writer:
             self._writer.add_event(Record(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
 
 def _histogram(name: str, values: Any) -> Any:
     """Counts in 64 bins, in TensorBoard's own form; values that are not finite are left out."""
-    import numpy as np
-    from tensorboard.compat.proto.histogram_pb2 import HistogramProto
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
     finite = np.asarray(values, dtype=np.float64)
     finite = finite[np.isfinite(finite)]
     counts, edges = np.histogram(finite, bins=NUM_BINS) if finite.size else (np.zeros(1), np.zeros(2))

@@ -67,7 +67,7 @@ class Tracker:
                 listener.handle(event)
             except StillTrying as trouble:
                 self._report_trouble(listener, trouble)
-            except Exception as error:  # whatever a tracker does, training goes on
+            except Exception as error:  # whatever a tracker does, training continues
                 self._drop(listener, error)
             else:
                 self._troubled.discard(id(listener))

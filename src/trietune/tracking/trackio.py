@@ -6,6 +6,8 @@ import contextlib
 import sys
 from typing import Any
 
+import trackio
+
 from trietune.tracking.events import Evaluated, Event, RunFinished, RunStarted, StepFinished
 from trietune.tracking.jsonl import plain
 
@@ -21,11 +23,9 @@ class TrackioListener:
         self._run: Any = None
 
     def handle(self, event: Event) -> None:
-        """Log the numbers of `event`. A run of the same name goes on where it was."""
+        """Log the numbers of `event`. A run of the same name continues where it was."""
         match event:
             case RunStarted():
-                import trackio
-
                 with contextlib.redirect_stdout(sys.stderr):  # trackio greets on stdout, which is for results
                     self._run = trackio.init(
                         self._project,
@@ -45,8 +45,6 @@ class TrackioListener:
 
     def close(self) -> None:
         if self._run is not None:
-            import trackio
-
             self._run = None
             with contextlib.redirect_stdout(sys.stderr):
                 trackio.finish()  # type: ignore[no-untyped-call]  # it carries no annotations

@@ -19,16 +19,16 @@ def is_share(key: str) -> bool:
 
 
 def metric_value(key: str, value: float | int | None) -> str:
-    """`0.875` as `87.5 %` for a share, four significant digits for the rest, `-` for what was not measured."""
+    """`0.875` as `87.5%` for a share, four significant digits for the rest, `-` for what was not measured."""
     if value is None or not math.isfinite(value):
         return "-" if value is None else "not finite"
     if is_share(key):
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}%"
     return f"{value:,}" if isinstance(value, int) else number(value)
 
 
 def interval(key: str, low: float, high: float) -> str:
-    """A 95 % interval in the unit of its metric, without the unit: `85.1 to 89.6`."""
+    """A 95% interval in the unit of its metric, without the unit: `85.1 to 89.6`."""
     if is_share(key):
         return f"{100 * low:.1f} to {100 * high:.1f}"
     return f"{number(low)} to {number(high)}"

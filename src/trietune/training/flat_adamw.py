@@ -2,7 +2,7 @@
 
 An adapter has hundreds of small tensors. Gradient norm, clipping and update cost an operation or more on each of them;
 of a short step on CPU that is a twentieth. Here the parameters are views of one buffer, and so are their gradients, so
-whoever knows the parameters by name goes on knowing them, and the optimizer knows one.
+code that knows the parameters by name keeps working, and the optimizer knows one.
 
     parameters   A B A B ...   views of   [ A | B | A | B | ... ]     the one parameter of the optimizer
     .grad        A B A B ...   views of   [ A | B | A | B | ... ]     its gradient, zeroed instead of dropped

@@ -31,6 +31,10 @@ class MicroBatchTooLargeError(Exception):
         self.longest = longest
 
 
+class TooLargeElsewhereError(Exception):
+    """Memory ran out in another of the processes that share the step; here nothing more is to be computed of it."""
+
+
 def accumulate_gradients(
     model: TrieModel,
     micro_batches: Sequence[MicroBatch],

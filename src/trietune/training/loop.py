@@ -28,7 +28,7 @@ from trietune.device.cpu import describe_cpu
 from trietune.device.device import Device
 from trietune.model.causal_lm import TrieModel
 from trietune.ranks.ranks import ALONE, Ranks
-from trietune.training.gradients import MicroBatchTooLargeError
+from trietune.training.gradients import MicroBatchTooLargeError, TooLargeElsewhereError
 from trietune.training.loss_scale import LossScale
 from trietune.training.objectives.learning import Learn, Work
 from trietune.training.objectives.sft import learn_labels
@@ -113,6 +113,7 @@ def training_steps(
     learn: Learn = learn_labels,
     ranks: Ranks = ALONE,
     deal: Callable[[np.ndarray], Deal] | None = None,
+    make_part: Callable[[np.ndarray], Sequence[MicroBatch]] | None = None,
     wants_stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Step, None, None]:
     """Take the steps `step_range.first_step + 1 .. num_steps`, yielding each.
@@ -128,10 +129,10 @@ def training_steps(
         device: device that the model is on; None for one that runs each operation when it is called.
         loss_scale: for a base model in fp16. A step whose gradients it made infinite is taken again, with half of it.
         is_read: on a device that does not read every step, whether step `number` (from 1) is read.
-        learn: what is learned from a step's micro-batches (`trietune.training.objectives`). Over several processes one
-            whose divisor is the number of labels: each process learns its part.
+        learn: what is learned from a step's micro-batches (`trietune.training.objectives`).
         ranks: the processes that share each step.
-        deal: over several processes, who computes which of a step's sequences; called in another thread.
+        deal: over several processes, who computes which of the sequences of a step's rows; called in another thread.
+        make_part: cuts dealt sequences into micro-batches; by default `make_micro_batches`, for rows of one sequence.
         wants_stop: whether this process wants to stop after the step; told to all as `Step.num_stopping`.
 
     Raises:
@@ -159,7 +160,7 @@ def training_steps(
         device.end_step()
 
     def lay_out(number: int) -> _StepLayout:
-        return _lay_out(number, sampler, step_range, make_micro_batches, ranks, deal)
+        return _lay_out(number, sampler, step_range, make_micro_batches, ranks, deal, make_part or make_micro_batches)
 
     number = step_range.first_step
     with ahead_thread() as thread:
@@ -198,6 +199,7 @@ def _lay_out(
     make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]],
     ranks: Ranks,
     deal: Callable[[np.ndarray], Deal] | None,
+    make_part: Callable[[np.ndarray], Sequence[MicroBatch]],
 ) -> _StepLayout:
     steps_per_epoch = -(-sampler.batches_per_epoch // step_range.batches_per_step)
     epoch, step_in_epoch = divmod(number, steps_per_epoch)
@@ -206,8 +208,10 @@ def _lay_out(
     batches = [sampler.batch(epoch, b) for b in range(first_batch, last_batch)]
     indices = np.concatenate(batches)
     dealt = None if deal is None else deal(indices)
-    mine = batches if dealt is None else [ranks.mine(dealt.parts)]
-    micro_batches = [micro_batch for batch in mine for micro_batch in make_micro_batches(batch)]
+    if dealt is None:
+        micro_batches = [micro_batch for batch in batches for micro_batch in make_micro_batches(batch)]
+    else:
+        micro_batches = [*make_part(ranks.mine(dealt.parts))]
     return _StepLayout(
         number,
         epoch + (step_in_epoch + 1) / steps_per_epoch,
@@ -215,18 +219,18 @@ def _lay_out(
         micro_batches,
         total_weight(micro_batches) if dealt is None else dealt.num_labels,
         dealt,
-        _weightless(micro_batches, dealt, make_micro_batches) if dealt is not None and ranks.has_equal_passes else None,
+        _weightless(micro_batches, dealt, make_part) if dealt is not None and ranks.has_equal_passes else None,
     )
 
 
 def _weightless(
-    own: Sequence[MicroBatch], dealt: Deal, make_micro_batches: Callable[[np.ndarray], Sequence[MicroBatch]]
+    own: Sequence[MicroBatch], dealt: Deal, make_part: Callable[[np.ndarray], Sequence[MicroBatch]]
 ) -> MicroBatch | None:
     """A micro-batch that counts for nothing, for a process that has fewer of them than others: one of its own, if any.
 
     None in a step that computes nothing anywhere.
     """
-    some = [*own] or [mb for part in dealt.parts if len(part) for mb in make_micro_batches(part[:1])]
+    some = [*own] or [mb for part in dealt.parts if len(part) for mb in make_part(part[:1])]
     return replace(some[0], label_weight=np.zeros_like(some[0].label_weight)) if some else None
 
 
@@ -349,6 +353,8 @@ class _Stepper:
             self.loss_scale,
             divisor=None if layout.deal is None else layout.divisor,
             fillers=fillers,
+            ranks=self.ranks,
+            filler=layout.filler,
         )
         try:
             learnt = self.learn(self.model, work)
@@ -359,6 +365,8 @@ class _Stepper:
             if layout.deal is None or self.ranks.has_equal_passes:
                 raise
             too_large = [error.num_positions, error.longest]
+            loss = self.model.to_device(torch.zeros(1))[0]
+        except TooLargeElsewhereError:
             loss = self.model.to_device(torch.zeros(1))[0]
         counts = (
             total_weight(layout.micro_batches),

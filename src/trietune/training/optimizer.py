@@ -15,9 +15,16 @@ from trietune.training.flat_adamw import FlatAdamW, can_be_flat
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float, device: Device
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    device: Device,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """The optimizer that `optim` names, over the adapter's parameters.
+    """The optimizer that `optim` names, over the adapter's parameters; `betas` and `eps` are AdamW's.
 
     `adamw` takes PyTorch's fused kernel where the device has one; `adamw_torch` does not, `adamw_torch_fused` insists.
 
@@ -31,13 +38,14 @@ def build_optimizer(
         )
     parameters = list(parameters)
     common: dict[str, Any] = {"lr": device.learning_rate(learning_rate), "weight_decay": weight_decay}
+    adamw = {**common, "betas": betas, "eps": eps}
     match name:
         case "adamw_torch":
-            return _adamw(parameters, device, {**common, **device.adamw})
+            return _adamw(parameters, device, {**adamw, **device.adamw})
         case "adamw_torch_fused":
-            return _adamw(parameters, device, {**common, "fused": True})
+            return _adamw(parameters, device, {**adamw, "fused": True})
         case "adamw":
-            return _adamw(parameters, device, {**common, **device.fastest_adamw})
+            return _adamw(parameters, device, {**adamw, **device.fastest_adamw})
         case "sgd":
             return torch.optim.SGD(parameters, **common)
         case "adafactor":
@@ -47,7 +55,7 @@ def build_optimizer(
         case "adagrad":
             return torch.optim.Adagrad(parameters, **common)
         case "adamw_8bit" | "paged_adamw_8bit":
-            return _eight_bit(name, parameters, common, device)
+            return _eight_bit(name, parameters, adamw, device)
         case _:
             raise ValueError(f"no optimizer is called {name!r}")
 

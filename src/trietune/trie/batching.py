@@ -19,6 +19,8 @@ Batching = Literal["trie", "packed", "padded"]
 # A micro-batch costs something before its first node (kernel launches, the optimizer's reads of the weights), here
 # expressed in nodes: repeating fewer than this many nodes is not worth one micro-batch more.
 NODES_WORTH_A_MICRO_BATCH = 64
+# As `max_positions`: a batch is never cut.
+UNBOUNDED = 2**31
 
 
 @runtime_checkable

@@ -5,7 +5,8 @@
 
 Two ways are tried, and the better one is taken. *Runs*: the sorted sequences are cut into runs of neighbors; cutting in
 front of a sequence computes again what it shares with the one before. *Groups*: sequences that share much stay
-together, and whole groups go to whoever has least. Many small groups deal evenly whole; a few large ones must be cut.
+together, and whole groups go to the process that has least. Many small groups deal evenly whole; a few large ones must
+be cut.
 
 Every process computes the same deal from the same indices, so nothing is communicated. A part may be empty.
 """

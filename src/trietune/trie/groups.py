@@ -18,7 +18,7 @@ from trietune.trie.sorting import sort_all
 
 # Neighbors that share at least this part of the shorter sequence belong together.
 SHARED_PART = 0.5
-# Runs of sorted neighbors without such a prefix are this long: on SST-2 that takes 13 % off the distinct tokens, close
+# Runs of sorted neighbors without such a prefix are this long: on SST-2 that takes 13% off the distinct tokens, close
 # to the limit of a fully sorted order, while batches stay mixed.
 SHORT_RUN = 4
 # How many groups are looked at for one that still fits into a batch before a group is cut.

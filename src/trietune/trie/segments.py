@@ -11,9 +11,9 @@ Calls and states that are started from cost time, so the best cuts lie between t
 Letters: T nodes, R rows, S segments of a bucket, L steps of its longest, K kept outputs.
 """
 
-import itertools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -148,7 +148,7 @@ def make_segments(trie: Trie, cuts: Collection[int], cost: ScanCost, *, likeness
 
 
 def branch_points(trie: Trie) -> list[int]:
-    """Nodes below which a row leaves the path of an earlier one, or goes on where that one ended; ascending."""
+    """Nodes below which a row leaves the path of an earlier one, or continues where that one ended; ascending."""
     own = np.diff(trie.row_start)
     last_above = trie.row_path_start[1:] - own - 1
     has_one = last_above >= trie.row_path_start[:-1]
@@ -252,7 +252,7 @@ def _levels_of(trie: Trie, is_cut: Bool[np.ndarray, " T"]) -> list[list[_Segment
         bounds = [0, *(np.flatnonzero(is_cut[path]) + 1).tolist()]
         if bounds[-1] < len(path):
             bounds.append(len(path))
-        for level, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        for level, (begin, end) in enumerate(pairwise(bounds)):
             key = (int(path[end - 1]), begin)
             if key in known:
                 continue

@@ -104,7 +104,7 @@ def build_trie(
 
 
 def pad_trie(trie: Trie, num_nodes: int) -> Trie:
-    """The same trie with padding at its end, up to `num_nodes` nodes: one more row, that nobody else sees.
+    """The same trie with padding at its end, up to `num_nodes` nodes: one more row, which no other node sees.
 
     Padding nodes hold token 0, see only each other and predict nothing.
     """

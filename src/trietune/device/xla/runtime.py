@@ -19,7 +19,7 @@ from trietune.errors import UserError
 from trietune.io.causes import first_line
 
 TENSTORRENT_TYPE = "TT"
-# What answers when nobody chose: torch_xla's own client for the host's processor.
+# What answers when no device is chosen: torch_xla's own client for the host's processor.
 FALLBACK_TYPE = "CPU"
 WITHOUT_XLA = "`--set device=cpu` trains without XLA"
 INSTALL_TORCH_XLA = "pip install torch==2.9.0 torch_xla==2.9.0, in an environment of its own"
@@ -63,7 +63,7 @@ def start_runtime(device_type: str, where: str, *, is_mesh: bool) -> torch.devic
         if is_mesh:
             runtime.use_spmd()
         device: torch.device = torch_xla.device()
-        runtime.global_runtime_device_count()  # a mesh's device is a name until somebody asks for the real ones
+        runtime.global_runtime_device_count()  # a mesh's device is a name until the real ones are asked for
         # A backward on the host before XLA starts breaks every backward on the device: autograd counts devices once.
         torch.ones(1, device=device, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:

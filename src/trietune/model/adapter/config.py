@@ -15,9 +15,9 @@ from peft import LoraConfig
 
 from trietune.errors import UserError
 from trietune.io import strict_json
+from trietune.io.adapter_place import CONFIG_FILE as CONFIG_FILE
 from trietune.io.name_patterns import PatternError, compile_pattern
 
-CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 * 2**20
 MAX_RANK = 4096
 _MAX_TEXT = 4096

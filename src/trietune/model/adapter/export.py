@@ -21,7 +21,9 @@ from torch import Tensor
 
 from trietune.errors import UserError
 from trietune.io import strict_json
+from trietune.io.adapter_place import adapter_in
 from trietune.io.directory import DamagedDirectory, read_manifest
+from trietune.io.run_folders import nearest_runs, which_run
 from trietune.io.safetensors import RawTensor, from_numpy, parse, serialize
 from trietune.io.whole_folder import whole_folder
 from trietune.model.adapter.adapter import load_adapter_files
@@ -64,14 +66,24 @@ class Exported:
 
 def find_adapter(path: Path) -> Path:
     """The adapter's folder: `path` itself, or `adapter/` in a run. Raises `UserError` if there is none."""
-    for folder in (path, path / "adapter"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
+    if (found := adapter_in(path)) is not None:
+        return found
     raise UserError(
         f"`{path}` holds no adapter" if path.exists() else f"`{path}` does not exist",
         where=f"looked for {CONFIG_FILE} there and in its `adapter` folder",
-        next_step="give a run's folder or an adapter's, such as runs/NAME or runs/NAME/adapter",
+        next_step=_instead_of(path),
     )
+
+
+def _instead_of(path: Path) -> str:
+    """A checkpoint of a run that has no adapter yet, a run with a name that is near, or where adapters are."""
+    checkpoints = sorted((path / "checkpoints").glob("step-*[0-9]")) if path.is_dir() else []
+    if checkpoints:
+        return f"the run did not finish: name one of its checkpoints, the last is {checkpoints[-1]}, or finish it"
+    near = nearest_runs(path)
+    if near and not path.exists():
+        return which_run(path)
+    return "give a run's folder or an adapter's, such as runs/NAME or runs/NAME/adapter"
 
 
 def base_name_of(adapter: Path) -> str:
@@ -148,7 +160,7 @@ def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
     """The same adapter with its scale inside `lora_B`, so that a reader who takes `alpha / r` for 1 is right.
 
     Raises:
-        UserError: DoRA, modules trained whole, biases, or ranks that differ by module: not LoRA alone.
+        UserError: DoRA, modules trained whole, biases, or ranks that differ by module: not only LoRA.
     """
     config = parse_config(files[CONFIG_FILE], where=f"{where}/{CONFIG_FILE}")
     obstacles = {

@@ -308,11 +308,13 @@ class Coverage:
         num_adapted: how many of these are in matrices with an adapter or trained whole.
         without: share of `num_weights` by group without an adapter, `mlp.experts.gate_up_proj` and the like, the
             largest first; routers are not among them.
+        routers: the routers' groups without an adapter.
     """
 
     num_weights: int
     num_adapted: int
     without: tuple[tuple[str, float], ...]
+    routers: tuple[str, ...]
 
     @property
     def share(self) -> float:
@@ -332,6 +334,7 @@ def measure_coverage(network: nn.Module) -> Coverage:
     routers = {name.replace(".base_layer", "") for name in find_routers(network)}
     num_weights = num_adapted = 0
     without: Counter[str] = Counter()
+    left_out: dict[str, None] = {}
     seen: set[int] = set()
     for name, parameter in network.named_parameters():
         plain = name.replace(".base_layer", "")
@@ -342,10 +345,12 @@ def measure_coverage(network: nn.Module) -> Coverage:
         num_weights += parameter.numel()
         if id(parameter) in adapted or ".original_module" in name:
             num_adapted += parameter.numel()
-        elif plain.rpartition(".")[0] not in routers:
+        elif plain.rpartition(".")[0] in routers:
+            left_out[_group(plain)] = None
+        else:
             without[_group(plain)] += parameter.numel()
     shares = tuple((name, count / max(num_weights, 1)) for name, count in without.most_common())
-    return Coverage(num_weights, num_adapted, shares)
+    return Coverage(num_weights, num_adapted, shares, tuple(left_out))
 
 
 def _outside_layers(network: nn.Module) -> set[int]:

@@ -31,7 +31,7 @@ BLOCK = 128
 BACKEND = "inductor"
 
 # Programs that PyTorch may keep of one function: two numbers of dimensions that change, times windows, times forward
-# alone or with backward, times all nodes or some. At its own limit of 8 it would go on without a compiled kernel.
+# alone or with backward, times all nodes or some. At its own limit of 8 it would continue without a compiled kernel.
 MAX_PROGRAMS = 64
 
 

@@ -99,7 +99,7 @@ class TrieLayout:
         return self._states
 
     def states(self, *, keeps: Int[np.ndarray, " B"] | None = None) -> TrieStates:
-        """The same, anew; `keeps` as in `TrieStates`."""
+        """The same, not cached; `keeps` as in `TrieStates`."""
         forced: dict[str, list[int] | None] = {"none": [], "all": branch_points(self._trie), "cheapest": None}
         cuts = None if self._forced is None else forced[self._forced.cuts]
         return TrieStates(self._trie, device=self._device, to_device=self._to_device, cuts=cuts, keeps=keeps)

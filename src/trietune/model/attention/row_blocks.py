@@ -68,7 +68,7 @@ class AttentionCost:
 def attention_cost(*, num_heads: int, head_size: int, dtype: torch.dtype) -> AttentionCost:
     """Measured on two cores with AVX-512; only the ratios matter, and they matter little.
 
-    `whole` is from steps of a run, where operations cost more, next to arithmetic, than alone.
+    `whole` is from steps of a run, where operations cost more, next to arithmetic, than by themselves.
     """
     product = 0.0155e-3 if dtype == torch.bfloat16 else 0.06e-3
     score = num_heads * (0.6e-3 + product * head_size)
@@ -204,7 +204,7 @@ def cut_into_blocks(
     """The blocks, and for each bucket which blocks it holds, that take the least time of those that are tried."""
     rows = _QueryRows.of(trie, query_nodes)
     cuts = [np.array([0, rows.num_rows])]  # one block: the masked trie
-    # What a block must save to be worth its own: nothing, if many share a bucket; a whole bucket, if it stands alone.
+    # What a block must save to be worth its own: nothing, if many share a bucket; a whole bucket, if it has its own.
     cuts += [_cut(rows, cost, worth_a_block) for worth_a_block in (0.0, 0.15 * cost.bucket, cost.bucket)]
     best: tuple[float, Blocks, list[np.ndarray]] | None = None
     for cut in cuts:

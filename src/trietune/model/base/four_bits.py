@@ -1,8 +1,8 @@
 """A base model whose linear layers are held in 4 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes.
 
 A weight is one of the 16 numbers that suit a normal distribution best (NF4), times the largest of its block of 64;
-those are held in 8 bits, times the largest of theirs. Each product makes the weights anew in the compute dtype. The
-adapter is what it always is, in fp32 beside them; embeddings, norms and the output head stay whole.
+those are held in 8 bits, times the largest of theirs. Each product dequantizes the weights again in the compute dtype.
+The adapter is what it always is, in fp32 beside them; embeddings, norms and the output head stay whole.
 """
 
 from __future__ import annotations

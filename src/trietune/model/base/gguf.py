@@ -5,7 +5,7 @@ moves is not converted again and one that changes is never mistaken for its form
 are kept with it and compared at each use: a folder that has changed since is made again.
 
 Weights are stored in bfloat16, except those of a file that is itself fp32 or fp16. A block format such as Q4_1 is off
-the original weights by several per cent; rounding its values to bfloat16 adds 0.14 % (measured on SmolLM2-135M,
+the original weights by several per cent; rounding its values to bfloat16 adds 0.14% (measured on SmolLM2-135M,
 relative norm, worst tensor). In return the folder is half as large, and it is mapped into memory in the dtype that
 training uses, without a conversion.
 """
@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from trietune.errors import StopRequested, UserError
-from trietune.io.cache_folder import cache_folder
+from trietune.io.cache_folder import cache_folder, mark_used
 from trietune.io.causes import first_line
 from trietune.io.whole_folder import whole_folder, write_error
 from trietune.model.base.folder import MOST_LAYERS
@@ -77,6 +77,7 @@ def convert_gguf(file: Path, *, report: Callable[[str], None] = lambda text: Non
                     next_step="wait until the file is complete, then run the same command again",
                 )
             (staging / _DIGESTS).write_text(json.dumps(_digests(staging), indent=1) + "\n")
+    mark_used(folder)
     weights = {name: digest for name, digest in _recorded(folder).items() if name.endswith(".safetensors")}
     return Converted(folder, digest, hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest())
 

@@ -112,6 +112,23 @@ def fetch(repo: str, revision: str | None, *, token: str | None, report: Report,
     return folder
 
 
+def fetch_config(repo: str, revision: str | None, *, token: str | None = None) -> bytes:
+    """The content of a repository's `config.json`, and nothing else of it; from the cache if the hub cannot be asked.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # re-exported
+
+    try:
+        return Path(hf_hub_download(repo, "config.json", revision=revision, token=token)).read_bytes()
+    except HFValidationError as error:
+        raise UserError(f"`{repo}` is not a hub id: {error}", next_step=_suggest(repo)) from error
+    except (HTTPError, OSError) as error:
+        _explain(repo, revision, error)
+
+
 def _check_space(shown: str, info: ModelInfo) -> None:
     """Say that the disk is too small before gigabytes have been fetched for nothing."""
     from huggingface_hub.constants import HF_HUB_CACHE

@@ -119,7 +119,7 @@ def check_config(folder: ModelFolder) -> None:
     family = raw["model_type"]
     text = raw.get("text_config")
     both_ways = [one.get("use_bidirectional_attention") for one in (raw, text) if isinstance(one, dict)]
-    if any(way in (True, "all") for way in both_ways):  # "vision": for images alone
+    if any(way in (True, "all") for way in both_ways):  # "vision": only for images
         raise UserError(
             f"`{folder.name}` is not a causal language model: it attends in both directions",
             where="config.json: use_bidirectional_attention",

@@ -53,7 +53,7 @@ def locate_model(
             next_step="give the folder that holds config.json and the safetensors, or a .gguf file",
         )
     repo, _, revision = model_name.partition("@")
-    if not _HUB_ID.fullmatch(repo) or repo.startswith((".", "/", "~")):
+    if not is_hub_id(model_name):
         raise UserError(
             f"`model_name: {model_name}` is not a folder here, and cannot be a hub id (owner/name)",
             where=f"looked in {Path.cwd()}" if not place.is_absolute() else None,
@@ -63,6 +63,13 @@ def locate_model(
     check_folder(folder)
     # The hub's library keeps each commit in a folder of that name.
     return ModelFolder(path=folder, name=repo, source="hub", revision=folder.name)
+
+
+def is_hub_id(model_name: str) -> bool:
+    """Whether a name can be that of a repository on the hub, with or without `@revision`."""
+    repo = model_name.partition("@")[0]
+    is_file = model_name.lower() == DEMO_MODEL or repo.lower().endswith(".gguf")
+    return _HUB_ID.fullmatch(repo) is not None and not repo.startswith((".", "/", "~")) and not is_file
 
 
 def _take_folder(folder: Path, model_name: str) -> ModelFolder:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from trietune.errors import UserError
 from trietune.model.base.load import quiet_library
 
-# What rates of dropout and of noise are called, whoever holds them.
+# What rates of dropout and of noise are called, in any module.
 _WORDS = ("drop", "jitter", "pdrop", "router_noise", "noise_std")
 # Names that hold these letters and are not rates.
 _NO_RATES = ("first_k_dense_replace", "token_dropping", "drop_tokens")
@@ -149,7 +149,7 @@ class _Watch:
 
 
 def _stay_in_evaluation(module: nn.Module) -> None:
-    """Of this module's own code alone: its parts, which may be adapted and have dropout, change modes as ever."""
+    """Only of this module's own code: its parts, which may be adapted and have dropout, change modes as ever."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         for child in self.children():

@@ -18,7 +18,7 @@ from pathlib import Path
 from trietune.demo import installed_smollm2, smollm2_gguf
 from trietune.demo.locations import DEMO_MODEL, INSTALL_MODEL, MODEL_FILE, MODEL_REQUIREMENT
 from trietune.errors import UserError
-from trietune.io.cache_folder import cache_folder
+from trietune.io.cache_folder import cache_folder, mark_used
 from trietune.io.whole_folder import whole_folder
 
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -36,6 +36,7 @@ def sample_gguf(report: Callable[[str], None] = lambda text: None) -> Path:
     kept = cache_folder() / "sample" / SHA256[:32] / MODEL_FILE
     if not kept.is_file():
         _fetch(kept.parent, report)
+    mark_used(kept.parent)
     return kept
 
 

@@ -1,4 +1,4 @@
-"""What a model will be, from its config alone: no weight is read, so mistakes are found before the slow part."""
+"""What a model will be, from its config only: no weight is read, so mistakes are found before the slow part."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized
 from trietune.model.base.load import auto_class, check_config, reading_config
 from trietune.model.base.randomness import rates_in_attention, rates_of, silence_rates
+from trietune.model.states import carries_states
+from trietune.model.states.memory import with_scans
 
 # GPT-2's `wpe`; `embed_positions`, `position_embeddings` and their like.
 _POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)$")
@@ -36,8 +38,9 @@ class NetworkShape:
         has_learnt_positions: whether each position has a vector of its own, so that there are no more of them.
         refusal: why tries cannot be computed, as the end of a sentence; None if they can.
         why_whole_rows: why they run on whole rows, alike; None if they need not.
+        carries_states: whether tries hand states on from node to node.
         longest_in_a_trie: tokens of the longest row that tries compute as a row by itself; None if there is no end.
-        widths: of its layers, for the estimate of memory.
+        widths: widths of its layers, for the memory estimate.
         coverage: which part of its layers carries adapters.
         base_rates: rates of its own dropout and noise, by name.
         adapts_parameters: whether adapters are on parameters themselves, such as stacks of experts.
@@ -52,6 +55,7 @@ class NetworkShape:
     coverage: Coverage
     base_rates: Mapping[str, float]
     why_whole_rows: str | None = None
+    carries_states: bool = False
     longest_in_a_trie: int | None = None
     num_embeddings: int = 0
     has_learnt_positions: bool = False
@@ -87,6 +91,7 @@ def describe_network(
                 silence_rates(network)
             refusal = check_architecture(network)
             on_rows = why_whole_rows(network)
+            has_states = on_rows is None and carries_states(network)
             if base_dropout and dropped:
                 name, rate = next(iter(dropped.items()))
                 refusal = f"`base_dropout: True` keeps its dropout on attention weights (`{name}: {rate:g}`)"
@@ -100,7 +105,7 @@ def describe_network(
                 p.numel() for name, p in network.named_parameters() if is_quantized(name, tuple(p.shape))
             )
             config = network.config.get_text_config()
-            widths = widths_of(config, network)
+            widths = with_scans(widths_of(config, network), network)
             peft_model = add_adapter(network, base=base, **adapter)
     num_trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     return NetworkShape(
@@ -110,6 +115,7 @@ def describe_network(
         num_in_layers=num_in_layers,
         refusal=refusal,
         why_whole_rows=on_rows,
+        carries_states=has_states,
         longest_in_a_trie=longest_of_one_rope(config),
         widths=widths,
         coverage=measure_coverage(network),

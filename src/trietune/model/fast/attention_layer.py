@@ -29,7 +29,7 @@ from trietune.model.decoder_layers import decoder_of
 from trietune.model.fast.frozen_weight import Whole, keep_joined
 from trietune.model.fast.linear import FrozenLayer, JoinedLinear
 from trietune.model.replaced import replace_forward
-from trietune.trie import Trie, build_trie
+from trietune.trie import IGNORED_LABEL, Trie, build_trie
 
 OBSERVER = "trietune-observer"
 PROBE_TOKENS = 9
@@ -335,7 +335,7 @@ def _probe(attention: _Attention, device: torch.device) -> tuple[Tensor, tuple[T
     angle = torch.rand(1, PROBE_TOKENS, attention.head_size // 2, generator=generator).mul(6)
     angle = torch.cat((angle, angle), -1)
     tokens = np.arange(PROBE_TOKENS + 1, dtype=np.int32)
-    labels = np.full(PROBE_TOKENS + 1, -100, np.int32)
+    labels = np.full(PROBE_TOKENS + 1, IGNORED_LABEL, np.int32)
     labels[-1] = 1
     trie = build_trie(tokens, labels, np.array([0, PROBE_TOKENS + 1]))
     sees = torch.from_numpy(visibility(trie, attention.window))[None, None]

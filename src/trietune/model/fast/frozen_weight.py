@@ -4,7 +4,7 @@
 
 A matrix library blocks a weight for its registers and caches at every product. A weight that stays the same can be
 blocked once and kept so, as oneDNN does for inference; here for both directions. On CPU that makes products of many
-rows faster by 15 %, of few rows by half, in fp32 on some processors by more than twice (`benchmarks/products.py`). It
+rows faster by 15%, of few rows by half, in fp32 on some processors by more than twice (`benchmarks/products.py`). It
 costs memory: a second and a third copy of the weight.
 """
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import gguf
 import numpy as np
+from gguf.quants import dequantize, quantize
 
 from trietune.errors import UserError
 from trietune.model.handover.gguf_names import GgufNames
@@ -57,8 +59,6 @@ def write_model(
     Raises:
         UserError: a value that f16 cannot hold, or `q4_k_m` without llama.cpp's own program.
     """
-    import gguf
-
     quantize_by = find_quantizer() if quantization == "q4_k_m" else None
     kind = "f16" if quantization == "q4_k_m" else quantization
     target = file.with_suffix(".f16.gguf") if quantize_by else file
@@ -109,8 +109,6 @@ def write_adapter(
     Raises:
         UserError: an adapter on a part that llama.cpp does not adapt.
     """
-    import gguf
-
     writer = gguf.GGUFWriter(file, names.architecture)
     writer.add_type("adapter")
     writer.add_name(title)
@@ -142,9 +140,6 @@ def adapted_part(name: str) -> tuple[str, str]:
 
 def read_back(file: Path) -> dict[str, np.ndarray]:
     """Every tensor of a GGUF file as float32, under its own name."""
-    import gguf
-    from gguf.quants import dequantize
-
     reader = gguf.GGUFReader(file)
     found = {}
     for tensor in reader.tensors:
@@ -182,8 +177,6 @@ def _write_shape(writer: Any, names: GgufNames, config: Mapping[str, Any]) -> No
 
 
 def _write_rope(writer: Any, rope: Mapping[str, Any]) -> None:
-    import gguf
-
     if local := (rope.get("sliding_attention") or {}).get("rope_theta"):
         writer.add_rope_freq_base_swa(float(local))
     rope = rope.get("full_attention") or rope
@@ -248,9 +241,6 @@ def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
 
 
 def _add_tensor(writer: Any, name: str, values: np.ndarray, kind: str) -> None:
-    import gguf
-    from gguf.quants import quantize
-
     # llama.cpp keeps vectors in f32 whatever the file's format is.
     is_blocked = values.ndim > 1 and values.shape[-1] % 32 == 0
     if values.ndim == 1 or kind == "f32":

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import gguf
 import numpy as np
 
 from trietune.errors import UserError
@@ -51,8 +52,6 @@ class GgufNames:
 
     def name(self, of_transformers: str) -> str:
         """`blk.0.attn_q.weight` for `model.layers.0.self_attn.q_proj.weight`. Raises `UserError` if it has none."""
-        import gguf
-
         kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
         found = gguf.get_tensor_name_map(kinds[self.architecture], self.num_layers).get_name(
             of_transformers, try_suffixes=(".weight", ".bias")

@@ -27,7 +27,7 @@ from trietune.data.examples import Message
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
 from trietune.io.places import expand
-from trietune.io.safetensors import RawTensor, parse
+from trietune.io.safetensors import RawTensor, from_numpy, parse, serialize
 from trietune.io.whole_folder import whole_folder
 from trietune.model.adapter.adapter import load_adapter_files
 from trietune.model.adapter.config import CONFIG_FILE, parse_config
@@ -199,8 +199,6 @@ def _apart(job: _Job, staging: Path, quantization: Quantization) -> tuple[Callab
             shutil.copyfile(job.folder / name, staging / name)
 
     def load() -> Any:
-        from trietune.io.safetensors import from_numpy, serialize
-
         weights = serialize({name: from_numpy(values) for name, values in tensors.items()})
         network = load_network(job.base, dtype=torch.float32, device=torch.device("cpu"), report=job.report)
         return load_adapter_files(network, {**files, WEIGHTS_FILE: weights}, where=str(staging))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trietune.data.templates import PromptFormat, find_columns
+from trietune.data.templates import PromptFormat
 
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 
@@ -188,8 +188,8 @@ def _template(prompt_format: PromptFormat | None, form: ChatForm | None) -> str 
         return form.go_template()
     if prompt_format is None or prompt_format.kind == "chat":
         return None
-    columns = find_columns(prompt_format.prompt_template)
-    if prompt_format.kind == "template" and len(columns) == 1:
+    columns = prompt_format.columns
+    if prompt_format.kind == "template" and len(columns) == 1 and not prompt_format.optional_columns:
         before, behind = (
             part.replace("{{", "{").replace("}}", "}")
             for part in prompt_format.prompt_template.split("{" + columns[0] + "}", 1)

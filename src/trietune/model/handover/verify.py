@@ -1,7 +1,7 @@
 """Prove a hand-over before it is called done: what was written is read back and asked the same as base and adapter.
 
 What counts is whether the answers agree, so figures are shares of positions at which the same token is likeliest. A
-largest difference of logits would say little: bfloat16 alone moves some logit by 2 without changing an answer.
+largest difference of logits would say little: bfloat16 by itself moves some logit by 2 without changing an answer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from trietune.errors import UserError
@@ -95,7 +96,7 @@ def check_agreement(found: Agreement, reference: Reference, *, number_format: st
     if found.share < expected - _ALLOWED[number_format] - _TIES:
         raise UserError(
             f"{what} does not answer like base and adapter: the likeliest token is the same at {found}",
-            where=f"bf16 alone keeps {reference.floor}",
+            where=f"bf16 by itself keeps {reference.floor}",
             next_step="nothing was kept; please report this, with the family of the model. "
             "`--to transformers` keeps base and adapter apart",
         )
@@ -108,8 +109,6 @@ def check_tensors(written: Mapping[str, Any], meant: Mapping[str, Any], *, toler
         written, meant: NumPy arrays in float32, by name.
         tolerance: relative, by norm.
     """
-    import numpy as np
-
     for name in meant.keys() | written.keys():
         if name not in written or name not in meant:
             raise _wrong(what, f"`{name}` is {'missing' if name not in written else 'too much'}")

@@ -168,7 +168,7 @@ def training_forests(
     """A short forest of tokens of the data, and the longest of all examples with a neighbor and a late branch.
 
     Args:
-        others: further examples that the run computes (validation); they count for the length alone.
+        others: further examples that the run computes (validation); they count only for the length.
         most_tokens: a longer example is cut to this many tokens.
     """
     lengths = np.diff(np.asarray(sequences.offsets))
@@ -200,7 +200,7 @@ def _shared(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def random_forests(vocabulary_size: int, longest: int, *, device: torch.device) -> tuple[Forest, Forest]:
-    """The same of random tokens, for a model that is asked things nobody knows before; `longest` in tokens."""
+    """The same of random tokens, for a model whose prompts are not known in advance; `longest` in tokens."""
     draw = np.random.default_rng(3)
     tokens = draw.integers(min(10, vocabulary_size - 1), min(vocabulary_size, 5000), 16 * SHORT_WIDTH + longest + 1)
     tokens = tokens.astype(np.int32)
@@ -230,7 +230,7 @@ def short_trie(tokens: np.ndarray) -> Trie:
 
 
 def _trie_of(rows: list[list[int]], *, share: bool = True) -> Trie:
-    """Each row ends in a label, which is no node; another one lies before it."""
+    """Each row ends in a label, which is not a node; another one lies before it."""
     flat = np.array([token for row in rows for token in row], np.int32)
     labels = np.full(len(flat), -100, np.int32)
     ends = np.cumsum([len(row) for row in rows])

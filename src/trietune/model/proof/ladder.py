@@ -62,9 +62,9 @@ SCAN_BOUND, SCAN_BOUND_OF_GRADIENTS = 5e-4, 2e-3
 # A kernel that has no fp32, against rows in fp32 on the same queries, keys and values, in relation to all nodes: right
 # ones at most 3.8e-3, a scale 10 % off 4.0e-2.
 KERNEL_BOUND = 2e-2
-# Parts with more parameters than this (MLPs) that are given hidden states alone are proven in one layer of each kind.
+# Parts with more parameters than this (MLPs) that are given only hidden states are proven in one layer of each kind.
 MOST_PROVEN_EVERYWHERE = 1_000_000
-# Positions of which a part's gradients are taken where it is given hidden states alone.
+# Positions of which a part's gradients are taken where it is given only hidden states.
 POINTWISE_NODES = 8
 # Beyond this length transformers' plain attention takes too much memory; its SDPA stands for it if both agreed.
 LONG = 1024
@@ -245,8 +245,12 @@ class _Prover:
 
     def prove(self) -> Proof:
         if unseen := [name for name in self.layers if name not in self.of_short]:
+            if self._sees_the_future():
+                raise self._failure(
+                    "it is not a causal language model: tokens change the logits of those before them", is_final=True
+                )
             raise self._failure(
-                f"layer {unseen[0]} (`{self._class(unseen[0])}`) is given something else than the hidden states of "
+                f"layer {unseen[0]} (`{self._class(unseen[0])}`) is given something other than the hidden states of "
                 "the tokens, so it cannot be compared",
                 is_final=True,
             )
@@ -426,7 +430,7 @@ class _Prover:
     # Last layer, head, kernel
 
     def _prove_last(self, rungs: dict[str, int], found: _Found) -> list[str]:
-        """The last layer as one part, for the nodes that carry labels alone."""
+        """The last layer as one part, only for the nodes that carry labels."""
         last = self.layers[-1]
         if not self.model.prunes_last:
             return []
@@ -449,7 +453,8 @@ class _Prover:
             found.worst = max(found.worst, error.worst)
             return []
         self.model.prunes_last = False
-        return [f"the last layer computes all positions: label positions alone give other values ({_number(error)})"]
+        why = f"computing only label positions gives other values ({_number(error)})"
+        return [f"the last layer computes all positions: {why}"]
 
     def _prove_head(self) -> None:
         """The head by itself, next to the whole network on a row of a few tokens."""
@@ -496,7 +501,7 @@ class _Prover:
                         f"`attention: {model.attention}` gives other values than rows ({error:.1e}, allowed "
                         f"{KERNEL_BOUND:.0e})",
                         where=f"`{self.family}`, a row of {forest.longest:,} tokens",
-                        next_step="`--set attention=rows`, whose layers are proven; please report the family and card",
+                        next_step="`--set attention=rows`, whose layers are proven; please report family and GPU",
                     )
 
     # Words
@@ -523,7 +528,7 @@ class _Prover:
         lines = []
         if self.model.whole_rows is not None:
             lines.append(
-                f"tries run on whole rows, which takes time and memory; projections, norms and MLPs run once a node: "
+                f"tries run on whole rows, which takes time and memory; projections, norms and MLPs run once per node: "
                 f"{self.model.why_whole_rows}"
             )
         for rung, text in (
@@ -601,13 +606,16 @@ def _run(model: TrieModel, forest: Forest, layout: Any) -> object:
 
 def _run_whole_rows(model: TrieModel, forest: Forest) -> object:
     assert model.whole_rows is not None
-    return model.whole_rows.of_rows(RowGrid(forest.trie, model.to_device))
+    grid = RowGrid(forest.trie, model.to_device)
+    rows = model.whole_rows.of_rows(grid)
+    if not torch.equal(grid.to_nodes(rows.flatten(0, 1)), forest.rows.nodes(rows)):
+        raise RuntimeError("nodes are taken from other positions of the rows than those that compute them")
+    return rows
 
 
 def _run_padded(model: TrieModel, forest: Forest) -> object:
     rows = forest.rows
-    positions = np.tile(np.arange(rows.shape[1], dtype=np.int32), (rows.shape[0], 1))
-    return model.decode(rows.tokens.astype(np.int64), positions, rows.is_real.long(), None)
+    return model.decode(rows.tokens.astype(np.int64), None, rows.is_real.long(), None)
 
 
 def _kernel_error(

@@ -128,6 +128,9 @@ def record(
         # What makes angles or masks for the layers takes hidden states too, for their dtype.
         if found is None or grid is None or name in records or (mixes and layer_of(name) == "end"):
             return None
+        if found[1].dim() == 4 and not mixes and not is_layer(name):
+            # Norms of heads and of streams look at the last axis alone; they are proven with what they stand in.
+            return None
         table = rows.nodes(grid.detach())
         records[name] = Record(table, not is_layer(name) and mixes)
         leaf = rows.lay(table)
@@ -185,10 +188,11 @@ def compare(
 
     Args:
         places: where `run` has its nodes.
-        query_nodes: nodes that the last layer returns, where it returns some alone.
+        query_nodes: nodes that the last layer returns, where it returns only some.
     """
     at = None if query_nodes is None else torch.from_numpy(query_nodes).to(next(iter(records.values())).input.device)
     errors: dict[str, Error] = {}
+    has_entered = [False]
     leaves: dict[str, Tensor] = {}
     upcast: dict[str, InFullPrecision] = {}
 
@@ -197,8 +201,11 @@ def compare(
         grid = None if found is None or name not in records else _grid(found[1], places.shape)
         if found is None or grid is None or name in errors or name in leaves:
             return None
-        if "entry" not in errors and is_layer(name):
-            errors["entry"] = _error(places.nodes(grid.detach()), records[name].input, None)
+        if not has_entered[0] and (is_layer(name) or layer_of(name) == "end"):
+            # What norms and dropout before the first layer return is replaced, so what they are given counts, too.
+            found_here = _error(places.nodes(grid.detach()), records[name].input, None)
+            errors["entry"] = max(errors.get("entry", found_here), found_here, key=lambda error: error.worst)
+            has_entered[0] = is_layer(name)
         leaf = places.lay(records[name].input).to(found[1].dtype, copy=True)
         if scope.is_precise(name):
             upcast[name] = InFullPrecision(part)

@@ -8,14 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from trietune.model.rows.grid import num_cells
-from trietune.trie import MicroBatch, Trie, make_micro_batches
-
-IGNORED_LABEL = -100
-UNBOUNDED = 2**31
+from trietune.trie import IGNORED_LABEL, UNBOUNDED, MicroBatch, Trie, make_micro_batches
 
 
 def cut_by_cells(micro_batches: Sequence[MicroBatch], most_cells: int) -> list[MicroBatch]:
-    """The same labels in micro-batches whose grids have at most `most_cells` positions; a row alone may have more."""
+    """The same labels in micro-batches whose grids have at most `most_cells` positions; a single row may have more."""
     cut: list[MicroBatch] = []
     for micro_batch in micro_batches:
         trie = micro_batch.trie

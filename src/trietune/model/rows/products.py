@@ -65,7 +65,7 @@ class SharedProducts:
             self._grid = before
 
     def _with_grid(self, recompute: Callable[..., Any]) -> Callable[..., Any]:
-        """Checkpointed layers run again in the backward, when another grid may be there."""
+        """Checkpointed layers run again in the backward pass, when another grid may be there."""
 
         def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             grid = self._grid
@@ -85,7 +85,7 @@ class SharedProducts:
             if grid is None or flat is None:
                 return own(*args, **kwargs)
             x, nodes = args[0], grid.to_nodes(flat)
-            # As it was given: one row of positions, or positions alone.
+            # As it was given: one row of positions, or only positions.
             output = own(nodes if x.dim() == 2 else nodes[None])
             first = output[0] if isinstance(output, tuple) else output
             laid = grid.to_rows(first.reshape(grid.num_nodes, -1)).view(*x.shape[:-1], -1)

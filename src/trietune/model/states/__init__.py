@@ -5,7 +5,7 @@ hand_on    a network's layers call these functions for nodes of a trie, or for r
 scan       a scan by segments of a trie, and a causal window behind the nodes above each row
 
 Such a layer mixes positions in one or two functions of its file; projections, gates, norms and its output see one
-position each and run as they are, once a node. So only what these functions are given is laid out anew.
+position each and run as they are, once per node. So only what these functions are given is laid out again.
 """
 
 from trietune.model.states.hand_on import carries_states, carry_states, scans_states

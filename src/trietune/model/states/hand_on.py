@@ -63,7 +63,7 @@ def carry_states(network: Any, only: nn.Module | None = None) -> int:
 
 
 def scans_states(part: nn.Module) -> bool:
-    """Whether some module of a part carries a state of any length, and not a window alone."""
+    """Whether some module of a part carries a state of any length, and not only a window."""
     return any(is_scan(kind) for mixer in mixers_in(part) for kind in _kinds_in(mixer).values())
 
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Chunks of a scan change its rounding alone. In a longer chunk a short segment pays for steps that it has not, and in
+# Chunks of a scan change only its rounding. In a longer chunk a short segment pays for steps that it has not, and in
 # shorter ones a scan in plain PyTorch takes more time a step.
 SHORTEST_CHUNK, LONGEST_CHUNK = 16, 64
 

@@ -1,7 +1,7 @@
 """What mixes positions in a network with states: a copy without weights runs on a few tokens, and takes notes.
 
 Every decoder layer must attend through transformers' interface, or call one of the functions of `kinds`, and be told
-of the trie. A layer that does neither must be given hidden states alone in all its parts. What passes here is proven
+of the trie. A layer that does neither must be given only hidden states in all its parts. What passes here is proven
 with values and gradients before a run trains (`model.proof`).
 """
 

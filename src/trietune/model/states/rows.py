@@ -1,4 +1,4 @@
-"""States of rows that decode together: each of the positions that are computed at once goes on from a row of its own.
+"""States of rows that decode together: each of the positions that are computed at once continues from a row of its own.
 
 Letters: B rows, D channels, K width of a window.
 """

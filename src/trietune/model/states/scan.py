@@ -58,7 +58,7 @@ class TrieStates:
     Args:
         to_device: takes what was built on the host to the device.
         cuts: nodes that are cut whatever they cost; None leaves all cuts to the costs.
-        keeps: nodes, ascending, after which decoding goes on: states and inputs there are kept by call.
+        keeps: nodes, ascending, after which decoding continues: states and inputs there are kept by call.
 
     Attributes:
         states: of each call, the states [B, ...] after the nodes `keeps`.
@@ -88,8 +88,8 @@ class TrieStates:
         packed, own = self._context(width)
         padded = torch.nn.functional.pad(x, (0, 1))
         if self._keeps is not None:
-            self.inputs[place] = padded[0].index_select(1, self._last_inputs(width)).unflatten(1, (-1, width - 1))
-            self.inputs[place] = self.inputs[place].transpose(0, 1)
+            last = padded[0].index_select(1, self._last_inputs(width))
+            self.inputs[place] = last.view(len(last), -1, width - 1).transpose(0, 1)
         return run(padded.index_select(2, packed)).index_select(2, own)
 
     def scan(self, place: Place, inputs: list[Tensor], run: Run) -> Tensor:
@@ -102,7 +102,7 @@ class TrieStates:
         for level in levels:
             finals = []
             for bucket in level:
-                at = [x.index_select(0, bucket.nodes).unflatten(0, bucket.shape) for x in padded]
+                at = [x.index_select(0, bucket.nodes).view(*bucket.shape, *x.shape[1:]) for x in padded]
                 assert bucket.parent is None or states is not None
                 start = None if bucket.parent is None else states.index_select(0, bucket.parent)  # type: ignore[union-attr]
                 out, final = run(at, start, bucket.num_states > 0)

@@ -3,7 +3,7 @@
 Progress, counts and warnings go to stderr; the result goes to stdout, so `trietune train > result.txt` keeps it. On a
 terminal one bar moves at the bottom while lines pass above it:
 
-    training  ━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━  120/400  30 %  epoch 0.48  2:10 left
+    training  ━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━  120/400  30%  epoch 0.48  2:10 left
               loss 0.4123   eval 0.3911   8.5 examples/s   360 distinct tokens/s   sharing 4.1x   1.3 GB
 
 Anywhere else (a file, a pipe, `TERM=dumb`) the same numbers come as plain lines, no more than one every few seconds.
@@ -16,11 +16,18 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
 from trietune.io.columns import columns
+from trietune.io.python_words import as_python
 from trietune.tracking import wording
 from trietune.tracking.console import result
+from trietune.tracking.console.notebook import NotebookScreen, is_notebook
 from trietune.tracking.console.progress import Progress, progress_lines
 from trietune.tracking.events import (
     Evaluated,
@@ -59,7 +66,12 @@ class ConsoleListener:
     name = "console"
 
     def __init__(
-        self, out: TextIO | None = None, err: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        in_python: bool = False,
     ) -> None:
         # None: closed before Python began.
         self._out = out or sys.stdout or io.StringIO()
@@ -68,7 +80,12 @@ class ConsoleListener:
         self._progress = Progress()
         self._result = result.Result()
         self._last_line_s: float | None = None
-        self._screen = _Screen(self._err, self._frame) if can_show_bars(self._err) else None
+        self._in_python = in_python
+        self._screen: _Screen | NotebookScreen | None = None
+        if out is None and err is None and is_notebook():
+            self._screen = NotebookScreen(self._frame, clock=clock)
+        elif can_show_bars(self._err):
+            self._screen = _Screen(self._err, self._frame)
 
     def handle(self, event: Event) -> None:
         """Show `event`; what the result needs is remembered until the run ends."""
@@ -95,6 +112,8 @@ class ConsoleListener:
             case Removed():
                 self._write(f"removed {event.directory.name}", "quiet")
             case RunFinished():
+                if self._in_python:
+                    event = replace(event, next_commands=tuple(map(as_python, event.next_commands)))
                 self._stop_screen()
                 self._write_result(event)
             case PredictionsShown():
@@ -175,8 +194,6 @@ def evaluation_line(event: Evaluated) -> str:
 
 def marked_text(example: MarkedExample) -> Text:
     """The example as it reads, each label token in brackets (and in color where there is any)."""
-    from rich.text import Text
-
     text = Text()
     for piece, is_label in example.pieces:
         shown = wording.visible(piece)
@@ -195,8 +212,6 @@ class _Screen:
     _STYLES = {"info": "", "warning": "yellow", "strong": "bold", "quiet": "dim"}  # noqa: RUF012  (never changed)
 
     def __init__(self, stream: TextIO, frame: Callable[[int], list[Text]]) -> None:
-        from rich.console import Console
-
         self._stream = stream
         self._console: Console = Console(file=stream, highlight=False, markup=False, emoji=False)
         self._frame = frame
@@ -210,8 +225,6 @@ class _Screen:
         """Begin to draw the frame; nothing happens if it is drawn already."""
         if self._live is not None:
             return
-        from rich.live import Live
-
         # stdout is left alone: it carries data, and may go to a file.
         self._live = Live(
             console=self._console,
@@ -242,6 +255,4 @@ class _Screen:
             self._live.refresh()  # else the frame of before the line stays for a moment
 
     def _render(self) -> RenderableType:
-        from rich.console import Group
-
         return Group(*self._frame(self._console.width))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from trietune.tracking import wording
 from trietune.tracking.events import Evaluated, Metrics, StepFinished
 
@@ -101,9 +103,9 @@ class Progress:
         if self._eval_loss is not None:
             found.append(f"eval {wording.number(self._eval_loss)}")
         for key, show in (
-            ("train/rewards/accuracies", lambda value: f"preferred {100 * value:.0f} %"),
+            ("train/rewards/accuracies", lambda value: f"preferred {100 * value:.0f}%"),
             ("train/rewards/margins", lambda value: f"margin {wording.number(value)}"),
-            ("train/accuracy", lambda value: f"right {100 * value:.0f} %"),
+            ("train/accuracy", lambda value: f"right {100 * value:.0f}%"),
             ("examples_per_second", lambda value: f"{wording.rate(value)} examples/s"),
             ("tokens_per_second", lambda value: f"{wording.rate(value)} distinct tokens/s"),
             ("sharing_factor", lambda value: f"sharing {value:.2f}x"),
@@ -130,17 +132,15 @@ def _phase_line(phase: Phase, width: int, now_s: float, is_ascii: bool) -> Text:
     if phase.total is None:
         return _line(phase.name, None, [f"{phase.done:,} {phase.unit}", wording.duration(now_s - phase.began_s)], width)
     share = phase.done / phase.total if phase.total else 1.0
-    texts = [f"{phase.done:,}/{phase.total:,} {phase.unit}", f"{100 * share:.0f} %"]
+    texts = [f"{phase.done:,}/{phase.total:,} {phase.unit}", f"{100 * share:.0f}%"]
     return _line(phase.name, share, texts, width, is_ascii)
 
 
 def _training_lines(progress: Progress, width: int, is_ascii: bool) -> list[Text]:
-    from rich.text import Text
-
     assert progress.last_step is not None
     share = min(1.0, progress.last_step / progress.num_steps)
     heads = progress.heads() if progress._metrics else []
-    texts = [f"{progress.last_step:,}/{progress.num_steps:,}", f"{100 * share:.0f} %", *heads]
+    texts = [f"{progress.last_step:,}/{progress.num_steps:,}", f"{100 * share:.0f}%", *heads]
     lines = [_line("training", share, texts, width, is_ascii)]
     indent = " " * 10 if width >= 60 else "  "
     row = ""
@@ -156,8 +156,6 @@ def _training_lines(progress: Progress, width: int, is_ascii: bool) -> list[Text
 
 def _line(name: str, share: float | None, texts: list[str], width: int, is_ascii: bool = False) -> Text:
     """Name, bar and numbers in one line; numbers leave from the right, then the bar, where there is no room."""
-    from rich.text import Text
-
     name = wording.one_line(name, width)
     head = f"{name[: max(10, width // 3)]:<8}"[: max(1, width - 1)]
     while len(texts) > 1 and len(head) + 2 + len("  ".join(texts)) >= width:
@@ -174,8 +172,6 @@ def _line(name: str, share: float | None, texts: list[str], width: int, is_ascii
 
 def _bar(share: float, width: int, is_ascii: bool) -> Text:
     """Done and to come differ in shape as well as in color, so the bar reads without color too."""
-    from rich.text import Text
-
     full = int(share * width)
     done, tip, rest = ("#", ">", "-") if is_ascii else ("━", "╸", "┄")
     filled = done * full + (tip if full < width and share > 0 else "")

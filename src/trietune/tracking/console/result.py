@@ -73,7 +73,7 @@ class Result:
 
 
 def comparison(before: Evaluated | None, after: Evaluated | None) -> list[str]:
-    """Every metric before and after training, with the number of examples and the 95 % intervals."""
+    """Every metric before and after training, with the number of examples and the 95% intervals."""
     evaluations = [evaluation for evaluation in (before, after) if evaluation is not None]
     if not evaluations:
         return []
@@ -84,7 +84,7 @@ def comparison(before: Evaluated | None, after: Evaluated | None) -> list[str]:
     rows += [(wording.metric_name(key), *(_value(evaluation, key) for evaluation in evaluations)) for key in keys]
     lines = columns(rows)
     if any(evaluation.intervals for evaluation in evaluations):
-        lines.append("(95 % intervals in parentheses)")
+        lines.append("(95% intervals in parentheses)")
     return lines
 
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -28,7 +30,7 @@ class PairedTest:
         num_examples: answered by both.
         num_better, num_worse: examples on which the second did better, or worse.
         difference: difference of the means.
-        interval: 95 %, of the difference, by the bootstrap over examples.
+        interval: 95%, of the difference, by the bootstrap over examples.
         p_value: two-sided, of no difference: McNemar's exact test for right and wrong, a sign-flip test for scores.
     """
 
@@ -51,8 +53,6 @@ class PairedTest:
 
 def compare_scores(name: str, first: Sequence[float], second: Sequence[float]) -> PairedTest:
     """The paired test of scores from 0 to 1, `second` against `first`, example by example."""
-    import numpy as np  # trackers are made before anything heavy is loaded
-
     before, after = np.asarray(first, np.float64), np.asarray(second, np.float64)
     change = after - before
     better, worse = int((change > 0).sum()), int((change < 0).sum())
@@ -86,8 +86,6 @@ def mcnemar(num_fixed: int, num_broken: int) -> float:
 
 def _sign_flips(change: np.ndarray, generator: np.random.Generator) -> float:
     """Share of random signs that give a mean at least as far from zero (with the usual one added)."""
-    import numpy as np
-
     kept = change[change != 0]
     if len(kept) == 0:
         return 1.0

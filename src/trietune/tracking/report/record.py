@@ -11,8 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from trietune.errors import UserError
 from trietune.io import strict_json
+from trietune.io.run_folders import which_run
 from trietune.tracking.events import Evaluated, Prediction
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS
 
@@ -72,7 +76,7 @@ def read_run(directory: Path) -> RunRecord:
     if not path.is_file():
         raise UserError(
             f"`{directory}` is not a run: it has no {METRICS}",
-            next_step=f"name a run's folder: {_near_runs(directory)}",
+            next_step=which_run(directory),
         )
     lines, num_unreadable = _read_lines(path)
     of_kind: dict[str, list[dict[str, Any]]] = {}
@@ -275,8 +279,6 @@ def _without_repeats(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The settings as a run writes them: without anchors, from which a few lines make gigabytes."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
 
     try:
         text = _bytes_of(path).decode()
@@ -306,12 +308,3 @@ def _bytes_of(path: Path) -> bytes:
     if not path.is_file() or path.stat().st_size > strict_json.MAX_BYTES:
         raise FileNotFoundError(path)
     return path.read_bytes()
-
-
-def _near_runs(directory: Path) -> str:
-    """Runs below `directory`, or beside it: what was probably meant."""
-    for parent in (directory, directory.parent):
-        found = sorted(path.parent for path in parent.glob(f"*/{METRICS}")) if parent.is_dir() else []
-        if found:
-            return ", ".join(f"`{path}`" for path in found[-3:])
-    return "the one that `trietune train` printed"

@@ -1,8 +1,8 @@
-"""The report of runs that are still going, on this machine's own address and nobody else's.
+"""The report of runs that are still going, on this machine's own address only.
 
-One path is answered, with the page as the files are now; while a run goes on the browser asks again by itself. A page
-of the web that a browser has open could ask too, under a name that points here: so the name that was asked for must be
-this machine's own.
+One path is answered, with the page as the files are now; while a run is in progress the browser asks again by itself. A
+page of the web that a browser has open could ask too, under a name that points here: so the name that was asked for
+must be this machine's own.
 """
 
 from __future__ import annotations

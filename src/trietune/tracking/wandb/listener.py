@@ -36,7 +36,7 @@ from trietune.tracking.wandb.process import STEP_AXIS
 RUN_FILE = "wandb.json"
 INIT_TIMEOUT_S = 20.0
 DRAIN_TIMEOUT_S = 30.0
-SILENT_WAIT_S = 5.0  # a slow machine needs some seconds to start and end W&B's process; nobody need hear of that
+SILENT_WAIT_S = 5.0  # a slow machine needs some seconds to start and end W&B's process; not worth a message
 FINISH_MARGIN_S = 3.0  # W&B gives up by itself first, and then leaves its files whole
 OFFLINE_TIMEOUT_S = 10.0
 GRACE_S = 1.0

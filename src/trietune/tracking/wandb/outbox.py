@@ -56,7 +56,7 @@ class Outbox:
         return histograms_message(message) if isinstance(message, Histograms) else message
 
     def close(self, *, discard: bool = False) -> None:
-        """No message follows; with `discard`, nobody will take those that wait, nor any later one."""
+        """No message follows; with `discard`, those that wait are dropped, and so is any later one."""
         with self._changed:
             self._is_closed = True
             self._is_discarding |= discard

@@ -9,12 +9,17 @@ The chain rule makes the gradients of pass 2 those of L: a parameter acts on L o
 a sum of log-probabilities. Weights have either sign. Where one micro-batch holds all that is learned from, its only
 forward keeps its graph until the weights are known, and pass 1 is not needed. Labels whose weight is exactly zero,
 such as the common beginning of the two answers of a pair, get no logits in pass 2.
+
+Where several processes share a step, each computes some of its answers. Scores are added up after pass 1, a process
+having zeros for the answers of others, so that all see L and g of the whole step; it does not matter whether answers
+that are compared are computed by the same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +27,7 @@ from torch import Tensor
 
 from trietune.data.answers import AnswerSets
 from trietune.model.causal_lm import TrieModel
-from trietune.training.gradients import if_memory_suffices
+from trietune.training.gradients import MicroBatchTooLargeError, TooLargeElsewhereError, if_memory_suffices
 from trietune.training.loss_scale import LossScale
 from trietune.training.objectives.answers import Answers, Objective, Pairs, answers_of
 from trietune.training.objectives.learning import Learnt, Work
@@ -54,15 +59,11 @@ class LearnByScores:
         for micro_batch in work.micro_batches:
             is_trained = self.sets.is_trained[micro_batch.sequence_indices].any()
             (learnt_from if is_trained else only_scored).append(micro_batch)
-        # A device that runs whole steps as programs would have to end one between a forward and its backward pass.
-        is_one_pass = len(learnt_from) == 1 and not work.device.has_static_shapes
-        losses = None
-        if is_one_pass:
-            losses = if_memory_suffices(lambda: model.label_losses(learnt_from[0]), learnt_from[0])
-            tally.add(learnt_from[0], losses)
-        for micro_batch in only_scored if is_one_pass else [*learnt_from, *only_scored]:
-            tally.add(micro_batch, _forward_only(model, micro_batch))
-            work.device.end_step()
+        # A device that runs whole steps as programs would have to end one between a forward and its backward pass, and
+        # where processes hold parts of one model, all must go forward and backward at the same time.
+        is_one_pass = len(learnt_from) == 1 and not work.device.has_static_shapes and not work.ranks.has_equal_passes
+        first_pass = partial(self._score, model, work, tally, learnt_from, only_scored, is_one_pass=is_one_pass)
+        losses = _add_up_scores(work, tally, first_pass)
         answers = answers_of(self.sets, work.rows, tally.counts, self.reference, self.pairs)
         loss, by_score = _differentiate(self.objective, tally.scores, answers)
         if losses is not None:
@@ -75,17 +76,78 @@ class LearnByScores:
                     work.device.end_step()
                 _forward_and_backward(model, micro_batch, weight, work.loss_scale)
         scores = torch.from_numpy(tally.scores)
-        return Learnt(torch.tensor(loss, dtype=torch.float64), describe(self.objective, scores, answers))
+        # The losses of all processes are added up, and each has computed that of the whole step.
+        own_loss = work.ranks.first_of(lambda: loss, lambda: 0.0)
+        return Learnt(torch.tensor(own_loss, dtype=torch.float64), describe(self.objective, scores, answers))
+
+    def _score(
+        self,
+        model: TrieModel,
+        work: Work,
+        tally: _Tally,
+        learnt_from: Sequence[MicroBatch],
+        only_scored: Sequence[MicroBatch],
+        *,
+        is_one_pass: bool,
+    ) -> Tensor | None:
+        """Pass 1: the scores of what is computed here; where it is the only pass, its losses with their graph."""
+        losses = None
+        if is_one_pass:
+            losses = if_memory_suffices(lambda: model.label_losses(learnt_from[0]), learnt_from[0])
+            tally.add(learnt_from[0], losses)
+        own = [*only_scored] if is_one_pass else [*learnt_from, *only_scored]
+        for number, micro_batch in enumerate(work.ranks.level(own, work.filler)):
+            found = _forward_only(model, micro_batch)
+            if number < len(own):
+                tally.add(micro_batch, found)
+            work.device.end_step()
+        return losses
 
     def _weighted(
         self, micro_batches: Sequence[MicroBatch], tally: _Tally, by_score: np.ndarray, work: Work
     ) -> list[tuple[MicroBatch, np.ndarray]]:
         weighted = [(one, tally.pair_weights(one, by_score)) for one in micro_batches]
+        if work.ranks.has_equal_passes:
+            filler = None if work.filler is None else (work.filler, np.zeros(len(work.filler.labels)))
+            return [*work.ranks.level(weighted, filler)]
         if self.keeps_draws or work.device.has_static_shapes:
             return weighted
         some = [(one, weight) for one, weight in weighted if weight.any()]
         # With nothing to learn at all, gradients of zero must still be there for the optimizer.
         return [_without_zeros(*pair) for pair in some] or weighted[:1]
+
+
+def _add_up_scores(work: Work, tally: _Tally, score: Callable[[], Tensor | None]) -> Tensor | None:
+    """Score what is computed here, and complete `tally` with what other processes have scored.
+
+    Raises:
+        MicroBatchTooLargeError: memory ran out here.
+        TooLargeElsewhereError: it ran out in another process.
+    """
+    if work.ranks.count == 1 or work.ranks.has_equal_passes:
+        # With equal passes the others are within a layer; the error ends them all.
+        losses = score()
+        too_large = None
+    else:
+        losses, too_large = _unless_too_large(score)
+    if work.ranks.count == 1:
+        return losses
+    num = len(tally.scores)
+    summed = work.ranks.add_arrays(np.concatenate((tally.scores, tally.counts, [float(too_large is not None)])))
+    if too_large is not None:
+        raise MicroBatchTooLargeError(*too_large)
+    if summed[-1]:
+        raise TooLargeElsewhereError
+    tally.scores[:], tally.counts[:] = summed[:num], summed[num : 2 * num]
+    return losses
+
+
+def _unless_too_large(score: Callable[[], Tensor | None]) -> tuple[Tensor | None, tuple[int, int] | None]:
+    """What `score` gives; or the size of the micro-batch that did not fit, without the error, which holds memory."""
+    try:
+        return score(), None
+    except MicroBatchTooLargeError as error:
+        return None, (error.num_positions, error.longest)
 
 
 @dataclass(frozen=True, slots=True)

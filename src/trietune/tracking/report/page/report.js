@@ -16,7 +16,7 @@
   }
 
   function show(value, isShare) {
-    if (isShare) return (100 * value).toFixed(1) + " %";
+    if (isShare) return (100 * value).toFixed(1) + "%";
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size >= 1e6 || size < 1e-3) return Number(value.toPrecision(3)).toExponential().replace("e+", "e");
@@ -142,7 +142,7 @@
     }
 
     const tickOf = (x) => Number(x.toPrecision(6)).toLocaleString("en") + (isByTime ? " min" : "");
-    const tickText = (y) => chart.is_share ? Math.round(100 * y) + " %" : show(Number(y.toPrecision(6)), false);
+    const tickText = (y) => chart.is_share ? Math.round(100 * y) + "%" : show(Number(y.toPrecision(6)), false);
     const path = (points) => points.map(([x, y], i) => (i ? "L" : "M") + toX(x).toFixed(1) + " " + toY(y).toFixed(1)).join("");
 
     function curve(one) {

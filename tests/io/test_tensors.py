@@ -105,7 +105,7 @@ def entry(begin: Any, end: Any, shape: Any, dtype: Any = "U8") -> dict[str, Any]
         (header({"a": entry(0, 1, [1] * 9)}, b"x"), "list of counts"),
         (header({"a": entry(0, 4, [-2, -2])}, b"xxxx"), "list of counts"),
         (header({"a": entry(0, 1, [2**70])}, b"x"), "digits|list of counts"),
-        (header({"a": entry(0, 1, [2**62, 4])}, b"x"), "another number"),
+        (header({"a": entry(0, 1, [2**62, 4])}, b"x"), "does not match its shape"),
         (header({"a": entry(-1, 0, [1])}, b"x"), "two counts"),
         (header({"a": entry(1, 0, [1])}, b"x"), "lies at"),
         (header({"a": entry(0, 2, [2])}, b"x"), "lies at"),
@@ -116,7 +116,7 @@ def entry(begin: Any, end: Any, shape: Any, dtype: Any = "U8") -> dict[str, Any]
         (header({"a\x00b": entry(0, 1, [1])}, b"x"), "not a tensor's name"),
         (header({"a\nb": entry(0, 1, [1])}, b"x"), "not a tensor's name"),
         (header(b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"), "half a character"),
-        (header({"__metadata__": {"a": 1}}), "not texts"),
+        (header({"__metadata__": {"a": 1}}), "not text"),
         (header(b"{" + b",".join(b'"%d":{"data_offsets":0}' % n for n in range(200_000)) + b"}"), "more than"),
     ],
 )  # fmt: skip

@@ -1,0 +1,96 @@
+"""A Ray cluster: opened without its noise, and a mailbox through which workers and the command talk.
+
+Ray is an extra, imported where it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from trietune.errors import UserError
+
+# What a worker needs of the environment that Ray does not hand on to nodes that run already.
+HANDED_ON = ("HF_", "TRIETUNE_", "WANDB_")
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray ends workers when a machine's memory is nearly full, for others' sake; a run cuts smaller micro-batches.
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A training is no background work.
+    "RAY_worker_niceness": "0",
+}
+OBJECT_STORE_BYTES = 128 * 2**20
+
+
+@contextmanager
+def open_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[Any]:
+    """The module `ray`, connected to the cluster at `address`, or to one of this machine that ends with the block.
+
+    Args:
+        num_cpus: of a cluster of this machine; None: its cores.
+
+    Raises:
+        UserError: Ray is not installed, or there is no cluster at `address`.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            "`--ray` needs the package `ray`, which is not installed", next_step="pip install 'trietune[ray]'"
+        ) from error
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    try:
+        if address is None:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                # Nothing of it listens on the network.
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **common,
+            )
+        else:
+            handed_on = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
+            ray.init(address=address, runtime_env={"env_vars": handed_on}, **common)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        where = "on this machine" if address is None else f"at `{address}`"
+        raise UserError(
+            f"no Ray cluster {where}: {' '.join(str(error).split())[:300]}",
+            next_step="`ray status --address ADDR` tells whether one runs there; without `--address`, one of this "
+            "machine is started for the run",
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+class Mailbox:
+    """An actor between the command and the workers: what they say, and whether they are asked to stop."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[str, Any]] = []
+        self._asked: str | None = None
+
+    def put(self, kind: str, item: Any) -> None:
+        """Say something to the command."""
+        self._items.append((kind, item))
+
+    def take(self) -> list[tuple[str, Any]]:
+        """What has been said since the last call, in order."""
+        taken, self._items = self._items, []
+        return taken
+
+    def ask_to_stop(self, signal_name: str) -> None:
+        """Ask the workers to end after the step under way, as after this signal."""
+        self._asked = signal_name
+
+    def asked(self) -> str | None:
+        """The signal by which workers are asked to stop, if they are."""
+        return self._asked

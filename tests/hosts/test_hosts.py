@@ -1,0 +1,95 @@
+"""Two machines train as one; a cable that is cut is noticed on both ends, and either goes on by itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hosts.conftest import Hosts
+from trietune.cli.app import main
+
+LIMIT_S = 400
+# After the cut: 30 s without an answer, 20 s until that is looked at, and what torchrun takes to end.
+NOTICED_S = 120
+
+
+def torchrun(hosts: Hosts, settings: dict[str, object]) -> list[subprocess.Popen[str]]:
+    given = [f"--set={key}={value}" for key, value in settings.items()]
+    return [
+        hosts.start(
+            number, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts.address(0)}:29500", "--rdzv-id", "hosts",
+            "--rdzv-conf", f"is_host={int(number == 0)},timeout=120", "--local-addr", hosts.address(number),
+            "-m", "trietune", "train", *given,
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+
+
+def kill(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def settings(overrides: dict[str, object]) -> dict[str, object]:
+    return {**overrides, "num_epochs": 1000, "steps_freq": 2, "save_strategy": "step", "save_optim": True,
+            "val_steps_freq": 100_000}  # fmt: skip
+
+
+def test_two_machines_train_what_two_processes_train(hosts: Hosts, settings: dict[str, object]) -> None:
+    processes = torchrun(hosts, settings)
+    try:
+        told = [process.communicate(timeout=LIMIT_S)[0] for process in processes]
+    finally:
+        kill(processes)
+    assert [process.returncode for process in processes] == [0, 0], told
+    runs = Path(str(settings["project_dir"]))
+    given = [f"--set={key}={value}" for key, value in {**settings, "wandb_run_name": "here"}.items()]
+    here = [sys.executable, "-m", "trietune", "train", "--nproc", "2", *given]
+    subprocess.run(here, check=True, capture_output=True, timeout=LIMIT_S, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert digest(runs / "run") == digest(runs / "here")
+
+
+def test_a_cut_cable_is_said_on_both_ends_and_the_run_goes_on(
+    hosts: Hosts, settings: dict[str, object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(str(settings["project_dir"])) / "run"
+    processes = torchrun(hosts, {**settings, "max_steps": 500_000, "lr_scheduler_type": "constant"})
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while len(list((run / "checkpoints").glob("step-*"))) < 2:
+            assert all(process.poll() is None for process in processes), processes[0].communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        hosts.cut()
+        began = time.monotonic()
+        told = [process.communicate(timeout=NOTICED_S)[0] for process in processes]
+        took = time.monotonic() - began
+    finally:
+        kill(processes)
+    with capfd.disabled():
+        print(f"\na cut cable: both ends have ended after {took:.0f} s")
+    errors = ["\n".join(line for line in text.splitlines() if line.startswith("error:")) for text in told]
+    for text in errors:
+        assert any(part in text for part in ("has not been heard of", "is cut off", "connection to another")), told
+    assert all(process.returncode for process in processes)
+    newest = max(int(path.name.partition("-")[2]) for path in (run / "checkpoints").glob("step-*"))
+    assert main(["verify", str(run)]) == 0
+    given = [f"--set={key}={value}" for key, value in settings.items() if key != "max_steps"]
+    more = [f"--set=max_steps={newest + 2}", "--set=lr_scheduler_type=constant", "--allow-change", "max_steps"]
+    assert main(["train", "--resume", *given, *more]) == 0
+    assert json.loads((run / "adapter" / "manifest.json").read_text())
