@@ -101,7 +101,7 @@ def test_fifty_thousand_columns_are_looked_through_once(tokenizer: Any, tmp_path
 
         __hash__ = str.__hash__
 
-    from trietune.data.files import _check_columns
+    from trietune.data.table_files import _check_columns
 
     _check_columns([Counted(f"c{number}") for number in range(20_000)], tmp_path / "rows.csv")
     assert Counted.compared < 200_000
