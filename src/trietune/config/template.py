@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from trietune.config.allowed import allowed_values, takes_text
 from trietune.config.documentation import groups
