@@ -197,7 +197,7 @@ def parse_state(data: bytes, checkpoint: Path) -> JsonMapping:
         return type(value) is int and value >= 0
 
     kinds: dict[str, tuple[str, Callable[[object], bool]]] = {
-        "epoch": ("a number", lambda value: type(value) in (int, float) and float(str(value)) >= 0),
+        "epoch": ("a number", lambda value: type(value) in (int, float) and not str(value).startswith("-")),
         "max_positions": ("a count", lambda value: is_count(value) and value != 0),
         "packed_bytes": ("a count", is_count),
         "num_warmup_steps": ("a count", is_count),
