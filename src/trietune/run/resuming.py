@@ -196,8 +196,11 @@ def parse_state(data: bytes, checkpoint: Path) -> JsonMapping:
     def is_count(value: object) -> bool:
         return type(value) is int and value >= 0
 
+    def is_figure(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
     kinds: dict[str, tuple[str, Callable[[object], bool]]] = {
-        "epoch": ("a number", lambda value: type(value) in (int, float) and not str(value).startswith("-")),
+        "epoch": ("a number", is_figure),
         "max_positions": ("a count", lambda value: is_count(value) and value != 0),
         "packed_bytes": ("a count", is_count),
         "num_warmup_steps": ("a count", is_count),
