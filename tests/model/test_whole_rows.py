@@ -41,6 +41,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "opt": {},
     "rwkv": {},
     "axk2": {},
+    "roberta": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
 
@@ -102,13 +103,15 @@ def test_loss_and_gradients_are_those_of_plain_rows(
 
 
 def test_what_the_proof_finds_it_computes_on_whole_rows_and_says_why() -> None:
-    network = network_of("axk2")
+    network = network_of("roberta")
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     model = TrieModel(network, device=CPU)
     proof = proof_of(model)
     assert proof.on_whole_rows
     assert model.whole_rows is not None
-    assert any(line.startswith("tries run on whole rows") and "layer 0" in line for line in proof.lines), proof.lines
+    assert any(
+        line.startswith("tries run on whole rows") and "what enters its first layer" in line for line in proof.lines
+    ), proof.lines
     assert all(torch.equal(before[name], p) for name, p in network.named_parameters())
 
 
