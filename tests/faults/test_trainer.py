@@ -431,7 +431,7 @@ def test_resume_of_a_finished_run_says_so_and_touches_nothing(
     before = snapshot(tmp_path / "run")
     life = forge.run("train", write_config(place, tmp_path), "--resume")
     assert life.exit_code == 0, life.text
-    assert "has finished" in life.text
+    assert "has already finished" in life.text
     assert snapshot(tmp_path / "run") == before
 
 

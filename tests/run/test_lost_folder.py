@@ -91,7 +91,7 @@ def test_a_copy_without_hidden_files_says_so_and_the_remedy_works(
     finished, reacting = start(changes)
     assert finished.status == "finished"
     if kept != "checkpoints":
-        assert any("has finished" in text for text in reacting.said)
+        assert any("has already finished" in text for text in reacting.said)
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])

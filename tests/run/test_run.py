@@ -139,7 +139,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(overrides: dict[str, object
     again, recorder = run({**settings, "wandb_run_name": "broken", "resume_from_checkpoint": True})
     assert again.status == "finished"
     assert not recorder.of(StepFinished)
-    assert any("has finished" in said.text for said in recorder.of(Message))
+    assert any("has already finished" in said.text for said in recorder.of(Message))
 
 
 def with_free_memory(monkeypatch: pytest.MonkeyPatch, *, packs: bool, max_positions: int) -> None:
