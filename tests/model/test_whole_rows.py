@@ -109,7 +109,9 @@ def test_what_the_proof_finds_it_computes_on_whole_rows_and_says_why() -> None:
     proof = proof_of(model)
     assert proof.on_whole_rows
     assert model.whole_rows is not None
-    assert any(line.startswith("tries run on whole rows") and "what enters its first layer" in line for line in proof.lines), proof.lines
+    assert any(
+        line.startswith("tries run on whole rows") and "what enters its first layer" in line for line in proof.lines
+    ), proof.lines
     assert all(torch.equal(before[name], p) for name, p in network.named_parameters())
 
 
