@@ -43,7 +43,7 @@ rounding explains. `heads` is another number of key and value heads. `unsettled`
 others, on padded rows by the same amount, and was not yet computed in fp64.
 `caught` are mistakes that were made on purpose, each of which the self-check noticed:
 a broken (m)ask, broken (p)ositions, a dropped (w)indow, (r)otation of layers that do not rotate; those that a family
-cannot make are left out. `as decoder` means `is_decoder: true` in the model's configuration, without which such a
+cannot make are left out. `as decoder` means that the model's configuration says `"is_decoder": true`, without which such a
 model sees the tokens that come.
 
 """
@@ -65,6 +65,14 @@ The installed transformers did not build a small one of these.
 
 """
 
+NEXT = """\
+
+## Next
+
+`trietune doctor MODEL` for yours ([commands](commands.md#doctor)). What the self-check compares:
+[batches and speed](batches.md#is-it-the-same).
+"""
+
 
 def page_of(rows: list[dict[str, Any]]) -> str:
     """The page, in Markdown."""
@@ -81,7 +89,7 @@ def page_of(rows: list[dict[str, Any]]) -> str:
         page += "".join(f"| `{row['type']}` | {_cell(row['trie']['said'])} | {_advice(row)} |\n" for row in refused)
     if lost := [row for row in rows if row["built"]["status"] != "built"]:
         page += NOT_BUILT + ", ".join(f"`{row['type']}`" for row in lost) + ".\n"
-    return page
+    return page + NEXT
 
 
 def _summary(text: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
