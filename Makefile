@@ -16,7 +16,7 @@ XLA_READY := $(XLA_VENV)/.ready
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-families test-all test-ranks test-hosts test-ray test-xla test-handover package lint test-gpu bench bench-gpu lock clean
+.PHONY: help train test test-slow test-families test-all test-ranks fuzz test-hosts test-ray test-xla test-handover package lint test-gpu bench bench-gpu lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ test-families: $(READY)  ## every causal type of transformers, small and random,
 	$(BIN)/python tests/causal_types/try_types.py
 
 test-all: test test-slow test-xla  ## every test that this machine can run
+
+fuzz: $(READY)  ## readers of files of others, a minute each (TRIETUNE_FUZZ_SECONDS=600: ten minutes each)
+	TRIETUNE_FUZZ_SECONDS=$${TRIETUNE_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/fuzz -m slow -s --timeout 7200
 
 test-ranks: $(READY)  ## trainings over several processes: parity, whole runs, lost processes (some minutes)
 	$(BIN)/python -m pytest tests/ranks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
@@ -10,6 +12,7 @@ EXIT_THRESHOLD_MISSED = 4
 EXIT_LOSS_NOT_FINITE = 5
 EXIT_RESUME_REFUSED = 6
 EXIT_RANK_LOST = 7
+EXIT_OUTPUT_LOST = 8
 EXIT_SIGINT = 130
 EXIT_SIGUSR1 = 138
 EXIT_SIGTERM = 143
@@ -41,7 +44,8 @@ class UserError(Exception):
             lines.append(f"       {self.where}")
         if self.next_step:
             lines.append(f"next:  {self.next_step}")
-        return "\n".join(lines)
+        # A name with a line break in it must not look like a line of ours; what we break ourselves is indented.
+        return "\n".join(re.sub(r"\r?\n(?! {7})", r"\\n", line) for line in lines)
 
 
 class StopRequested(Exception):  # noqa: N818  (a request, not a failure)

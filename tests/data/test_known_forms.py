@@ -50,17 +50,17 @@ SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
         ({"text": "all of it"}, "<bos>", "all of it<eos>"),
     ],
 )
-def test_a_row_of_each_form(row: dict[str, Any], given: str, learnt: str, load: Loader) -> None:
+def test_a_row_of_each_form(row: dict[str, Any], given: str, learned: str, load: Loader) -> None:
     data = load([row], objective="sft")
-    assert load.text(data, 0) == (given, learnt)
+    assert load.text(data, 0) == (given, learned)
     assert not any("nothing uses" in line or "without a completion" in line for line in load.said)
 
 
 def test_answers_in_a_prompt_of_messages_are_given_and_not_learnt(load: Loader) -> None:
     row = {"prompt": [USER, says("earlier"), USER], "completion": [says("now")]}
-    given, learnt = load.text(load([row], objective="sft"), 0)
+    given, learned = load.text(load([row], objective="sft"), 0)
     assert "earlier" in given
-    assert learnt == "now<eos>"
+    assert learned == "now<eos>"
 
 
 @pytest.mark.parametrize("first", [0, 1])

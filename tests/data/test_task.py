@@ -72,7 +72,7 @@ def test_repeated_answers_of_a_faq_are_no_labels_and_that_is_said(answers: list[
         (load.folder / f"{name}.jsonl").write_text("")
     task = load(rows, objective="sft", validation_file=None).task
     assert task.kind == "text"
-    [line] = said(load, "no labels")
+    [line] = said(load, "completions repeat")
     assert "`task: labels`" in line
     assert "`task: answers`" in line
 

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # A device's vendor installs it, in a version that fits the device; docs/devices.md says how.
 INSTALLED_WITH_THE_DEVICE = {"torch-xla"}
+# Imported where a notebook has it running already.
+THE_NOTEBOOKS_OWN = {"ipython"}
 # A format of fsspec, named by its protocol and never imported.
 BEHIND_A_PROTOCOL = {"s3fs", "gcsfs", "adlfs"}
 
@@ -51,7 +53,7 @@ def declared() -> set[str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    assert imported_distributions() - declared() - INSTALLED_WITH_THE_DEVICE == set()
+    assert imported_distributions() - declared() - INSTALLED_WITH_THE_DEVICE - THE_NOTEBOOKS_OWN == set()
 
 
 def test_what_is_declared_is_imported() -> None:

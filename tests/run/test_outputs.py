@@ -46,6 +46,7 @@ def test_what_is_no_plain_file_is_refused_and_stays(
     for command in (
         ["predict", str(run), "--text", "a", "--output", str(place)],
         ["report", str(run), "--out", str(place)],
+        ["evaluate", str(run), "--predictions", str(place)],
         ["init", "sst2", "--out", str(place)],
     ):
         assert main(command) == 2, command

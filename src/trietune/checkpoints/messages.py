@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,45 @@ def folder_unusable(folder: Path, reason: str, number: int = 0) -> UserError:
         next_step=REMEDIES.get(
             number, "put `project_dir` on a file system that can rename folders, such as a local disk"
         ),
+    )
+
+
+def place_unusable(folder: Path, error: OSError | ValueError, where: str) -> UserError:
+    """The run's folder cannot be made or written to."""
+    reason, number = str(error), 0
+    if isinstance(error, OSError):
+        reason, number = error.strerror or reason, error.errno or 0
+        for part in [*reversed(folder.parents), folder]:
+            if os.path.islink(part) and not os.path.exists(part):  # noqa: PTH110, PTH114  (raise nothing)
+                reason = f"{part} is a link to {part.readlink()}, which leads nowhere"
+                break
+            if os.path.exists(part) and not os.path.isdir(part):  # noqa: PTH110, PTH112
+                reason = f"{part} is not a folder"
+                break
+    return UserError(
+        f"the run's folder {folder} cannot be used: {reason}",
+        where=f"`project_dir` ({where}); nothing was loaded",
+        next_step=REMEDIES.get(number, "`--set project_dir=FOLDER` with a folder that this user may write to"),
+    )
+
+
+def wrong_contents(checkpoint: Path, name: str, reason: str) -> UserError:
+    """The bytes are those of the manifest, and mean nothing to a run."""
+    return UserError(
+        f"{checkpoint.name} cannot be gone on from: {name} {reason}",
+        where=f"{checkpoint / name}\n       nothing was changed",
+        next_step="`resume_option: path` with `checkpoint_path` takes another checkpoint",
+        exit_code=EXIT_RESUME_REFUSED,
+    )
+
+
+def wrong_optimizer(checkpoint: Path, reason: str) -> UserError:
+    """The optimizer's file is not of this run's optimizer."""
+    return UserError(
+        f"{checkpoint.name} cannot be gone on from: {OPTIMIZER_FILE} is not the state of this optimizer: {reason}",
+        where=str(checkpoint / OPTIMIZER_FILE),
+        next_step=f"if its weights are enough: `--resume --allow-change {OPTIMIZER_STATE}` takes a fresh optimizer",
+        exit_code=EXIT_RESUME_REFUSED,
     )
 
 

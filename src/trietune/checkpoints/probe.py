@@ -6,11 +6,13 @@ keep nothing.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from trietune.checkpoints import messages
+from trietune.checkpoints.lock import LOCK_NAME
 from trietune.errors import UserError
 from trietune.io import files
 
@@ -24,8 +26,35 @@ def check_folder(run_directory: Path) -> None:
         UserError: one of these failed, or what was read is not what was written. Nothing of it stays.
     """
     for folder in (run_directory, run_directory / "checkpoints"):
-        if folder.is_dir():
+        if os.path.lexists(folder):
+            if not folder.is_dir():
+                raise messages.folder_unusable(folder, "it is not a folder")
             _check(folder)
+
+
+def check_place(run_directory: Path, *, where: str) -> None:
+    """Before anything is loaded: make the run's folder as the run will, try it, and remove what was made.
+
+    Args:
+        where: `project_dir` comes from.
+
+    Raises:
+        UserError: no run could be kept there.
+    """
+    made: list[Path] = []
+    try:
+        current = run_directory
+        while not current.is_dir() and current != current.parent:
+            made.append(current)
+            current = current.parent
+        files.make_folders(run_directory)
+        if not made:
+            check_plain_files(run_directory, (LOCK_NAME,))
+        check_folder(run_directory)
+    except (OSError, ValueError) as error:
+        raise messages.place_unusable(run_directory, error, where) from error
+    finally:
+        files.remove_empty(made)
 
 
 def check_plain_files(run_directory: Path, names: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from trietune.cli.keys import CommandWithKeys
 from trietune.cli.predict import predict
 from trietune.cli.printing import say
 from trietune.cli.report import compare, report
+from trietune.cli.streams import OutputLost, end_streams, exit_code_of, guard_streams
 from trietune.cli.sweep import sweep
 from trietune.cli.train import train
 from trietune.errors import EXIT_BUG, EXIT_DONE, StopRequested, UserError
@@ -57,15 +57,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of the user are printed without a traceback."""
-    code = _run(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            # Python would end with 120 for what its exit cannot write; the terminal has gone, or the disk is full.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return code
+    if arguments is None:
+        guard_streams()
+    return end_streams(_run(arguments))
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -84,30 +78,60 @@ def _run(arguments: Sequence[str] | None) -> int:
         say(str(without_secrets(str(error))), err=True)
         return error.exit_code
     except StopRequested as stop:
-        with contextlib.suppress(OSError):  # after a hang-up there is no terminal
-            say(f"stopped by {stop.signal_name} before there was anything to save", err=True)
+        say(f"stopped by {stop.signal_name} before there was anything to save", err=True)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone, as `| head` does; nothing is left to say to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+    except OutputLost as lost:
+        return exit_code_of(lost)
+    except (OSError, MemoryError) as error:
+        return _refused_by_the_system(error)
     except Exception as error:
         return _report_bug(error)
     return EXIT_DONE
 
 
-def _report_bug(error: Exception) -> int:
+def _refused_by_the_system(error: OSError | MemoryError) -> int:
+    """A file that vanished, a right that is missing, a full disk or memory: no change of ours would mend it."""
+    from trietune.config.secrets import without_secrets  # loads pydantic
+    from trietune.io.disk_errors import REMEDIES
+
+    number = error.errno if isinstance(error, OSError) else None
+    names = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
+    reason = "memory ran out" if isinstance(error, MemoryError) else getattr(error, "strerror", None) or str(error)
+    try:
+        trace = f"\n       where it happened is in {_write_traceback(error)}"
+    except OSError:
+        trace = ""
+    mistake = UserError(
+        f"the system refused: {reason or type(error).__name__}",
+        where=(" and ".join(names) or "it named no file") + trace,
+        next_step=REMEDIES.get(number or 0, "look at that file or folder, its disk and its rights; then try again"),
+    )
+    say(str(without_secrets(str(mistake))), err=True)
+    return mistake.exit_code
+
+
+def _write_traceback(error: BaseException) -> str:
     from trietune.config.secrets import without_secrets  # loads pydantic
 
     with tempfile.NamedTemporaryFile(
         "w", prefix="trietune-error-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
         file.write(str(without_secrets("".join(traceback.format_exception(error)))))
+    return file.name
+
+
+def _report_bug(error: Exception) -> int:
+    from trietune.config.secrets import without_secrets  # loads pydantic
+
+    try:
+        name = _write_traceback(error)
+    except OSError as refused:  # no room in the temporary folder
+        name = f"no file, for it could not be written: {refused.strerror}"
     say(
         f"error: a bug in TrieTune: {type(error).__name__}: {without_secrets(str(error))[:300]}\n"
-        f"       the whole traceback is in {file.name}\n"
+        f"       the whole traceback is in {name}\n"
         "next:  please report it with that file and the output of `trietune doctor`",
         err=True,
     )

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trietune.cli.options import AsJson, RunFolder
-from trietune.cli.printing import print_json, say
-from trietune.errors import EXIT_BUG, EXIT_UPLOAD_INCOMPLETE, UserError
+from trietune.cli.printing import print_json, say, say_line
+from trietune.cli.streams import verdict
+from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
 from trietune.io.run_folders import which_run
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
         print_json({"run": str(run), "metric": store.metric, "checkpoints": [row.as_json() for row in rows]})
         return
     if not rows:
-        say(f"{run} has no checkpoints")
+        say_line(f"{run} has no checkpoints")
         return
     table = [("step", settings.checkpoint_metric, "size", "state", "where", "")]
     for row in rows:
@@ -39,7 +40,7 @@ def checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
             (f"{row.step:,}", value, f"{row.size_bytes / 1e6:.1f} MB", state, row.place, "best" if row.is_best else "")
         )
     for line in columns(table):
-        say(line)
+        say_line(line)
 
 
 def verify(
@@ -49,18 +50,17 @@ def verify(
     from trietune.checkpoints.overview import verify_path
 
     proofs = verify_path(path)
-    if as_json:
-        print_json(
-            {"proofs": [{"path": str(p.path), "step": p.step, "size_bytes": p.size_bytes, "damage": p.damage,
-                         "extra": list(p.extra)} for p in proofs]}
-        )  # fmt: skip
-    else:
+    with verdict(EXIT_BUG if any(proof.damage is not None for proof in proofs) else EXIT_DONE):
+        if as_json:
+            print_json(
+                {"proofs": [{"path": str(p.path), "step": p.step, "size_bytes": p.size_bytes, "damage": p.damage,
+                             "extra": list(p.extra)} for p in proofs]}
+            )  # fmt: skip
+            return
         for proof in proofs:
             state = f"whole, {proof.size_bytes:,} bytes" if proof.damage is None else f"damaged: {proof.damage}"
             also = f"; beside it: {', '.join(proof.extra)}" if proof.extra else ""
-            say(f"{proof.path}: {state}{also}")
-    if any(proof.damage is not None for proof in proofs):
-        raise typer.Exit(EXIT_BUG)
+            say_line(f"{proof.path}: {state}{also}")
 
 
 def sync(run: RunFolder) -> None:
@@ -84,7 +84,7 @@ def sync(run: RunFolder) -> None:
             say(f"error: {remote.location}: {error}\nnext:  run the same command to try again", err=True)
             raise typer.Exit(EXIT_UPLOAD_INCOMPLETE) from error
     for warning in result.warnings:
-        say(f"warning: {warning}", err=True)
+        say_line(f"warning: {warning}", err=True)
     say(f"{remote.location}: {len(result.uploaded)} uploaded" + "".join(f"\n  {n}" for n in result.uploaded))
 
 

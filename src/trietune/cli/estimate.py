@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from trietune.cli.options import AsJson, MaybePath, MaybeText, Overrides
-from trietune.cli.printing import console, print_json, say
+from trietune.cli.printing import console, print_json, say_line
 from trietune.cli.settings import settings_to_train
 from trietune.errors import UserError
 from trietune.io.json_types import JsonObject
@@ -48,7 +48,7 @@ def estimate(
         print_json({"estimate": document})
         return
     for line in columns(lines):
-        say(line)
+        say_line(line)
 
 
 def _estimated(

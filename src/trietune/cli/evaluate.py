@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from trietune.cli.options import AsJson, MaybePath, MaybeText, Overrides, Target
-from trietune.cli.printing import console, print_json, say
-from trietune.errors import EXIT_THRESHOLD_MISSED, UserError
+from trietune.cli.printing import console, print_json, say_line
+from trietune.cli.streams import verdict
+from trietune.errors import EXIT_DONE, EXIT_THRESHOLD_MISSED, UserError
 
 if TYPE_CHECKING:
     from trietune.evaluation.evaluate import Evaluation
@@ -48,24 +49,24 @@ def evaluate(
         found = measure(
             target, overrides=overrides, split=split, max_examples=max_examples, tracker=tracker, keep=predictions
         )
-    if as_json:
-        print_json(
-            {
-                "target": target,
-                "split": split or ("validation" if dataset is None else None),
-                "num_examples": found.num_examples,
-                "metrics": dict(found.metrics),
-                "intervals": {name: list(bound) for name, bound in found.intervals.items()},
-            }
-        )
-    else:
-        for line in _evaluation_lines(found):
-            say(line)
     missed = [text for text, (name, is_least, value) in zip(require, bounds, strict=True)
               if not _holds(found, name, is_least, value)]  # fmt: skip
-    if missed:
-        say(f"not reached: {', '.join(missed)}", err=True)
-        raise typer.Exit(EXIT_THRESHOLD_MISSED)
+    with verdict(EXIT_THRESHOLD_MISSED if missed else EXIT_DONE):
+        if as_json:
+            print_json(
+                {
+                    "target": target,
+                    "split": split or ("validation" if dataset is None else None),
+                    "num_examples": found.num_examples,
+                    "metrics": dict(found.metrics),
+                    "intervals": {name: list(bound) for name, bound in found.intervals.items()},
+                }
+            )
+        else:
+            for line in _evaluation_lines(found):
+                say_line(line)
+        if missed:
+            say_line(f"not reached: {', '.join(missed)}", err=True)
 
 
 def _parse_bound(text: str) -> tuple[str, bool, float]:

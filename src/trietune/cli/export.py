@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from trietune.cli.options import MaybePath, MaybeText
-from trietune.cli.printing import console, say
+from trietune.cli.printing import console, say_line
 from trietune.errors import UserError
 from trietune.ranks.launched import refuse_several_processes
 
@@ -52,7 +52,7 @@ def export(
             target, out, tracker, merge=merge, plain=plain, to=to, quantize=quantize, push=push, is_public=public
         )
     for line in lines:
-        say(line)
+        say_line(line)
 
 
 def _exported(

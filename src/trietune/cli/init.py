@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from trietune.cli.options import AsJson, MaybePath, MaybeText, Overrides
-from trietune.cli.printing import console, print_json, say
+from trietune.cli.printing import console, print_json, say, say_line
 from trietune.errors import UserError
 from trietune.io.outputs import check_output, write_output
 
@@ -48,8 +48,8 @@ def init(
     check_output(schema, "init")
     write_output(target, text.encode(), "--out")
     write_output(schema, (json.dumps(json_schema(), indent=1) + "\n").encode(), "init")
-    say(f"{target}: each key is explained beside it")
-    say(f"next:  trietune train {target} --dry-run")
+    say_line(f"{target}: each key is explained beside it")
+    say_line(f"next:  trietune train {target} --dry-run")
 
 
 def doctor(
@@ -75,4 +75,4 @@ def doctor(
         print_json(found.as_json())
         return
     for line in found.lines():
-        say(line)
+        say_line(line)

@@ -25,6 +25,7 @@ import typer
 from typer.core import TyperCommand
 
 from trietune.errors import UserError
+from trietune.io.places import expand
 
 if TYPE_CHECKING:
     from typer._click.core import Context, Parameter
@@ -157,7 +158,7 @@ class _Reader:
 
     def _take_data(self, value: str) -> None:
         """A file that exists, or looks like one, else a data set of the hub; in place of the data of a YAML file."""
-        path = Path(value).expanduser()
+        path = expand(value)
         looks_like_one = _DATA_FILE.search(value) or _PATH.match(value)
         is_file = path.exists() or bool(looks_like_one) or any(glob.iglob(str(path)))  # noqa: PTH207
         key, other = ("train_file", "dataset_id") if is_file else ("dataset_id", "train_file")

@@ -106,7 +106,9 @@ def _read_inputs(path: Path | None, overrides: Sequence[str], *, has_text: bool)
 
 
 def _answer_line(record: JsonMapping) -> str:
+    from trietune.tracking import wording
+
     if "label" not in record:
         return str(record["text"])
     others = "  ".join(f"{name} {share:.1%}" for name, share in record["probabilities"].items())
-    return f"{record['label']}\t{others}"
+    return f"{wording.line(str(record['label']))}\t{wording.line(others)}"

@@ -22,6 +22,13 @@ def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     write_text(sys.stderr if err else sys.stdout, f"{text}\n" if nl else text)
 
 
+def say_line(text: str, *, err: bool = False) -> None:
+    """One line for people: what is in it, such as the name of a file, makes no second one."""
+    from trietune.tracking import wording
+
+    say("\t".join(map(wording.line, text.split("\t"))), err=err)
+
+
 def print_json(document: JsonObject) -> None:
     print_json_line({"schema_version": JSON_VERSION, **document})
 

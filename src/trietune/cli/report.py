@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from trietune.cli.options import MaybePath, RunFolder
-from trietune.cli.printing import say
+from trietune.cli.printing import say, say_line
 from trietune.io.outputs import write_output
 
 
@@ -41,7 +41,7 @@ def report(
         return
     page = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     write_output(page, render_runs(runs).encode(), "--out")
-    say(str(page))
+    say_line(str(page))
 
 
 def compare(first: RunFolder, second: Annotated[Path, typer.Argument(help="The run to compare it with.")]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from trietune.cli.options import MaybePath, MaybeText, Overrides
-from trietune.cli.printing import console, print_json, say
+from trietune.cli.printing import console, print_json, say, say_line
 from trietune.cli.settings import settings_to_train
 from trietune.errors import UserError
 from trietune.ranks.launched import command_began, refuse_several_processes
@@ -168,7 +168,7 @@ def _print_plan(settings: Settings, *, prints_json: bool, num_processes: int = 1
         )
         return
     for line in [*columns(prepared.plan.lines()), *shown.lines()]:
-        say(line)
+        say_line(line)
 
 
 def _set_log_level(level: str) -> None:

@@ -34,8 +34,18 @@ Count = Annotated[int, Field(ge=0), BeforeValidator(normalize.whole_number)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(normalize.whole_number)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Auto = Literal["auto"]
-PathText = Annotated[str, BeforeValidator(normalize.path_text)]
-NonEmpty = Annotated[str, Field(min_length=1), BeforeValidator(normalize.path_text)]
+
+
+def _check_plain(text: str) -> str:
+    """No character that could end a line of a message, or a path; such names forge what we print."""
+    for char in text:
+        if char < " " or char in "\x7f\x85\u2028\u2029":
+            raise ValueError(f"it holds {char!r}, which no path or name here may hold")
+    return text
+
+
+PathText = Annotated[str, BeforeValidator(normalize.path_text), AfterValidator(_check_plain)]
+NonEmpty = Annotated[str, Field(min_length=1), BeforeValidator(normalize.path_text), AfterValidator(_check_plain)]
 Names = Annotated[tuple[str, ...], BeforeValidator(normalize.list_of_names)]
 
 
@@ -168,7 +178,7 @@ class Settings(BaseModel):
     """Text that the model learns to write after the prompt, with columns in braces. Needed with `prompt_template`, but
     not for preferences, which bring their answers."""
 
-    chat_template: NonEmpty | None = None
+    chat_template: Annotated[str, Field(min_length=1), BeforeValidator(normalize.path_text)] | None = None
     """Chat template (Jinja text, or a file that holds it) for data with `messages`. Without it, the tokenizer's own is
     used."""
 

@@ -74,7 +74,7 @@ def render_template(kind: TemplateKind) -> str:
     return _render(_HEADINGS[kind], _VALUES[kind])
 
 
-def render_for_data(heading: str, values: Mapping[str, Any]) -> str:
+def render_for_data(heading: str, values: JsonMapping) -> str:
     """The same for data of one's own.
 
     Args:
@@ -84,7 +84,7 @@ def render_for_data(heading: str, values: Mapping[str, Any]) -> str:
     return _render(heading, values)
 
 
-def _render(heading: str, own: Mapping[str, Any]) -> str:
+def _render(heading: str, own: JsonMapping) -> str:
     values = {**_COMMON, **own}
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ import numpy as np
 
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import Example, Message, TokenSequences
+from trietune.errors import EXIT_USER_ERROR, StopRequested
 from trietune.io.cache_folder import mark_used
 from trietune.io.json_types import JsonObject
 
@@ -60,7 +63,7 @@ def open_cached(cache_folder: Path, key: str) -> tuple[TokenSequences, JsonObjec
     except FileNotFoundError:
         if not folder.exists():
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
     return None
@@ -251,7 +254,7 @@ def _to_line(example: Example) -> bytes:
 def _open(folder: Path) -> TokenSequences:
     lines = folder / "examples.jsonl"
     examples = StoredExamples(
-        lines=np.memmap(lines, np.uint8, mode="r") if lines.stat().st_size else np.zeros(0, np.uint8),
+        lines=_guarded(np.memmap(lines, np.uint8, mode="r"), lines) if lines.stat().st_size else np.zeros(0, np.uint8),
         ends=_open_array(folder / "example_ends.npy"),
     )
     row_start = grades = None
@@ -274,7 +277,35 @@ def _open_array(path: Path) -> np.ndarray:
     # A file without values cannot be mapped.
     has_values = path.stat().st_size > _NPY_HEADER_BYTES
     array: np.ndarray = np.load(path, mmap_mode="r" if has_values else None, allow_pickle=False)
-    return array
+    return _guarded(array, path) if has_values else array
+
+
+class _Guarded(np.memmap):
+    """A mapped file whose size is looked at before each use.
+
+    A mapped page that lies beyond the end of its file kills the process without a word. Between the look and the use
+    lie microseconds; a file that is cut short while a run goes on is seen with the next batch.
+    """
+
+    _descriptor: int | None = None
+    _path: Path | None = None
+    _size = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        if self._descriptor is not None and os.fstat(self._descriptor).st_size < self._size:
+            raise StopRequested(f"the file {self._path}, which was cut short while it was read,", EXIT_USER_ERROR)
+        found = super().__getitem__(key)
+        return found.view(np.ndarray) if isinstance(found, np.ndarray) else found
+
+
+def _guarded(array: np.ndarray, path: Path) -> np.ndarray:
+    guarded = array.view(_Guarded)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    weakref.finalize(guarded, os.close, descriptor)
+    guarded._descriptor = descriptor
+    guarded._path = path
+    guarded._size = os.fstat(descriptor).st_size
+    return guarded
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ share once.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -29,20 +29,38 @@ from trietune.io.json_types import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+from trietune.data.interruptible import TookTooLong, interruptible
+from trietune.errors import StopRequested
 
 Segment = tuple[
     str, bool
 ]  # text, and whether the assistant says it: whether it is to be learned, unless its weight is 0
 
+# Of one conversation: templates of a hundred lines take milliseconds.
+SECONDS_OF_A_TEMPLATE = 20.0
+# Characters beyond a hundred times what it was given; tool descriptions of the longest templates have ten thousand.
+MOST_OF_A_TEMPLATE = 1_000_000
+
 _PROBE = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
+
+
+class TemplateTooSlowError(WrongRow):
+    """The template did not come to an end."""
 
 
 class RewrittenTurnError(WrongRow):
     """An answer does not stand in the text of the whole conversation as it was given."""
 
 
+def _never() -> None:
+    """No stop is asked for."""
+
+
 def rewrites_turns(
-    tokenizer: PreTrainedTokenizerFast, chat_template: str, conversations: Sequence[Example] = ()
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    conversations: Sequence[Example] = (),
+    check_stop: Callable[[], None] = _never,
 ) -> bool:
     """Whether the template rewrites earlier answers as a conversation continues.
 
@@ -58,15 +76,26 @@ def rewrites_turns(
                     chat_template=chat_template,
                     add_generation_prompt=False,
                     tools=one.tools,
+                    check_stop=check_stop,
                 )
             except RewrittenTurnError:
                 return True
+            except TemplateTooSlowError:
+                return False  # whoever uses it next says so
             except WrongRow:
                 continue
     # Some templates want a system message; what refuses both will be told by real conversations.
     for probe in (_PROBE, (Message("system", "s"), *_PROBE)):
         try:
-            split_turns(probe, tokenizer=tokenizer, chat_template=chat_template, add_generation_prompt=False)
+            split_turns(
+                probe,
+                tokenizer=tokenizer,
+                chat_template=chat_template,
+                add_generation_prompt=False,
+                check_stop=check_stop,
+            )
+        except TemplateTooSlowError:
+            return False
         except RewrittenTurnError:
             return True
         except WrongRow:
@@ -82,6 +111,7 @@ def split_turns(
     chat_template: str,
     add_generation_prompt: bool,
     tools: str = "",
+    check_stop: Callable[[], None] = _never,
 ) -> list[Segment]:
     """The rendered conversation as alternating segments, text that is given and text that the assistant says.
 
@@ -91,7 +121,7 @@ def split_turns(
         WrongRow: the template refuses the conversation.
         RewrittenTurnError: it rewrites earlier turns as it continues.
     """
-    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools)
+    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools, check_stop=check_stop)
     full = render(messages, asks=add_generation_prompt)
     segments: list[Segment] = []
     end = 0
@@ -117,6 +147,7 @@ def split_last_turn(
     chat_template: str,
     add_generation_prompt: bool,
     tools: str = "",
+    check_stop: Callable[[], None] = _never,
 ) -> list[Segment]:
     """The rendered conversation as what was given and, unless another answer is asked for, the last answer.
 
@@ -124,7 +155,7 @@ def split_last_turn(
         WrongRow: the template refuses the conversation.
         RewrittenTurnError: what it writes for an answer does not follow what it asks it with.
     """
-    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools)
+    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools, check_stop=check_stop)
     if add_generation_prompt:
         return [(render(messages, asks=True), False)]
     given = render(messages[:-1], asks=True)
@@ -142,7 +173,13 @@ def _without_space_behind(text: str) -> str:
 
 
 def _render(
-    messages: Sequence[Message], *, tokenizer: PreTrainedTokenizerFast, chat_template: str, tools: str, asks: bool
+    messages: Sequence[Message],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    tools: str,
+    asks: bool,
+    check_stop: Callable[[], None],
 ) -> str:
     if not messages:
         raise WrongRow("the conversation begins with the assistant, and nothing asks for that answer")
@@ -151,11 +188,19 @@ def _render(
         form = _find_call_form(tokenizer, chat_template)
         fields = [_in_form(one, form) for one in fields]
     try:
-        return _apply(fields, json.loads(tools) if tools else None, tokenizer, chat_template, asks=asks)
+        text = _apply(
+            fields, json.loads(tools) if tools else None, tokenizer, chat_template, asks=asks, check_stop=check_stop
+        )
+    except (StopRequested, TemplateTooSlowError):
+        raise
     except Exception as error:  # a template is a program from elsewhere: it may raise anything
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         line = f" (line {error.lineno} of the template)" if isinstance(error, TemplateSyntaxError) else ""
-        raise WrongRow(f"the chat template refuses it: {kind}{error}{line}") from None
+        raise WrongRow(f"the chat template refuses it: {kind}{str(error)[:500]}{line}") from None
+    given = len(tools) + sum(len(json.dumps(one)) + 1_000 for one in fields)
+    if len(text) > MOST_OF_A_TEMPLATE + 100 * given:
+        raise WrongRow(f"the chat template makes {len(text):,} characters of {given:,}")
+    return text
 
 
 def _apply(
@@ -165,12 +210,28 @@ def _apply(
     chat_template: str,
     *,
     asks: bool,
+    check_stop: Callable[[], None] = _never,
 ) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            list(fields), tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=asks
-        )
-    )
+    check_stop()
+    try:
+        with interruptible(SECONDS_OF_A_TEMPLATE, lambda: not _is_stopped(check_stop)):
+            return str(
+                tokenizer.apply_chat_template(
+                    list(fields), tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=asks
+                )
+            )
+    except TookTooLong:
+        check_stop()
+        reason = f"the chat template has not come to an end after {SECONDS_OF_A_TEMPLATE:.0f} s"
+        raise TemplateTooSlowError(reason) from None
+
+
+def _is_stopped(check_stop: Callable[[], None]) -> bool:
+    try:
+        check_stop()
+    except StopRequested:
+        return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +274,8 @@ def _find_call_form(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> _
                 try:
                     given = _apply(before, [_PROBED_TOOL], tokenizer, chat_template, asks=True)
                     text = _apply([*before, said], [_PROBED_TOOL], tokenizer, chat_template, asks=False)
+                except TemplateTooSlowError:
+                    return last or _CallForm()
                 except Exception:  # noqa: S112  (it may raise anything, and then wants another form)
                     continue
                 said_text = text.removeprefix(given)
@@ -240,7 +303,7 @@ def _call_in_form(call: JsonObject, form: _CallForm) -> JsonObject:
     if not form.has_text_arguments and isinstance(arguments, str):
         try:
             decoded = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return call
         return {**call, "arguments": decoded} if isinstance(decoded, dict) else call
     return call

@@ -273,11 +273,13 @@ def _make_from_templates(row_format: RowFormat, row: JsonMapping, example_id: st
 
 def _make_sst2(row_format: RowFormat, row: JsonMapping, example_id: str) -> Example:
     value = row.get("label")
+    if isinstance(value, list | dict):
+        raise WrongRow(f"label is a {type(value).__name__}, and 0 (negative) or 1 (positive) is needed")
     label = _SST2_LABEL_OF.get(value.strip() if isinstance(value, str) else value)
     if label is None:
         if str(value).strip() in ("-1", "None", "nan", ""):
             raise Unlabeled(f"label `{value}` stands for no label")
-        raise WrongRow(f"label `{value}` is neither 0 (negative) nor 1 (positive)")
+        raise WrongRow(f"label `{str(value)[:80]}` is neither 0 (negative) nor 1 (positive)")
     return Example(id=example_id, prompt=_fill(row_format.prompt_template, row), completion=SST2_TASK.labels[label])
 
 

@@ -24,6 +24,7 @@ from trietune.data.preferences import AnswerForm, AnswerRow, answer_reader
 from trietune.data.read_row import LengthRules
 from trietune.data.rows import PlacedRow
 from trietune.data.tally import Problems
+from trietune.data.templates import find_half_character
 
 
 def tokenize_answers(
@@ -92,6 +93,7 @@ def _read_block(
             continue
         try:
             made = read(row, place)
+            _check_characters(made)
         except WrongRow as error:
             tally.problems.add(place, str(error))
             continue
@@ -101,6 +103,14 @@ def _read_block(
         tally.counts, read=tally.counts.read + num_read, num_examples=tally.counts.num_examples + len(rows)
     )
     return rows
+
+
+def _check_characters(rows: Sequence[AnswerRow]) -> None:
+    for row in rows:
+        for example in row.examples:
+            messages = (text for message in example.messages for text in (message.role, message.content))
+            if half := find_half_character(example.id, example.prompt, example.completion, *messages):
+                raise WrongRow(f"the text holds half a character, or a byte that is not UTF-8 ({half})")
 
 
 def _write_block(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from trietune.data.chat import Segment, split_last_turn, split_turns
+from trietune.data.chat import Segment, TemplateTooSlowError, split_last_turn, split_turns
 from trietune.data.columns import WrongRow
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.system_prompt import with_system_prompt
@@ -43,6 +43,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        # Special tokens of odd kinds are only met when their numbers are asked for.
+        _ = tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     except Exception as error:  # whatever is wrong with the files, transformers raises a different class for each
         raise UserError(
             f"the tokenizer of `{folder.name}` cannot be loaded: {first_line(error)}",
@@ -107,7 +109,10 @@ def find_bos_id(tokenizer: PreTrainedTokenizerFast, add_bos: bool | Literal["aut
 
 
 def find_stop_ids(
-    tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat, conversations: Sequence[Example] = ()
+    tokenizer: PreTrainedTokenizerFast,
+    prompt_format: PromptFormat,
+    conversations: Sequence[Example] = (),
+    check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[int, ...]:
     """The ids that end an answer: EOS, and in a conversation the token that the chat template closes a turn with.
 
@@ -120,7 +125,7 @@ def find_stop_ids(
     """
     if prompt_format.kind != "chat":
         return (prompt_format.eos_id,)
-    encoder = make_encoder(tokenizer, prompt_format)
+    encoder = make_encoder(tokenizer, prompt_format, check_stop=check_stop)
     encoded = _encode_probe(encoder, conversations)
     closing = encoded.input_ids[encoded.labels != IGNORED_LABEL].tolist()
     closing += _ends_of_calls(encoder, conversations)
@@ -162,6 +167,9 @@ def _encode_probe(encoder: Encoder, conversations: Sequence[Example]) -> Encoded
     for probe in probes:
         try:
             return encoder.encode([probe])
+        except TemplateTooSlowError as error:
+            reason = error
+            break  # the others would take as long
         except WrongRow as error:
             reason = error
     raise UserError(
@@ -197,6 +205,7 @@ class Encoder:
     tokenizer: PreTrainedTokenizerFast
     beginning: Any  # tokenizers.Tokenizer, for text that begins a sequence
     continuation: Any  # the same without a space of its own in front
+    check_stop: Callable[[], None] = lambda: None  # asked while a conversation is rendered
 
     def encode(self, examples: Sequence[Example]) -> EncodedExamples:
         """Token ids and labels of examples, tokenized as one batch.
@@ -288,6 +297,7 @@ class Encoder:
             chat_template=self.prompt_format.chat_template,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
+            check_stop=self.check_stop,
         )
 
     def _tokenize(self, backend: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -319,14 +329,17 @@ class Encoder:
         return ids[:end] if end < len(ids) else ids
 
 
-def make_encoder(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat) -> Encoder:
+def make_encoder(
+    tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat, *, check_stop: Callable[[], None] = lambda: None
+) -> Encoder:
     """The encoder of a prompt format.
 
     Args:
         tokenizer: a fast `transformers` tokenizer.
+        check_stop: asked while a conversation is rendered; what it raises passes through.
     """
     beginning = _plain_backend(tokenizer)
-    return Encoder(prompt_format, tokenizer, beginning, _continuation(beginning))
+    return Encoder(prompt_format, tokenizer, beginning, _continuation(beginning), check_stop)
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Any:

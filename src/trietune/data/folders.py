@@ -14,6 +14,7 @@ from trietune.data.opening import AS_USUAL, FileOptions
 from trietune.data.repositories import configured_splits, saved_splits
 from trietune.data.rows import FileRows, Rows
 from trietune.errors import UserError
+from trietune.io.places import expand
 
 SplitRole = Literal["train", "validation", "test"]
 
@@ -38,10 +39,10 @@ def local_splits(
 
     `FOLDER:CONFIGURATION` names one of several configurations of a data set that was downloaded whole.
     """
-    path = Path(value).expanduser()
+    path = expand(value)
     folder, _, configuration = value.rpartition(":")
-    if configuration and not path.exists() and folder and Path(folder).expanduser().is_dir():
-        return _splits_of_folder(Path(folder).expanduser(), report, options, configuration)
+    if configuration and not path.exists() and folder and expand(folder).is_dir():
+        return _splits_of_folder(expand(folder), report, options, configuration)
     if path.is_dir():
         return _splits_of_folder(path, report, options)
     paths = _expand(path, key)

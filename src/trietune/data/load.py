@@ -84,7 +84,9 @@ def load_data(
     sources = find_sources(settings, report=report)
     watch = Watch.of(sources)
     row_format, form = find_row_format(settings, sources)
-    prompt_format = make_prompt_format(settings, tokenizer, row_format, first_conversations(sources.train, row_format))
+    prompt_format = make_prompt_format(
+        settings, tokenizer, row_format, first_conversations(sources.train, row_format), check_stop
+    )
     weighting = weighting_of(settings, sources, row_format, report)
     if row_format.kind == "templates" and settings.prompt_template is None:
         report(
@@ -95,7 +97,10 @@ def load_data(
     if weighting is not None and weighting.has_column:
         unused = tuple(name for name in unused if name != COLUMN)
     if unused and (sources.task_name is None or settings.train_file):
-        report(f"columns of `{sources.train.name}` that nothing uses: {', '.join(f'`{name}`' for name in unused)}")
+        shown = ", ".join(f"`{name}`" for name in unused[:20]) + (
+            f" and {len(unused) - 20:,} more" if unused[20:] else ""
+        )
+        report(f"columns of `{sources.train.name}` that nothing uses: {shown}")
     if row_format.kind == "templates" and not find_columns(row_format.prompt_template, row_format.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
     loading = Loading(

@@ -156,7 +156,7 @@ class Loading:
             placed = compress(placed, held_out)
         common: JsonObject = {
             "source": rows.name,
-            "encoder": make_encoder(self.tokenizer, self.prompt_format),
+            "encoder": make_encoder(self.tokenizer, self.prompt_format, check_stop=self.check_stop),
             "rules": rules,
             "check_stop": self.check_stop,
             "progress": lambda done: self.progress(phase, done, total),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from trietune.config import load_config
 from trietune.data.columns import RowFormat, choose_row_format
 from trietune.data.reading import find_row_format
 from trietune.data.sources import find_sources
 from trietune.errors import UserError
+from trietune.io.json_types import JsonMapping, JsonObject
 
 # Keys that errors about files name, with the value that reads the file.
 _NAMED = re.compile(r"(csv_separator|file_encoding): (\"[^\"]*\"|[\w.-]+)")
@@ -25,7 +25,7 @@ _IN_WORDS = {
 }
 
 
-def look_at(path: str, report: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
+def look_at(path: str, report: Callable[[str], None]) -> tuple[str, JsonObject]:
     """What the data is, in a line, and the keys that train on it.
 
     Where nothing says what is to be learned, the last column is, and `report` takes a line that asks to look at it.
@@ -33,7 +33,7 @@ def look_at(path: str, report: Callable[[str], None]) -> tuple[str, dict[str, An
     Raises:
         UserError: it cannot be read, or is data of another objective.
     """
-    values: dict[str, Any] = {"train_file": path}
+    values: JsonObject = {"train_file": path}
     for _ in range(3):
         try:
             return _look(values, report)
@@ -47,7 +47,7 @@ def look_at(path: str, report: Callable[[str], None]) -> tuple[str, dict[str, An
     raise AssertionError("two keys at most are named")
 
 
-def _look(values: Mapping[str, Any], report: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
+def _look(values: JsonMapping, report: Callable[[str], None]) -> tuple[str, JsonObject]:
     settings = load_config(None, dict(values), environ={})
     sources = find_sources(settings, report=report)
     rows = sources.train

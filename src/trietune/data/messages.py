@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +61,8 @@ def read_tools(value: Any) -> str:
 
 def is_weight(value: Any) -> bool:
     """Whether a value can multiply losses: any number that is finite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number of JSON may be too large for a float; comparing the two is exact.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def has_weight(messages: Any) -> bool:

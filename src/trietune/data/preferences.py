@@ -12,7 +12,7 @@ A form is chosen once a data set, from its columns and first row, and applied to
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -290,7 +290,7 @@ def _is_conversation(value: Any) -> bool:
             return False
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     if isinstance(value, Mapping):
         return "role" in value
@@ -302,7 +302,7 @@ def _first(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _names(names: Sequence[str]) -> str:

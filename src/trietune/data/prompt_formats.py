@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trietune.config.settings import Settings
@@ -14,13 +13,18 @@ from trietune.data.encoder import check_tokenizer, find_bos_id, find_stop_ids, h
 from trietune.data.examples import Example, Task
 from trietune.data.templates import PromptFormat, literal_text
 from trietune.errors import UserError
+from trietune.io.places import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 def make_prompt_format(
-    settings: Settings, tokenizer: PreTrainedTokenizerFast, row_format: RowFormat, conversations: Sequence[Example] = ()
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    row_format: RowFormat,
+    conversations: Sequence[Example] = (),
+    check_stop: Callable[[], None] = lambda: None,
 ) -> PromptFormat:
     """The prompt format of a row format; the task of custom data is told by the data later.
 
@@ -45,7 +49,7 @@ def make_prompt_format(
         chat_template=chat_template,
         # Of answers that are compared, only the last one is learned.
         is_turn_by_turn=row_format.kind == "answer_messages"
-        or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template, conversations)),
+        or (row_format.kind == "messages" and rewrites_turns(tokenizer, chat_template, conversations, check_stop)),
         parses_special_tokens=may_mean_them or spells_them,
         bos_id=find_bos_id(tokenizer, settings.add_bos),
         eos_id=int(tokenizer.eos_token_id),
@@ -55,7 +59,7 @@ def make_prompt_format(
         template_columns=row_format.template_columns,
         system_prompt=_find_system_prompt(settings, is_chat=is_chat),
     )
-    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversations))
+    return replace(prompt_format, stop_ids=find_stop_ids(tokenizer, prompt_format, conversations, check_stop))
 
 
 def make_plain_format(tokenizer: PreTrainedTokenizerFast) -> PromptFormat:
@@ -97,7 +101,7 @@ def _find_chat_template(settings: Settings, tokenizer: PreTrainedTokenizerFast, 
         if "{{" in own or "{%" in own:
             return str(own).removeprefix("\ufeff")
         try:
-            return Path(own).expanduser().read_text("utf-8-sig")
+            return expand(own).read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"`chat_template: {own}` is not UTF-8 text (byte {error.start + 1})", next_step="save it as UTF-8"

@@ -29,6 +29,7 @@ from trietune.demo.locations import (
     demo_reviews,
 )
 from trietune.errors import UserError
+from trietune.io.places import expand
 
 _SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\])?")
 
@@ -93,8 +94,8 @@ def _from_dataset_id(
     demo = {DEMO_REVIEWS: demo_reviews, DEMO_QUESTIONS: demo_questions, DEMO_PREFERENCES: demo_preferences}.get(
         dataset_id
     )
-    path = demo() if demo else Path(dataset_id).expanduser()
-    is_configured = ":" in dataset_id and Path(dataset_id.rpartition(":")[0]).expanduser().is_dir()
+    path = demo() if demo else expand(dataset_id)
+    is_configured = ":" in dataset_id and expand(dataset_id.rpartition(":")[0]).is_dir()
     if path.exists() or glob.has_magic(dataset_id) or is_configured:
         splits = local_splits(str(path), "dataset_id", report, options)
         return _from_splits(splits, task_name, split, f"`{dataset_id}`")

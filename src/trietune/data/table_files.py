@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from trietune.data.opening import (
     wrong_encoding,
 )
 from trietune.errors import UserError
+from trietune.io.causes import first_line
 from trietune.io.json_types import JsonObject
 
 _OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -81,23 +83,30 @@ def read_parquet(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
     file = open_parquet(pyarrow.parquet, path)
     # As rows, the last of two columns of one name would win.
     _check_columns(file.schema_arrow.names, path)
-    for batch in file.iter_batches(batch_size=4096):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, without_fillers(row)
+    try:
+        for batch in file.iter_batches(batch_size=4096):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, without_fillers(row)
+    except Exception as error:  # a page that was cut or flipped, or an object whose field stands twice
+        raise _unreadable_parquet(path, error, f"{path}, after row {number:,}") from None
 
 
 def open_parquet(parquet: Any, path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
-    except OSError:
+    except FileNotFoundError:
         raise
     except Exception as error:  # pyarrow's errors share no base of their own
-        raise UserError(
-            f"`{path.name}` is not a parquet file that can be read: {error}",
-            where=str(path),
-            next_step="copy or download it again",
-        ) from None
+        raise _unreadable_parquet(path, error, str(path)) from None
+
+
+def _unreadable_parquet(path: Path, error: Exception, where: str) -> UserError:
+    return UserError(
+        f"`{path.name}` is not a parquet file that can be read: {first_line(error)}",
+        where=where,
+        next_step="copy or download it again",
+    )
 
 
 def read_arrow(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
@@ -171,7 +180,7 @@ def _check_separator(columns: list[str], path: Path, options: FileOptions) -> No
 
 
 def _check_columns(columns: list[str], path: Path) -> None:
-    repeated = sorted({name for name in columns if columns.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(columns).items() if count > 1)
     if repeated:
         raise UserError(
             f"column `{repeated[0]}` appears twice in the header of `{path.name}`",

@@ -89,6 +89,23 @@ class PromptFormat:
     template_columns: tuple[str, ...] | None = None
     system_prompt: str = ""
 
+    def _check_kinds(self) -> None:
+        """Raise ValueError for a value of another kind than `to_json` writes."""
+        texts = (self.prompt_template, self.completion_template, self.chat_template, self.tokenizer_hash)
+        names = (*self.task.labels, *self.task.label_names, *(self.template_columns or ()))
+        flags = (self.parses_special_tokens, self.is_turn_by_turn)
+        ids = (self.eos_id, *self.stop_ids, *(() if self.bos_id is None else (self.bos_id,)))
+        if self.kind not in ("template", "chat", "tokens") or self.task.kind not in ("labels", "answers", "text"):
+            raise ValueError("its kind, or that of its task, is not known")
+        if not all(isinstance(text, str) for text in (*texts, *names)) or find_half_character(*texts, *names):
+            raise ValueError("a text in it is no text")
+        if not all(isinstance(flag, bool) for flag in flags) or not all(type(one) is int and one >= 0 for one in ids):
+            raise ValueError("a flag in it is no flag, or a token no number")
+        if len(self.task.labels) != len(self.task.label_names) or len(set(self.task.labels)) < len(self.task.labels):
+            raise ValueError("its labels and their names do not fit together")
+        if self.task.kind == "labels" and not all(self.task.labels):
+            raise ValueError("a label of it is empty")
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The names that the prompt template asks for, in its order."""
@@ -104,24 +121,26 @@ class PromptFormat:
         return json.dumps({"format_version": version, **asdict(self)}, ensure_ascii=False, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, where: str = "prompt_format.json") -> PromptFormat:
+    def from_json(cls, text: str | bytes, *, where: str = "prompt_format.json") -> PromptFormat:
         """The opposite of `to_json`.
 
         Raises:
             UserError: not such a record, or one of a later version.
         """
         try:
-            fields = decode_json(text)
+            fields = decode_json(text.decode() if isinstance(text, bytes) else text)
             version = fields.pop("format_version")
             if version in (FORMAT_VERSION, FORMAT_VERSION_OPTIONAL):
                 task = fields.pop("task")
                 columns = fields.pop("template_columns", None)
-                return cls(
+                found = cls(
                     **{**fields, "stop_ids": tuple(fields["stop_ids"])},
-                    template_columns=None if columns is None else tuple(map(str, columns)),
+                    template_columns=None if columns is None else tuple(columns),
                     task=Task(task["kind"], tuple(task["labels"]), tuple(task["label_names"])),
                 )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                found._check_kinds()
+                return found
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 "the prompt format cannot be read: it is not what TrieTune writes beside an adapter",
                 where=f"{where} ({error})",

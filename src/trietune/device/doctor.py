@@ -22,6 +22,7 @@ from trietune.device.kernels import ANY_NUMBER_OF_POSITIONS, choose_backend
 from trietune.device.precision import product_seconds
 from trietune.device.xla.plugin import INSTALL_TENSTORRENT, PLUGIN_GROUP, has_plugin
 from trietune.device.xla.runtime import INSTALL_TORCH_XLA, torch_xla_version
+from trietune.errors import UserError
 from trietune.io.cache_folder import cache_folder
 from trietune.io.columns import columns
 from trietune.io.json_types import JsonObject
@@ -165,7 +166,10 @@ def _disk(folder: Path) -> Finding:
 
 
 def _cache() -> Finding:
-    folder = cache_folder()
+    try:
+        folder = cache_folder()
+    except UserError as error:
+        return Finding("cache", error.what, "problem", "set TRIETUNE_CACHE to a folder")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if os.access(existing, os.W_OK):
         return Finding("cache", f"{folder} can be written")

@@ -7,12 +7,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from trietune.io.places import expand
+
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """`TRIETUNE_CACHE`, or `trietune` in the user's cache folder; it need not exist."""
     if chosen := environ.get("TRIETUNE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "trietune"
+        return expand(chosen)
+    return expand(environ.get("XDG_CACHE_HOME") or "~/.cache") / "trietune"
 
 
 def mark_used(entry: Path) -> None:

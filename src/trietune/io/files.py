@@ -10,12 +10,16 @@ an adapter as they read any file of this user.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+# What file systems say, network ones and FUSE, that cannot flush a folder; all other errors are real.
+_NO_SUCH_OPERATION = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def make_folder(path: Path) -> None:
@@ -61,8 +65,7 @@ def flush_folder(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems have no such operation for folders and say EINVAL; all other errors are real.
-        if error.errno != errno.EINVAL:
+        if error.errno not in _NO_SUCH_OPERATION:
             raise
     finally:
         os.close(descriptor)
@@ -153,6 +156,13 @@ def make_folders(path: Path) -> None:
             if not folder.is_dir():
                 raise
         flush_folder(folder.parent)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of `folders` that are empty, in order; what holds something stays."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            remove_folder(folder)
 
 
 def remove_tree(path: Path) -> None:

@@ -5,15 +5,22 @@ Used for what this machine can make again (converted weights) and for what a use
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from trietune.errors import UserError
 from trietune.io import files
+
+_STAGING = re.compile(r"\..+\.staging-(?P<pid>[0-9]{1,9})")
 
 
 @contextmanager
@@ -27,11 +34,14 @@ def whole_folder(final: Path) -> Iterator[Path]:
         UserError: the disk is full, read-only, or the place may not be written.
     """
     staging = final.with_name(f".{final.name}.staging-{os.getpid()}")
+    held: int | None = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left(final.parent)
         # Left by a process that died and whose number we were given: no other process can carry ours.
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
+        held = _hold(staging)
         yield staging
         _let_others_read(staging)
         _flush(staging)
@@ -45,6 +55,38 @@ def whole_folder(final: Path) -> Iterator[Path]:
         raise write_error(error, final) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if held is not None:
+            files.close(held)
+
+
+def _hold(staging: Path) -> int | None:
+    """Lock the folder while it is filled: the lock goes with its writer, however that ends. None without such locks."""
+    descriptor = files.open_folder(staging)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        files.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what killed writers left in `folder`: theirs are the names, no process has their number, no lock holds.
+
+    On a disk that several machines share, a number says nothing and the lock does; where there are no locks, nothing
+    is removed.
+    """
+    for path in folder.glob(".*.staging-*"):
+        number = _STAGING.fullmatch(path.name)
+        if number is None or path.is_symlink() or not path.is_dir() or psutil.pid_exists(int(number["pid"])):
+            continue
+        with contextlib.suppress(OSError):
+            held = files.open_folder(path)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                files.close(held)
 
 
 def write_error(error: OSError, place: Path) -> Exception:

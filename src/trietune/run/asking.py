@@ -19,7 +19,7 @@ from trietune.evaluation.predict import (
     predict_labels,
     predict_text,
 )
-from trietune.io import files
+from trietune.io.outputs import write_output
 from trietune.run.fitting import check_ids, check_vocabulary
 from trietune.run.objective import evaluate_preferences
 from trietune.run.opening import progress_of
@@ -129,4 +129,4 @@ def _keep_predictions(found: Evaluation, sequences: TokenSequences, encoder: Enc
             next_step="leave `--predictions` out, or ask with `trietune predict --input FILE`",
         )
     told = described(found.predictions, sequences.examples, task)
-    files.replace_file(file, predictions_file(told, is_squad=task.kind == "answers"))
+    write_output(file, predictions_file(told, is_squad=task.kind == "answers"), "--predictions")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trietune.errors import UserError
 from trietune.io.json_types import JsonObject
+from trietune.io.places import expand
 from trietune.model.adapter.export import find_adapter
 from trietune.model.adapter.targets import SMALLEST_NAMED, Coverage
 from trietune.model.base.shape import NetworkShape, describe_network
@@ -84,7 +85,7 @@ def check_longest(settings: Settings, name: str, shape: NetworkShape, longest: i
 
 def find_start(settings: Settings) -> Path | None:
     """Folder of the adapter that training begins with; None begins with a new one."""
-    return None if settings.start_adapter is None else find_adapter(Path(settings.start_adapter).expanduser())
+    return None if settings.start_adapter is None else find_adapter(expand(settings.start_adapter))
 
 
 def adapter_arguments(settings: Settings) -> JsonObject:

@@ -24,7 +24,7 @@ from trietune.model.adapter.export import base_name_of
 from trietune.model.adapter.folder import MAX_TEXT_BYTES, PROMPT_FILE, read_listed, read_plain_file
 from trietune.model.architecture import check_architecture, longest_of_one_rope, why_whole_rows
 from trietune.model.assemble import assemble
-from trietune.model.base.load import load_network
+from trietune.model.base.load import load_network, reading_config
 from trietune.model.base.randomness import silence_rates
 from trietune.model.states import carries_states
 from trietune.model.states.memory import STATES_HAVE_MANY_LENGTHS, with_scans
@@ -172,20 +172,21 @@ def load_model(name: str, adapter: Path | None, settings: Settings, machine: Mac
     )
     silence_rates(network)  # nothing is drawn in evaluation; what is left would have tries refused
     prompt_format = None
-    refusal = check_architecture(network)
-    on_rows = why_whole_rows(network)
-    if device.has_static_shapes:
-        refusal, on_rows = refusal or on_rows, None
-        if refusal is None and carries_states(network):
-            refusal = STATES_HAVE_MANY_LENGTHS
-    widths = with_scans(widths_of(network.config.get_text_config(), network), network)
+    with reading_config(base):
+        refusal = check_architecture(network)
+        on_rows = why_whole_rows(network)
+        if device.has_static_shapes:
+            refusal, on_rows = refusal or on_rows, None
+            if refusal is None and carries_states(network):
+                refusal = STATES_HAVE_MANY_LENGTHS
+        widths = with_scans(widths_of(network.config.get_text_config(), network), network)
     if adapter is not None:
         load_adapter(network, adapter, listed=listed)
     # A merged model has it beside its weights.
     place = adapter or base.path
     if os.path.lexists(place / PROMPT_FILE):
         data = read_plain_file(place, PROMPT_FILE, max_bytes=MAX_TEXT_BYTES, listed=listed)
-        prompt_format = PromptFormat.from_json(data.decode("utf-8", "replace"), where=str(place / PROMPT_FILE))
+        prompt_format = PromptFormat.from_json(data, where=str(place / PROMPT_FILE))
     if settings.batching != "padded" and refusal is not None:
         settings = settings.model_copy(update={"batching": "padded"})
         check_device(settings, device, machine.options, tracker.info)

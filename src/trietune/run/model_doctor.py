@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trietune.config import load_config
 from trietune.device.doctor import Examination, Finding
 from trietune.errors import UserError
+from trietune.io.places import expand
 from trietune.run.describing import adapter_arguments, uncovered
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _config_of(name: str, kept: Path, report: Callable[[str], None]) -> ModelFol
     from trietune.model.base.hub import fetch_config
     from trietune.model.base.locate import is_hub_id, locate_model
 
-    place = Path(name).expanduser()
+    place = expand(name)
     if (place / "config.json").is_file() and not (place / "adapter_config.json").is_file():
         data, source = (place / "config.json").read_bytes(), "folder"
     elif not place.exists() and is_hub_id(name):

@@ -19,6 +19,8 @@ from trietune.errors import UserError
 from trietune.io.adapter_place import adapter_in
 from trietune.io.cache_folder import cache_folder
 from trietune.io.json_types import JsonMapping, JsonObject
+from trietune.io.outputs import check_output
+from trietune.io.places import expand
 from trietune.io.run_folders import is_mistyped_run, which_run
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.fitting import with_max_length
@@ -57,6 +59,8 @@ def evaluate(
     tracker = tracker or Tracker()
     if split not in (None, "train", "validation", "test"):
         raise UserError(f"there is no split `{split}`", next_step="--split validation   (or train, or test)")
+    if keep is not None:
+        check_output(keep, "--predictions")
     with StopSignals() as signals:
         opened = open_model(target, overrides, tracker)
         from trietune.run.asking import measure
@@ -116,7 +120,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | JsonMapping, track
             launcher started several processes.
     """
     refuse_several_processes()
-    path = Path(target).expanduser()
+    path = expand(target)
     adapter = adapter_in(path)
     run = path if (path / "config.yaml").is_file() else None
     if path.is_dir() and adapter is None and run is not None:
@@ -140,7 +144,7 @@ def _names_data(opened: LoadedModel, target: str | Path, overrides: Sequence[str
 
 
 def _is_run(target: str | Path) -> bool:
-    return (Path(target).expanduser() / "config.yaml").is_file()
+    return (expand(target) / "config.yaml").is_file()
 
 
 def _overridden_data(overrides: Sequence[str] | JsonMapping) -> set[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trietune.config.defaults import ORIGINAL_DEFAULTS
+from trietune.io.places import expand
 from trietune.tracking import wording
 
 if TYPE_CHECKING:
@@ -281,11 +283,11 @@ def _grouping(is_grouped: bool) -> str:
 
 def run_directory(settings: Settings) -> Path:
     """`<project_dir>/<run name>`; a name that exists gets `-2`, `-3`, unless the run is resumed."""
-    first = Path(settings.project_dir).expanduser() / settings.wandb_run_name
+    first = expand(settings.project_dir) / settings.wandb_run_name
     if settings.resume_from_checkpoint:
         return first
     directory, number = first, 1
-    while directory.exists():
+    while os.path.lexists(directory):
         number += 1
         directory = first.with_name(f"{first.name}-{number}")
     return directory

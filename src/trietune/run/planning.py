@@ -15,6 +15,7 @@ from trietune.data.load import Data, load_data
 from trietune.device import bytes_per_position, micro_batch_bound
 from trietune.errors import UserError
 from trietune.io.cache_folder import cache_folder
+from trietune.model.base.load import reading_config
 from trietune.run.describing import check_longest, check_trie, check_trie_on, describe, find_start, uncovered
 from trietune.run.device_plan import plan_shapes
 from trietune.run.fitting import check_positions, check_vocabulary, with_max_length
@@ -62,7 +63,8 @@ def plan_run(
     check_trie(settings, base.name, shape)
     check_trie_on(settings, base.name, shape, device)
     keeps_dropout = settings.base_dropout and bool(shape.base_rates)
-    attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
+    with reading_config(base):
+        attention, attention_reason = choose_attention(settings, device, shape.config, dtype)
     settings = with_max_length(settings, shape.config)
 
     kept = cache_folder() / "data"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +18,7 @@ from trietune.checkpoints.resume import (
     table_lines,
 )
 from trietune.checkpoints.store import LoadedCheckpoint
+from trietune.io import strict_json
 from trietune.io.directory import DamagedDirectory, verify_directory
 from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.manifest import ManifestInfo
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from trietune.run.prepared import Prepared
     from trietune.tracking.tracker import Tracker
 
-STATE_FILE, CARD_FILE = "trainer_state.json", "README.md"
+STATE_FILE, WEIGHTS_FILE, CARD_FILE = "trainer_state.json", "adapter_model.safetensors", "README.md"
 # A longer or shorter plan is told apart by its steps; the key is the adapter's own.
 STEPS_KEYS = (
     "trained_steps", "num_epochs", "max_steps", "stopped_early", "early_stopping_patience", "early_stopping_threshold",
@@ -156,7 +157,10 @@ def _schedule_differences(
     record: Record, loaded: LoadedCheckpoint, allowed_changes: frozenset[str]
 ) -> list[Difference]:
     """Steps of warm-up are not a setting: they follow from others and from the number of examples."""
-    state = json.loads(loaded.contents[STATE_FILE]) if STATE_FILE in loaded.contents else {}
+    for name in (STATE_FILE, WEIGHTS_FILE):
+        if name not in loaded.contents:
+            raise messages.wrong_contents(loaded.path, name, "is not among the files of its manifest")
+    state = parse_state(loaded.contents[STATE_FILE], loaded.path)
     before = state.get("num_warmup_steps")
     if before is None:
         before = _warmup_before(record, loaded, state)
@@ -184,3 +188,33 @@ def why_moments_start_from_zero(record: Record, resumed: LoadedCheckpoint) -> st
 def _trained_steps(info: ManifestInfo | None) -> int | None:
     trained = info.details.get("trained_steps") if info is not None else None
     return trained if isinstance(trained, int) else None
+
+
+def parse_state(data: bytes, checkpoint: Path) -> JsonMapping:
+    """`trainer_state.json`, its values of the kinds that are written. Raises `UserError` for anything else."""
+
+    def is_count(value: object) -> bool:
+        return type(value) is int and value >= 0
+
+    def is_figure(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+    kinds: dict[str, tuple[str, Callable[[object], bool]]] = {
+        "epoch": ("a number", is_figure),
+        "max_positions": ("a count", lambda value: is_count(value) and value != 0),
+        "packed_bytes": ("a count", is_count),
+        "num_warmup_steps": ("a count", is_count),
+        "reference": ("a text", lambda value: isinstance(value, str)),
+        "loss_scale": ("numbers", lambda value: isinstance(value, dict)
+                       and all(type(one) in (int, float) for one in value.values())),
+    }  # fmt: skip
+    try:
+        state = strict_json.parse(data)
+    except strict_json.NotStrict as error:
+        raise messages.wrong_contents(checkpoint, STATE_FILE, f"cannot be read: {error}") from error
+    if not isinstance(state, dict) or "epoch" not in state:
+        raise messages.wrong_contents(checkpoint, STATE_FILE, "does not say its `epoch`")
+    for key, (kind, is_right) in kinds.items():
+        if key in state and not (state[key] is None and key != "epoch") and not is_right(state[key]):
+            raise messages.wrong_contents(checkpoint, STATE_FILE, f"has `{key}: {str(state[key])[:60]}`, not {kind}")
+    return state

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trietune.checkpoints import messages
 from trietune.checkpoints.measured import MEASURED_ON, describe_measured_on
-from trietune.checkpoints.messages import OPTIMIZER_FILE
+from trietune.checkpoints.messages import OPTIMIZER_FILE, OPTIMIZER_STATE
 from trietune.checkpoints.remote.open import open_remote
 from trietune.checkpoints.remote.uploads import Uploader
 from trietune.checkpoints.resume import (
@@ -26,6 +27,7 @@ from trietune.checkpoints.resume import (
 )
 from trietune.checkpoints.store import CheckpointStore, LoadedCheckpoint
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
+from trietune.io.causes import first_line
 from trietune.io.directory import DamagedDirectory, FileContent, read_directory, write_directory
 from trietune.io.disk_errors import SaveFailed, start_failed
 from trietune.io.json_types import JsonMapping, JsonObject
@@ -74,6 +76,7 @@ class RunFiles:
             details=self.details(),
         )
         self.saved_step: int | None = None
+        self._may_drop_optimizer = False
         self._uploader: Uploader | None = None
 
     def _id_of_copies(self) -> str | None:
@@ -90,6 +93,7 @@ class RunFiles:
 
     def find_checkpoint(self, allowed_changes: frozenset[str]) -> LoadedCheckpoint | None:
         """The checkpoint that the settings mean, read and verified; None for a fresh start."""
+        self._may_drop_optimizer = OPTIMIZER_STATE in allowed_changes
         return resuming.find_checkpoint(self, allowed_changes)
 
     def is_comparable(self, resumed: LoadedCheckpoint) -> bool:
@@ -135,7 +139,13 @@ class RunFiles:
         """Put the checkpoint's weights (and optimizer) back and forget its bytes; returns `trainer_state.json`."""
         set_adapter_tensors(peft_model, resumed.take(WEIGHTS_FILE), where=str(resumed.path))
         if (reason := resuming.why_moments_start_from_zero(self, resumed)) is None:
-            restore_optimizer(optimizer, bytes_to_tensors(resumed.take(OPTIMIZER_FILE)))
+            try:
+                restore_optimizer(optimizer, bytes_to_tensors(resumed.take(OPTIMIZER_FILE)))
+            except (ValueError, RuntimeError, TypeError) as error:  # its digest is right, and it is none of this run
+                if not self._may_drop_optimizer:
+                    raise messages.wrong_optimizer(resumed.path, first_line(error)) from error
+                reason = f"{first_line(error)}, and `--allow-change {OPTIMIZER_STATE}`"
+        if reason is None:
             self.tracker.info(
                 f"resuming from step {resumed.step:,} with the optimizer's state, as if it had never stopped"
             )
@@ -144,7 +154,7 @@ class RunFiles:
                 f"resuming from step {resumed.step:,}: weights, data order, schedule and step count continue; the "
                 f"optimizer's moments start from zero ({reason})"
             )
-        state: JsonMapping = json.loads(resumed.take(STATE_FILE))
+        state = resuming.parse_state(resumed.take(STATE_FILE), resumed.path)
         resumed.contents.clear()
         return state
 

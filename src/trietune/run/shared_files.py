@@ -51,7 +51,8 @@ class SharedRunFiles(RunFiles):
 
         def open_files() -> JsonObject:
             super(SharedRunFiles, self).__init__(prepared, tracker)
-            return self.environment
+            described: JsonObject = self.environment
+            return described
 
         self.environment = ranks.once(open_files)
 

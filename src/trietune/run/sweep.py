@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from trietune.config import load_config
 from trietune.errors import EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
+from trietune.io.places import expand
 from trietune.ranks.launch import Processes, signal_name
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def plan_sweep(config: Path | None, over: Sequence[str], overrides: Sequence[str
     """
     grid = _read_grid(over, [override.partition("=")[0].strip() for override in overrides])
     settings = load_config(config, overrides)
-    directory = Path(settings.project_dir).expanduser() / f"{settings.wandb_run_name}-sweep"
+    directory = expand(settings.project_dir) / f"{settings.wandb_run_name}-sweep"
     trials = []
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))

@@ -11,10 +11,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from trietune.checkpoints.lock import RunLock
+from trietune.checkpoints.probe import check_place
 from trietune.errors import UserError
 from trietune.ranks.opening import open_ranks
 from trietune.run.folder import RunFolder, locked_folder
 from trietune.run.malloc import give_back_freed_memory, hand_back_freed_memory, keep_freed_memory
+from trietune.run.plan import run_directory
 from trietune.run.prepare import prepare_together
 from trietune.run.result import Run
 from trietune.run.signals import StopSignals
@@ -68,6 +70,7 @@ def train(
         )
         stack.callback(listeners.close)
         stop = TimedStop(signals, settings.max_time, began)
+        ranks.once(lambda: check_place(run_directory(settings), where=settings.where("project_dir")))
         prepared = prepare_together(settings, listeners, stop.check, ranks)
         # Now that the device has been chosen: transformers starts XLA devices when it is imported.
         from trietune.run.session import run_session

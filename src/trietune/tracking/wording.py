@@ -74,6 +74,11 @@ def visible(text: str) -> str:
     )
 
 
+def line(text: str) -> str:
+    """`text` as one line of output: line breaks are written out too, so that a name cannot look like a line of ours."""
+    return visible(text).replace("\n", "\\n")
+
+
 def one_line(text: str, width: int) -> str:
     """`text` on one line of at most `width` characters; what is cut is marked by `…`."""
     flat = " ".join(visible(text).split())

@@ -152,7 +152,7 @@ def branch_points(trie: Trie) -> list[int]:
     own = np.diff(trie.row_start)
     last_above = trie.row_path_start[1:] - own - 1
     has_one = last_above >= trie.row_path_start[:-1]
-    return np.unique(trie.row_path[last_above[has_one]]).tolist()
+    return [int(node) for node in np.unique(trie.row_path[last_above[has_one]])]
 
 
 def context_of(trie: Trie, width: int) -> Context:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.remote.hub import HubStorage
 from trietune.checkpoints.remote.retry import RetryPolicy
 from trietune.checkpoints.remote.storage import PROTOCOLS, FolderStorage, FsspecStorage, Storage, refuse_credentials
 from trietune.errors import UserError
+from trietune.io.places import expand
 
 
 def open_remote(backend: str, remote_path: str | None, run_name: str) -> RemoteRun | None:
@@ -29,7 +29,7 @@ def open_storage(backend: str, remote_path: str) -> Storage:
     if not remote_path.strip("/ "):
         raise UserError("`remote_path` is empty", next_step="remote_path: my-bucket/runs")
     if backend == "local":
-        return FolderStorage(Path(remote_path.removeprefix("file://")).expanduser())
+        return FolderStorage(expand(remote_path.removeprefix("file://")))
     if backend == "hf":
         return HubStorage(remote_path)
     return FsspecStorage(PROTOCOLS.get(backend, backend), remote_path)

@@ -45,7 +45,8 @@ def random_network(config: PretrainedConfig, *, seed: int = 20) -> PreTrainedMod
             auto_class(config.model_type).from_config(few_layers(config), trust_remote_code=False).float()
         )
     randomize(network, seed)
-    return network.eval()
+    network.train(False)
+    return network
 
 
 def randomize(network: torch.nn.Module, seed: int = 20) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trietune.errors import UserError
+from trietune.io import strict_json
+from trietune.io.causes import first_line
 
 Report = Callable[[str], None]
 Progress = Callable[[str, int, int | None], None]
@@ -39,6 +41,9 @@ _CHOICES_OF_KERNELS = frozenset(
 ) | {"use_kernels", "kernel_config", "hub_kernels", "allow_all_kernels"}
 _BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 
+# Layers, experts, and entries of any list: the deepest models have some 130 layers and 512 experts.
+MOST_LAYERS, _MOST_PARTS = 1_000, 10_000
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -63,16 +68,14 @@ def check_folder(folder: Path) -> None:
     """Raise a `UserError` unless `folder` holds a causal model's config and all of its safetensors."""
     names = sorted(path.name for path in folder.iterdir())
     check_names(str(folder), names)
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"`{folder / 'config.json'}` is not JSON: {error}") from error
+    config = read_config(folder)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(
             f"`{folder / 'config.json'}` names no `model_type`, so it is not clear what model it is",
             next_step="take config.json from the page that the weights come from",
         )
     _check_implementations(config, folder / "config.json")
+    _check_sizes(config, folder / "config.json")
     for name in names:
         if name.endswith(".safetensors"):
             _check_not_a_pointer(folder / name)
@@ -83,6 +86,38 @@ def check_folder(folder: Path) -> None:
                 f"`{folder}` lacks {len(missing)} of its weight files, the first is `{missing[0]}`",
                 where=f"they are listed in {index}",
                 next_step="finish the download, then run the same command again",
+            )
+
+
+def read_config(folder: Path) -> Any:
+    """What config.json says, judged by nobody yet. Raises `UserError` if that cannot be read."""
+    path = folder / "config.json"
+    try:
+        if not path.is_file():
+            raise UserError(f"`{path}` is not a plain file", next_step="download the model again")
+        if path.stat().st_size > strict_json.MAX_BYTES:
+            raise UserError(f"`{path}` has {path.stat().st_size:,} bytes, too many for a configuration")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"`{path}` is not JSON: {first_line(error)}", next_step="download the model again") from error
+
+
+def _check_sizes(config: Mapping[str, Any], where: Path, path: str = "") -> None:
+    """Refuse what would take for ever to build, or to say no: every layer and expert is an object of Python."""
+    for key, value in config.items():
+        name = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict):
+            _check_sizes(value, where, name)
+        most = MOST_LAYERS if "layer" in key.lower() or "depth" in key.lower() else _MOST_PARTS
+        is_size = isinstance(value, int) and any(word in key.lower() for word in ("layer", "depth", "expert"))
+        size = value if is_size else len(value) if isinstance(value, list) else 0
+        if size > most:
+            raise UserError(
+                f"`{where}` describes {size:,} parts of a network (`{name}`), more than the {most:,} allowed",
+                where="no model that is known has a tenth of them",
+                next_step="take config.json from the page that the weights come from",
             )
 
 

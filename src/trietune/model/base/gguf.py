@@ -24,10 +24,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
-from trietune.errors import UserError
+from trietune.errors import StopRequested, UserError
 from trietune.io.cache_folder import cache_folder, mark_used
 from trietune.io.causes import first_line
 from trietune.io.whole_folder import whole_folder, write_error
+from trietune.model.base.folder import MOST_LAYERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,7 +89,7 @@ def _damage_of(folder: Path) -> str | None:
     """What of a converted folder is not as it was written; None if every byte is."""
     try:
         recorded, found = _recorded(folder), _digests(folder)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"{_DIGESTS}: {first_line(error).rstrip('.')}"
     return next((name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)), None)
 
@@ -139,7 +140,9 @@ def _convert(file: Path, folder: Path) -> None:
                 **source, quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, dtype_name)
             )
             tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
+    except (UserError, StopRequested, MemoryError):
+        raise
+    except Exception as error:  # each architecture's reader raises classes of its own over odd metadata
         raise UserError(
             f"`{file}` could not be converted: {first_line(error).rstrip('.')}",
             where=f"architecture `{metadata.get('general.architecture', 'unknown')}`",
@@ -173,7 +176,9 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
         for tensor in reader.tensors:
             if len(tensor.shape) > 1:
                 kinds[tensor.tensor_type.name] += int(tensor.n_elements)
-    except (ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
+    except Exception as error:  # the reader checks nothing, and raises whatever NumPy raises
+        if isinstance(error, MemoryError):
+            raise
         raise UserError(
             f"`{file}` is damaged or only partly downloaded: {first_line(error).rstrip('.')}",
             where=f"{file.stat().st_size:,} bytes",
@@ -184,6 +189,12 @@ def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
             f"`{file}` is one of {metadata['split.count']} parts of a model",
             next_step="join them with llama.cpp's `llama-gguf-split --merge`, then give the joined file",
         )
+    for name, value in metadata.items():
+        if name.endswith((".block_count", ".expert_count")) and not (isinstance(value, int) and value <= MOST_LAYERS):
+            raise UserError(
+                f"`{file}` describes {value} parts of a network (`{name}`), more than the {MOST_LAYERS:,} allowed",
+                next_step="download it again from the page that it comes from",
+            )
     if set(kinds) == {"F32"}:
         return metadata, "float32"
     return metadata, "float16" if set(kinds) <= {"F32", "F16"} else "bfloat16"

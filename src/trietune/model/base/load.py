@@ -6,7 +6,6 @@ Weights come only from safetensors and code only from transformers: what a folde
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +23,9 @@ from transformers.utils import logging
 
 from trietune.device.device import recompute
 from trietune.device.memory import is_out_of_memory
-from trietune.errors import UserError
-from trietune.model.base.folder import ModelFolder
+from trietune.errors import StopRequested, UserError
+from trietune.io.causes import first_line
+from trietune.model.base.folder import ModelFolder, read_config
 from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized, loading_options
 
 
@@ -49,7 +49,7 @@ def load_network(
     check_config(folder)
     _check_memory(folder.path, dtype, device, load_in_4bit)
     try:
-        with quiet_library():
+        with quiet_library(), reading_config(folder):
             loaded: Any = auto_class(_model_type(folder)).from_pretrained(
                 folder.path,
                 dtype=dtype,
@@ -87,12 +87,35 @@ def auto_class(model_type: str) -> Any:
 
 
 def _model_type(folder: ModelFolder) -> str:
-    return str(json.loads((folder.path / "config.json").read_bytes())["model_type"])
+    return str(read_config(folder.path)["model_type"])
+
+
+@contextmanager
+def reading_config(folder: ModelFolder) -> Iterator[None]:
+    """Turn whatever a library raises over a folder's config.json into a `UserError` that names the file.
+
+    Each architecture reads some forty keys in code of its own, without looking at their kinds first; what that raises
+    is any class of error. Lack of memory, which is nobody's mistake, passes.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, StopRequested, SafetensorError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the configuration of `{folder.name}` describes no network that can be built: "
+            f"{type(error).__name__}: {first_line(error)[:300]}",
+            where=str(folder.path / "config.json"),
+            next_step="take config.json from the page that the weights come from; if it is from there, please report "
+            "this with the model's name",
+        ) from error
 
 
 def check_config(folder: ModelFolder) -> None:
     """Raise `UserError` unless `folder` holds a causal language model that this transformers can load as it is."""
-    raw: dict[str, Any] = json.loads((folder.path / "config.json").read_bytes())
+    raw: dict[str, Any] = read_config(folder.path)
     family = raw["model_type"]
     text = raw.get("text_config")
     both_ways = [one.get("use_bidirectional_attention") for one in (raw, text) if isinstance(one, dict)]
@@ -103,7 +126,8 @@ def check_config(folder: ModelFolder) -> None:
             next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
         )
     if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
+        asked = raw["quantization_config"]
+        method = asked.get("quant_method", "an unnamed method") if isinstance(asked, dict) else "an unnamed method"
         raise UserError(
             f"the weights of `{folder.name}` are quantized ({method}); TrieTune trains on plain weights",
             next_step="take the model that this one was made from, often the same name without the suffix",
@@ -117,8 +141,11 @@ def check_config(folder: ModelFolder) -> None:
             next_step="choose a model whose architecture transformers has, for example Gemma, Llama, Qwen or Mistral",
         )
     try:
-        AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    except ValueError:
+        with reading_config(folder):
+            AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    except UserError as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
         raise UserError(
             f"the installed transformers does not know the architecture `{family}` of `{folder.name}`",
             next_step="pip install --upgrade transformers",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
+from trietune.io.places import expand
 from trietune.model.base.folder import ModelFolder, Progress, Report, check_folder
 from trietune.model.base.gguf import convert_gguf
 from trietune.model.base.hub import fetch
@@ -41,7 +42,7 @@ def locate_model(
     """
     if model_name.lower() == DEMO_MODEL:
         return _take_gguf(sample_gguf(report), DEMO_MODEL, report)
-    place = Path(model_name).expanduser()
+    place = expand(model_name)
     if place.is_dir():
         return _take_folder(place, model_name)
     if place.suffix.lower() == ".gguf":

@@ -16,7 +16,7 @@ from trietune.model.adapter.targets import Coverage, measure_coverage
 from trietune.model.architecture import check_architecture, longest_of_one_rope, why_whole_rows
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized
-from trietune.model.base.load import auto_class, check_config
+from trietune.model.base.load import auto_class, check_config, reading_config
 from trietune.model.base.randomness import rates_in_attention, rates_of, silence_rates
 from trietune.model.states import carries_states
 from trietune.model.states.memory import with_scans
@@ -81,29 +81,32 @@ def describe_network(
             are not in it.
     """
     check_config(base)
-    config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        network = auto_class(config.model_type).from_config(config, dtype=dtype, trust_remote_code=False)
-        base_rates = rates_of(network)
-        dropped = rates_in_attention(network)
-        if not base_dropout:
-            silence_rates(network)
-        refusal = check_architecture(network)
-        on_rows = why_whole_rows(network)
-        has_states = on_rows is None and carries_states(network)
-        if base_dropout and dropped:
-            name, rate = next(iter(dropped.items()))
-            refusal = f"`base_dropout: True` keeps its dropout on attention weights (`{name}: {rate:g}`)"
-        num_embeddings = int(network.get_input_embeddings().weight.shape[0])
-        has_learnt_positions = any(
-            isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
-            for name, module in network.named_modules()
-        )
-        num_parameters = sum(p.numel() for p in network.parameters())
-        num_in_layers = sum(p.numel() for name, p in network.named_parameters() if is_quantized(name, tuple(p.shape)))
-        config = network.config.get_text_config()
-        widths = with_scans(widths_of(config, network), network)
-        peft_model = add_adapter(network, base=base, **adapter)
+    with reading_config(base):
+        config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            network = auto_class(config.model_type).from_config(config, dtype=dtype, trust_remote_code=False)
+            base_rates = rates_of(network)
+            dropped = rates_in_attention(network)
+            if not base_dropout:
+                silence_rates(network)
+            refusal = check_architecture(network)
+            on_rows = why_whole_rows(network)
+            has_states = on_rows is None and carries_states(network)
+            if base_dropout and dropped:
+                name, rate = next(iter(dropped.items()))
+                refusal = f"`base_dropout: True` keeps its dropout on attention weights (`{name}: {rate:g}`)"
+            num_embeddings = int(network.get_input_embeddings().weight.shape[0])
+            has_learnt_positions = any(
+                isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
+                for name, module in network.named_modules()
+            )
+            num_parameters = sum(p.numel() for p in network.parameters())
+            num_in_layers = sum(
+                p.numel() for name, p in network.named_parameters() if is_quantized(name, tuple(p.shape))
+            )
+            config = network.config.get_text_config()
+            widths = with_scans(widths_of(config, network), network)
+            peft_model = add_adapter(network, base=base, **adapter)
     num_trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     return NetworkShape(
         config=config,

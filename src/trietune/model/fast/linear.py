@@ -179,7 +179,8 @@ class LoraLinear(torch.autograd.Function):
         context.save_for_backward(*((rows, *kept) if kept else ()))
         context.linear = linear
         # Not as a view: some layers change it in place (Llama 4), which autograd forbids for views made here.
-        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+        shaped: Tensor = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+        return shaped
 
     @staticmethod
     def backward(context: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:

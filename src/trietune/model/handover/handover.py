@@ -26,6 +26,7 @@ from trietune.data.encoder import load_tokenizer, make_encoder
 from trietune.data.examples import Message
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
+from trietune.io.places import expand
 from trietune.io.safetensors import RawTensor, from_numpy, parse, serialize
 from trietune.io.whole_folder import whole_folder
 from trietune.model.adapter.adapter import load_adapter_files
@@ -376,7 +377,7 @@ def _write_modelfile(job: _Job, staging: Path, tokenizer: Any, *, merge: bool, n
 
 def _base_for_ollama(base: ModelFolder) -> str:
     if base.source == "gguf" and Path(base.name).suffix == ".gguf":
-        return str(Path(base.name).expanduser().resolve())
+        return str(expand(base.name).resolve())
     return str(base.path.resolve())
 
 

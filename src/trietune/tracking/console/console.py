@@ -11,6 +11,7 @@ Anywhere else (a file, a pipe, `TERM=dumb`) the same numbers come as plain lines
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -73,8 +74,9 @@ class ConsoleListener:
         clock: Callable[[], float] = time.monotonic,
         in_python: bool = False,
     ) -> None:
-        self._out = out or sys.stdout
-        self._err = err or sys.stderr
+        # None: closed before Python began.
+        self._out = out or sys.stdout or io.StringIO()
+        self._err = err or sys.stderr or io.StringIO()
         self._clock = clock
         self._progress = Progress()
         self._result = result.Result()
@@ -94,7 +96,8 @@ class ConsoleListener:
                 self._write_plan(event)
                 self._progress.start(event.first_step, event.num_steps)
             case Message():
-                self._write(f"warning: {event.text}" if event.level == "warning" else event.text, event.level)
+                text = wording.line(event.text)
+                self._write(f"warning: {text}" if event.level == "warning" else text, event.level)
             case PhaseProgress():
                 self._show_work(event)
             case ExamplesShown():
@@ -106,7 +109,7 @@ class ConsoleListener:
                 self._progress.remember_evaluation(event)
                 self._write(evaluation_line(event))
             case Saved():
-                self._write(f"{event.kind} of step {event.step:,}: {event.directory}")
+                self._write(wording.line(f"{event.kind} of step {event.step:,}: {event.directory}"))
             case Removed():
                 self._write(f"removed {event.directory.name}", "quiet")
             case RunFinished():
@@ -146,9 +149,9 @@ class ConsoleListener:
         self._write(text)
 
     def _write_plan(self, event: RunStarted) -> None:
-        self._write(f"{event.name}: {event.directory}", "strong")
+        self._write(wording.line(f"{event.name}: {event.directory}"), "strong")
         for line in columns([(f"  {name}", value) for name, value in event.plan]):
-            self._write(line)
+            self._write(wording.line(line))
 
     def _write_example(self, example: MarkedExample) -> None:
         self._write(f"example {example.id}: what the model reads, with [label tokens] in brackets", "strong")
@@ -160,7 +163,7 @@ class ConsoleListener:
     def _write_result(self, event: RunFinished) -> None:
         width = self._screen.width if self._screen else result.DEFAULT_WIDTH
         self._err.flush()
-        write_text(self._out, "\n".join(self._result.lines(event, width)) + "\n")
+        write_text(self._out, "\n".join(map(wording.line, self._result.lines(event, width))) + "\n")
 
     def _write(self, text: str, style: str = "info") -> None:
         if self._screen:

@@ -6,15 +6,16 @@ A run that is still going, was killed, or resumed from a checkpoint reads like a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from trietune.errors import UserError
+from trietune.io import strict_json
 from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.run_folders import which_run
 from trietune.tracking.events import Evaluated, Prediction
@@ -130,17 +131,95 @@ def _times(lines: Sequence[JsonMapping]) -> list[tuple[int, float]]:
 
 
 def _read_lines(path: Path) -> tuple[list[JsonObject], int]:
+    """Records of the kinds that a run writes, and how many lines are none."""
     records, num_unreadable = [], 0
     for line in path.read_bytes().splitlines():
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and _is_as_written(record):
             records.append(record)
         else:
             num_unreadable += 1
     return records, num_unreadable
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+def _is_as_written(record: JsonMapping) -> bool:
+    """Whether each value is of the kind that the run's files hold under that key; other keys hold numbers."""
+    if "event" in record and not _is_count(record.get("step")):
+        return False
+    return all(_KINDS.get(key, _is_any if "event" not in record else _is_figure)(value)
+               for key, value in record.items())  # fmt: skip
+
+
+def _is_any(value: object) -> bool:
+    return _is_text(value) or _is_figure(value) or isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and find_lone(value) is None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)  # type: ignore[arg-type]
+
+
+def _is_count_or_none(value: object) -> bool:
+    return value is None or _is_count(value)
+
+
+def _is_plan(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and len(row) == 2 and all(map(_is_text, row)) for row in value
+    )
+
+
+def _is_intervals(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_figure, pair)) for pair in value.values()
+    )
+
+
+def _is_figures(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_figure, value.values()))
+
+
+def _is_flag_or_none(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def find_lone(text: str) -> int | None:
+    """Where half a character is, which no file and no terminal takes; None if nowhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+_KINDS: Mapping[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("event", "name", "text", "level", "kind", "directory", "status", "id", "prompt", "expected",
+                     "predicted"), _is_text),
+    "when": lambda value: value in ("before", "during", "after"),
+    **dict.fromkeys(("step", "num_steps", "num_examples"), _is_count),
+    "weights_step": _is_count_or_none,
+    **dict.fromkeys(("time", "seconds", "epoch", "f1"), _is_figure),
+    "plan": _is_plan,
+    "intervals": _is_intervals,
+    "probabilities": _is_figures,
+    "summary": _is_figures,
+    "is_right": _is_flag_or_none,
+    "ids": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+}  # fmt: skip
 
 
 def _evaluations(lines: Sequence[JsonMapping]) -> list[Evaluated]:
@@ -200,16 +279,33 @@ def _without_repeats(records: Iterable[JsonObject]) -> list[JsonObject]:
 
 
 def _read_yaml(path: Path) -> JsonObject:
+    """The settings as a run writes them: without anchors, from which a few lines make gigabytes."""
+
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text())
-    except (OSError, YAMLError, UnicodeDecodeError):
+        text = _bytes_of(path).decode()
+        if any(getattr(event, "anchor", None) is not None for event in YAML(typ="safe", pure=True).parse(text)):
+            return {}
+        content = YAML(typ="safe", pure=True).load(text)
+    except (OSError, YAMLError, ValueError, RecursionError, TypeError, AttributeError, KeyError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if _is_clean(content) and all(isinstance(key, str) for key in content) else {}
 
 
 def _read_json(path: Path) -> JsonObject:
     try:
-        content = json.loads(path.read_bytes())
+        content = strict_json.parse(_bytes_of(path))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if _is_clean(content) else {}
+
+
+def _is_clean(content: object) -> bool:
+    """Whether it is an object without half a character, which no page can hold."""
+    return isinstance(content, dict) and find_lone(json.dumps(content, ensure_ascii=False, default=str)) is None
+
+
+def _bytes_of(path: Path) -> bytes:
+    """Of a plain file of a size that a run writes; a pipe would wait for ever."""
+    if not path.is_file() or path.stat().st_size > strict_json.MAX_BYTES:
+        raise FileNotFoundError(path)
+    return path.read_bytes()

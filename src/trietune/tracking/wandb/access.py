@@ -69,7 +69,7 @@ def has_login(environ: Mapping[str, str], settings: Mapping[str, str], url: str)
         return True
     if settings.get("api_key") or settings.get("identity_token_file"):
         return True
-    home = Path(environ.get("HOME") or environ.get("USERPROFILE") or Path.home())
+    home = Path(environ.get("HOME") or environ.get("USERPROFILE") or os.path.expanduser("~"))  # noqa: PTH111
     candidates = [environ["NETRC"]] if environ.get("NETRC") else [home / ".netrc", home / "_netrc"]
     for path in candidates:
         try:
@@ -120,7 +120,7 @@ def _ask(url: str, timeout_s: float) -> str | None:
 
 def _read_settings(environ: Mapping[str, str], working_directory: Path) -> dict[str, str]:
     """W&B's own settings files, the user's first, the working directory's over it; unreadable ones count as empty."""
-    home = Path(environ.get("HOME") or environ.get("USERPROFILE") or Path.home())
+    home = Path(environ.get("HOME") or environ.get("USERPROFILE") or os.path.expanduser("~"))  # noqa: PTH111
     folder = Path(environ.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
     found: dict[str, str] = {}
     for path in (folder / "settings", working_directory / "wandb" / "settings"):

@@ -304,7 +304,7 @@ def find_run_id(directory: Path, environ: Mapping[str, str]) -> str:
     """The W&B id of the run in `directory`: the one that it had before, so that a resume continues its curves."""
     try:
         return str(json.loads((directory / RUN_FILE).read_text())["id"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         letters = string.ascii_lowercase + string.digits
         return environ.get("WANDB_RUN_ID") or "".join(secrets.choice(letters) for _ in range(8))
 

@@ -1,6 +1,6 @@
 """A step of models whose layers carry a state, next to the strongest ordinary loop on padded rows.
 
-    python benchmarks/states.py [qwen3.5] [lfm2] [--work squad chat] [--rounds 2] [--out FOLDER]
+    python benchmarks/state_layers.py [qwen3.5] [lfm2] [--work squad chat] [--rounds 2] [--out FOLDER]
 
 What: seconds and memory of forward and backward of one step, of random weights in the shapes of Qwen 3.5 0.8B (Gated
 DeltaNet, attention with gates) and LFM2 350M (short convolutions), a few layers of each; all linear layers carry

@@ -1,0 +1,107 @@
+"""Rows that once ended a run as a bug of ours: each is said with its place, with exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_model import write_tiny_model
+from trietune.config import load_config
+from trietune.data.encoder import load_tokenizer
+from trietune.data.load import load_data
+from trietune.errors import UserError
+
+HUGE = 10**400
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_tokenizer(write_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def load(path: Path, tokenizer: Any, **keys: Any) -> Any:
+    settings = load_config(overrides={"train_file": str(path), "max_length": 64, **keys}, environ={})
+    return load_data(
+        settings,
+        tokenizer,
+        cache_folder=path.parent / "cache",
+        report=lambda text: None,
+        progress=lambda phase, done, total: None,
+        check_stop=lambda: None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "reason"),
+    [
+        ({"sentence": "a", "label": [1]}, {"dataset_id": "sst2"}, "label is a list"),
+        ({"sentence": "a", "label": {"x": 1}}, {"dataset_id": "sst2"}, "label is a dict"),
+        ({"prompt": "a", "completion": "b", "weight": HUGE}, {}, "not a number"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": HUGE}]},
+            {},
+            "not a number",
+        ),
+        ({"prompt": "a", "chosen": "\ud83d", "rejected": "b"}, {"objective": "dpo"}, "half a character"),
+        ({"prompt": "\ud83d", "chosen": "a", "rejected": "b"}, {"objective": "dpo"}, "half a character"),
+        ({"prompt": "a", "completions": ["a", "b"], "scores": [HUGE, 1]}, {"objective": "dpo"}, "list of numbers"),
+    ],
+)
+def test_a_row_of_another_kind_is_named(
+    row: dict[str, Any], keys: dict[str, Any], reason: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    good = json.loads(json.dumps(row).replace("\\ud83d", "c").replace(str(HUGE), "2"))
+    if "sentence" in good:
+        good["label"] = 1
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(one) + "\n" for one in (good, row)))
+    with pytest.raises(UserError) as refused:
+        load(rows, tokenizer, **keys)
+    assert refused.value.exit_code == 2
+    assert reason in str(refused.value)
+    assert "rows.jsonl:2" in str(refused.value)
+
+
+def test_a_parquet_file_with_a_damaged_page_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"prompt": [f"text {number}" for number in range(500)], "completion": ["a", "b"] * 250})
+    pq.write_table(table, path, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[40:80] = bytes(40)
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="not a parquet file that can be read") as refused:
+        load(path, tokenizer)
+    assert "rows.parquet" in str(refused.value.where)
+
+
+def test_a_parquet_object_with_a_field_twice_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    twice = pa.StructArray.from_arrays([pa.array(["a", "b"]), pa.array(["c", "d"])], names=["z", "z"])
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"], "completion": ["a", "b"], "more": twice}), path)
+    with pytest.raises(UserError, match=r"rows\.parquet"):
+        load(path, tokenizer)
+
+
+def test_fifty_thousand_columns_are_looked_through_once(tokenizer: Any, tmp_path: Path) -> None:
+    class Counted(str):
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Counted.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    from trietune.data.table_files import _check_columns
+
+    _check_columns([Counted(f"c{number}") for number in range(20_000)], tmp_path / "rows.csv")
+    assert Counted.compared < 200_000
