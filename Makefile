@@ -31,7 +31,7 @@ test-slow: $(READY)  ## the suites that `make test` leaves out: the fault matrix
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3000
 
 test-families: $(READY)  ## every causal type of transformers, small and random, on tries, padded, and in a plain loop (hours)
-	$(BIN)/python tests/causal_types/try_types.py tests/causal_types/table.jsonl
+	$(BIN)/python tests/causal_types/try_types.py
 
 test-all: test test-slow test-xla  ## every test that this machine can run
 

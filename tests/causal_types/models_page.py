@@ -14,13 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from causal_types.try_types import read_table
 
+# Types that this version builds as causal language models.
+NUM_TYPES = {"5.22.2": 183}
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 HEAD = """\
 # Models
 
-Which families train, and how. Every model type that transformers {transformers} builds as a causal language model was
-made small and random, and its gradients on a trie were compared with those of a plain loop of transformers and PEFT, a
+Which families train, and how. Model types that transformers {transformers} builds as causal language models were made
+small and random, and their gradients on a trie were compared with those of a plain loop of transformers and PEFT, a
 row at a time. Your own model: `trietune doctor MODEL` says the same of one model, from its `config.json` alone.
 
 {summary}
@@ -36,10 +38,12 @@ How a trie is computed, the first way that the self-check proves for every layer
 | whole rows | the network runs on whole rows; projections, norms, MLPs and experts run once a node |
 | refused | with the reason, and what to do instead |
 
-`bf16` is the same in bfloat16: proven, and no further from the fp32 loop than rounding explains. `heads` is another
-number of key and value heads. `caught` are mistakes that were made on purpose, each of which the self-check noticed:
+Empty columns were not tried yet. `bf16` is the same in bfloat16: proven, and no further from the fp32 loop than
+rounding explains. `heads` is another number of key and value heads. `unsettled` is further from the loop in fp32 than
+others, on padded rows by the same amount, and was not yet computed in fp64.
+`caught` are mistakes that were made on purpose, each of which the self-check noticed:
 a broken (m)ask, broken (p)ositions, a dropped (w)indow, (r)otation of layers that do not rotate; those that a family
-cannot make are left out. `as decoder` means `is_decoder: true` in the model's configuration, without which such a
+cannot make are left out. `as decoder` means that the model's configuration says `"is_decoder": true`, without which such a
 model sees the tokens that come.
 
 """
@@ -61,6 +65,14 @@ The installed transformers did not build a small one of these.
 
 """
 
+NEXT = """\
+
+## Next
+
+`trietune doctor MODEL` for yours ([commands](commands.md#doctor)). What the self-check compares:
+[batches and speed](batches.md#is-it-the-same).
+"""
+
 
 def page_of(rows: list[dict[str, Any]]) -> str:
     """The page, in Markdown."""
@@ -77,16 +89,16 @@ def page_of(rows: list[dict[str, Any]]) -> str:
         page += "".join(f"| `{row['type']}` | {_cell(row['trie']['said'])} | {_advice(row)} |\n" for row in refused)
     if lost := [row for row in rows if row["built"]["status"] != "built"]:
         page += NOT_BUILT + ", ".join(f"`{row['type']}`" for row in lost) + ".\n"
-    return page
+    return page + NEXT
 
 
 def _summary(text: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     ways = Counter(_way(row) for row in text)
-    total = len([row for row in rows if not row.get("is_multimodal")])
-    lines = [f"| {total} types of text | number |", "|---|---|"]
+    total = NUM_TYPES[rows[0]["transformers"]]
+    lines = [f"| {total} types | number |", "|---|---|"]
     lines += [f"| {way} | {number} |" for way, number in ways.most_common()]
     if total > len(text):
-        lines.append(f"| not tried | {total - len(text)} |")
+        lines.append(f"| not tried yet, or not built | {total - len(text)} |")
     return "\n".join(lines)
 
 

@@ -99,7 +99,7 @@ def test_an_architecture_of_the_future(folder: Path) -> None:
 
 def test_no_causal_language_model(folder: Path) -> None:
     _change_config(folder, model_type="t5")
-    assert "is not a causal language model: model_type `t5`" in _error(folder)
+    assert "is not a model that generates text: transformers has no such class for `t5`" in _error(folder)
 
 
 def test_a_model_that_sees_what_comes_is_no_causal_one(folder: Path) -> None:
