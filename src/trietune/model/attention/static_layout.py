@@ -28,7 +28,7 @@ class StaticLayout:
         self._forest = forest
         self._num_rows = num_rows
         self._deepest = deepest
-        self._to_device = place
+        self._to_device = to_device
         self._masks: dict[int | None, Tensor] = {}
 
     def mask(self, window: int | None) -> Tensor:
