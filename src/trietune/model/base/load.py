@@ -28,6 +28,8 @@ from trietune.io.causes import first_line
 from trietune.model.base.folder import ModelFolder, read_config
 from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized, loading_options
 
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def load_network(
     folder: ModelFolder,
@@ -46,6 +48,8 @@ def load_network(
         UserError: needs code of its own, is not a causal language model, is quantized, lacks weights, is damaged, does
             not fit into memory.
     """
+    if dtype not in SUPPORTED_DTYPES:
+        raise UserError(f"a base model cannot be held in {dtype}", next_step="dtype: bfloat16   (or float32)")
     check_config(folder)
     _check_memory(folder.path, dtype, device, load_in_4bit)
     try:
