@@ -87,7 +87,7 @@ def test_evaluate_predict_export_and_report_work_on_a_run(
     assert answer["label"] in ("positive", "negative")
     assert sum(answer["probabilities"].values()) == pytest.approx(1)
     texts = tmp_path / "texts.txt"
-    texts.write_text("a fine plot\n\nbad music\n")
+    texts.write_text("a fine plot\nbad music\n")
     assert main(["predict", str(finished), "--input", str(texts), "--output", str(tmp_path / "answers.jsonl")]) == 0
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-import trietune.device
 from model.flash_on_cpu import flash_on_cpu
 from model.flex_on_cpu import flex_on_cpu
 from run.test_out_of_memory_run import narrow as narrow  # a fixture
@@ -52,7 +51,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with ExitStack() as stack:
 
         def install(device: Device) -> list[dict[str, Any]]:
-            monkeypatch.setattr(trietune.device, "choose_device", lambda *args, **options: device)
+            monkeypatch.setattr("trietune.run.opening.choose_device", lambda *args, **options: device)
             stack.enter_context(flex_on_cpu())
             return stack.enter_context(flash_on_cpu())
 
@@ -114,7 +113,7 @@ def test_fp16_scales_the_loss_and_keeps_the_scale(wide: dict[str, object], card:
     settings = {**wide, "dtype": "float16", "save_optim": True}
     whole, recorder = run({**settings, "wandb_run_name": "whole"})
     assert plan_of(recorder)["device"] == "NVIDIA stand-in, base in float16, with a scaled loss"
-    assert plan_of(recorder)["attention"].startswith("flex, not varlen: its kernel needs compute capability 8.0")
+    assert plan_of(recorder)["attention"].startswith("flex, not varlen: it needs compute capability 8.0")
     assert recorder.losses == pytest.approx(expected, rel=FP16_TOLERANCE)
     state = json.loads((whole.directory / "checkpoints" / "step-00000003" / "trainer_state.json").read_text())
     assert state["loss_scale"]["scale"] >= 1
@@ -160,7 +159,7 @@ def test_a_way_that_does_not_take_the_model_is_refused(overrides: dict[str, obje
     assert refused.value.what == (
         "`attention: varlen` does not run here: it supports head sizes that are multiples of 8 up to 256, not 12"
     )
-    assert refused.value.next_step == "`--set attention=auto`, which uses `rows` on this device"
+    assert refused.value.next_step == '`"attention=auto"` among the overrides, which uses `rows` on this device'
 
 
 def test_a_checkpoint_of_the_card_goes_on_on_the_cpu_and_back(wide: dict[str, object], card: Any) -> None:
@@ -170,7 +169,7 @@ def test_a_checkpoint_of_the_card_goes_on_on_the_cpu_and_back(wide: dict[str, ob
     run({**settings, "max_steps": 1})
     again = {**settings, "resume_from_checkpoint": True}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trietune.device, "choose_device", lambda *args, **options: describe(H100))
+        patch.setattr("trietune.run.opening.choose_device", lambda *args, **options: describe(H100))
         with flex_on_cpu():
             run({**again, "max_steps": 3}, allowed_changes=frozenset({"max_steps", "device"}))
     finished, _ = run(again, allowed_changes=frozenset({"max_steps", "device"}))

@@ -345,7 +345,7 @@ def test_a_device_of_static_shapes_learns_the_same(
     settings = {**(overrides if objective == "rank" else preferences), "objective": objective, "learning_rate": 1e-3}
     plain, _ = run({**settings, "wandb_run_name": "plain"})
     for num_rows in (1, 2):
-        monkeypatch.setattr("trietune.device.choose_device", lambda *_, n=num_rows, **__: static_cpu(num_rows=n))
+        monkeypatch.setattr("trietune.run.opening.choose_device", lambda *_, n=num_rows, **__: static_cpu(num_rows=n))
         static, recorder = run({**settings, "wandb_run_name": f"static-{num_rows}"})
         assert largest_difference(adapter_of(plain), adapter_of(static)) < 1e-4
         assert recorder.of(StepFinished)[-1].metrics["train/loss"] is not None

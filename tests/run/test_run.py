@@ -144,7 +144,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(overrides: dict[str, object
 
 def with_free_memory(monkeypatch: pytest.MonkeyPatch, *, packs: bool, max_positions: int) -> None:
     monkeypatch.setattr("trietune.model.assemble.PACKED_SHARE", 0.3 if packs else 0.0)
-    monkeypatch.setattr("trietune.device.micro_batch_bound", lambda free, each: max_positions)
+    monkeypatch.setattr("trietune.run.planning.micro_batch_bound", lambda free, each: max_positions)
 
 
 def test_a_resume_cuts_and_packs_as_before_whatever_memory_is_free(

@@ -33,7 +33,7 @@ def static_cpu(**changes: Any) -> Device:
 
 @pytest.fixture
 def static(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trietune.device.choose_device", lambda *_, **__: static_cpu())
+    monkeypatch.setattr("trietune.run.opening.choose_device", lambda *_, **__: static_cpu())
 
 
 def adapter_of(run: Path) -> dict[str, np.ndarray]:
@@ -53,7 +53,7 @@ def test_a_static_run_learns_the_same(
 ) -> None:
     changed = {**overrides, "steps_freq": 3, "max_steps": 8, "val_steps_freq": 5}
     plain = train(load_config(None, {**changed, "wandb_run_name": "plain"}))
-    monkeypatch.setattr("trietune.device.choose_device", lambda *_, **__: static_cpu(num_rows=num_rows))
+    monkeypatch.setattr("trietune.run.opening.choose_device", lambda *_, **__: static_cpu(num_rows=num_rows))
     static = train(load_config(None, {**changed, "wandb_run_name": "static"}))
     assert difference(static.directory, plain.directory) < TOLERANCE
     for name in plain.after:
@@ -78,7 +78,7 @@ def test_answers_come_without_a_cache(
     }  # fmt: skip
     run = train(load_config(None, {**changed, "wandb_run_name": "questions"}))
     plain = evaluate(run.directory, overrides={"eval_batch_size": 4})
-    monkeypatch.setattr("trietune.device.choose_device", lambda *_, **__: static_cpu())
+    monkeypatch.setattr("trietune.run.opening.choose_device", lambda *_, **__: static_cpu())
     static = evaluate(run.directory, overrides={"eval_batch_size": 4})
     assert [p.text for p in static.predictions] == [p.text for p in plain.predictions]
     for name, value in plain.metrics.items():

@@ -27,10 +27,13 @@ class FlatAdamW(torch.optim.AdamW):
 
     A parameter that gets no gradient in a step counts as one whose gradient is zero. `state_dict` and `load_state_dict`
     speak of single parameters, as PyTorch's own do.
+
+    Attributes:
+        shapes: of the single parameters, in their order.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], **options: Any) -> None:
-        self._shapes = [parameter.shape for parameter in parameters]
+        self.shapes = [parameter.shape for parameter in parameters]
         whole = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
         whole.grad = torch.zeros_like(whole)
         super().__init__([whole], **options)
@@ -45,7 +48,7 @@ class FlatAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> JsonObject:
         whole = super().state_dict()
-        count = len(self._shapes)
+        count = len(self.shapes)
         state: dict[int, JsonObject] = {}
         for key, value in whole["state"].get(0, {}).items():
             is_alike = isinstance(value, Tensor) and value.shape == self._whole.shape
@@ -61,7 +64,7 @@ class FlatAdamW(torch.optim.AdamW):
         Raises:
             ValueError: the parameters have taken different numbers of steps, or their states have other shapes.
         """
-        state, count = state_dict["state"], len(self._shapes)
+        state, count = state_dict["state"], len(self.shapes)
         joined = {}
         if state:
             each = [state[index] for index in range(count)]
@@ -72,13 +75,13 @@ class FlatAdamW(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "state": joined, "param_groups": groups})
 
     def _split(self, whole: Tensor) -> list[Tensor]:
-        pieces = whole.split_with_sizes([shape.numel() for shape in self._shapes])
-        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+        pieces = whole.split_with_sizes([shape.numel() for shape in self.shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
     def _join(self, pieces: Sequence[Any]) -> Any:
         if not isinstance(pieces[0], Tensor) or pieces[0].ndim == 0:
             return pieces[0]
-        if [piece.shape for piece in pieces] != self._shapes:
+        if [piece.shape for piece in pieces] != self.shapes:
             raise ValueError("the optimizer's state is of parameters with other shapes")
         return torch.cat([piece.reshape(-1) for piece in pieces])
 

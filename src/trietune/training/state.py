@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trietune.io.json_types import JsonObject
+from trietune.training.flat_adamw import FlatAdamW
 
 _NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "step")
 _KEYS_OF = {name: {"exp_avg", "exp_avg_sq"} for name in ("Adam", "AdamW", "FlatAdamW")}
@@ -52,7 +53,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, Tensor]
 
 def _check_fits(optimizer: torch.optim.Optimizer, state: dict[int, JsonObject]) -> None:
     """Raise ValueError unless each parameter has the same values, each a number or as large as the parameter."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, FlatAdamW):
+        shapes = optimizer.shapes
+    else:
+        shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     keys = set(state[0]) if state else set()
     for index, values in state.items():
         if set(values) != keys:
@@ -62,10 +66,10 @@ def _check_fits(optimizer: torch.optim.Optimizer, state: dict[int, JsonObject]) 
                 if not math.isfinite(value):
                     raise ValueError(f"`state.{index}.{key}` is {value}")
                 continue
-            if not value.is_floating_point() or (value.ndim and value.shape != parameters[index].shape):
+            if not value.is_floating_point() or (value.ndim and value.shape != shapes[index]):
                 raise ValueError(
                     f"`state.{index}.{key}` holds {value.dtype} {list(value.shape)}, its parameter "
-                    f"{list(parameters[index].shape)}"
+                    f"{list(shapes[index])}"
                 )
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"`state.{index}.{key}` holds what is no finite number")
