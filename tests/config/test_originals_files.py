@@ -98,7 +98,8 @@ def test_own_defaults_are_what_init_writes(kind: TemplateKind, shown: str) -> No
 )  # fmt: skip
 def test_a_run_is_named_after_its_file(source: str, name: str) -> None:
     assert run_name_from(source) == name
-    assert load_config(None, {"train_file": source}, {}).wandb_run_name == name
+    if "\n" not in source:  # which no key takes
+        assert load_config(None, {"train_file": source}, {}).wandb_run_name == name
 
 
 def test_the_originals_command_keeps_the_originals_defaults(

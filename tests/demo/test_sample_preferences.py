@@ -45,7 +45,9 @@ def test_a_preference_objective_alone_runs_on_the_sample_preferences(
 
 def test_data_that_is_named_stays_what_is_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--set", "objective=dpo", "--set", "train_file=mine.jsonl", "--show-config"]) == 0
-    assert 'dataset_id: "demo/film_reviews"' in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert 'train_file: "mine.jsonl"' in shown
+    assert "demo/preferences" not in shown
 
 
 def test_ranking_stays_with_the_film_reviews(capsys: pytest.CaptureFixture[str]) -> None:

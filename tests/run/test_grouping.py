@@ -32,7 +32,7 @@ def sorts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(batch_size)
         return find(sequences, batch_size=batch_size)
 
-    monkeypatch.setattr(groups_module, "find_prefix_groups", count)
+    monkeypatch.setattr(grouping, "find_prefix_groups", count)
     return found
 
 

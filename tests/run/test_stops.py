@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from trietune import load_config, train
+from trietune import load_config
 from trietune.device.cpu import resident_bytes
 from trietune.errors import StopRequested
 from trietune.io.directory import verify_directory
 from trietune.run.result import Run
 from trietune.run.signals import process_age_s
+from trietune.run.train import train
 from trietune.tracking.events import Event, StepFinished
 from trietune.tracking.tracker import Tracker
 

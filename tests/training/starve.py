@@ -81,7 +81,7 @@ def train(sequences: Any, headroom: int | None) -> tuple[torch.Tensor, list[Step
     recognize, gradients.is_out_of_memory = gradients.is_out_of_memory, listen
     sampler = Sampler(len(sequences), batch_size=BATCH_SIZE, seed=0)
     steps = []
-    for step in loop.train(
+    for step in loop.training_steps(
         model,
         torch.optim.AdamW(parameters, lr=1e-2),
         sampler,

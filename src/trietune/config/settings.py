@@ -536,7 +536,7 @@ class Settings(BaseModel):
     """Whether a resume reads `remote_path`, so that an empty machine can resume."""
 
     push_to_hub: Annotated[NonEmpty | None, AfterValidator(_check_repository)] = None
-    """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to, in one commit with its card and
+    """Repository of the hub, `OWNER/NAME`, that the final adapter is uploaded to. One commit holds it with its card and
     prompt format; a repository that does not exist yet is private."""
 
     # Devices
