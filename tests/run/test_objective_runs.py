@@ -201,7 +201,7 @@ def test_an_adapter_of_another_rank_is_refused_with_what_to_write(
 
 
 def test_ranking_trains_what_evaluation_measures(overrides: dict[str, object]) -> None:
-    _, recorder = run({**overrides, "objective": "rank", "max_steps": 16, "num_epochs": 3})
+    _, recorder = run({**overrides, "objective": "rank", "max_steps": 16, "num_epochs": 3, "learning_rate": 5e-3})
     seen = evaluations(recorder)
     assert seen["after"].metrics["eval/accuracy"] > seen["before"].metrics["eval/accuracy"]
     steps = recorder.of(StepFinished)

@@ -51,7 +51,9 @@ class CommandWithKeys(TyperCommand):
 
     def get_params(self, ctx: Context) -> list[Parameter]:
         """The command's own parameters, and an option for each key."""
-        return [*super().get_params(ctx), *_key_options(takes_data=self.name in TRAINS)]
+        own = super().get_params(ctx)
+        taken = {name for param in own for name in param.opts}
+        return [*own, *(key for key in _key_options(takes_data=self.name in TRAINS) if not taken & {*key.opts})]
 
 
 def keys_as_set(args: Sequence[str], own: dict[str, int], *, command: str) -> list[str]:
