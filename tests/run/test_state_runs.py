@@ -23,7 +23,8 @@ from trietune.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 # Adapters after three steps in fp32.
-SAME_ADAPTER = 1e-4
+# After AdamW, whose first steps divide by small moments: rounding of 1e-7 in a gradient is more in a weight.
+SAME_ADAPTER = 1e-3
 
 
 class Heard:
