@@ -73,6 +73,8 @@ def test_a_value_that_is_no_folders_name_gets_a_digest_that_stays(overrides: dic
         (["project_dir=a,b"], "where a run lies"),
         (["wandb_run_name=a,b"], "where a run lies"),
         (["lora_r=2,minus"], "trial `lora_r=minus`"),
+        (["learning_rate=1e-3,2e-3,0.001"], "trials `learning_rate=1e-3` and `learning_rate=0.001` have the same"),
+        (["=1,2"], "has no key"),
         (["lora_rr=2,4"], "lora_rr"),
     ],
 )
