@@ -114,7 +114,7 @@ class Processes:
                     env={**environment_of(number, self.count, port), **self._beginning()},
                     # Ctrl-C reaches only this process, which passes it on.
                     start_new_session=True,
-                    preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                    preexec_fn=end_with_parent if sys.platform == "linux" else None,
                 )
             )
 
@@ -250,6 +250,6 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies, so that no process trains on unattended."""
+def end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies, so that no process trains on unattended; Linux only."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
