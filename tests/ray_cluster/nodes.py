@@ -50,8 +50,9 @@ def lose(cluster: Cluster, node: Node) -> None:
 def main() -> int:
     metrics, lose_at, command = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     memory = 80 * 2**20
-    # The command connects to the node of its own address, the head, and so outlives the one that is lost.
-    head = {"num_cpus": 0, "object_store_memory": memory, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+    # The command connects to the node of its own address, the head, and so outlives the one that is lost. Not
+    # 127.0.0.1: Ray takes the machine's address where it is asked to connect to that.
+    head = {"num_cpus": 0, "object_store_memory": memory, "include_dashboard": False}
     cluster = started(lambda: Cluster(initialize_head=True, head_node_args={**head, **ports()}))
 
     def add(address: str) -> Node:
