@@ -70,10 +70,12 @@ def launch(
         if was_stopped or not is_lost:
             return end.code if end.code >= 0 else 128 - end.code
         if attempt == restarts:
-            say(
-                "next:  the same command with `--resume` resumes from the newest whole checkpoint, with any number of "
-                "processes"
-            )
+            # A messenger has said what comes next, too.
+            if end.code < 0:
+                say(
+                    "next:  the same command with `--resume` resumes from the newest whole checkpoint, with any number "
+                    "of processes"
+                )
             return EXIT_RANK_LOST
         attempt += 1
         say(f"starting again from the newest whole checkpoint ({attempt} of {restarts})")
