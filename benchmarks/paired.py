@@ -98,7 +98,7 @@ def train_once(
                 "dataset_id": "sst2",
                 "train_file": str(train_file),
                 "validation_file": str(validation_file),
-                key: value,
+                key: read_value(value),
                 "max_length": MAX_LENGTH["sst2"],
                 "max_train_examples": options.examples,
                 "batch_size": options.batch_size,
@@ -127,6 +127,14 @@ def train_once(
             "after": dict(run.after),
             "seconds": time.perf_counter() - began,
         }
+
+
+def read_value(text: str) -> object:
+    """`true`, `false` and numbers as a YAML file would hold them, and everything else as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def compare(results: Sequence[dict[str, Any]], learning_rate: float, values: Sequence[str]) -> dict[str, Any]:
