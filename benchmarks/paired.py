@@ -84,7 +84,7 @@ def train_once(
         options,
         folder,
         "sst2",
-        {key: value, "batch_size": options.batch_size, "learning_rate": learning_rate, "seed": seed},
+        {key: read_value(value), "batch_size": options.batch_size, "learning_rate": learning_rate, "seed": seed},
     )
     return {
         "kind": "paired",
@@ -97,6 +97,14 @@ def train_once(
         "after": dict(run.after),
         "seconds": seconds,
     }
+
+
+def read_value(text: str) -> object:
+    """`true`, `false` and numbers as a YAML file would hold them, and everything else as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def compare(results: Sequence[dict[str, Any]], learning_rate: float, values: Sequence[str]) -> dict[str, Any]:
