@@ -65,6 +65,7 @@ class _Reader:
     first: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
+    are_files: list[bool] = field(default_factory=list)
     num_positional: int = 0
 
     def read(self) -> None:
@@ -147,10 +148,13 @@ class _Reader:
         is_file = path.exists() or bool(looks_like_one) or any(glob.iglob(str(path)))  # noqa: PTH207
         key, other = ("train_file", "dataset_id") if is_file else ("dataset_id", "train_file")
         self.data.append(value)
-        if is_file and len(self.data) > 1:
-            value = f"[{', '.join(_quoted(one) for one in self.data)}]"
-        self.first += [f"{other}=null", "validation_file=null"]
-        self.overrides.append(f"{key}={value}")
+        self.are_files.append(is_file)
+        self.first += [f"{other}=null", "validation_file=null", "data_shares=null"]
+        if len(set(self.are_files)) > 1:
+            # Beside a data set of the hub, files are data sets, too.
+            key = "dataset_id"
+            self.overrides.append("train_file=null")
+        self.overrides.append(f"{key}={as_value(self.data)}")
 
     def _assignment(self, word: str) -> str | None:
         """`KEY=VALUE`; None for other words: a file, or a text to ask."""
@@ -186,7 +190,9 @@ def key_options(*, takes_data: bool) -> list[Parameter]:
     short: list[tuple[list[str], str]] = [(["-c", "--config"], "YAML file whose keys are set, as if each were typed.")]
     if takes_data:
         short.append((["--model"], "Base model: `model_name`."))
-        short.append((["--data"], "Training data: `train_file` if there is such a file, else `dataset_id`."))
+        short.append(
+            (["--data"], "Training data: `train_file` if there is such a file, else `dataset_id`; may be repeated.")
+        )
     maybe_text, heading = Optional[str], "Keys, in short"  # noqa: UP045
     parameters = [_parameter(names[-1][2:], names, maybe_text, text, heading, ()) for names, text in short]
     for title, keys in groups().items():
@@ -255,5 +261,6 @@ def _dashed(key: str) -> str:
     return key.replace("_", "-")
 
 
-def _quoted(text: str) -> str:
-    return write_value(text)
+def as_value(several: Sequence[str]) -> str:
+    """What stands behind `KEY=` for one text, as it is, or for several, as a list."""
+    return several[0] if len(several) == 1 else f"[{', '.join(map(write_value, several))}]"

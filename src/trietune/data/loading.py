@@ -27,7 +27,7 @@ from trietune.data.preferences import AnswerForm
 from trietune.data.read_row import LengthRules
 from trietune.data.rows import Rows
 from trietune.data.sources import Sources
-from trietune.data.templates import PromptFormat, find_columns, split_template
+from trietune.data.templates import PromptFormat, find_columns, plain_fields, split_template
 from trietune.data.weights import Weighting
 from trietune.errors import StopRequested, UserError
 from trietune.io.json_types import JsonObject
@@ -186,7 +186,7 @@ def _deciding_fields(words: RowFormat | PromptFormat) -> JsonObject:
     Names of columns do only where templates mean others than they meant when only identifiers were columns; a
     checkpoint of that time then resumes with the same fingerprint.
     """
-    fields = asdict(words)
+    fields = plain_fields(words) if isinstance(words, PromptFormat) else asdict(words)
     columns = fields.pop("template_columns")
     if not fields.get("system_prompt"):  # as it was before there was one
         fields.pop("system_prompt", None)
