@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hosts.conftest import Hosts
@@ -103,20 +104,22 @@ def test_a_cut_cable_is_said_on_both_ends_and_the_run_goes_on(
                 if one.errors():
                     said.setdefault(number, time.monotonic() - began)
             time.sleep(0.2)
-        # torchrun gives up its own store later, where that was cut off.
-        ended = [process.wait(LIMIT_S) for process in processes]
-        took = time.monotonic() - began
+        code = processes[0].wait(LIMIT_S)
+        # On the other machine torchrun waits for the store that it was cut off from for minutes; our process has gone.
+        left = psutil.Process(processes[1].pid).children(recursive=True) if processes[1].poll() is None else []
+        left = [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
     finally:
         kill(processes)
     with capfd.disabled():
-        print(f"\na cut cable: said after {said} s, by machine; torchrun has ended on both after {took:.0f} s")
+        print(f"\na cut cable: said after {said} s, by machine")
         print("".join(line for one in told for line in one.errors()))
     assert len(said) == 2, [one.lines for one in told]
     for one in told:
         assert any(
             part in one.errors()[0] for part in ("has not been heard of", "is cut off", "connection to another")
         ), one.lines
-    assert all(ended)
+    assert code
+    assert not left
     newest = max(int(path.name.partition("-")[2]) for path in (run / "checkpoints").glob("step-*"))
     assert main(["verify", str(run)]) == 0
     given = [f"--set={key}={value}" for key, value in settings.items() if key != "max_steps"]
