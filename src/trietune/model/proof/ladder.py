@@ -578,6 +578,8 @@ class _Prover:
                         decoder(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
                         for row in by_itself
                     ]
+        except RAISED_BY_MODELS as error:
+            raise self._failure(f"computed as a whole, its decoder {describe_error(error)}") from error
         finally:
             precise.restore()
         found, theirs = ours[rows.is_real].double(), torch.cat([x.last_hidden_state[0] for x in alone]).double()
