@@ -40,7 +40,8 @@ How a trie is computed, the first way that the self-check proves for every layer
 
 Empty columns were not tried yet. `bf16` is the same in bfloat16: proven, and no further from the fp32 loop than
 rounding explains. `heads` is another number of key and value heads. `unsettled` is further from the loop in fp32 than
-others, on padded rows by the same amount, and was not yet computed in fp64.
+others, on padded rows by the same amount, and was not yet computed in fp64. `WRONG` trains with other gradients than
+the loop's, and the self-check does not see it yet: do not use it.
 `caught` are mistakes that were made on purpose, each of which the self-check noticed: a broken (m)ask, broken
 (p)ositions, a dropped (w)indow, (r)otation of layers that do not rotate; those that a family cannot make are left out.
 `as decoder` means that the model's configuration says `"is_decoder": true`, without which such a model sees the tokens

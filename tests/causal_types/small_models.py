@@ -70,7 +70,6 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "xlnet": {"d_head": 8},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
-    "qwen4_exp_text": {"num_key_value_heads": 2, "num_attention_heads": 4},
     "dots1": {"moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1},
     "zamba2": {
         "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1, "mamba_d_state": 8, "attention_hidden_size": 64,
@@ -81,8 +80,27 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "kimi_linear": _MLA | {"linear_attn_config": {"head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4}},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zamba": {
+        "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 64, "attention_head_dim": 16,
+    },
+    # What its default configuration lacks, or what is too large by default.
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 256,
+        "indexer_compress_ratio": 4, "num_key_value_heads": 2,
+    },
+    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5,
+        },
+    },
     "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
-
     "xmod": {"default_language": "en_XX"},
     "ministral": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},

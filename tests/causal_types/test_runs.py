@@ -26,8 +26,8 @@ pytestmark = [
 ]
 
 EXACT = [row["type"] for row in read_table() if row.get("trie", {}).get("status") == "exact"]
-# Fused nodes with a window, experts in one parameter, whole rows; the other types take `make test-families`.
-IN_SHORT = ("gemma2", "mixtral", "gpt2")
+# Fused nodes with a window, experts in one parameter, whole rows, no heads; the rest takes `make test-families`.
+IN_SHORT = ("gemma2", "mixtral", "gpt2", "mamba")
 
 
 def model_folder(model_type: str, folder: Path) -> Path:

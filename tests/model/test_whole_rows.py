@@ -178,11 +178,17 @@ def test_a_network_that_mixes_outside_of_its_layers_is_compared_with_each_row_by
             output.last_hidden_state = output.last_hidden_state + 0.1 * output.last_hidden_state.mean(0, keepdim=True)
         return output
 
-    monkeypatch.setattr(type(network.base_model), "forward", forward)
-    network = small_network("xlm")
-    with pytest.raises(UserError, match="depends on the length of its row, or on other rows"):
-        proof_of(TrieModel(network, device=CPU, why_whole_rows=why_whole_rows(network)))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(network.base_model), "forward", forward)
+        network = small_network("xlm")
+        with pytest.raises(UserError, match="depends on the length of its row, or on other rows"):
+            proof_of(TrieModel(network, device=CPU, why_whole_rows=why_whole_rows(network)))
     assert wrong
+    to_nodes = RowGrid.to_nodes
+    monkeypatch.setattr(RowGrid, "to_nodes", lambda grid, x: to_nodes(grid, torch.cat((x[1:], x[:1]))))
+    network = small_network("xlm")
+    with pytest.raises(UserError, match="nodes are taken from other positions"):
+        proof_of(TrieModel(network, device=CPU, why_whole_rows=why_whole_rows(network)))
 
 
 @settings(max_examples=60, deadline=None)

@@ -32,7 +32,7 @@ FP64_TOLERANCE, FP32_TOLERANCE = 1e-10, 2e-5
 FP32_TOLERANCE_OF_DELTA_RULES = 2e-4
 
 KINDS = {
-    "text beside images": ("mistral3", "qwen2_5_vl", "smolvlm"),
+    "text beside images": ("mistral3", "qwen3_vl", "internvl"),
     "shapes by layer": (
         "deepseek_v3", "smollm3", "gpt_oss", "llama4_text", "glm4_moe", "gemma4_text", "bloom", "roberta",
     ),

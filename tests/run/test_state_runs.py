@@ -23,7 +23,7 @@ from trietune.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 # Adapters after three steps in fp32. AdamW's first steps divide by small moments, so rounding of 1e-7 in a gradient is
-# more in a weight: of nine families, fp32 rows by transformers alone end up to 6.6e-4 (qwen3_5_text) from fp64 rows.
+# more in a weight: of six families, fp32 rows by transformers alone end up to 6.6e-4 (qwen3_5_text) from fp64 rows.
 # In fp64 tries, padded rows and single rows agree to 2e-13.
 SAME_ADAPTER = 1e-3
 SAME_ADAPTER_IN_FP64 = 1e-9

@@ -103,7 +103,8 @@ def choose_attention(
         return None, None
     bound = settings.max_tokens_per_micro_batch
     needs = AttentionNeeds(
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        # Some models have no heads at all (Mamba, RWKV), and nothing that attends.
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1),
         dtype=dtype,
         has_soft_cap=getattr(config, "attn_logit_softcapping", None) is not None,
         num_positions=ANY_NUMBER_OF_POSITIONS if bound == "auto" else bound,

@@ -136,7 +136,7 @@ def length_to_prove(config: Any, longest: int) -> int:
 def most_proven(config: Any, free_bytes: int) -> int:
     """Tokens of the longest row whose plain attention fits into a part of the memory: three rows, in fp32."""
     share, rows, copies = 0.25, 3, 3
-    a_score = 4 * rows * copies * int(config.num_attention_heads)
+    a_score = 4 * rows * copies * int(getattr(config, "num_attention_heads", 1))
     return max(LONG, int(np.sqrt(share * free_bytes / a_score)))
 
 

@@ -551,11 +551,10 @@ class _Prover:
         tokens = torch.from_numpy(self.short.trie.input_ids[:9].astype(np.int64)).to(self.model.device)[None]
         other = tokens.clone()
         other[0, -1] = (other[0, -1] + 1) % self.model.vocabulary_size
-        decoder, scope = decoder_of(self.network), self._kinds_scope()
+        # The network, not its decoder: around that, some make masks of their own.
+        scope = self._kinds_scope()
         with torch.no_grad(), library_code(self.network, self._library_attention), skipping(scope, self.known):
-            one, two = (
-                decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1].double() for ids in (tokens, other)
-            )
+            one, two = (self.network(input_ids=ids, use_cache=False).logits[0, :-1].double() for ids in (tokens, other))
         return not bool((one - two).norm() <= 0.01 * one.norm())
 
     def _prove_rows_alone(self) -> None:
@@ -578,6 +577,8 @@ class _Prover:
                         decoder(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
                         for row in by_itself
                     ]
+        except RAISED_BY_MODELS as error:
+            raise self._failure(f"computed as a whole, its decoder {describe_error(error)}") from error
         finally:
             precise.restore()
         found, theirs = ours[rows.is_real].double(), torch.cat([x.last_hidden_state[0] for x in alone]).double()
