@@ -30,6 +30,7 @@ from trietune.model.adapter.adapter import (
     load_adapter_files,
 )
 from trietune.model.adapter.config import CONFIG_FILE
+from trietune.model.adapter.start import keys_of, start_from
 from trietune.model.base.folder import ModelFolder
 from trietune.model.base.load import quiet_library
 
@@ -268,6 +269,30 @@ def test_an_adapter_that_peft_wrote_is_read(tmp_path: Path) -> None:
     theirs = _moved(get_peft_model(FAMILIES["llama"](), config))
     theirs.save_pretrained(tmp_path)
     assert torch.equal(_logits(load_adapter(FAMILIES["llama"](), tmp_path)), _logits(theirs))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r"^(?!.*layers\.0\.).*(q_proj|down_proj)$"},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+    ],
+)
+def test_an_adapter_that_says_no_task_and_brings_its_own_targets_is_read(more: dict[str, Any], tmp_path: Path) -> None:
+    theirs = _moved(get_peft_model(FAMILIES["llama"](), LoraConfig(r=4, lora_alpha=8, task_type=None, **more)))
+    theirs.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert written["task_type"] is None
+    assert written["auto_mapping"]["parent_library"]
+    assert torch.equal(_logits(load_adapter(FAMILIES["llama"](), tmp_path)), _logits(theirs))
+    keys = keys_of(tmp_path)
+    ours = _add(
+        FAMILIES["llama"](), r=keys["lora_r"], alpha=keys["lora_alpha"], target_modules=keys["lora_target_modules"]
+    )
+    start_from(ours, tmp_path)
+    assert torch.equal(_logits(ours), _logits(theirs))
 
 
 def test_nothing_is_trained_unless_asked(tmp_path: Path) -> None:

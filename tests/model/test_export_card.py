@@ -37,7 +37,7 @@ def _facts(base: ModelFolder = ON_HUB, **more: Any) -> CardFacts:
         bos_id=1,
         stop_ids=(0,),
         dataset="stanfordnlp/sst2",
-        trained_on="stanfordnlp/sst2",
+        trained_on=("stanfordnlp/sst2",),
         measured_on="stanfordnlp/sst2",
         num_train_examples=67_349,
         scores=[Score("eval/accuracy", 0.875, 0.505, 872), Score("eval/loss", 0.1)],
@@ -82,7 +82,7 @@ def test_people_read_what_they_need() -> None:
 
 @pytest.mark.parametrize("dataset", ["mine.jsonl", "stanfordnlp/sst2", "demo/film_reviews", None])
 def test_what_is_not_on_the_hub_is_not_named_as_if(base: ModelFolder, dataset: str | None) -> None:
-    facts = _facts(base, dataset=dataset, trained_on=None, measured_on=None)
+    facts = _facts(base, dataset=dataset, trained_on=(), measured_on=None)
     card = ModelCard(model_card(facts)).data.to_dict()
     assert not {"base_model", "datasets", "model-index", "metrics"} & set(card)
 

@@ -118,6 +118,42 @@ def test_checkpoints_and_verify_tell_whole_from_damaged(finished: Path, capfd: p
     assert "damaged" in capfd.readouterr().out
 
 
+def test_what_follows_a_finished_or_stopped_run_is_said_as_it_is(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(finished), str(tmp_path / "out")]) == 0
+    capfd.readouterr()
+    assert main(["verify", str(tmp_path / "out")]) == 2
+    said = capfd.readouterr().err
+    assert "has no manifest.json to prove it by" in said
+    assert "damaged" not in said
+    (finished / "adapter" / "manifest.json").rename(tmp_path / "manifest.json")
+    assert main(["verify", str(finished / "adapter")]) == 1  # there it is damaged: it had one
+    assert main(["sync", str(finished)]) == 2
+    said = capfd.readouterr().err
+    assert f"write `storage_backend` and `remote_path` there, then `trietune sync {finished}`" in said
+    (finished / "adapter").rename(tmp_path / "adapter")
+    for command in (["export", str(finished), str(tmp_path / "other")], ["predict", str(finished), "fine"]):
+        assert main(command) == 2
+        assert f"(step-00000006): {finished}/checkpoints/step-00000006" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["train_file", "validation_file", "dataset_id"])
+def test_a_missing_file_is_noticed_before_the_model_is_looked_for(
+    key: str, overrides: dict[str, object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    missing = {"dataset_id": None, "train_file": overrides["train_file"], key: str(tmp_path / "missing.jsonl")}
+    if key == "dataset_id":
+        del missing["train_file"]
+    config = tmp_path / "config.yaml"
+    files = {k: v for k, v in overrides.items() if not k.endswith("_file")}
+    config.write_text(json.dumps({**files, **missing, "model_name": str(tmp_path / "no-model")}))
+    assert main(["train", str(config), "--dry-run"]) == 2
+    said = capfd.readouterr().err
+    assert "missing.jsonl" in said
+    assert "no-model" not in said
+
+
 def test_copies_go_to_a_folder_and_an_empty_machine_goes_on(
     overrides: dict[str, object], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -200,6 +200,20 @@ def test_an_adapter_of_another_rank_is_refused_with_what_to_write(
     assert "lora_r=8" in str(refused.value)
 
 
+def test_an_adapter_to_start_from_brings_its_rank_and_targets(
+    preferences: dict[str, object], overrides: dict[str, object]
+) -> None:
+    shape = {"lora_r": 3, "lora_alpha": 5, "lora_target_modules": ["q_proj"]}
+    first, _ = run({**overrides, **shape, "wandb_run_name": "first", "max_steps": 1})
+    settings = {**preferences, "init_adapter": str(first.directory), "objective": "dpo", "wandb_run_name": "second"}
+    second, _ = run({**settings, "max_steps": 1, "learning_rate": 1e-9})
+    assert largest_difference(adapter_of(first), adapter_of(second)) < 1e-6
+    kept = load_config(second.directory / "config.yaml", environ={})
+    assert (kept.lora_r, kept.lora_alpha, kept.lora_target_modules) == (3, 5, ("q_proj",))
+    with pytest.raises(UserError, match="`lora_r` is 3 there and 8 here"):
+        run({**settings, "lora_r": 8})
+
+
 def test_ranking_trains_what_evaluation_measures(overrides: dict[str, object]) -> None:
     _, recorder = run({**overrides, "objective": "rank", "max_steps": 16, "num_epochs": 3, "learning_rate": 5e-3})
     seen = evaluations(recorder)

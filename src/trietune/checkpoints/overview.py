@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from trietune.checkpoints.retention import STEP_NAME
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 from trietune.io import directory
+from trietune.io.adapter_place import CONFIG_FILE
 from trietune.io.directory import DamagedDirectory
 from trietune.io.json_types import JsonObject
 from trietune.io.manifest import MANIFEST_NAME, Manifest
@@ -79,9 +81,24 @@ def verify_path(path: Path) -> list[Verification]:
         for entry in parent.iterdir()
         if STEP_NAME.fullmatch(entry.name) or (entry.name == "adapter" and entry.is_dir())
     )
+    _refuse_an_export(path)
     if (path / MANIFEST_NAME).exists() or STEP_NAME.fullmatch(path.name) or not folders:
         folders = [path]
     return [_verify(folder) for folder in folders]
+
+
+def _refuse_an_export(path: Path) -> None:
+    """An adapter or a model without a manifest is not damaged, unless it lies in a run: nothing says what it was."""
+    is_in_a_run = path.name == "adapter" and (path.parent / "config.yaml").exists()
+    is_of_a_run = is_in_a_run or STEP_NAME.fullmatch(path.name)
+    if is_of_a_run or os.path.lexists(path / MANIFEST_NAME):
+        return
+    if any((path / name).is_file() for name in (CONFIG_FILE, "config.json")):
+        raise UserError(
+            f"`{path}` has no {MANIFEST_NAME} to prove it by: only runs and their checkpoints and adapters have one",
+            where="what `trietune export` writes, and what other programs wrote, has none",
+            next_step=f"`trietune verify RUN` proves the run that it comes from; `trietune predict {path}` uses it",
+        )
 
 
 def read_run_id(run_directory: Path) -> str:

@@ -73,7 +73,7 @@ def sync(run: RunFolder) -> None:
         raise UserError(
             f"{run} has no storage to upload to",
             where=f"`remote_path` is empty in {run / 'config.yaml'}",
-            next_step="train with `sync_to_storage: True`, `storage_backend` and `remote_path`",
+            next_step=f"write `storage_backend` and `remote_path` there, then `trietune sync {run}`",
         )
     with RunLock(run):
         try:

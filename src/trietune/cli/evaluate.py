@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 def evaluate(
     target: Target,
     dataset: Annotated[
-        MaybeText, typer.Option("--dataset", "--data", help="Hub id, file or folder; default: the run's data.")
-    ] = None,
+        list[str],
+        typer.Option(
+            "--dataset",
+            "--data",
+            help="Hub id, file or folder; default: the run's data. Several are measured together and each.",
+        ),
+    ] = [],  # noqa: B006
     split: Annotated[
         MaybeText,
         typer.Option(help="train, validation or test; default: validation, or every row of --dataset without one."),
@@ -38,12 +43,13 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a run, an adapter or a base model."""
+    from trietune.cli.typed_keys import as_value
     from trietune.run.opened import evaluate as measure
 
-    if dataset is not None:
+    if dataset:
         # A run's own files would win over the data set that is asked for here.
-        cleared = ["train_file=null", "validation_file=null"]
-        overrides = [*cleared, f"dataset_id={dataset}", *overrides]
+        cleared = ["train_file=null", "validation_file=null", "data_shares=null"]
+        overrides = [*cleared, f"dataset_id={as_value(dataset)}", *overrides]
     bounds = [_parse_bound(text) for text in require]
     with console() as tracker:
         found = measure(
@@ -56,7 +62,7 @@ def evaluate(
             print_json(
                 {
                     "target": target,
-                    "split": split or ("validation" if dataset is None else None),
+                    "split": split or (None if dataset else "validation"),
                     "num_examples": found.num_examples,
                     "metrics": dict(found.metrics),
                     "intervals": {name: list(bound) for name, bound in found.intervals.items()},

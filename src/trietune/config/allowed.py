@@ -13,6 +13,10 @@ from trietune.config.settings import Settings
 
 # Keys whose accepted spellings are more than their type.
 _IN_WORDS: Mapping[str, str] = {
+    "dataset_id": "text, a list of texts, or null",
+    "train_file": "text, a list of texts, or null",
+    "validation_file": "text, a list of texts, or null",
+    "data_shares": "a list of numbers above 0, at most 1000, or null",
     "lora_alpha": "a number above 0",
     "dtype": "`auto`, `bfloat16`, `float32`, or `float16`, with or without `torch.`",
     "lora_target_modules": '`"all-linear"`, a list of names, or one regular expression',

@@ -73,6 +73,7 @@ def _data(settings: Settings) -> Iterator[Problem]:
     is_only_cleared = settings.model_fields_set & {"dataset_id", "train_file"} == {"dataset_id"}
     if settings.dataset_id is None and settings.train_file is None and is_only_cleared:
         yield _clash(settings, "dataset_id", "train_file", "needs", "write `train_file: data.jsonl`")
+    yield from _several(settings)
     if settings.learns_preferences:
         if settings.completion_template is not None:
             why = "preferences bring their answers in columns: `chosen` and `rejected`, or others"
@@ -81,8 +82,28 @@ def _data(settings: Settings) -> Iterator[Problem]:
         yield _clash(settings, "prompt_template", "completion_template", "needs", "write what the model should answer")
     if settings.completion_template is not None and settings.prompt_template is None:
         yield _clash(settings, "completion_template", "prompt_template", "needs", "write what the model is given")
-    if settings.chat_template is not None and settings.prompt_template is not None:
+    # Of several data sets, one may hold conversations and another columns.
+    is_one = not isinstance(settings.dataset_id, tuple) and not isinstance(settings.train_file, tuple)
+    if settings.chat_template is not None and settings.prompt_template is not None and is_one:
         yield _clash(settings, "chat_template", "prompt_template", "excludes", "remove one of the two")
+
+
+def _several(settings: Settings) -> Iterator[Problem]:
+    """Of several data sets."""
+    if isinstance(settings.dataset_id, tuple) and settings.train_file is not None:
+        why = "beside `train_file` it names one task"
+        remedy = "write all files and data sets as one list under `dataset_id`, and remove `train_file`"
+        yield _clash(settings, "dataset_id", "train_file", "excludes", remedy, why)
+    if settings.data_shares is None:
+        return
+    key = "dataset_id" if settings.train_file is None else "train_file"
+    named = getattr(settings, key)
+    number = len(named) if isinstance(named, tuple) else 1
+    if number != len(settings.data_shares):
+        has = "one number" if len(settings.data_shares) == 1 else f"{len(settings.data_shares)} numbers"
+        why = f"it has {has}, and `{key}` names {number if named else 'nothing'}"
+        remedy = "write one number for each of them, or `data_shares: null`"
+        yield _clash(settings, "data_shares", key, "does not fit", remedy, why)
 
 
 def _objective(settings: Settings) -> Iterator[Problem]:

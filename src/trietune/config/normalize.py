@@ -72,6 +72,23 @@ def path_text(value: Any) -> Any:
     return fspath(value) if isinstance(value, PathLike) else value
 
 
+def one_or_several(value: Any) -> Any:
+    """A list as a tuple of texts, and a list of one as that one."""
+    if not isinstance(value, list | tuple):
+        return path_text(value)
+    several = tuple(path_text(one) for one in value)
+    return several[0] if len(several) == 1 else several
+
+
+def list_of_numbers(value: Any) -> Any:
+    """A list as a tuple, one number as a list of one, `2,1` as two numbers."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[\d.]+(\s*,\s*[\d.]+)*\s*", value):
+        value = [float(part) for part in value.split(",")]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = [value]
+    return tuple(value) if isinstance(value, list) else value
+
+
 def list_of_names(value: Any) -> Any:
     """A list as a tuple; one name, or several with commas, as a list of names."""
     if isinstance(value, str):

@@ -49,6 +49,24 @@ NonEmpty = Annotated[str, Field(min_length=1), BeforeValidator(normalize.path_te
 Names = Annotated[tuple[str, ...], BeforeValidator(normalize.list_of_names)]
 
 
+def _check_sources(sources: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    if isinstance(sources, tuple):
+        if not sources:
+            raise ValueError("the list is empty")
+        twice = [one for one in sources if sources.count(one) > 1]
+        if twice:
+            raise ValueError(f"`{twice[0]}` stands in it twice; `data_shares` takes a file more than once")
+    return sources
+
+
+Sources = Annotated[
+    NonEmpty | tuple[NonEmpty, ...] | None,
+    BeforeValidator(normalize.one_or_several),
+    AfterValidator(_check_sources),
+]
+Share = Annotated[float, Field(gt=0, le=1000)]
+
+
 def _check_run_name(name: str) -> str:
     if name in {".", ".."} or not re.fullmatch(r"[^/\\\x00-\x1f]{1,200}", name) or name != name.strip():
         raise ValueError("it also names the run's folder: no slash, line break, or space at its ends, 200 characters")
@@ -133,19 +151,23 @@ class Settings(BaseModel):
 
     # Data
 
-    dataset_id: NonEmpty | None = None
+    dataset_id: Sources = None
     """Data set that is trained on. `stanfordnlp/sst2` (also `sst2`, `glue/sst2`, `nyu-mll/glue`) and
     `rajpurkar/squad_v2` (also `squad_v2`, `squadv2`) bring their prompts. Any other hub id (`name:config@revision`),
-    file or folder is read by its columns, or by the templates below. Beside `train_file` it only names the task, and is
-    null unless you write it."""
+    file or folder is read by its columns, or by the templates below. A list trains on several, each read by its own
+    form. Beside `train_file` it only names the task, and is null unless you write it."""
 
-    train_file: NonEmpty | None = None
+    train_file: Sources = None
     """Local training data in place of the hub's: a file, a glob, or a folder of splits (GLUE TSV, SQuAD JSON, JSONL,
-    JSON, CSV, parquet)."""
+    JSON, CSV, parquet). A list trains on several, each read by its own form: `[chats.jsonl, reviews.csv]`."""
 
-    validation_file: NonEmpty | None = None
-    """Local validation data, in the same formats. Without it, the data set's own validation split is used; where there
-    is none, a part of the training data is held out."""
+    validation_file: Sources = None
+    """Local validation data, in the same formats; a list is measured as a whole and file by file. Without it, the data
+    set's own validation split is used; where there is none, a part of the training data is held out."""
+
+    data_shares: Annotated[tuple[Share, ...], BeforeValidator(normalize.list_of_numbers)] | None = None
+    """How often an epoch takes each of several data sets, in the order of the list: 2 takes every example twice, 0.5
+    takes half of them, drawn by `seed` and the same half in every epoch. Without it, each is taken once."""
 
     file_encoding: Annotated[NonEmpty, AfterValidator(_check_encoding)] = "utf-8"
     """Encoding of text files, as Python names it: `cp1252`, `utf-16`, `latin-1`, ..."""
@@ -160,7 +182,8 @@ class Settings(BaseModel):
     """Split that is trained on, `train` unless set, or a part of it: `train[:10%]`. Validation keeps its own split."""
 
     max_train_examples: Positive | None = None
-    """Number of training examples that are used, the first ones of the data. Without it, all are."""
+    """Number of training examples that are used, the first ones of the data. Of several data sets each gives its part,
+    by size and share. Without it, all are used."""
 
     max_length: Annotated[int, Field(ge=2), BeforeValidator(normalize.whole_number)] | Auto = "auto"
     """Longest sequence in tokens, begin and end tokens included. Longer examples follow `overlong`. Nothing is padded
@@ -278,8 +301,9 @@ class Settings(BaseModel):
     servers do not load it."""
 
     init_adapter: NonEmpty | None = None
-    """Adapter to start from, in place of a new one: an adapter's folder or a run's. The keys of the adapter must be
-    those that it was trained with. Under `dpo`, `ipo` and `kto` it is the reference, too."""
+    """Adapter to start from, in place of a new one: an adapter's folder or a run's. It brings its rank, scale and
+    targets, and one of these keys that you write must be what it was trained with. Under `dpo`, `ipo` and `kto` it is
+    the reference, too."""
 
     sft_checkpoint_path: NonEmpty | None = None
     """Name of `init_adapter` in the original's preference experiment."""

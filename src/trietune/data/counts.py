@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trietune.io.json_types import JsonMapping, JsonObject
@@ -79,11 +79,11 @@ class SplitCounts:
     num_with_more: int = 0
 
     @classmethod
-    def from_dict(cls, fields: JsonMapping) -> SplitCounts:
+    def from_dict(cls, values: JsonMapping) -> SplitCounts:
         """The opposite of `dataclasses.asdict`, from JSON."""
-        counts: JsonObject = {name: _to_count(value) for name, value in fields.items() if _is_count(value)}
-        unused = {name: _to_count(value) for name, value in fields.get("unused_keys", {}).items()}
-        return cls(**{**fields, **counts, "unused_keys": unused})
+        counts: JsonObject = {name: _to_count(value) for name, value in values.items() if _is_count(value)}
+        unused = {name: _to_count(value) for name, value in values.get("unused_keys", {}).items()}
+        return cls(**{**values, **counts, "unused_keys": unused})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,39 @@ class DataCounts:
     train: SplitCounts
     validation: SplitCounts | None
     held_out: bool = False
+
+
+def merge(several: Sequence[SplitCounts], source: str) -> SplitCounts:
+    """The counts of several splits as those of one.
+
+    Completions are only tallied where all of them are; a place is that of the first split that has it.
+    """
+    sums: JsonObject = {}
+    for one in fields(SplitCounts):
+        values = [getattr(counts, one.name) for counts in several]
+        if one.name == "longest":
+            sums[one.name] = max(values)
+        elif isinstance(values[0], Count):
+            sums[one.name] = _sum_of(values)
+        elif isinstance(values[0], int):
+            sums[one.name] = sum(values)
+    keys = dict.fromkeys(key for counts in several for key in counts.unused_keys)
+    unused = {key: _sum_of([counts.unused_keys.get(key, Count()) for counts in several]) for key in keys}
+    completions: dict[str, int] = {}
+    places: dict[str, str] = {}
+    if all(counts.completions for counts in several):
+        for counts in several:
+            for text, number in counts.completions.items():
+                completions[text] = completions.get(text, 0) + number
+            places = {**counts.completion_places, **places}
+    return SplitCounts(
+        **{**sums, "source": source}, unused_keys=unused, completions=completions, completion_places=places
+    )
+
+
+def _sum_of(counts: Sequence[Count]) -> Count:
+    samples = [place for count in counts for place in count.samples]
+    return Count(sum(count.number for count in counts), tuple(samples[:SAMPLES_KEPT]))
 
 
 def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list[str]:

@@ -5,27 +5,33 @@ Memory stays bounded whatever the size of a file: rows pass in blocks, and the a
 
 from __future__ import annotations
 
-import json
+import contextlib
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trietune.config.settings import Settings
+from trietune.data import several
 from trietune.data.cache import make_key
-from trietune.data.columns import find_unused
 from trietune.data.counts import DataCounts
 from trietune.data.encoder import hash_tokenizer
 from trietune.data.examples import Task, TokenSequences
 from trietune.data.folders import SplitRole
+from trietune.data.forms import Reader, open_to_train
 from trietune.data.held_out import describe_held_out, draw_held_out, report_shared_rows, rows_of_split
 from trietune.data.loading import CheckStop, Loading, Progress, Report, Watch, writable
+from trietune.data.parts import Part, join
 from trietune.data.prompt_formats import make_prompt_format
-from trietune.data.reading import find_row_format, first_conversations, in_words_of, weighting_of
-from trietune.data.sources import Sources, find_sources
+from trietune.data.reading import find_row_format, first_conversations, in_words_of
+from trietune.data.several import Joined, load_several
+from trietune.data.sources import Sources, find_sources, is_several
 from trietune.data.system_prompt import common_system_prompt
 from trietune.data.task import find_task
-from trietune.data.templates import PromptFormat, find_columns
-from trietune.data.weights import COLUMN
+from trietune.data.templates import PromptFormat
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
 from trietune.errors import UserError
 
@@ -42,8 +48,10 @@ class Data:
     Attributes:
         validation: None if the data is too small to hold any out.
         source_name: the training data as a person would name it, without the path to it.
-        trained_on, measured_on: the hub's id of the data set that training and validation rows come from; None where
-            they are files of one's own.
+        trained_on: the hub's ids of the data sets that training rows come from; empty for files of one's own.
+        measured_on: the hub's id of the data set that all validation rows come from; None if there is no such.
+        parts: of several files or data sets, the validation data of each, in the order of `validation`.
+        lines: of several, what becomes of each in training, for the plan.
         fingerprint: changes whenever a token or a label of either split does; the other two tell them apart, and
             `validation_fingerprint` is empty where there is no validation data.
     """
@@ -57,8 +65,15 @@ class Data:
     validation_fingerprint: str
     counts: DataCounts
     source_name: str = ""
-    trained_on: str | None = None
+    trained_on: tuple[str, ...] = ()
     measured_on: str | None = None
+    parts: tuple[Part, ...] = ()
+    lines: tuple[str, ...] = ()
+
+    def with_task(self, task: Task) -> Data:
+        """The same data with another task, that of all its parts."""
+        parts = tuple(replace(one, prompt_format=replace(one.prompt_format, task=task)) for one in self.parts)
+        return replace(self, task=task, prompt_format=replace(self.prompt_format, task=task), parts=parts)
 
 
 def load_data(
@@ -81,41 +96,12 @@ def load_data(
     Raises:
         UserError: the data cannot be found or read, has broken rows or wrong labels, or nothing of it is left.
     """
+    reader = Reader(tokenizer, writable(cache_folder, report), report, progress, check_stop)
+    if is_several(settings):
+        return _of_several(load_several(settings, reader))
     sources = find_sources(settings, report=report)
-    watch = Watch.of(sources)
-    row_format, form = find_row_format(settings, sources)
-    prompt_format = make_prompt_format(
-        settings, tokenizer, row_format, first_conversations(sources.train, row_format), check_stop
-    )
-    weighting = weighting_of(settings, sources, row_format, report)
-    if row_format.kind == "templates" and settings.prompt_template is None:
-        report(
-            f"`{sources.train.name}` is read by its columns: prompt_template {json.dumps(row_format.prompt_template)}, "
-            f"completion_template {json.dumps(row_format.completion_template)} (write your own to change them)"
-        )
-    unused = find_unused(sources.train.columns(), row_format)
-    if weighting is not None and weighting.has_column:
-        unused = tuple(name for name in unused if name != COLUMN)
-    if unused and (sources.task_name is None or settings.train_file):
-        shown = ", ".join(f"`{name}`" for name in unused[:20]) + (
-            f" and {len(unused) - 20:,} more" if unused[20:] else ""
-        )
-        report(f"columns of `{sources.train.name}` that nothing uses: {shown}")
-    if row_format.kind == "templates" and not find_columns(row_format.prompt_template, row_format.template_columns):
-        report("`prompt_template` names no column: all prompts are the same text")
-    loading = Loading(
-        settings,
-        tokenizer,
-        row_format,
-        form,
-        weighting,
-        prompt_format,
-        writable(cache_folder, report),
-        report,
-        progress,
-        check_stop,
-        watch,
-    )
+    loading = open_to_train(settings, sources, reader, watch=Watch.of(sources))
+    row_format, prompt_format = loading.row_format, loading.prompt_format
     if not settings.do_validation:
         sources = replace(sources, validation=None)
     has_own = sources.validation is not None or not settings.do_validation
@@ -156,7 +142,7 @@ def load_data(
         validation_fingerprint=validation_key,
         counts=DataCounts(train_counts, validation_counts, held_out=held_out is not None),
         source_name=_name_of_source(settings, sources),
-        trained_on=sources.train.hub_id,
+        trained_on=() if sources.train.hub_id is None else (sources.train.hub_id,),
         measured_on=validation_rows.hub_id if validation_rows is not None else None,
     )
 
@@ -183,6 +169,8 @@ def load_split(
     """
     sources = find_sources(settings, report=report)
     watch = Watch.of(sources)
+    if prompt_format is not None and prompt_format.others:
+        prompt_format = _of_others(settings, tokenizer, sources, prompt_format)
     row_format, form = find_row_format(settings, sources, prompt_format)
     used_format = prompt_format or make_prompt_format(
         settings, tokenizer, row_format, first_conversations(sources.train, row_format)
@@ -211,6 +199,81 @@ def load_split(
     if is_asked and not settings.learns_preferences:
         used_format = replace(used_format, task=find_task(settings.task, row_format.kind, counts, None, report))
     return sequences, used_format
+
+
+def load_parts(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    split: SplitRole | None,
+    *,
+    prompt_format: PromptFormat | None = None,
+    cache_folder: Path,
+    report: Report,
+    progress: Progress,
+    check_stop: CheckStop,
+) -> tuple[Part, ...]:
+    """As `load_split`, of one data set or of each of several."""
+    if is_several(settings):
+        reader = Reader(tokenizer, writable(cache_folder, report), report, progress, check_stop)
+        return several.load_parts(settings, split, reader, prompt_format)
+    sequences, used_format = load_split(
+        settings,
+        tokenizer,
+        split,
+        prompt_format=prompt_format,
+        cache_folder=cache_folder,
+        report=report,
+        progress=progress,
+        check_stop=check_stop,
+    )
+    return (Part("", "", sequences, used_format),)
+
+
+def _of_others(
+    settings: Settings, tokenizer: PreTrainedTokenizerFast, sources: Sources, prompt_format: PromptFormat
+) -> PromptFormat:
+    """Of an adapter of several forms, the one of this data; the first where it is none of them."""
+    with contextlib.suppress(UserError):
+        row_format, _ = find_row_format(settings, sources)
+        own = make_prompt_format(settings, tokenizer, row_format, first_conversations(sources.train, row_format))
+        if (found := several.find_format(prompt_format.others, own, sources.train.name)) is not None:
+            return replace(found, source="")
+    return replace(prompt_format, others=())
+
+
+def join_parts(parts: Sequence[Part], cache_folder: Path, check_stop: CheckStop) -> TokenSequences:
+    """The sequences of all parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0].sequences
+    every = [(one.sequences, np.arange(one.sequences.num_rows)) for one in parts]
+    key = make_key(parts=[_digest(one.sequences) for one in parts])
+    return join(every, writable(cache_folder, lambda line: None), key, check_stop)
+
+
+def _digest(sequences: TokenSequences) -> str:
+    digest = hashlib.sha256()
+    for values in (sequences.input_ids, sequences.labels, sequences.offsets, sequences.row_start, sequences.grades):
+        digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
+    digest.update("\0".join(sequences.ids).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _of_several(joined: Joined) -> Data:
+    return Data(
+        train=joined.train,
+        validation=joined.validation,
+        task=joined.task,
+        prompt_format=joined.prompt_format,
+        fingerprint=make_key(train=joined.train_key, validation=joined.validation_key),
+        train_fingerprint=joined.train_key,
+        validation_fingerprint=joined.validation_key,
+        counts=joined.counts,
+        source_name=joined.source_name,
+        trained_on=joined.trained_on,
+        measured_on=joined.measured_on,
+        parts=joined.parts,
+        lines=joined.lines,
+    )
 
 
 def _name_of_source(settings: Settings, sources: Sources) -> str:

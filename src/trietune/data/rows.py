@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -187,3 +187,63 @@ def _stamp_of(path: Path) -> tuple[int, ...]:
     except OSError as error:
         raise UserError(f"cannot read `{path}`: {error.strerror or error}") from None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True, slots=True)
+class NamedRows:
+    """Rows of one of several data sets of the hub, whose places would be those of another: `train:7`."""
+
+    rows: Rows
+
+    @property
+    def hub_id(self) -> str | None:
+        return self.rows.hub_id
+
+    @property
+    def name(self) -> str:
+        return self.rows.name
+
+    def fingerprint(self) -> str:
+        return f"{self.name}\0{self.rows.fingerprint()}"
+
+    def stamp(self) -> tuple[tuple[int, ...], ...]:
+        return self.rows.stamp()
+
+    def columns(self) -> list[str]:
+        return self.rows.columns()
+
+    def count(self) -> int:
+        return self.rows.count()
+
+    def quick_count(self) -> int | None:
+        return self.rows.quick_count()
+
+    def read(self) -> Iterator[PlacedRow]:
+        for place, row in self.rows.read():
+            yield f"{self.name} {place}", row
+
+
+def with_places_of_their_own(
+    several: Sequence[Rows], name_files: Callable[[Sequence[str]], Sequence[str]]
+) -> list[Rows]:
+    """The same rows, whose names and places are each another's.
+
+    Args:
+        name_files: from paths to what each of them is called in a place.
+    """
+    files = [_files_of(rows) for rows in several]
+    paths = list(dict.fromkeys(str(path) for one in files if one is not None for path in one.paths))
+    label_of = dict(zip(paths, name_files(paths), strict=True))
+    found: list[Rows] = []
+    for rows, one in zip(several, files, strict=True):
+        if one is None:
+            found.append(NamedRows(rows))
+            continue
+        named = replace(one, labels=tuple(label_of[str(path)] for path in one.paths))
+        found.append(replace(rows, rows=named) if isinstance(rows, SlicedRows) else named)
+    return found
+
+
+def _files_of(rows: Rows) -> FileRows | None:
+    inner = rows.rows if isinstance(rows, SlicedRows) else rows
+    return inner if isinstance(inner, FileRows) else None

@@ -3,6 +3,7 @@
 dataset_id: stanfordnlp/sst2                    the hub, official splits
 dataset_id: my/folder                           train.*, and valid.*, validation.* or dev.* in it
 train_file: a.jsonl, validation_file: b.jsonl   local files; `dataset_id` then only names the task
+train_file: [a.jsonl, b.csv]                    several, each of these by itself
 """
 
 from __future__ import annotations
@@ -54,27 +55,86 @@ def find_sources(settings: Settings, *, report: Callable[[str], None]) -> Source
     Args:
         report: takes a line for the user.
 
+    One of each is named, see `settings_of_each`.
+
     Raises:
         UserError: nothing is there, several things could be meant, or the hub does not give it.
     """
-    task_name = find_task(settings.dataset_id or "")
+    task_name = find_task("" if settings.dataset_id is None else _one(settings.dataset_id))
     split = settings.dataset_split or "train"
     options = file_options(settings)
     if settings.train_file:
-        splits = local_splits(settings.train_file, "train_file", report, options)
+        splits = local_splits(_one(settings.train_file), "train_file", report, options)
         found = _from_splits(splits, task_name, split, f"`{settings.train_file}`")
         found = replace(found, is_task_certain=not _is_of_a_run(settings.where("dataset_id")))
     elif settings.dataset_id is not None:
-        found = _from_dataset_id(settings.dataset_id, task_name, split, report, options)
+        found = _from_dataset_id(_one(settings.dataset_id), task_name, split, report, options)
     else:
         raise UserError(
             "no data is named", where="`train_file` and `dataset_id` are empty", next_step="train_file: data.jsonl"
         )
     if settings.validation_file:
-        splits = local_splits(settings.validation_file, "validation_file", report, options)
-        name = find_split(splits, "validation") or "train"
-        found = replace(found, validation=splits[name])
+        found = replace(found, validation=_validation_rows(_one(settings.validation_file), report, options))
     return found
+
+
+def check_local(settings: Settings) -> None:
+    """Look for the files that the settings name, and read none of them: before a model is fetched or converted.
+
+    Raises:
+        UserError: one is not there.
+    """
+    for key in ("train_file", "validation_file"):
+        named = getattr(settings, key)
+        for one in named if isinstance(named, tuple) else () if named is None else (named,):
+            local_splits(one, key, lambda line: None, file_options(settings))
+    sets = settings.dataset_id
+    for one in sets if isinstance(sets, tuple) else () if sets is None or settings.train_file else (sets,):
+        path = expand(one)
+        is_there = path.exists() or glob.has_magic(one) or expand(one.rpartition(":")[0] or one).exists()
+        if not is_there and _looks_like_a_path(one):
+            raise no_such_path(path, "dataset_id")
+
+
+def _looks_like_a_path(dataset_id: str) -> bool:
+    return is_data_file(expand(dataset_id)) or dataset_id.startswith((".", "/", "~"))
+
+
+def is_several(settings: Settings) -> bool:
+    """Whether data is to be joined of several files or data sets, or has a share of its own."""
+    named = (settings.train_file, settings.dataset_id, settings.validation_file)
+    return settings.data_shares is not None or any(isinstance(one, tuple) for one in named)
+
+
+def settings_of_each(settings: Settings) -> tuple[Settings, ...]:
+    """The settings for each of several training data sets by itself, in their order; without validation files."""
+    key = "dataset_id" if settings.train_file is None else "train_file"
+    named = getattr(settings, key)
+    alone = {"validation_file": None, "data_shares": None}
+    several = named if isinstance(named, tuple) else (named,)
+    return tuple(settings.model_copy(update={**alone, key: one}) for one in several)
+
+
+def find_validation(settings: Settings, *, report: Callable[[str], None]) -> tuple[Sources, ...]:
+    """Each of the validation files by itself, as data whose rows are those to measure; empty if none is named."""
+    named = settings.validation_file
+    several = named if isinstance(named, tuple) else () if named is None else (named,)
+    task_name = find_task(settings.dataset_id) if isinstance(settings.dataset_id, str) else None
+    options = file_options(settings)
+    return tuple(
+        Sources(_validation_rows(one, report, options), None, None, task_name, is_task_certain=False) for one in several
+    )
+
+
+def _validation_rows(path: str, report: Callable[[str], None], options: FileOptions) -> Rows:
+    splits = local_splits(path, "validation_file", report, options)
+    return splits[find_split(splits, "validation") or "train"]
+
+
+def _one(value: str | tuple[str, ...] | None) -> str:
+    """The one file or data set that is named; several are told apart before, see `settings_of_each`."""
+    assert isinstance(value, str)
+    return value
 
 
 def file_options(settings: Settings) -> FileOptions:
@@ -99,8 +159,7 @@ def _from_dataset_id(
     if path.exists() or glob.has_magic(dataset_id) or is_configured:
         splits = local_splits(str(path), "dataset_id", report, options)
         return _from_splits(splits, task_name, split, f"`{dataset_id}`")
-    looks_like_a_path = is_data_file(path) or dataset_id.startswith((".", "/", "~"))
-    if looks_like_a_path or not is_hub_id(dataset_id):
+    if _looks_like_a_path(dataset_id) or not is_hub_id(dataset_id):
         raise no_such_path(path, "dataset_id")
     if "/" not in dataset_id and task_name is None and (near := suggest_alias(dataset_id)):
         raise UserError(

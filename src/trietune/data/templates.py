@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from trietune.data.examples import Task
 from trietune.data.json_text import decode_json
 from trietune.errors import UserError
-from trietune.io.json_types import JsonMapping
+from trietune.io.json_types import JsonMapping, JsonObject
 
 SST2_PROMPT = "Review: {sentence}\nOutput:"
 SST2_LABELS = ("negative", "positive")
@@ -38,6 +38,8 @@ SQUAD_TASK = Task(kind="answers")
 FORMAT_VERSION = 1
 # Of templates with columns that may be missing, which the first version took for text.
 FORMAT_VERSION_OPTIONAL = 2
+# Of adapters that were trained on several data sets, each with a form of its own.
+FORMAT_VERSION_SEVERAL = 3
 _SECTION = re.compile(r"\{#([^{}\r\n]+)\}(.*?)\{/\1\}", re.DOTALL)
 _MAYBE = re.compile(r"\{([^{}\r\n]+)\?\}")
 _BRACES = re.compile(r"\{\{([^{}\r\n]+)\}\}|\{([^{}\r\n]+)\}")
@@ -73,6 +75,9 @@ class PromptFormat:
             `chat_system_prompt`, or the one that all training conversations had.
         template_columns: for a `template`, the columns that both templates may name; None takes only identifiers, as
             the first adapters did.
+        source: of one of several data sets, its name.
+        others: the formats of all data sets that an adapter was trained on, if there were several; what is asked
+            without more is asked in this one.
     """
 
     kind: Literal["template", "chat", "tokens"]
@@ -88,10 +93,12 @@ class PromptFormat:
     is_turn_by_turn: bool = False
     template_columns: tuple[str, ...] | None = None
     system_prompt: str = ""
+    source: str = ""
+    others: tuple[PromptFormat, ...] = ()
 
     def _check_kinds(self) -> None:
         """Raise ValueError for a value of another kind than `to_json` writes."""
-        texts = (self.prompt_template, self.completion_template, self.chat_template, self.tokenizer_hash)
+        texts = (self.prompt_template, self.completion_template, self.chat_template, self.tokenizer_hash, self.source)
         names = (*self.task.labels, *self.task.label_names, *(self.template_columns or ()))
         flags = (self.parses_special_tokens, self.is_turn_by_turn)
         ids = (self.eos_id, *self.stop_ids, *(() if self.bos_id is None else (self.bos_id,)))
@@ -118,7 +125,10 @@ class PromptFormat:
 
     def to_json(self) -> str:
         version = FORMAT_VERSION_OPTIONAL if self.optional_columns else FORMAT_VERSION
-        return json.dumps({"format_version": version, **asdict(self)}, ensure_ascii=False, indent=2) + "\n"
+        fields = {"format_version": FORMAT_VERSION_SEVERAL if self.others else version, **plain_fields(self)}
+        if self.others:
+            fields["others"] = [plain_fields(one) for one in self.others]
+        return json.dumps(fields, ensure_ascii=False, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = "prompt_format.json") -> PromptFormat:
@@ -130,16 +140,9 @@ class PromptFormat:
         try:
             fields = decode_json(text.decode() if isinstance(text, bytes) else text)
             version = fields.pop("format_version")
-            if version in (FORMAT_VERSION, FORMAT_VERSION_OPTIONAL):
-                task = fields.pop("task")
-                columns = fields.pop("template_columns", None)
-                found = cls(
-                    **{**fields, "stop_ids": tuple(fields["stop_ids"])},
-                    template_columns=None if columns is None else tuple(columns),
-                    task=Task(task["kind"], tuple(task["labels"]), tuple(task["label_names"])),
-                )
-                found._check_kinds()
-                return found
+            if version in (FORMAT_VERSION, FORMAT_VERSION_OPTIONAL, FORMAT_VERSION_SEVERAL):
+                others = tuple(cls._from_fields(one) for one in fields.pop("others", ()))
+                return replace(cls._from_fields(fields), others=others)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 "the prompt format cannot be read: it is not what TrieTune writes beside an adapter",
@@ -147,10 +150,31 @@ class PromptFormat:
                 next_step="take the adapter folder again from the run that made it",
             ) from None
         raise UserError(
-            f"the prompt format has version {version}; this TrieTune reads versions up to {FORMAT_VERSION_OPTIONAL}",
+            f"the prompt format has version {version}; this TrieTune reads versions up to {FORMAT_VERSION_SEVERAL}",
             where=where,
             next_step="pip install --upgrade trietune",
         )
+
+    @classmethod
+    def _from_fields(cls, fields: JsonObject) -> PromptFormat:
+        task = fields.pop("task")
+        columns = fields.pop("template_columns", None)
+        found = cls(
+            **{**fields, "stop_ids": tuple(fields["stop_ids"])},
+            template_columns=None if columns is None else tuple(columns),
+            task=Task(task["kind"], tuple(task["labels"]), tuple(task["label_names"])),
+        )
+        found._check_kinds()
+        return found
+
+
+def plain_fields(prompt_format: PromptFormat) -> JsonObject:
+    """Its fields as plain values, without those that only several data sets have where there are none."""
+    fields = asdict(replace(prompt_format, others=()))
+    del fields["others"]
+    if not prompt_format.source:
+        del fields["source"]
+    return fields
 
 
 def fill_template(template: str, row: JsonMapping, columns: Collection[str] | None = None) -> str:

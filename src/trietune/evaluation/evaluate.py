@@ -10,7 +10,7 @@ Before, during and after training the same function measures, so that its number
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from trietune.data.templates import UNANSWERABLE
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate_and_score
 from trietune.evaluation.metrics import (
-    Measured,
     exact_match,
     join,
     measure_accuracy,
@@ -107,11 +106,121 @@ def evaluate_model(
         progress: called with a phase (`loss`, `labels`, `answers`), and the examples done and in all, of this process.
         ranks: processes that share the work; all call this function.
     """
-    indices = choose_examples(len(sequences), max_examples, seed=seed)
+    answered = answer_examples(
+        model,
+        sequences,
+        encoder,
+        choose_examples(len(sequences), max_examples, seed=seed),
+        batching=batching,
+        max_positions=max_positions,
+        batch_size=batch_size,
+        generate=generate,
+        max_new_tokens=max_new_tokens,
+        check_stop=check_stop,
+        progress=progress,
+        ranks=ranks,
+    )
+    return evaluation_of([answered], seed=seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a model made of examples, one by one.
+
+    Attributes:
+        losses: float64 [B], summed over the label tokens of each; `weights` the number of these.
+        is_right: bool [B], whether the likeliest label is the right one; None without labels.
+        predictions: one an example, where labels or answers were measured; else none.
+    """
+
+    losses: np.ndarray
+    weights: np.ndarray
+    predictions: Sequence[Prediction]
+    is_right: np.ndarray | None = None
+
+    @property
+    def kind(self) -> str:
+        """The task that it was measured by."""
+        return "labels" if self.is_right is not None else "answers" if self.predictions else "text"
+
+
+def evaluation_of(several: Sequence[Answered], *, seed: int, prefix: str = "eval/") -> Evaluation:
+    """Metrics over all examples of several sets: the loss, and what all of them were measured by."""
+    losses, weights = (np.concatenate([getattr(one, name) for one in several]) for name in ("losses", "weights"))
+    predictions = [prediction for one in several for prediction in one.predictions]
+    measured = [measure_loss(losses, weights)]
+    kinds = {one.kind for one in several}
+    if kinds == {"labels"}:
+        measured.append(measure_accuracy(np.concatenate([one.is_right for one in several if one.is_right is not None])))
+    elif kinds == {"answers"}:
+        texts, gold_answers = [p.text for p in predictions], [p.gold for p in predictions]
+        measured.append(measure_answers(texts, gold_answers, seed=seed))
+        measured.append(measure_overlap(texts, gold_answers, seed=seed))
+    joined = join(measured, prefix=prefix)
+    return Evaluation(joined.metrics, joined.intervals, len(losses), predictions)
+
+
+def evaluate_parts(
+    model: TrieModel,
+    parts: Sequence[tuple[str, TokenSequences, Encoder]],
+    *,
+    max_examples: int | None = None,
+    seed: int = 0,
+    **how: Any,
+) -> Evaluation:
+    """Measure several data sets, each by its own task, and all of them together.
+
+    Metrics of all are named as those of one; each data set's have its name in them, `eval/NAME/loss`. Where tasks
+    differ, all together are measured by their loss.
+
+    Args:
+        parts: name, sequences and encoder of each; the index of a prediction counts through all of them.
+        max_examples: of all together; each gives its part of one random subset.
+        how: arguments of `answer_examples`.
+    """
+    starts = np.cumsum([0, *(len(sequences) for _, sequences, _ in parts)])
+    chosen = choose_examples(int(starts[-1]), max_examples, seed=seed)
+    answered = []
+    for (_, sequences, encoder), begin, end in zip(parts, starts, starts[1:], strict=False):
+        indices = chosen[(chosen >= begin) & (chosen < end)] - begin
+        found = answer_examples(model, sequences, encoder, indices, **how)
+        counted = [replace(one, index=one.index + int(begin)) for one in found.predictions]
+        answered.append(replace(found, predictions=counted))
+    whole = evaluation_of([one for one in answered if len(one.losses)], seed=seed)
+    metrics, intervals = dict(whole.metrics), dict(whole.intervals)
+    for (name, _, _), one in zip(parts, answered, strict=True):
+        if len(one.losses) and len(parts) > 1:
+            of_part = evaluation_of([one], seed=seed, prefix=f"eval/{name}/")
+            metrics |= of_part.metrics
+            intervals |= of_part.intervals
+    return replace(whole, metrics=metrics, intervals=intervals)
+
+
+def answer_examples(
+    model: TrieModel,
+    sequences: TokenSequences,
+    encoder: Encoder,
+    indices: np.ndarray,
+    *,
+    batching: Batching,
+    max_positions: int,
+    batch_size: int,
+    generate: bool = True,
+    max_new_tokens: int | None = None,
+    check_stop: CheckStop = no_stop,
+    progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
+) -> Answered:
+    """What `model` makes of these examples, by the task of the encoder; see `evaluate_model` for the arguments.
+
+    Args:
+        indices: int64 [B], ascending.
+    """
+    if not len(indices):
+        return Answered(np.zeros(0), np.zeros(0), [])
     mine = own_places(sequences, indices, ranks, batching)
     own = indices[mine]
     how: Any = {"max_positions": max_positions, "check_stop": check_stop, "progress": progress}
-    predictions: list[Prediction] = []
     task = encoder.prompt_format.task
     if task.kind == "labels":
         completions = [np.array(encoder.encode_completion(label), np.int32) for label in task.labels]
@@ -120,9 +229,8 @@ def evaluate_model(
         )
         log_probabilities = put_together(ranks, mine, scores, len(indices))
         gold = find_labels(sequences, indices, completions)
-        measured = _measure_labels(log_probabilities, gold, completions, task)
-        predictions = _label_predictions(sequences, indices, task, log_probabilities, gold)
-    elif task.kind == "answers" and generate:
+        return _answer_by_labels(sequences, indices, task, log_probabilities, gold, completions)
+    if task.kind == "answers" and generate:
         limits = GenerationLimits(
             stop_ids=frozenset(encoder.prompt_format.stop_ids),
             max_new_tokens=longest_completion(sequences) if max_new_tokens is None else max_new_tokens,
@@ -138,19 +246,10 @@ def evaluate_model(
         for places, part in ranks.gather((mine.tolist(), own_answers)):
             for place, answer in zip(places, part, strict=True):
                 answers[place] = answer
-        predictions = _answer_predictions(sequences, indices, encoder, answers)
-        texts, gold_answers = [p.text for p in predictions], [p.gold for p in predictions]
-        measured = [measure_loss(losses, weights), measure_answers(texts, gold_answers, seed=seed)]
-        measured.append(measure_overlap(texts, gold_answers, seed=seed))
-    else:
-        own_losses, own_weights = ranks.together(
-            lambda: sequence_losses(model, sequences, own, batching=batching, **how)
-        )
-        losses = put_together(ranks, mine, own_losses, len(indices))
-        weights = put_together(ranks, mine, own_weights, len(indices))
-        measured = [measure_loss(losses, weights)]
-    joined = join(measured, prefix="eval/")
-    return Evaluation(joined.metrics, joined.intervals, len(indices), predictions)
+        return Answered(losses, weights, _answer_predictions(sequences, indices, encoder, answers))
+    own_losses, own_weights = ranks.together(lambda: sequence_losses(model, sequences, own, batching=batching, **how))
+    losses = put_together(ranks, mine, own_losses, len(indices))
+    return Answered(losses, put_together(ranks, mine, own_weights, len(indices)), [])
 
 
 def own_places(sequences: Sequences, indices: np.ndarray, ranks: Ranks, batching: Batching) -> np.ndarray:
@@ -217,14 +316,22 @@ def find_labels(sequences: TokenSequences, indices: np.ndarray, completions: Seq
     return found
 
 
-def _measure_labels(
-    log_probabilities: np.ndarray, gold: np.ndarray, completions: Sequence[np.ndarray], task: Task
-) -> list[Measured]:
-    losses = -log_probabilities[np.arange(len(gold)), gold]
-    lengths = np.array([len(completion) for completion in completions])
+def _answer_by_labels(
+    sequences: TokenSequences,
+    indices: np.ndarray,
+    task: Task,
+    log_probabilities: np.ndarray,
+    gold: np.ndarray,
+    completions: Sequence[np.ndarray],
+) -> Answered:
     names, group = names_of(task)
     predicted = sum_by_name(label_probabilities(log_probabilities), group, len(names)).argmax(axis=1)
-    return [measure_loss(losses, lengths[gold]), measure_accuracy(predicted == group[gold])]
+    return Answered(
+        losses=-log_probabilities[np.arange(len(gold)), gold],
+        weights=np.array([len(completion) for completion in completions])[gold],
+        predictions=_label_predictions(sequences, indices, task, log_probabilities, gold),
+        is_right=predicted == group[gold],
+    )
 
 
 def _label_predictions(

@@ -7,7 +7,7 @@ mean is for the caller to say: an objective of training, which this package does
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -34,11 +34,14 @@ def evaluate_answers(
     check_stop: CheckStop = no_stop,
     progress: Progress = no_progress,
     ranks: Ranks = ALONE,
+    parts: Sequence[tuple[str, int]] = (),
 ) -> Evaluation:
     """Score the answers of a set and measure them by `judge`; names begin with `eval/`.
 
     Args:
         max_examples: size limit: of a larger set, a random subset of rows that depends only on `seed`; None takes all.
+        parts: name and number of rows of each data set that the set was joined of: each is measured as `eval/NAME/`,
+            too.
     """
     rows = choose_examples(sets.num_rows, max_examples, seed=seed)
     scores, counts = score_answers(
@@ -51,7 +54,17 @@ def evaluate_answers(
         progress=progress,
         ranks=ranks,
     )
-    joined = join([judge(rows, scores, counts)], prefix="eval/")
+    measured = [join([judge(rows, scores, counts)], prefix="eval/")]
+    number_of_row = np.repeat(np.arange(len(rows)), sets.row_start[rows + 1] - sets.row_start[rows])
+    begin = 0
+    for name, num_rows in parts:
+        is_here = (rows >= begin) & (rows < begin + num_rows)
+        begin += num_rows
+        if is_here.any():
+            of_part = is_here[number_of_row]
+            found = judge(rows[is_here], scores[of_part], counts[of_part])
+            measured.append(join([found], prefix=f"eval/{name}/"))
+    joined = join(measured, prefix="")
     return Evaluation(joined.metrics, joined.intervals, len(rows), [])
 
 

@@ -10,6 +10,7 @@ RUNS = Path("runs")
 CONFIG = "config.yaml"
 _METRICS = "metrics.jsonl"
 _SHOWN = 3
+_CHECKPOINTS_SHOWN = 5
 # From here on a path is taken for a mistyped run, though it could be the name of a model.
 ALIKE = 0.8
 
@@ -33,6 +34,21 @@ def which_run(path: Path) -> str:
         more = f", ... ({len(beside)} in all)" if len(beside) > _SHOWN else ""
         return f"name a run's folder: {', '.join(map(str, beside[:_SHOWN]))}{more}"
     return "name a run's folder: runs/NAME"
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """The checkpoints of a run, in the order of their steps; empty for what is no run."""
+    return sorted((run / "checkpoints").glob("step-*[0-9]")) if run.is_dir() else []
+
+
+def next_of_stopped(run: Path) -> str:
+    """What to do where a run without a final adapter was named."""
+    finish = "`trietune train ... --resume` finishes it"
+    checkpoints = checkpoints_in(run)
+    if not checkpoints:
+        return f"{finish}; it has no checkpoints"
+    names = ", ".join(one.name for one in checkpoints[-_CHECKPOINTS_SHOWN:])
+    return f"{finish}, or name one of its checkpoints ({names}): {checkpoints[-1]}"
 
 
 def is_mistyped_run(path: Path) -> bool:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
+from trietune.data.load import join_parts
+from trietune.data.several import form_of
 from trietune.errors import UserError
-from trietune.evaluation.evaluate import evaluate_model
+from trietune.evaluation.evaluate import evaluate_model, evaluate_parts
 from trietune.evaluation.predict import (
     DEFAULT_MAX_NEW_TOKENS,
     encode_prompt,
@@ -19,37 +21,50 @@ from trietune.evaluation.predict import (
     predict_labels,
     predict_text,
 )
+from trietune.io.cache_folder import cache_folder
+from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.outputs import write_output
 from trietune.run.fitting import check_ids, check_vocabulary
 from trietune.run.objective import evaluate_preferences
 from trietune.run.opening import progress_of
-from trietune.run.predictions import described, predictions_file
+from trietune.run.predictions import described_by_part, predictions_file
 from trietune.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from trietune.data.encoder import Encoder
     from trietune.data.examples import TokenSequences
+    from trietune.data.parts import Part
+    from trietune.data.templates import PromptFormat
     from trietune.evaluation.evaluate import Evaluation
     from trietune.evaluation.sampling import Sampling
     from trietune.run.loaded import LoadedModel
+    from trietune.trie import Batching
 
-from trietune.data.templates import PromptFormat
-from trietune.io.json_types import JsonMapping, JsonObject
 
 ANSWERS_AT_ONCE = 32
 
 
+class _HowToEvaluate(TypedDict):
+    batching: Batching
+    max_positions: int
+    batch_size: int
+    max_examples: int | None
+    seed: int
+    check_stop: Callable[[], None]
+    progress: Callable[[str, int, int | None], None]
+
+
 def measure(
     opened: LoadedModel,
-    sequences: TokenSequences,
-    prompt_format: PromptFormat,
+    parts: Sequence[Part],
     *,
     max_examples: int | None,
     tracker: Tracker,
     check_stop: Callable[[], None],
     keep: Path | None,
 ) -> Evaluation:
-    """Metrics of `opened` on `sequences`; see `trietune.run.opened.evaluate`."""
+    """Metrics of `opened` on one data set or several; see `trietune.run.opened.evaluate`."""
+    sequences = join_parts(parts, cache_folder() / "data", check_stop)
     check_vocabulary(sequences, opened.num_embeddings)
     max_positions = opened.prove_on(sequences)
     if opened.settings.learns_preferences:
@@ -62,23 +77,26 @@ def measure(
             report=tracker.info,
             check_stop=check_stop,
             progress=progress_of(tracker, "examples"),
+            parts=[(part.name, part.sequences.num_rows) for part in parts if len(parts) > 1],
         )
     size = opened.settings.eval_batch_size
-    encoder = opened.encoder(prompt_format)
-    found = evaluate_model(
-        opened.model,
-        sequences,
-        encoder,
-        batching=opened.settings.batching,
-        max_positions=max_positions,
-        batch_size=ANSWERS_AT_ONCE if size == "auto" else size,
-        max_examples=max_examples,
-        seed=opened.settings.seed,
-        check_stop=check_stop,
-        progress=progress_of(tracker, "examples"),
-    )
+    how: _HowToEvaluate = {
+        "batching": opened.settings.batching,
+        "max_positions": max_positions,
+        "batch_size": ANSWERS_AT_ONCE if size == "auto" else size,
+        "max_examples": max_examples,
+        "seed": opened.settings.seed,
+        "check_stop": check_stop,
+        "progress": progress_of(tracker, "examples"),
+    }
+    encoders = [opened.encoder(part.prompt_format) for part in parts]
+    if len(parts) == 1:
+        found = evaluate_model(opened.model, sequences, encoders[0], **how)
+    else:
+        named = [(part.name, part.sequences, encoder) for part, encoder in zip(parts, encoders, strict=True)]
+        found = evaluate_parts(opened.model, named, **how)
     if keep is not None:
-        _keep_predictions(found, sequences, encoder, keep)
+        _keep_predictions(found, sequences, parts, keep)
     return found
 
 
@@ -91,12 +109,58 @@ def ask(
     sampling: Sampling | None,
 ) -> list[JsonObject]:
     """Answers of `opened` to `inputs`; see `trietune.run.opened.predict`."""
-    encoder = opened.encoder()
+    used = opened.encoder()
+    formats = _formats_of(used.prompt_format, inputs)
+    answers: list[JsonObject] = [{} for _ in inputs]
+    for prompt_format in dict.fromkeys(formats):
+        places = [at for at, one in enumerate(formats) if one == prompt_format]
+        encoder = used if prompt_format == used.prompt_format else opened.encoder(prompt_format)
+        found = _ask(
+            opened,
+            encoder,
+            [inputs[at] for at in places],
+            max_new_tokens=max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+            check_stop=check_stop,
+            sampling=sampling,
+        )
+        for at, answer in zip(places, found, strict=True):
+            answers[at] = answer
+    return answers
+
+
+def _formats_of(prompt_format: PromptFormat, inputs: Sequence[str | JsonMapping]) -> list[PromptFormat]:
+    """The format that each input is asked in: the adapter's, or, for a row that has not its columns, another of those
+    that it was trained with."""
+    others = {form_of(one): one for one in reversed(prompt_format.others)}
+    others.pop(form_of(prompt_format), None)
+    found = []
+    for value in inputs:
+        tried = [] if isinstance(value, str) else [prompt_format, *reversed(others.values())]
+        found.append(next((one for one in tried if _takes(one, value)), prompt_format))
+    return found
+
+
+def _takes(prompt_format: PromptFormat, value: str | JsonMapping) -> bool:
+    try:
+        make_examples(prompt_format, [value])
+    except UserError:
+        return False
+    return True
+
+
+def _ask(
+    opened: LoadedModel,
+    encoder: Encoder,
+    inputs: Sequence[str | JsonMapping],
+    *,
+    max_new_tokens: int,
+    check_stop: Callable[[], None],
+    sampling: Sampling | None,
+) -> list[JsonObject]:
     check_ids(
         [encode_prompt(encoder, one) for one in make_examples(encoder.prompt_format, inputs)], opened.num_embeddings
     )
-    new_tokens = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-    max_positions = opened.prove_for(longest_prompt(encoder, inputs) + new_tokens)
+    max_positions = opened.prove_for(longest_prompt(encoder, inputs) + max_new_tokens)
     if encoder.prompt_format.task.kind == "labels" and opened.settings.task in ("auto", "labels"):
         labels = predict_labels(
             opened.model,
@@ -113,20 +177,20 @@ def ask(
         inputs,
         max_positions=max_positions,
         batch_size=ANSWERS_AT_ONCE,
-        max_new_tokens=new_tokens,
+        max_new_tokens=max_new_tokens,
         check_stop=check_stop,
         sampling=sampling,
     )
     return [{"text": text} for text in texts]
 
 
-def _keep_predictions(found: Evaluation, sequences: TokenSequences, encoder: Encoder, file: Path) -> None:
-    task = encoder.prompt_format.task
+def _keep_predictions(found: Evaluation, sequences: TokenSequences, parts: Sequence[Part], file: Path) -> None:
     if not found.predictions:
         raise UserError(
             f"there is nothing to write to `{file}`: this data has no labels and no questions, so the model was only "
             "measured by its loss",
             next_step="leave `--predictions` out, or ask with `trietune predict --input FILE`",
         )
-    told = described(found.predictions, sequences.examples, task)
-    write_output(file, predictions_file(told, is_squad=task.kind == "answers"), "--predictions")
+    tasks = {part.prompt_format.task.kind for part in parts}
+    told = described_by_part(found.predictions, parts, sequences.examples, parts[0].prompt_format.task)
+    write_output(file, predictions_file(told, is_squad=tasks == {"answers"}), "--predictions")

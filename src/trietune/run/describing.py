@@ -5,6 +5,7 @@ Imported once a device has been chosen: transformers starts XLA devices when it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from trietune.errors import UserError
 from trietune.io.json_types import JsonObject
 from trietune.io.places import expand
 from trietune.model.adapter.export import find_adapter
+from trietune.model.adapter.start import keys_of
 from trietune.model.adapter.targets import SMALLEST_NAMED, Coverage
 from trietune.model.base.shape import NetworkShape, describe_network
 from trietune.model.states.memory import STATES_HAVE_MANY_LENGTHS
@@ -86,6 +88,31 @@ def check_longest(settings: Settings, name: str, shape: NetworkShape, longest: i
 def find_start(settings: Settings) -> Path | None:
     """Folder of the adapter that training begins with; None begins with a new one."""
     return None if settings.start_adapter is None else find_adapter(expand(settings.start_adapter))
+
+
+def with_start(settings: Settings, start: Path | None, report: Callable[[str], None]) -> Settings:
+    """The settings with what the initial adapter was trained with, in keys that nobody has written.
+
+    Raises:
+        UserError: the adapter cannot be read.
+    """
+    if start is None:
+        return settings
+    brought = {
+        key: value
+        for key, value in keys_of(start).items()
+        if settings.where(key) == "default" and getattr(settings, key) != value
+    }
+    if brought:
+        shown = ", ".join(f"{key} {_shown(value)}" for key, value in brought.items())
+        report(f"from the adapter that training begins with: {shown}")
+    return settings.model_copy(update=brought)
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    return ", ".join(map(str, value[:8])) + (f" and {len(value) - 8} more" if value[8:] else "")
 
 
 def adapter_arguments(settings: Settings) -> JsonObject:

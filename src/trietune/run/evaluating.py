@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from trietune.evaluation.evaluate import evaluate_model
+from trietune.data.encoder import make_encoder
+from trietune.evaluation.evaluate import evaluate_model, evaluate_parts
 from trietune.io.metric_names import kind_of
 from trietune.ranks.ranks import ALONE, Ranks
 from trietune.run.opening import progress_of
@@ -135,14 +136,23 @@ class Evaluator:
                 ranks=ALONE if built.is_sharded else self.ranks,
                 **how,
             )
-        assert self.prepared.data.validation is not None
-        return evaluate_model(
-            built.model,
-            self.prepared.data.validation,
-            built.encoder,
-            batch_size=plan.eval_batch_size,
-            # Between steps only if checkpoints are ranked by what is generated.
-            generate=when != "during" or kind_of(settings.checkpoint_metric).needs_answers,
-            ranks=ALONE if built.is_sharded else self.ranks,
-            **how,
+        data = self.prepared.data
+        assert data.validation is not None
+        # Between steps only if checkpoints are ranked by what is generated.
+        generate = when != "during" or kind_of(settings.checkpoint_metric).needs_answers
+        ranks = ALONE if built.is_sharded else self.ranks
+        if not data.parts:
+            return evaluate_model(
+                built.model,
+                data.validation,
+                built.encoder,
+                batch_size=plan.eval_batch_size,
+                generate=generate,
+                ranks=ranks,
+                **how,
+            )
+        tokenizer = self.prepared.tokenizer
+        parts = [(one.name, one.sequences, make_encoder(tokenizer, one.prompt_format)) for one in data.parts]
+        return evaluate_parts(
+            built.model, parts, batch_size=plan.eval_batch_size, generate=generate, ranks=ranks, **how
         )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from trietune.config import load_config
 from trietune.data import make_encoder
 from trietune.data.examples import Example, Message
-from trietune.data.load import load_split
+from trietune.data.load import load_parts
 from trietune.data.prompt_formats import make_plain_format
+from trietune.data.several import form_of
 from trietune.data.templates import fill_template
 from trietune.demo import demo_reviews
 from trietune.errors import UserError
@@ -77,7 +78,7 @@ def _of_the_run(
     if prompt_format is None or not (source / "config.yaml").is_file():
         return ()
     try:
-        sequences, _ = load_split(
+        parts = load_parts(
             load_config(source / "config.yaml", ()),
             tokenizer,
             "validation",
@@ -91,8 +92,10 @@ def _of_the_run(
         tracker.warn(f"the run's validation data cannot be read ({error.what})")
         return ()
     encoder = make_encoder(tokenizer, prompt_format)
-    count = min(NUM_PROMPTS, len(sequences))
-    return [encoder.encode_prompt(sequences.examples[index]) for index in range(count)]
+    own = form_of(prompt_format)
+    alike = [one.sequences for one in parts if len(parts) == 1 or form_of(one.prompt_format) == own]
+    examples = [sequences.examples[index] for sequences in alike for index in range(min(NUM_PROMPTS, len(sequences)))]
+    return [encoder.encode_prompt(example) for example in examples[:NUM_PROMPTS]]
 
 
 def shipped_prompts(tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None) -> list[list[int]]:

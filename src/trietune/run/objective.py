@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,8 +98,7 @@ def rows_to_rank(data: Data, tokenizer: PreTrainedTokenizerFast) -> tuple[Answer
         UserError: the completions are not labels.
     """
     if data.task.kind != "labels":
-        task = _task_of(data)
-        data = replace(data, task=task, prompt_format=replace(data.prompt_format, task=task))
+        data = data.with_task(_task_of(data))
     encoder = make_encoder(tokenizer, data.prompt_format)
     completions = [np.array(encoder.encode_completion(label), np.int32) for label in data.task.labels]
     try:
@@ -151,6 +150,7 @@ class Learning:
         objective: None for `sft`.
         rows: rows of the training data.
         validation: answers of the validation data; None where they are not compared, or not there.
+        parts: of several data sets, the name and the number of validation rows of each.
         reference, validation_reference: float64 [sequences], scores under the reference; None without one.
     """
 
@@ -160,6 +160,7 @@ class Learning:
     validation: AnswerSets | None
     reference: np.ndarray | None = None
     validation_reference: np.ndarray | None = None
+    parts: Sequence[tuple[str, int]] = ()
 
     @property
     def learn(self) -> Learn:
@@ -242,7 +243,7 @@ class Learning:
                 self.settings, sets, rows, scores, counts, self.validation_reference, is_reference=is_reference
             )
 
-        return evaluate_answers(model, sets, judge, **arguments)
+        return evaluate_answers(model, sets, judge, parts=self.parts, **arguments)
 
 
 def evaluate_preferences(
@@ -255,11 +256,13 @@ def evaluate_preferences(
     report: Callable[[str], None],
     check_stop: Callable[[], None],
     progress: Callable[[str, int, int | None], None],
+    parts: Sequence[tuple[str, int]] = (),
 ) -> Evaluation:
     """Measure a model on preferences without its reference: which answers it prefers, not by how much more than before.
 
     Args:
         report: takes a line for the user.
+        parts: of several data sets, the name and the number of rows of each.
     """
     objective = make_objective(settings)
     assert objective is not None
@@ -270,7 +273,7 @@ def evaluate_preferences(
             f"the loss and the rewards of `objective: {settings.objective}` compare with the model before training: "
             "the run's own evaluations hold them"
         )
-    learning = Learning(settings, objective, rows, rows)
+    learning = Learning(settings, objective, rows, rows, parts=parts)
     return learning.evaluate(
         model,
         is_reference=False,

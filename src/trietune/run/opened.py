@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trietune.config import load_config
-from trietune.data.load import load_split
+from trietune.data.load import load_parts
 from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
 from trietune.io.adapter_place import adapter_in
@@ -21,7 +21,7 @@ from trietune.io.cache_folder import cache_folder
 from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.io.outputs import check_output
 from trietune.io.places import expand
-from trietune.io.run_folders import is_mistyped_run, which_run
+from trietune.io.run_folders import is_mistyped_run, next_of_stopped, which_run
 from trietune.ranks.launched import refuse_several_processes
 from trietune.run.fitting import with_max_length
 from trietune.run.opening import open_machine, progress_of
@@ -77,7 +77,7 @@ def evaluate(
             # Nothing else is to be looked up, least of all the default data set.
             settings = settings.model_copy(update={"train_file": settings.validation_file, "dataset_id": None})
         settings = with_max_length(settings, opened.model.config)
-        sequences, prompt_format = load_split(
+        parts = load_parts(
             settings,
             opened.tokenizer,
             split,  # type: ignore[arg-type]  # checked above
@@ -89,8 +89,7 @@ def evaluate(
         )
         return measure(
             opened,
-            sequences,
-            prompt_format,
+            parts,
             max_examples=max_examples,
             tracker=tracker,
             check_stop=signals.check,
@@ -126,8 +125,7 @@ def open_model(target: str | Path, overrides: Sequence[str] | JsonMapping, track
     if path.is_dir() and adapter is None and run is not None:
         raise UserError(
             f"`{target}` has no final adapter: the run did not finish",
-            next_step="`trietune train ... --resume` finishes it, or name one of its checkpoints: "
-            f"{path}/checkpoints/step-...",
+            next_step=next_of_stopped(path),
         )
     if str(target).lower() != DEMO_MODEL and is_mistyped_run(path):
         raise UserError(f"there is no run `{target}`, and no folder", next_step=which_run(path))

@@ -157,6 +157,7 @@ class Plan:
         processes: how a step's examples are shared; None where one process trains.
         max_length: limit of an example, in tokens; `longest` is the longest in the training data.
         defaults: which set of defaults the keys that are not set have.
+        data_lines: of several data sets, what becomes of each.
     """
 
     directory: Path
@@ -196,6 +197,7 @@ class Plan:
     max_length: int | None = None
     longest: int = 0
     defaults: str | None = None
+    data_lines: tuple[str, ...] = ()
 
     @property
     def has_loss_scale(self) -> bool:
@@ -230,7 +232,7 @@ class Plan:
     def lines(self) -> list[tuple[str, str]]:
         """The plan for people: (name, value), in the order in which things happen."""
         revision = f" at {self.model_revision[:12]}" if self.model_revision else ""
-        batch = f"{self.batch_size} examples" + (
+        batch = _number(self.batch_size, "example") + (
             f" x {self.batches_per_step} accumulated" if self.batches_per_step > 1 else ""
         )
         epochs = self.num_steps / self.steps_per_epoch
@@ -242,9 +244,13 @@ class Plan:
             *([("dropout", self._dropout)] if self.base_rates or self.keeps_dropout else []),
             ("device", f"{self.device.name}, base in {self._dtype}"),
             ("data", f"{self.num_train:,} training and {self.num_validation:,} validation examples"),
+            *(("", line) for line in self.data_lines),
             *([("length", self._length)] if self.max_length is not None else []),
             *([("objective", self.objective)] if self.objective else []),
-            ("steps", f"{self.num_steps:,} steps of {batch} ({epochs:.3g} {'epoch' if epochs == 1 else 'epochs'})"),
+            (
+                "steps",
+                f"{_number(self.num_steps, 'step')} of {batch} ({epochs:.3g} {'epoch' if epochs == 1 else 'epochs'})",
+            ),
             *(self.processes.lines() if self.processes else []),
             ("batching", f"{self.batching}, attention: {attention}, " + _grouping(self.is_grouped)),
             *([("attention", f"{attention}, {self.attention_reason}")] if self.attention_reason else []),
@@ -275,6 +281,10 @@ class Plan:
 
 def _millions(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _grouping(is_grouped: bool) -> str:

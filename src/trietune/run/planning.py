@@ -16,7 +16,15 @@ from trietune.device import bytes_per_position, micro_batch_bound
 from trietune.errors import UserError
 from trietune.io.cache_folder import cache_folder
 from trietune.model.base.load import reading_config
-from trietune.run.describing import check_longest, check_trie, check_trie_on, describe, find_start, uncovered
+from trietune.run.describing import (
+    check_longest,
+    check_trie,
+    check_trie_on,
+    describe,
+    find_start,
+    uncovered,
+    with_start,
+)
 from trietune.run.device_plan import plan_shapes
 from trietune.run.fitting import check_positions, check_vocabulary, with_max_length
 from trietune.run.grouping import choose_groups, measure_batches, num_sampled_of, plan_processes, sharing_of
@@ -57,6 +65,7 @@ def plan_run(
     opened = open_base(machine, settings, settings.model_name, tracker, dtype=None if chosen is None else chosen.dtype)
     device, dtype, base, tokenizer = opened.device, opened.dtype, opened.base, opened.tokenizer
     start = find_start(settings)
+    settings = with_start(settings, start, tracker.info)
     shape = describe(settings, opened)
     for sentence in uncovered(settings, shape.coverage):
         tracker.warn(sentence)
@@ -180,6 +189,7 @@ def plan_run(
         max_length=cast("int", settings.max_length),
         longest=data.counts.train.longest,
         defaults=describe_defaults(settings),
+        data_lines=data.lines,
     )
     return Prepared(settings, plan, base, tokenizer, data, groups, learning, shape, work, num_sampled, start)
 
@@ -192,7 +202,8 @@ def _plan_learning(settings: Settings, data: Data, tokenizer: PreTrainedTokenize
         return Learning(settings, objective, rows, None), data
     validation = None if objective is None or data.validation is None else rows_of(settings, data.validation)
     assert validation is None or isinstance(validation, AnswerSets)
-    return Learning(settings, objective, rows_of(settings, data.train), validation), data
+    parts = [(part.name, part.sequences.num_rows) for part in data.parts if len(data.parts) > 1]
+    return Learning(settings, objective, rows_of(settings, data.train), validation, parts=parts), data
 
 
 def _describe_objective(settings: Settings, learning: Learning) -> str | None:

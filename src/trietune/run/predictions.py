@@ -13,6 +13,7 @@ from trietune.tracking.jsonl import prediction_record, to_json_line
 
 if TYPE_CHECKING:
     from trietune.data.examples import ExampleSource, Task
+    from trietune.data.parts import Part
     from trietune.evaluation.evaluate import Prediction
 
 
@@ -33,6 +34,25 @@ def described(predictions: Sequence[Prediction], examples: ExampleSource, task: 
                 kind=("answerable" if prediction.gold else "unanswerable") if is_question else "",
             )
         )
+    return found
+
+
+def described_by_part(
+    predictions: Sequence[Prediction], parts: Sequence[Part], examples: ExampleSource, task: Task
+) -> list[events.Prediction]:
+    """As `described`, each by the task of the data set that it belongs to.
+
+    Args:
+        parts: the data sets that `examples` go through, one after the other; without any, `task` is that of all.
+    """
+    if not parts:
+        return described(predictions, examples, task)
+    found: list[events.Prediction] = []
+    begin = 0
+    for part in parts:
+        end = begin + len(part.sequences)
+        found += described([one for one in predictions if begin <= one.index < end], examples, part.prompt_format.task)
+        begin = end
     return found
 
 

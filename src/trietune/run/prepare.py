@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trietune.data.sources import check_local
 from trietune.errors import UserError
 from trietune.run.environment import PACKAGES, installed_version, sampled_digest, start_adapter
 from trietune.run.opening import open_machine
@@ -84,6 +85,7 @@ def prepare(
             "nothing says what to train on: `train_file` and `dataset_id` are not set",
             next_step="write `train_file: data.jsonl`, or type `--data data.jsonl` (or a hub id)",
         )
+    check_local(settings)
     machine = open_machine(settings, tracker, num_processes=num_processes, device=device)
     # Now that the device has been chosen: transformers starts XLA devices when it is imported.
     from trietune.run.planning import plan_run

@@ -8,7 +8,7 @@ import numpy as np
 
 from trietune.data.preview import preview_examples
 from trietune.run.batch_picture import write_batch_picture
-from trietune.run.predictions import described
+from trietune.run.predictions import described_by_part
 from trietune.run.wording import few
 from trietune.tracking import events
 from trietune.tracking.wandb.listener import are_histograms_due, watched_kinds
@@ -69,8 +69,9 @@ def show_predictions(
     prepared: Prepared, evaluation: Evaluation, step: int, when: Literal["before", "after"], tracker: Tracker
 ) -> None:
     """What the model said to every validation example; the first ones belong on a terminal."""
-    assert prepared.data.validation is not None
-    told = described(evaluation.predictions, prepared.data.validation.examples, prepared.data.task)
+    data = prepared.data
+    assert data.validation is not None
+    told = described_by_part(evaluation.predictions, data.parts, data.validation.examples, data.task)
     num_shown = SHOWN_PREDICTIONS if prepared.settings.print_examples else 0
     tracker.emit(events.PredictionsShown(step, when, told, num_shown))
 

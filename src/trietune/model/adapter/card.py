@@ -45,12 +45,12 @@ class Score:
 class CardFacts:
     """What the card says.
 
-    `title` names the adapter. `dataset` names the data for people; `trained_on` and `measured_on` are the hub's ids of
-    the training and validation data, None for files of one's own: only then the card claims them. `example_prompt` is
-    one whole prompt as the model saw it in training, or (`is_shape`) its shape with names in braces; it stands without
-    the beginning-of-sequence token; `bos_id` is put before it, `stop_ids` end an answer. `parses_special_tokens`:
-    whether special tokens in the prompt's text are meant. `settings` are shown as a table. `is_merged`: the folder
-    holds a whole model and no adapter.
+    `title` names the adapter. `dataset` names the data for people; `trained_on` are the hub's ids of the training
+    data, `measured_on` that of the validation data, none for files of one's own: only then the card claims them.
+    `example_prompt` is one whole prompt as the model saw it in training, or (`is_shape`) its shape with names in
+    braces; it stands without the beginning-of-sequence token; `bos_id` is put before it, `stop_ids` end an answer.
+    `parses_special_tokens`: whether special tokens in the prompt's text are meant. `settings` are shown as a table.
+    `is_merged`: the folder holds a whole model and no adapter.
     """
 
     title: str
@@ -61,7 +61,7 @@ class CardFacts:
     parses_special_tokens: bool = False
     is_shape: bool = False
     dataset: str | None = None
-    trained_on: str | None = None
+    trained_on: Sequence[str] = ()
     measured_on: str | None = None
     num_train_examples: int | None = None
     scores: Sequence[Score] = ()
@@ -147,7 +147,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         base_model=facts.base.name if facts.base.source == "hub" else None,
         library_name="transformers" if facts.is_merged else "peft",
         license=base_license(facts.base),
-        datasets=[facts.trained_on] if facts.trained_on else None,
+        datasets=list(facts.trained_on) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         pipeline_tag="text-generation",
         tags=["trietune"] if facts.is_merged else ["lora", "trietune"],

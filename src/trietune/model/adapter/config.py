@@ -89,7 +89,8 @@ def _or_none(check: Callable[[object], bool]) -> Callable[[object], bool]:
 # What we honor. The words are for the message when a value is of another kind.
 _HONORED: dict[str, tuple[Callable[[object], bool], str]] = {
     "peft_type": (lambda value: value == "LORA", "`LORA`"),
-    "task_type": (lambda value: value == "CAUSAL_LM", "`CAUSAL_LM`"),
+    # Where nobody said, PEFT writes null; the base model decides.
+    "task_type": (lambda value: value in (None, "CAUSAL_LM"), "`CAUSAL_LM`, or null"),
     "peft_version": (_or_none(_is_text), "text"),
     "base_model_name_or_path": (_or_none(_is_text), "text"),
     "revision": (_or_none(_is_text), "text"),
@@ -178,6 +179,7 @@ def parse_config(data: bytes, *, where: str) -> LoraConfig:
     if not document["target_modules"] and not document.get("target_parameters"):
         raise UserError(f"`{where}` has neither `target_modules` nor `target_parameters`: the adapter is on nothing")
     honored = {key: value for key, value in document.items() if key in _HONORED and key != "peft_version"}
+    honored["task_type"] = "CAUSAL_LM"
     try:
         return LoraConfig(**honored)
     except ValueError as error:

@@ -23,7 +23,7 @@ from trietune.errors import UserError
 from trietune.io import strict_json
 from trietune.io.adapter_place import adapter_in
 from trietune.io.directory import DamagedDirectory, read_manifest
-from trietune.io.run_folders import nearest_runs, which_run
+from trietune.io.run_folders import checkpoints_in, nearest_runs, next_of_stopped, which_run
 from trietune.io.safetensors import RawTensor, from_numpy, parse, serialize
 from trietune.io.whole_folder import whole_folder
 from trietune.model.adapter.adapter import load_adapter_files
@@ -77,9 +77,8 @@ def find_adapter(path: Path) -> Path:
 
 def _instead_of(path: Path) -> str:
     """A checkpoint of a run that has no adapter yet, a run with a name that is near, or where adapters are."""
-    checkpoints = sorted((path / "checkpoints").glob("step-*[0-9]")) if path.is_dir() else []
-    if checkpoints:
-        return f"the run did not finish: name one of its checkpoints, the last is {checkpoints[-1]}, or finish it"
+    if checkpoints_in(path):
+        return next_of_stopped(path)
     near = nearest_runs(path)
     if near and not path.exists():
         return which_run(path)

@@ -8,9 +8,11 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel
 
 from trietune.errors import UserError
+from trietune.io.json_types import JsonObject
+from trietune.io.safetensors import TensorError
 from trietune.model.adapter.adapter import set_adapter_tensors
 from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES, parse_config
-from trietune.model.adapter.folder import WEIGHTS_FILE, read_plain_file
+from trietune.model.adapter.folder import WEIGHTS_FILE, read_plain_file, read_shapes
 
 # Of an adapter's configuration, the keys of a run that must agree with it.
 _KEYS = {
@@ -20,6 +22,36 @@ _KEYS = {
     "use_dora": "use_dora",
     "bias": "lora_bias",
 }
+
+
+def keys_of(folder: Path) -> JsonObject:
+    """The keys of a run that the adapter in `folder` was trained with: rank, scale, and what it is on.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    config = parse_config(read_plain_file(folder, CONFIG_FILE, max_bytes=MAX_CONFIG_BYTES), where=str(folder))
+    found: JsonObject = {key: getattr(config, name) for name, key in _KEYS.items()}
+    found["modules_to_save"] = tuple(config.modules_to_save or ())
+    targets = config.target_modules
+    if config.exclude_modules or config.layers_to_transform is not None:
+        # No key says which modules are left out: these are those that are in.
+        targets = _modules_of(folder)
+    if targets:
+        found["lora_target_modules"] = targets if isinstance(targets, str) else tuple(sorted(targets))
+    if config.target_parameters:
+        found["lora_target_parameters"] = tuple(config.target_parameters)
+    return found
+
+
+def _modules_of(folder: Path) -> list[str]:
+    """Whole names of the modules that an adapter's tensors are on."""
+    try:
+        names = read_shapes(folder)
+    except TensorError as error:
+        raise UserError(f"`{folder / WEIGHTS_FILE}` cannot be read: {error}") from error
+    whole = (name.removeprefix("base_model.model.").split(".lora_")[0] for name in names if ".lora_" in name)
+    return list(dict.fromkeys(whole))
 
 
 def start_from(peft_model: PeftModel, folder: Path) -> None:

@@ -96,7 +96,7 @@ def predictions_table(predicted: PredictionsShown, width: int = DEFAULT_WIDTH) -
     for prediction in shown:
         verdict = {True: "right", False: "wrong", None: ""}[prediction.is_right]
         if prediction.is_right is False:
-            verdict += f", not {wording.one_line(prediction.expected, 24)}"
+            verdict += f", it is {wording.one_line(prediction.expected, 24)}"
         rows.append((f"  {wording.one_line(prediction.predicted, 32) or '(nothing)'}", verdict))
     used = max((len(line) for line in columns([(*row, "|") for row in rows])), default=0)
     room = max(NARROWEST_TEXT, width - used - 2)
