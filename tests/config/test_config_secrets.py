@@ -76,17 +76,18 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("form", OTHERS)
-@pytest.mark.parametrize("key", ["train_file", "validation_file", "model_name", "project_dir", "init_adapter"])
 def test_other_secrets_are_masked_in_every_key_that_takes_a_place(
-    form: str, key: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    form: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     drawn = "Ab3dEf6hIj9kLm2nOp5q"
     value = form.format(drawn)
     assert drawn not in json.dumps(without_secrets({"a": [value, (value,)]}))
-    public = load_config(None, {"wandb_tags": [value], key: value}).dump_public()
-    assert drawn not in json.dumps(public)
+    keys = ("train_file", "validation_file", "model_name", "project_dir", "init_adapter", "dataset_id")
+    for key in keys:
+        public = load_config(None, {"wandb_tags": [value], key: value}).dump_public()
+        assert drawn not in json.dumps(public), key
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps({key: value, "device": "cpu", "max_steps": "many"}))
+    config.write_text(json.dumps({**dict.fromkeys(keys, value), "device": "cpu", "max_steps": "many"}))
     assert main(["train", str(config)]) == 2
     assert drawn not in "".join(capfd.readouterr())
 

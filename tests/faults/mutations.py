@@ -302,7 +302,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a live run's folder that went away not missed", "checkpoints/lock.py",
-        "        except FileNotFoundError:\n            return False\n", "        except FileNotFoundError:\n            return True\n",
+        "        except FileNotFoundError:\n            return False\n",
+        "        except FileNotFoundError:\n            return True\n",
         ("tests/run/test_lost_folder.py",),
     ),
     Mutation(

@@ -167,7 +167,7 @@ def test_a_folder_that_root_itself_may_not_change(tmp_path: Path) -> None:
         with pytest.raises(SaveFailed) as caught:
             save(tmp_path, 2)
         assert caught.value.number == errno.EPERM
-        assert "right to write" in str(caught.value)
+        assert "permission to write" in str(caught.value)
     finally:
         subprocess.run(["chattr", "-i", str(folder)], check=True)
 

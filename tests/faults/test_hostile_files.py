@@ -330,7 +330,6 @@ def write_whole_in_run(run: Path) -> Path:
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 CONFIGS: dict[str, Any] = {
-    "a module to import": {**CONFIG, "auto_mapping": {"parent_library": "hostile_module", "base_model_class": "x"}},
     "a core to import": {**CONFIG, "megatron_core": "hostile_module", "megatron_config": {}},
     "another kind": {**CONFIG, "peft_type": "PROMPT_TUNING"},
     "an unknown key": {**CONFIG, "custom_pipeline": "hostile_module"},
@@ -338,7 +337,6 @@ CONFIGS: dict[str, Any] = {
     "a start that loads": {**CONFIG, "init_lora_weights": "pissa"},
     "a rank of a billion": {**CONFIG, "r": 10**9},
     "a rank that is true": {**CONFIG, "r": True},
-    "a pattern that never ends": {**CONFIG, "target_modules": "(a+)+$"},
     "an alpha that is NaN": b'{"peft_type":"LORA","r":4,"lora_alpha":NaN,"target_modules":["q"]}',
     "a key twice": b'{"peft_type":"LORA","r":4,"r":5,"lora_alpha":8,"target_modules":["q"]}',
     "deep": b'{"a":' * 100_000,
@@ -354,7 +352,11 @@ CONFIGS: dict[str, Any] = {
 def test_hostile_adapter_configs_are_refused(tally: Tally) -> None:
     from trietune.model.adapter.config import parse_config
 
-    parse_config(json.dumps(CONFIG).encode(), where="adapter_config.json")
+    # PEFT never sees the module that this names; endless patterns are in tests/model/test_module_names.py.
+    mapping = {"parent_library": "hostile_module", "base_model_class": "x"}
+    read = parse_config(json.dumps({**CONFIG, "auto_mapping": mapping}).encode(), where="adapter_config.json")
+    assert read.auto_mapping is None
+    assert "hostile_module" not in sys.modules
     for document in CONFIGS.values():
         data = document if isinstance(document, bytes) else json.dumps(document).encode()
         refuse(lambda data=data: parse_config(data, where="adapter_config.json"), UserError)  # type: ignore[misc]
