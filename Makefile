@@ -28,10 +28,11 @@ test: $(READY) lint  ## style, types, import contract, and the tests that take u
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(READY)  ## the suites that `make test` leaves out: the fault matrix, real models (half an hour)
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3000
+	$(BIN)/python -m pytest -m "slow and not gpu and not families" --timeout 3000
 
-test-families: $(READY)  ## every causal type of transformers, small and random, on tries, padded, and in a plain loop (hours)
+test-families: $(READY)  ## every causal type of transformers, small and random: on tries, padded, in a plain loop; and runs of it (hours)
 	$(BIN)/python tests/causal_types/try_types.py
+	$(BIN)/python -m pytest -m families
 
 test-all: test test-slow test-xla  ## every test that this machine can run
 

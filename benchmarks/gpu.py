@@ -1,8 +1,11 @@
 """Measure TrieTune on a CUDA card: its ways to attend by themselves, then whole training next to other trainers.
 
-    python benchmarks/gpu.py [--only kernels|training] [--models smollm2 gemma] [--rounds 5]
+    python benchmarks/gpu.py [--only steps|training|kernels] [--models gemma smollm2] [--rounds 5]
 
 What:
+    steps       TrieTune's own steps by themselves: milliseconds on the clock and in kernels, kernels launched, and
+                those that take longest. A clock far above the kernels means that the host cannot launch them
+                fast enough
     kernels     forward and backward of one layer's attention on the tries of real batches, at head sizes 64, 128 and
                 256: milliseconds, peak memory beyond its inputs, and the largest error next to the formula in fp64
     training    as `compare.py`, on Gemma 1.1 2B's whole shape (random weights) and SmolLM2: examples a second, distinct
@@ -25,7 +28,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +38,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
 import torch  # noqa: E402
 from compare import BYTES_PER_LOGIT, DATA, find_gemma_tokenizer, say, table, to_result  # noqa: E402
-from measure import environment  # noqa: E402
+from job import FinishedError, Gate, Job, synchronizer  # noqa: E402
+from measure import environment, matmul_ceiling  # noqa: E402
 from models import GEMMA_LAYERS, ModelChoice, count_work, find_smollm2  # noqa: E402
+from peers import trietune_loop  # noqa: E402
 from rounds import measure  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
-from workloads import Workload, real_workload  # noqa: E402
+from workloads import Workload, measure_shape, real_workload  # noqa: E402
 
 from trietune.device import Device, choose_device  # noqa: E402
 from trietune.device.device import AttentionNeeds  # noqa: E402
@@ -50,6 +56,9 @@ from trietune.trie import Trie, make_micro_batches  # noqa: E402
 # (query heads, key heads, head size) of SmolLM2-135M, Mistral 7B and Gemma 1.1 2B
 HEADS = {"64": (9, 3, 64), "128": (32, 8, 128), "256": (8, 1, 256)}
 WORKLOADS = ["squad-grouped-32", "sst2-plain-32", "sst2-grouped-32"]
+# A step of 32 examples may be too small for the card; one of 128 shows whether it is.
+STEP_WORKLOADS = ["squad-grouped-32", "squad-grouped-128"]
+STEPS_WARM, PROFILED, LONGEST_KERNELS = 3, 3, 12
 WAYS = ("varlen", "flex", "mask", "rows")
 ENGINES = ["trietune", "trietune-varlen", "trietune-flex", "trietune-mask", "trietune-packed", "strongest"]
 TRL_ENGINES = ["trl", "trl-packed", "trl-fastest"]
@@ -59,25 +68,29 @@ MAX_COMPARED = 4096
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    device = torch.device(options.device)
-    results: list[dict[str, Any]] = []
-    if options.only != "training":
-        results += measure_kernels(options)
-    if options.only != "kernels":
-        for name in options.models:
-            results += measure_training(name, options)
-    results.append({"kind": "run", **environment(device)})
     out = Path(options.out) / f"{options.name}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(result) + "\n" for result in results))
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "steps": lambda: (result for name in options.models for result in measure_steps(name, options)),
+        "training": lambda: (result for name in options.models for result in measure_training(name, options)),
+        "kernels": lambda: measure_kernels(options),
+    }
+    with out.open("w") as file:
+        # Line by line: time on a GPU is short, and what was measured before it ran out counts.
+        file.write(json.dumps({"kind": "run", **environment(torch.device(options.device))}) + "\n")
+        for part in [options.only] if options.only else parts:
+            for result in parts[part]():
+                file.write(json.dumps(result) + "\n")
+                file.flush()
     say(f"{out} written")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--only", choices=["kernels", "training"])
-    parser.add_argument("--models", nargs="+", choices=["smollm2", "gemma"], default=["smollm2", "gemma"])
+    parser.add_argument("--only", choices=["steps", "training", "kernels"])
+    parser.add_argument("--models", nargs="+", choices=["gemma", "smollm2"], default=["gemma", "smollm2"])
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, help="dataset-order-batchsize")
+    parser.add_argument("--step-workloads", nargs="+", default=STEP_WORKLOADS, help="of `steps`")
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS), help="head sizes")
     parser.add_argument("--engines", nargs="+", default=ENGINES + (TRL_ENGINES if has_trl() else []))
     parser.add_argument("--data", default=DATA, help="as in compare.py")
@@ -98,15 +111,113 @@ def has_trl() -> bool:
     return importlib.util.find_spec("trl") is not None
 
 
+# Steps
+
+
+class StepClock(Gate):
+    """A gate at which every step passes, timed; the last ones under the profiler, which is slow itself."""
+
+    def __init__(self, device: torch.device, num_timed: int) -> None:
+        self._device = device
+        self._num_timed = num_timed
+        self.milliseconds: list[float] = []
+        self.profile: torch.profiler.profile | None = None
+        self._began = 0.0
+
+    def open(self) -> None:
+        synchronizer(self._device)()
+        self._began = time.perf_counter()
+
+    def __call__(self, loss: float, num_examples: int) -> None:
+        synchronizer(self._device)()
+        self.milliseconds.append(1000 * (time.perf_counter() - self._began))
+        if len(self.milliseconds) == self._num_timed:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self._device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self.profile = torch.profiler.profile(activities=activities)
+            self.profile.__enter__()
+        if len(self.milliseconds) == self._num_timed + PROFILED:
+            assert self.profile is not None
+            self.profile.__exit__(None, None, None)
+            raise FinishedError
+        self._began = time.perf_counter()
+
+
+def measure_steps(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One model's steps at each batch size, in this process."""
+    device = torch.device(options.device)
+    model = choose_model(name, options)
+    work = count_work(model)
+    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    for workload_name in options.step_workloads:
+        num_timed = STEPS_WARM + options.rounds
+        workload = real_workload(workload_name, tokenizer, Path(options.data), num_rounds=num_timed + PROFILED)
+        clock = StepClock(device, num_timed)
+        with suppress(FinishedError):
+            trietune_loop.train(Job("trietune", model, workload, options.device), device, clock)
+        assert clock.profile is not None
+        timed = workload.batches[STEPS_WARM:num_timed]
+        shape = measure_shape(workload, timed)
+        seconds = statistics.median(clock.milliseconds[STEPS_WARM:num_timed]) / 1000
+        useful = workload.batch_size * work.flops(num_nodes=1, num_labels=0) * shape.distinct_tokens
+        useful += workload.batch_size * work.flops(num_nodes=0, num_labels=1) * shape.merged_labels
+        result = {
+            "kind": "steps",
+            "model": model.record(),
+            "workload": workload_name,
+            "milliseconds": clock.milliseconds[STEPS_WARM:num_timed],
+            "first_milliseconds": clock.milliseconds[0],
+            "examples_per_second": workload.batch_size / seconds,
+            "nodes": workload.batch_size * shape.distinct_tokens,
+            "useful_flops_per_second": useful / seconds,
+            "ceiling_flops_per_second": matmul_ceiling(getattr(torch, options.dtype), device),
+            **kernels_of(clock.profile, device),
+            "peak_bytes": peak(device),
+        }
+        print(step_line(result), flush=True)
+        yield result
+
+
+def kernels_of(profile: torch.profiler.profile, device: torch.device) -> dict[str, Any]:
+    """Kernels of a step: milliseconds and number; of the longest, name, milliseconds and number. Empty on a CPU."""
+    on_gpu = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    kernels = [event for event in profile.key_averages() if event.device_type == on_gpu]
+    if device.type != "cuda" or not kernels:
+        return {}
+    longest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:LONGEST_KERNELS]
+    return {
+        "kernel_milliseconds": sum(event.self_device_time_total for event in kernels) / 1000 / PROFILED,
+        "num_kernels": sum(event.count for event in kernels) / PROFILED,
+        "longest_kernels": [
+            (event.key[:120], event.self_device_time_total / 1000 / PROFILED, event.count / PROFILED)
+            for event in longest
+        ],
+    }
+
+
+def step_line(result: dict[str, Any]) -> str:
+    share = result["useful_flops_per_second"] / result["ceiling_flops_per_second"]
+    lines = [
+        f"{result['workload']}: {statistics.median(result['milliseconds']):.1f} ms, first "
+        f"{result['first_milliseconds']:.0f} ms; {result['examples_per_second']:.0f} examples/s, {result['nodes']:.0f} "
+        f"nodes; {result['useful_flops_per_second'] / 1e12:.1f} of {result['ceiling_flops_per_second'] / 1e12:.1f} "
+        f"TFLOP/s ({100 * share:.0f}%); {result['peak_bytes'] / 1e9:.1f} GB"
+    ]
+    if "num_kernels" in result:
+        lines.append(f"    {result['num_kernels']:.0f} kernels take {result['kernel_milliseconds']:.1f} ms")
+        lines += [f"    {ms:8.3f} ms {count:7.1f} x  {name}" for name, ms, count in result["longest_kernels"]]
+    return "\n".join(lines)
+
+
 # Kernels
 
 
-def measure_kernels(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_kernels(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every way at every head size on the first batches of every workload."""
     device = choose_device(options.device, use_tt=False)
     dtype = getattr(torch, options.dtype)
     tokenizer = AutoTokenizer.from_pretrained(find_smollm2(options.model_folder))
-    results = []
     for name in options.workloads:
         workload = real_workload(name, tokenizer, Path(options.data), num_rounds=options.rounds)
         tries = [trie_of(workload, number) for number in range(options.rounds + 1)]
@@ -120,9 +231,8 @@ def measure_kernels(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "rows": statistics.median(trie.num_rows for trie in tries),
                 "ways": measure_ways(device, tries, heads, dtype),
             }
-            results.append(result)
             print(kernel_line(result), flush=True)
-    return results
+            yield result
 
 
 def trie_of(workload: Workload, number: int) -> Trie:
@@ -245,13 +355,12 @@ def kernel_line(result: dict[str, Any]) -> str:
 # Training
 
 
-def measure_training(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_training(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One model on every workload, by `compare.py`'s own rounds."""
     device = torch.device(options.device)
     model = choose_model(name, options)
     work = count_work(model)
     tokenizer = AutoTokenizer.from_pretrained(model.folder)
-    results = []
     for workload_name in options.workloads:
         workload = real_workload(workload_name, tokenizer, Path(options.data), num_rounds=options.rounds)
         here: list[dict[str, Any]] = []
@@ -267,8 +376,7 @@ def measure_training(name: str, options: argparse.Namespace) -> list[dict[str, A
             )
             here += [{**to_result(one, workload, model, work, measured), "group": number} for one in measured.engines]
         print(table(here), flush=True)
-        results += here
-    return results
+        yield from here
 
 
 def groups_of(engines: Sequence[str], at_once: int) -> list[list[str]]:

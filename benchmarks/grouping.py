@@ -41,6 +41,7 @@ from workloads import find_file  # noqa: E402
 import trietune  # noqa: E402
 from trietune.tracking.tracker import Tracker  # noqa: E402
 
+FILES = {"sst2": ("sst2/train.tsv", "sst2/dev.tsv"), "squad": ("squad_v2/train.json", "squad_v2/dev.json")}
 MAX_LENGTH = {"sst2": 64, "squad": 256}
 ORDERS = ("grouped", "shuffled")
 METRICS = {"sst2": ["eval/loss", "eval/accuracy"], "squad": ["eval/loss", "eval/exact_match", "eval/f1"]}
@@ -106,48 +107,58 @@ def train_once(
     *,
     grouped: bool,
 ) -> dict[str, Any]:
-    """One run of `trietune train`, silent, in a folder that is thrown away."""
-    data = Path(options.data)
-    names = {"sst2": ("sst2/train.tsv", "sst2/dev.tsv"), "squad": ("squad_v2/train.json", "squad_v2/dev.json")}[dataset]
-    train_file = find_file(data, names[0])
+    """One run, with or without groups."""
+    run, seconds = run_silently(
+        options,
+        folder,
+        dataset,
+        {"batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, "group_by_prefix": grouped},
+    )
+    return {
+        "kind": "grouping",
+        "dataset": dataset,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "seed": seed,
+        "grouped": grouped,
+        "steps": run.step,
+        "after": dict(run.after),
+        "seconds": seconds,
+    }
+
+
+def run_silently(
+    options: argparse.Namespace, folder: str, dataset: str, changes: dict[str, Any]
+) -> tuple[trietune.Run, float]:
+    """One epoch of `trietune train` in a folder that is thrown away, and its seconds; `changes` are further keys."""
+    train_name, validation_name = FILES[dataset]
+    train_file = find_file(Path(options.data), train_name)
     with tempfile.TemporaryDirectory() as scratch:
-        validation_file = Path(scratch) / Path(names[1]).name
+        validation_file = Path(scratch) / Path(validation_name).name
         validation_file.write_text(first_examples(train_file.with_name(validation_file.name), options.validation))
         settings = trietune.load_config(
             None,
             {
                 "model_name": folder,
+                "dataset_id": {"sst2": "sst2", "squad": "squadv2"}[dataset],
                 "train_file": str(train_file),
                 "validation_file": str(validation_file),
                 "max_length": MAX_LENGTH[dataset],
                 "max_train_examples": options.examples,
-                "batch_size": batch_size,
-                "learning_rate": learning_rate,
                 "num_epochs": 1,
-                "group_by_prefix": grouped,
                 "dtype": options.dtype,
-                "seed": seed,
                 "project_dir": scratch,
                 "save_strategy": "no",
                 "val_steps_freq": 1_000_000,
                 "print_examples": False,
                 "use_wandb": False,
                 "use_tt": False,
+                **changes,
             },
         )
         began = time.perf_counter()
         run = trietune.train(settings, tracker=Tracker())
-        return {
-            "kind": "grouping",
-            "dataset": dataset,
-            "learning_rate": learning_rate,
-            "batch_size": batch_size,
-            "seed": seed,
-            "grouped": grouped,
-            "steps": run.step,
-            "after": dict(run.after),
-            "seconds": time.perf_counter() - began,
-        }
+        return run, time.perf_counter() - began
 
 
 def first_examples(file: Path, count: int) -> str:

@@ -17,21 +17,26 @@ import torch
 
 # Rows, inner and outer size of the products: as large as a micro-batch on a 2B model's layer, and smaller.
 CEILING_SHAPES = [(1024, 2048, 4096), (2048, 2048, 2048), (4096, 2048, 2048)]
+# A GPU is done with those before the next can be launched.
+GPU_CEILING_SHAPES, GPU_PRODUCTS_AT_ONCE = [(8192, 8192, 8192)], 10
 
 
 def matmul_ceiling(dtype: torch.dtype, device: torch.device, repeats: int = 3) -> float:
     """The most floating-point operations a second that a product of two matrices reaches here."""
     best = 0.0
-    for rows, inner, columns in CEILING_SHAPES:
+    is_gpu = device.type == "cuda"
+    at_once = GPU_PRODUCTS_AT_ONCE if is_gpu else 1
+    for rows, inner, columns in GPU_CEILING_SHAPES if is_gpu else CEILING_SHAPES:
         a = torch.randn(rows, inner, device=device).to(dtype)
         b = torch.randn(columns, inner, device=device).to(dtype)
         torch.nn.functional.linear(a, b)
         for _ in range(repeats):
             _synchronize(device)
             began = time.perf_counter()
-            torch.nn.functional.linear(a, b)
+            for _ in range(at_once):
+                torch.nn.functional.linear(a, b)
             _synchronize(device)
-            best = max(best, 2.0 * rows * inner * columns / (time.perf_counter() - began))
+            best = max(best, at_once * 2.0 * rows * inner * columns / (time.perf_counter() - began))
     return best
 
 

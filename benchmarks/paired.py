@@ -21,8 +21,6 @@ import itertools
 import json
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,13 +30,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
 import torch  # noqa: E402
 from compare import DATA, say  # noqa: E402
-from grouping import MAX_LENGTH, first_examples, half_interval, spread  # noqa: E402
+from grouping import half_interval, run_silently, spread  # noqa: E402
 from measure import environment  # noqa: E402
 from models import find_smollm2  # noqa: E402
-from workloads import find_file  # noqa: E402
-
-import trietune  # noqa: E402
-from trietune.tracking.tracker import Tracker  # noqa: E402
 
 METRIC = "eval/accuracy"
 
@@ -86,47 +80,31 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def train_once(
     options: argparse.Namespace, folder: str, learning_rate: float, seed: int, key: str, value: str
 ) -> dict[str, Any]:
-    """One run of `trietune train`, silent, in a folder that is thrown away."""
-    train_file = find_file(Path(options.data), "sst2/train.tsv")
-    with tempfile.TemporaryDirectory() as scratch:
-        validation_file = Path(scratch) / "dev.tsv"
-        validation_file.write_text(first_examples(train_file.with_name("dev.tsv"), options.validation))
-        settings = trietune.load_config(
-            None,
-            {
-                "model_name": folder,
-                "dataset_id": "sst2",
-                "train_file": str(train_file),
-                "validation_file": str(validation_file),
-                key: value,
-                "max_length": MAX_LENGTH["sst2"],
-                "max_train_examples": options.examples,
-                "batch_size": options.batch_size,
-                "learning_rate": learning_rate,
-                "num_epochs": 1,
-                "dtype": options.dtype,
-                "seed": seed,
-                "project_dir": scratch,
-                "save_strategy": "no",
-                "val_steps_freq": 1_000_000,
-                "print_examples": False,
-                "use_wandb": False,
-                "use_tt": False,
-            },
-        )
-        began = time.perf_counter()
-        run = trietune.train(settings, tracker=Tracker())
-        return {
-            "kind": "paired",
-            "key": key,
-            "value": value,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            "steps": run.step,
-            "before": dict(run.before),
-            "after": dict(run.after),
-            "seconds": time.perf_counter() - began,
-        }
+    run, seconds = run_silently(
+        options,
+        folder,
+        "sst2",
+        {key: read_value(value), "batch_size": options.batch_size, "learning_rate": learning_rate, "seed": seed},
+    )
+    return {
+        "kind": "paired",
+        "key": key,
+        "value": value,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "steps": run.step,
+        "before": dict(run.before),
+        "after": dict(run.after),
+        "seconds": seconds,
+    }
+
+
+def read_value(text: str) -> object:
+    """`true`, `false` and numbers as a YAML file would hold them, and everything else as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def compare(results: Sequence[dict[str, Any]], learning_rate: float, values: Sequence[str]) -> dict[str, Any]:

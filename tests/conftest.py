@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--refresh-golden", action="store_true", help="write golden files anew; read the difference in git"
     )
+
+
+def pytest_collection_finish() -> None:
+    """Take what steers tests out of the environment: TrieTune refuses a variable TRIETUNE_... that names no key."""
+    for name in [name for name in os.environ if name.startswith("TRIETUNE_") and name != "TRIETUNE_CACHE"]:
+        del os.environ[name]
 
 
 @pytest.fixture

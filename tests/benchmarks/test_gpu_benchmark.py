@@ -42,6 +42,16 @@ def test_ways_are_timed_and_compared_with_the_formula(arguments: list[str], caps
     assert capsys.readouterr().out.startswith("sst2-grouped-4, ")
 
 
+def test_steps_are_timed_after_a_warm_up(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*arguments, "--models", "smollm2", "--step-workloads", "sst2-grouped-4"]
+    [result] = gpu.measure_steps("smollm2", gpu.parse(asked))
+    assert len(result["milliseconds"]) == 1
+    assert result["examples_per_second"] == pytest.approx(4000 / result["milliseconds"][0])
+    # Eight tokens at most in each of four rows, some of them shared.
+    assert 4 < result["nodes"] <= 4 * 8
+    assert capsys.readouterr().out.startswith("sst2-grouped-4: ")
+
+
 def test_trietune_takes_turns_with_every_group() -> None:
     assert gpu.groups_of(["trietune", "a", "b", "c"], 3) == [["trietune", "a", "b"], ["trietune", "c"]]
     assert gpu.groups_of(["trietune"], 3) == [["trietune"]]
@@ -55,6 +65,8 @@ def test_the_whole_benchmark_writes_its_file(arguments: list[str], tmp_path: Pat
         "64",
         "--models",
         "smollm2",
+        "--step-workloads",
+        "sst2-grouped-4",
         "--engines",
         "trietune",
         "trietune-mask",
@@ -65,6 +77,6 @@ def test_the_whole_benchmark_writes_its_file(arguments: list[str], tmp_path: Pat
     )
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["kernels", "engine", "engine", "engine", "run"]
+    assert [line["kind"] for line in lines] == ["run", "steps", "engine", "engine", "engine", "kernels"]
     losses = [line["first_loss"] for line in lines if line["kind"] == "engine"]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)

@@ -136,3 +136,20 @@ def test_print_shows_every_row(browser: Chromium, pages: dict[str, Path]) -> Non
     assert browser.run("getComputedStyle(document.querySelector('.filters')).display") == "none"
     assert base64.b64decode(browser.call("Page.printToPDF")["data"]).startswith(b"%PDF")
     browser.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_on_a_phone_an_examples_text_stands_below_what_was_said_about_it(
+    browser: Chromium, pages: dict[str, Path]
+) -> None:
+    browser.open(pages["one"], width=360)
+    said, text, rows = (
+        browser.run(
+            f"(r => [r.left, r.right, r.top, r.bottom])(document.querySelector('{what}').getBoundingClientRect())"
+        )
+        for what in (".predictions tbody td", ".predictions tbody .prompt", ".rows")
+    )
+    assert rows[0] <= text[0] < text[1] <= rows[1]
+    assert text[2] >= said[3]
+    assert browser.run("(r => r.scrollWidth <= r.clientWidth)(document.querySelector('.rows'))")
+    overflowing = "[...document.querySelectorAll('.tables .scroll')].filter(s => s.scrollWidth > s.clientWidth).length"
+    assert browser.run(overflowing) == 0

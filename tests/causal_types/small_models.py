@@ -132,6 +132,8 @@ def _smaller(given: dict[str, Any], model_type: str) -> dict[str, Any]:
         made["pad_token_id"] = 0
     if made.get("is_decoder") is False and not made.get("is_encoder_decoder"):
         made["is_decoder"] = True  # an encoder whose causal form this is
+    if made.get("causal") is False:
+        made["causal"] = True
     return made | OF_TYPE.get(model_type, {})
 
 

@@ -20,13 +20,14 @@ from trietune.run.opened import evaluate, open_model, predict
 from trietune.tracking.tracker import Tracker
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
 EXACT = [row["type"] for row in read_table() if row.get("trie", {}).get("status") == "exact"]
+# Fused nodes with a window, experts in one parameter, whole rows; the other types take `make test-families`.
+IN_SHORT = ("gemma2", "mixtral", "gpt2")
 
 
 def model_folder(model_type: str, folder: Path) -> Path:
@@ -46,7 +47,11 @@ def data_file(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("model_type", EXACT)
+def marks_of(model_type: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow, *([] if model_type in IN_SHORT else [pytest.mark.families])]
+
+
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=marks_of(name)) for name in EXACT])
 def test_an_adapter_is_what_was_trained(model_type: str, tmp_path: Path) -> None:
     base = model_folder(model_type, tmp_path / "model")
     file = data_file(tmp_path / "rows.jsonl")
@@ -54,7 +59,7 @@ def test_an_adapter_is_what_was_trained(model_type: str, tmp_path: Path) -> None
         "model_name": str(base), "train_file": str(file), "validation_file": str(file), "device": "cpu",
         "dtype": "float32", "batch_size": 4, "learning_rate": 1e-2, "max_steps": 4, "save_strategy": "step",
         "steps_freq": 2, "keep_last_n": 5, "use_wandb": False, "project_dir": str(tmp_path / "runs"), "seed": 3,
-        "lora_r": 4, "max_length": 64,
+        "lora_r": 4, "max_length": 64, "num_epochs": 2, "save_optim": True,
     }  # fmt: skip
     whole = train(load_config(None, {**settings, "wandb_run_name": "whole"}))
     train(load_config(None, {**settings, "wandb_run_name": "parts", "max_steps": 2}))

@@ -49,6 +49,55 @@ def test_the_second_writer_is_told_who_the_first_is_until_it_is_killed(tmp_path:
         pass
 
 
+@pytest.mark.parametrize("change", ["removed", "replaced", "of another process", "folder moved and back"])
+def test_whatever_becomes_of_the_lock_file_a_second_writer_stays_out(tmp_path: Path, change: str) -> None:
+    process = start_holder(tmp_path)
+    lock = tmp_path / LOCK_NAME
+    try:
+        before = lock.stat().st_ino
+        if change == "folder moved and back":
+            moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+            tmp_path.rename(moved)
+            moved.rename(tmp_path)
+        else:
+            kept = tmp_path / "kept"
+            lock.rename(kept)  # keeps its number from being given to the next one
+            assert kept.stat().st_ino == before
+        if change == "replaced":
+            lock.write_text("")
+        if change == "of another process":
+            lock.write_text('{"host": "h", "pid": 1, "program": "p", "started": "s"}')
+        for _ in range(2):
+            with pytest.raises(UserError, match="another process is writing to"), RunLock(tmp_path):
+                pass
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_200_writers_one_after_the_other_keep_no_lock_open(tmp_path: Path) -> None:
+    def locks_open() -> int:
+        here = Path("/proc/self/fd")
+        return sum(str(tmp_path) in str(one.readlink()) for one in list(here.iterdir()) if os.path.lexists(one))
+
+    held = []
+    for number in range(200):
+        (tmp_path / str(number)).mkdir()
+        lock = RunLock(tmp_path / str(number))
+        held.append(lock)  # a caller may keep what it was given
+        if number % 2:
+            with lock:
+                assert locks_open() == 2
+        else:
+            with pytest.raises(RuntimeError), lock:  # noqa: PT012
+                assert locks_open() == 2
+                raise RuntimeError
+    assert locks_open() == 0
+
+
 def test_a_lock_file_replaced_by_a_link_is_refused_and_its_target_untouched(tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_text("stays")

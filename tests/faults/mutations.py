@@ -286,6 +286,26 @@ MUTATIONS = [
         ("tests/run/test_lost_folder.py",),
     ),
     Mutation(
+        "a longer plan without a checkpoint begins again", "run/resuming.py",
+        "    if not record.store.has_traces():\n        _check_no_adapter(record)\n", "",
+        ("tests/run/test_finished.py",),
+    ),
+    Mutation(
+        "the last step's weights not copied before the best ones are put in", "run/best_weights.py",
+        'tensor.detach().to("cpu", copy=True)', "tensor.detach()", ("tests/run/test_best_weights.py",),
+    ),
+    Mutation(
+        "the best kept of the newest validation data only", "checkpoints/retention.py",
+        "for measured_on in {item.measured_on for item in _with_value(checkpoints)}",
+        "for measured_on in [item.measured_on for item in _with_value(checkpoints)[-1:]]",
+        ("tests/checkpoints/test_retention.py",),
+    ),
+    Mutation(
+        "a live run's folder that went away not missed", "checkpoints/lock.py",
+        "        except FileNotFoundError:\n            return False\n", "        except FileNotFoundError:\n            return True\n",
+        ("tests/run/test_lost_folder.py",),
+    ),
+    Mutation(
         "gaps between tensors allowed", "io/safetensors.py",
         "    _check_no_gaps(entries, num_data_bytes)\n", "", ("tests/io/test_tensors.py",),
     ),

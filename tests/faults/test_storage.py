@@ -25,6 +25,7 @@ from trietune.checkpoints.store import CheckpointStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CLIENT = Path(__file__).with_name("storage_client.py")
+OUTAGE_S = float(os.environ.get("TRIETUNE_OUTAGE_S", "10"))
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,7 @@ def test_a_permanent_refusal_costs_one_request(proxy: Proxy, tmp_path: Path) -> 
 
 
 def test_training_goes_on_while_the_store_is_away_and_catches_up(proxy: Proxy, tmp_path: Path, tally: Tally) -> None:
-    seconds = float(os.environ.get("TRIETUNE_OUTAGE_S", "10"))
+    seconds = OUTAGE_S
     longest_wait_s = min(30.0, seconds / 10)
     store = make_store(tmp_path)
     uploader = Uploader(store, remote_of(2), resumed_step=None, longest_wait_s=longest_wait_s)

@@ -1,6 +1,8 @@
 """Run by the Python of the environment for hand-overs: what llama.cpp makes of a GGUF file.
 
-read_with_llama_cpp.py MODEL.gguf [ADAPTER.gguf]  <  {"tokens": [[...]], "text": "..."}
+read_with_llama_cpp.py MODEL.gguf [ADAPTER.gguf]  <  {"tokens": [[...]], "text": "...", "exact_cache": true}
+
+Keys and values are kept in f16, as llama.cpp does by itself, unless `exact_cache` asks for f32.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ vocab = lib.llama_model_get_vocab(model)
 num_vocab = lib.llama_vocab_n_tokens(vocab)
 params = lib.llama_context_default_params()
 params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = 512, 512, 512, 1, 1
+if asked.get("exact_cache"):
+    params.type_k = params.type_v = lib.GGML_TYPE_F32
 answer: dict[str, object] = {"adds_bos": bool(lib.llama_vocab_get_add_bos(vocab))}
 adapter = None
 if len(sys.argv) > 2:

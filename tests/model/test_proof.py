@@ -27,7 +27,8 @@ from trietune.model.fast import attention_layer as trie_layers
 from trietune.model.fast import norms_and_mlps as fused
 from trietune.model.fast.norms_and_mlps import fuse_network
 from trietune.model.proof import Proof, prove, random_forests
-from trietune.model.proof.ladder import AS_IT_IS, BOUND, BY_ROWS, UNDER_A_MASK
+from trietune.model.proof.bounds import BOUND
+from trietune.model.proof.ladder import AS_IT_IS, BY_ROWS, UNDER_A_MASK
 from trietune.trie import make_micro_batches, total_weight
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -156,6 +156,35 @@ def test_a_network_that_sees_tokens_to_come_is_called_no_causal_model() -> None:
         proof_of(TrieModel(network, device=CPU, why_whole_rows=why_whole_rows(network)))
 
 
+def test_a_network_that_mixes_outside_of_its_layers_is_asked_whether_it_sees_tokens_to_come() -> None:
+    """XLM's largest list of modules is its MLPs, so that no part that is compared sees another position."""
+    network = small_network("xlm", causal=False)
+    with pytest.raises(UserError, match="is not a causal language model") as refused:
+        proof_of(TrieModel(network, device=CPU, why_whole_rows=why_whole_rows(network)))
+    assert '"causal": true' in str(refused.value.next_step)
+
+
+def test_a_network_that_mixes_outside_of_its_layers_is_compared_with_each_row_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = small_network("xlm")
+    assert proof_of(TrieModel(network, device=CPU, why_whole_rows=why_whole_rows(network))).on_whole_rows
+    right, wrong = type(network.base_model).forward, []
+
+    def forward(self: Any, input_ids: torch.Tensor, attention_mask: Any = None, **how: Any) -> Any:
+        output = right(self, input_ids=input_ids, attention_mask=attention_mask, **how)
+        if len(input_ids) > 1:
+            wrong.append("the rows beside it")
+            output.last_hidden_state = output.last_hidden_state + 0.1 * output.last_hidden_state.mean(0, keepdim=True)
+        return output
+
+    monkeypatch.setattr(type(network.base_model), "forward", forward)
+    network = small_network("xlm")
+    with pytest.raises(UserError, match="depends on the length of its row, or on other rows"):
+        proof_of(TrieModel(network, device=CPU, why_whole_rows=why_whole_rows(network)))
+    assert wrong
+
+
 @settings(max_examples=60, deadline=None)
 @given(batches())
 def test_cuts_by_positions_keep_every_label(drawn: tuple[list[list[int]], list[list[int]]]) -> None:

@@ -1,10 +1,10 @@
-"""`trietune`, with one fault: the process of rank TRIETUNE_TEST_RANK meets it at step TRIETUNE_TEST_STEP, once.
+"""`trietune`, with one fault: the process of rank FAULTY_RANK meets it at step FAULTY_STEP, once.
 
 kill    SIGKILL to itself            sleep   computes for ever
 stop    SIGSTOP to itself            raise   a bug
 fill    the disk of the run's folder is full from here on
 
-Started by the product's own launcher or by torchrun in place of `-m trietune`. The file TRIETUNE_TEST_MARK says when.
+Started by the product's own launcher or by torchrun in place of `-m trietune`. The file FAULTY_MARK says when.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def meet_fault(kind: str, mark: Path) -> None:
         case "raise":
             raise ValueError("a bug in one process")
         case "fill":
-            with contextlib.suppress(OSError), (Path(os.environ["TRIETUNE_TEST_DISK"]) / "filler").open("wb") as file:
+            with contextlib.suppress(OSError), (Path(os.environ["FAULTY_DISK"]) / "filler").open("wb") as file:
                 while True:
                     file.write(b"\0" * 4096)
                     file.flush()
 
 
 def install() -> None:
-    kind, mark = os.environ["TRIETUNE_TEST_FAULT"], Path(os.environ["TRIETUNE_TEST_MARK"])
-    rank, step = os.environ["TRIETUNE_TEST_RANK"], int(os.environ["TRIETUNE_TEST_STEP"])
+    kind, mark = os.environ["FAULTY_FAULT"], Path(os.environ["FAULTY_MARK"])
+    rank, step = os.environ["FAULTY_RANK"], int(os.environ["FAULTY_STEP"])
     take = loop._Stepper.step
 
     def take_or_fail(self: Any, layout: Any) -> Any:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from ranks.test_runs import command_line, trietune
+from trietune.cli.app import main
 from trietune.ranks.launch import environment_of, launch
 
 # Small stand-ins for a training, which need no torch.
@@ -131,6 +132,32 @@ def test_a_signal_reaches_every_process_once(tmp_path: Path, number: signal.Sign
     launcher.send_signal(number)
     assert launcher.wait(60) == 128 + number
     assert sorted((tmp_path / "heard").read_text().split("\n")) == ["", f"0 {number}", f"1 {number}"]
+
+
+def test_a_second_ctrl_c_ends_processes_that_hear_nothing(tmp_path: Path) -> None:
+    # As one that waits for another process in a collective.
+    child = f"signal.signal(2, signal.SIG_IGN)\nopen(os.path.join({str(tmp_path)!r}, 'ready' + rank), 'w')\n{WAITS}"
+    parent = (
+        "import sys, signal; from trietune.ranks.launch import launch\n"
+        "signal.signal(2, signal.default_int_handler)\n"
+        f"sys.exit(launch({script(child)!r}, 2, say=print))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", parent])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready0").exists() or not (tmp_path / "ready1").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(40) == 128 + signal.SIGKILL
+
+
+def test_more_processes_than_memory_holds_are_refused_before_any_starts(capfd: pytest.CaptureFixture[str]) -> None:
+    started = main(["train", "--nproc", "100000"])
+    assert started == 2
+    assert "error: 100,000 processes need 30,000 GB for their libraries" in capfd.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")

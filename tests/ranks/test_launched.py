@@ -81,6 +81,30 @@ def test_the_place_among_launched_processes_is_read() -> None:
     assert processes_here({"LOCAL_WORLD_SIZE": "4"}) == 1
 
 
+WHOLE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a",
+         "MASTER_PORT": "1"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("WORLD_SIZE", "all"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-2"), ("WORLD_SIZE", "2.0"),
+        ("RANK", "first"), ("RANK", "8"), ("RANK", "-1"), ("LOCAL_RANK", "4"), ("LOCAL_WORLD_SIZE", "9"),
+        ("LOCAL_WORLD_SIZE", "0"), ("MASTER_PORT", "http"), ("MASTER_PORT", "70000"), ("RANK", " "),
+    ],
+)  # fmt: skip
+def test_a_training_does_not_guess_what_a_launcher_meant(variable: str, value: str) -> None:
+    with pytest.raises(UserError, match=variable) as refused:
+        read_launched({**WHOLE, variable: value})
+    assert "trietune train --nproc N" in str(refused.value)
+
+
+def test_a_process_with_a_number_does_not_train_alone() -> None:
+    with pytest.raises(UserError, match="RANK=1 announces one of several processes, but WORLD_SIZE is not set"):
+        read_launched({"RANK": "1"})
+    assert read_launched({"RANK": "0"}) == Launched()
+
+
 @pytest.mark.parametrize(("began", "expected"), [("12.5", 12.5), ("soon", None), (None, None)])
 def test_max_time_counts_from_the_command_that_launched(
     began: str | None, expected: float | None, monkeypatch: pytest.MonkeyPatch

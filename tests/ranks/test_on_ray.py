@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from ranks.test_runs import command_line
 from trietune.cli.app import main
 from trietune.errors import EXIT_RANK_LOST, StopRequested, UserError
+from trietune.ranks import ray_cluster
 from trietune.ranks.messages import encode_error
 from trietune.ranks.ray_cluster import Mailbox
 from trietune.run.on_ray import Workers, _exit_code, _Heard, read_workers
@@ -181,3 +183,21 @@ def test_restarts_keep_the_folder_of_the_first_attempt(
     first, second = commands
     assert first[-1] == "--set=wandb_run_name=run-2"
     assert "--set=wandb_run_name=run-2" not in second
+
+
+@pytest.mark.parametrize(("errors", "attempts"), [(1, 2), (9, 3)])
+def test_ray_is_started_again_where_the_machine_was_too_busy(errors: int, attempts: int) -> None:
+    started: list[dict[str, object]] = []
+
+    def init(**options: object) -> None:
+        started.append(options)
+        if len(started) <= errors:
+            raise Exception("The current node timed out during startup.")
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: None)
+    if errors < attempts:
+        ray_cluster._start(ray, {"address": "local"})
+    else:
+        with pytest.raises(UserError, match="Ray does not start on this machine: The current node timed out"):
+            ray_cluster._start(ray, {"address": "local"})
+    assert len(started) == attempts

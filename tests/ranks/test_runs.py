@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -54,6 +55,39 @@ def test_two_processes_leave_one_folder_with_the_result_of_one(pool: Pool, overr
     assert any("they share each step (data parallel)" in text for text in first["said"])
     assert second["said"] == []
     assert json.loads((Path(first["directory"]) / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_more_processes_than_examples_train_and_measure_what_one_does(
+    pool: Pool, overrides: dict[str, object], reviews: Path, tmp_path: Path
+) -> None:
+    for name, size in (("train.tsv", 3), ("dev.tsv", 1)):
+        lines = (reviews / name).read_text().splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(lines[: size + 1]))
+    settings = {
+        **overrides, "train_file": str(tmp_path / "train.tsv"), "validation_file": str(tmp_path / "dev.tsv"),
+        "gradient_accumulation_steps": 2, "batch_size": 1, "num_epochs": 9,
+    }  # fmt: skip
+    alone = jobs.whole_run({**settings, "wandb_run_name": "alone"})
+    runs = pool.run(4, jobs.whole_run, settings)
+    assert [run["status"] for run in runs] == ["finished"] * 4, runs
+    assert differ(adapter(runs[0]), adapter(alone)) < ADAPTER_TOLERANCE
+    for when in ("before", "after"):
+        assert runs[3][when] == pytest.approx(alone[when], rel=METRIC_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_all_processes_lose_patience_and_run_out_of_time_after_the_same_step(
+    pool: Pool, overrides: dict[str, object]
+) -> None:
+    # The rate is so high that the loss rises.
+    patient = {**overrides, "early_stopping_patience": 1, "early_stopping_threshold": 100.0, "val_steps_freq": 1}
+    runs = pool.run(2, jobs.whole_run, patient)
+    assert [(run["status"], run["step"]) for run in runs] == [("finished", runs[0]["step"])] * 2, runs
+    assert runs[0]["step"] < 6
+    hurried = {**overrides, "wandb_run_name": "hurried", "max_time": 0.001}
+    first, second = (run.get("error") or (run["status"], run["step"]) for run in pool.run(2, jobs.whole_run, hurried))
+    assert first == second
 
 
 def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(pool: Pool, overrides: dict[str, object]) -> None:
@@ -183,13 +217,17 @@ def test_each_process_needs_a_card_where_cards_are_used(
 
     monkeypatch.setattr(together.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(together.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
     backends: list[str] = []
 
-    def stop(backend: str, **options: object) -> None:
+    def stop(launched: Launched, backend: str, *arguments: object, **options: object) -> None:
         backends.append(backend)
         raise InterruptedError
 
-    monkeypatch.setattr(together.dist, "init_process_group", stop)
+    monkeypatch.setattr(together, "meet", lambda *arguments, **options: object())
+    monkeypatch.setattr(together, "Watch", lambda *arguments, **options: MagicMock())
+    monkeypatch.setattr(together, "connect", stop)
     with pytest.raises(UserError if is_refused else InterruptedError) as ended:
         together.Together(Launched(0, 2, 0, 2), may_use_cuda=device == "auto")
     assert ("2 processes were started on a machine with 1 CUDA devices" in str(ended.value)) == is_refused

@@ -10,7 +10,7 @@ import pytest
 
 from trietune.cli.app import main
 from trietune.cli.commands import ANSWERS, unknown_command
-from trietune.cli.keys import complete_set, keys_as_set
+from trietune.cli.typed_keys import complete_assignment, keys_as_set
 from trietune.config import Settings, load_config
 from trietune.errors import UserError
 
@@ -191,9 +191,9 @@ def test_answers_name_commands_that_exist() -> None:
 
 
 def test_shells_complete_what_follows_set() -> None:
-    assert ("learning_rate=", "step size of the optimizer") in complete_set("learning")
-    assert complete_set("save_strategy=e") == [("save_strategy=epoch", "")]
-    assert all(text.strip() for text, _ in complete_set(""))
+    assert ("learning_rate=", "step size of the optimizer") in complete_assignment("learning")
+    assert complete_assignment("save_strategy=e") == [("save_strategy=epoch", "")]
+    assert all(text.strip() for text, _ in complete_assignment(""))
 
 
 def test_a_file_among_texts_is_no_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from trietune.cli.app import main
 from trietune.errors import UserError
 from trietune.run.sweep import (
     Outcome,
+    SweepStopped,
     comparison_table,
     outcome_of,
     plan_sweep,
@@ -73,6 +80,8 @@ def test_a_value_that_is_no_folders_name_gets_a_digest_that_stays(overrides: dic
         (["project_dir=a,b"], "where a run lies"),
         (["wandb_run_name=a,b"], "where a run lies"),
         (["lora_r=2,minus"], "trial `lora_r=minus`"),
+        (["learning_rate=1e-3,2e-3,0.001"], "trials `learning_rate=1e-3` and `learning_rate=0.001` have the same"),
+        (["=1,2"], "has no key"),
         (["lora_rr=2,4"], "lora_rr"),
     ],
 )
@@ -142,12 +151,43 @@ def test_the_best_trial_is_marked_by_the_metric_that_ranks_checkpoints(overrides
     assert write_comparison(sweep, outcomes) == sweep.directory / "comparison.html"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at a parent's death is Linux's")
+def test_a_trial_of_a_cluster_ends_with_the_worker_that_trains_it(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    trial = (sys.executable, "-c", f"import os, pathlib, time; pathlib.Path({str(mark)!r}).mkdir(); time.sleep(600)")
+    worker = f"from trietune.run.sweep_on_ray import train_trial; train_trial({trial!r}, {str(tmp_path)!r})"
+    started = subprocess.Popen([sys.executable, "-c", worker])
+    while not mark.exists():
+        assert started.poll() is None
+        time.sleep(0.05)
+    (training,) = psutil.Process(started.pid).children()
+    started.kill()
+    started.wait()
+    _, alive = psutil.wait_procs([training], timeout=30)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_a_sweep_that_a_signal_ends_after_a_trial_has_the_code_of_the_signal(overrides: dict[str, object]) -> None:
+    sweep = plan_sweep(None, ["lora_r=2,4"], sets(overrides))
+    # The command's process is asked to stop while the trial is on its way out.
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1); "
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(1)"
+    )
+    trials = tuple(dataclasses.replace(trial, command=(sys.executable, "-c", code)) for trial in sweep.trials)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # in case it comes too soon: not the end of all tests
+    try:
+        with pytest.raises(SweepStopped) as stopped:
+            run_trials(dataclasses.replace(sweep, trials=trials), print)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (stopped.value.exit_code, stopped.value.num_done) == (143, 1)
+
+
 @pytest.mark.slow
 def test_a_trial_that_is_killed_is_no_end_of_the_sweep(overrides: dict[str, object]) -> None:
     sweep = plan_sweep(None, ["lora_r=2,4"], sets(overrides))
-    import dataclasses
-    import sys
-
     kill = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
     fine = (sys.executable, "-c", "pass")
     trials = tuple(dataclasses.replace(t, command=c) for t, c in zip(sweep.trials, (kill, fine), strict=True))

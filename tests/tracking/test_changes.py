@@ -186,6 +186,21 @@ def test_other_validation_data_is_said_first(tmp_path: Path) -> None:
     assert f"warning: {warning}" in Page((tmp_path / "both.html").read_text()).words
 
 
+def test_a_key_that_an_older_version_did_not_have_is_no_difference(tmp_path: Path) -> None:
+    configs = ({"lora_r": 4, "dpo_beta": 0.1, "pairs": "all"}, {"lora_r": 8}, {"lora_r": 4, "dpo_beta": 0.2})
+    runs = []
+    for name, config in zip("abc", configs, strict=True):
+        record(iter([RunStarted(name, tmp_path / name, 1, 0, config, {}), RunFinished("finished", 1, 1.0, {})]))
+        runs.append(tmp_path / name)
+    text = compare_text(runs[:2])
+    assert "\nlora_r  4  8\n" in text
+    assert "\nkeys that not every run's version had: dpo_beta: 0.1, pairs: all\n" in text
+    write_report(runs, tmp_path / "all.html")
+    words = Page((tmp_path / "all.html").read_text()).words
+    assert "key a b c lora_r 4 8 4 dpo_beta 0.1 - 0.2" in words
+    assert "Keys that not every run's version had (1) pairs: all" in words
+
+
 # Live
 
 

@@ -28,6 +28,7 @@ from trietune.cli.streams import OutputLost, end_streams, exit_code_of, guard_st
 from trietune.cli.sweep import sweep
 from trietune.cli.train import train
 from trietune.errors import EXIT_BUG, EXIT_DONE, StopRequested, UserError
+from trietune.ranks.launched import be_quiet_if_launched
 from trietune.ranks.messages import FailedElsewhere
 from trietune.run.malloc import keep_freed_memory
 from trietune.run.signals import process_age_s
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     began = time.monotonic() - (process_age_s() if arguments is None else 0.0)
     _leave_telemetry_off()
+    be_quiet_if_launched()
     keep_freed_memory()
     try:
         app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="trietune", obj=began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -41,6 +42,8 @@ def estimate(
     from trietune.io.columns import columns
 
     refuse_several_processes()
+    if price is not None and not math.isfinite(price):
+        raise UserError(f"`--price {price:g}` is not an amount", next_step="--price 2.50")
     settings = settings_to_train(config, overrides)
     with console() as tracker:
         lines, document = _estimated(settings, tracker, device=device, num_processes=nproc, price=price)
@@ -120,12 +123,26 @@ def _lines(prepared: Prepared, found: Estimate, price: float | None) -> list[tup
     if found.validation[1]:
         lines.append(("validation", f"{_span(found.validation)} for all of them"))
     lines.append(("total", _span(found.total)))
+    lines += [("", sentence) for sentence in _ends_sooner(prepared.settings, found)]
     if price is not None:
         low, high = found.cost(price)
         devices = found.num_processes if found.speed.is_card else 1
         times = f" x {devices} devices" if devices > 1 else ""
         lines.append(("cost", f"{_amount(low)} to {_amount(high)} EUR at {price:g} EUR an hour{times}"))
     return [*lines, ("not counted", NOT_COUNTED)]
+
+
+def _ends_sooner(settings: Settings, found: Estimate) -> list[str]:
+    """Why the run may take less than all its steps."""
+    sentences = []
+    if settings.max_time is not None and found.total[1] > settings.max_time:
+        may = "ends" if found.total[0] > settings.max_time else "may end"
+        sentences.append(
+            f"`max_time`, {_span((settings.max_time,) * 2).partition(' to ')[2]}, {may} it before its last step"
+        )
+    if settings.early_stopping_patience is not None:
+        sentences.append("`early_stopping_patience` may end it before its last step")
+    return sentences
 
 
 def _document(prepared: Prepared, found: Estimate, price: float | None) -> JsonObject:

@@ -43,7 +43,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a run, an adapter or a base model."""
-    from trietune.cli.keys import as_value
+    from trietune.cli.typed_keys import as_value
     from trietune.run.opened import evaluate as measure
 
     if dataset:

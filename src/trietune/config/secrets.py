@@ -18,12 +18,21 @@ _USER_INFO = re.compile(r"(:/{1,2})(?:[^/\s?#]+|[^/\s@:]*:\S*)@")
 _BARE_SECRET = re.compile(r"(:/{1,2}|(?<![\w/.@:+-]))([A-Za-z0-9/+=_-]{20,})@")
 # Without a scheme, in an address that may have lost it; braces are those of a template.
 _NO_SCHEME = re.compile(r"(?<![\w:/.@-])(//)?[\w.+%~-]+:(?!//)[^\s{}]{6,}@(?=[\w\[-])")
+# The whole address as part of another one.
+_ENCODED = re.compile(r"(%3A(?:%2F|/){1,2})[^\s?#&]+%40", re.IGNORECASE)
+# As a line of a shell has it, or a header of a request.
+_ASSIGNED = re.compile(
+    r"(\b(?:[A-Z][A-Z0-9_]*_)?(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY|SECRET_KEY)=|\bBearer\s+(?=\S*\d))"
+    r"[^\s'\"`]{6,}"
+)
 _QUERY = re.compile(
     r"([?&;][\w.%-]*(?:token|secret|password|passwd|pwd|signature|sig|credential|api[_-]?key|access[_-]?key|key)=)[^&;#\s]+",
     re.IGNORECASE,
 )
 _TOKENS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|[0-9a-f]{40}(?=@))"
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
+    r"|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{30,}|A[KS]IA[0-9A-Z]{16}"
+    r"|[0-9a-f]{40}(?=@))"
 )
 
 
@@ -32,6 +41,7 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, str):
         masked = _BARE_SECRET.sub(_mask_if_random, _USER_INFO.sub(r"\1***@", value))
         masked = _NO_SCHEME.sub(lambda found: f"{found[1] or ''}***@", masked)
+        masked = _ASSIGNED.sub(r"\1***", _ENCODED.sub(r"\1***%40", masked))
         return _TOKENS.sub("***", _QUERY.sub(r"\1***", masked))
     if isinstance(value, dict):
         return {key: without_secrets(item) for key, item in value.items()}

@@ -126,7 +126,8 @@ def _implied_values(written: JsonMapping, context: JsonMapping) -> JsonObject:
     elif "wandb_run_name" not in written:
         data = written.get("train_file") or written.get("dataset_id")
         named_by = context.get("file") or (data[0] if isinstance(data, list | tuple) and data else data)
-        implied["wandb_run_name"] = run_name_from(str(named_by)) if named_by else RUN_NAME
+        # A name is shown, sent and made a folder of.
+        implied["wandb_run_name"] = run_name_from(str(without_secrets(str(named_by)))) if named_by else RUN_NAME
     if "dataset_id" not in written and written.get("train_file") is not None:
         implied["dataset_id"] = None
     if "use_wandb" not in written and written.get("tracker", "auto") != "auto":

@@ -16,15 +16,16 @@ share once.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Example, Message
+from trietune.data.one_rendering import Prefix, Prefixes, common_length, render_once
 from trietune.io.json_types import JsonObject
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ SECONDS_OF_A_TEMPLATE = 20.0
 # Characters beyond a hundred times what it was given; tool descriptions of the longest templates have ten thousand.
 MOST_OF_A_TEMPLATE = 1_000_000
 
+# Of a conversation with as many answers, one rendering is asked for what its prefixes give.
+MOST_TURNS_RENDERED_EACH = 8
+
+_T = TypeVar("_T")
 _PROBE = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
 
 
@@ -121,23 +126,67 @@ def split_turns(
         WrongRow: the template refuses the conversation.
         RewrittenTurnError: it rewrites earlier turns as it continues.
     """
-    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, tools=tools, check_stop=check_stop)
+    render: Callable[..., str] = partial(
+        _render, tokenizer=tokenizer, chat_template=chat_template, tools=tools, check_stop=check_stop
+    )
+    render_prefixes: Callable[..., Prefixes | None] = partial(
+        _render_prefixes, tokenizer=tokenizer, chat_template=chat_template, tools=tools, check_stop=check_stop
+    )
     full = render(messages, asks=add_generation_prompt)
+    turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    known: Mapping[int, tuple[int, int]] = {}
+    if len(turns) >= MOST_TURNS_RENDERED_EACH:
+        known = _lengths_from_one_rendering(messages, turns, full, render, render_prefixes)
     segments: list[Segment] = []
     end = 0
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        given = render(messages[:index], asks=True)
+    for index in turns:
         is_last = index == len(messages) - 1 and not add_generation_prompt
-        said = full if is_last else render(messages[: index + 1], asks=False)
-        if not (full.startswith(said) and said.startswith(given) and len(given) >= end):
+        if index in known:
+            given_length, said_length = known[index]
+            is_rewritten = False
+        else:
+            given = render(messages[:index], asks=True)
+            said = full if is_last else render(messages[: index + 1], asks=False)
+            given_length, said_length = len(given), len(said)
+            is_rewritten = not (full.startswith(said) and said.startswith(given))
+        if is_rewritten or given_length < end:
             raise RewrittenTurnError(f"the chat template rewrites message {index + 1} once others follow")
-        segments += [(full[end : len(given)], False), (_without_space_behind(full[len(given) : len(said)]), True)]
-        end = len(given) + len(segments[-1][0])
+        segments.append((full[end:given_length], False))
+        segments.append((_without_space_behind(full[given_length:said_length]), True))
+        end = given_length + len(segments[-1][0])
     if add_generation_prompt:
         segments.append((full[end:], False))
     return segments
+
+
+def _lengths_from_one_rendering(
+    messages: Sequence[Message],
+    turns: Sequence[int],
+    full: str,
+    render: Callable[..., str],
+    render_prefixes: Callable[..., Prefixes | None],
+) -> dict[int, tuple[int, int]]:
+    """Of turns, how long what is given before each is, and what is said with it: the lengths of two renderings.
+
+    Only of turns of which it is shown that `full` begins with what is said, and that with what is given.
+    """
+    last = turns[-1]
+    given = render_prefixes(messages[:last], asks=True)
+    said = render_prefixes(messages[: last + 1], asks=False) if given is not None else None
+    if given is None or said is None:
+        return {}
+    # What was recorded is what is rendered without a record.
+    if given.text != render(messages[:last], asks=True) or said.text != render(messages[: last + 1], asks=False):
+        return {}
+    known = {}
+    said_is_full, given_is_said = common_length(said.text, full), common_length(given.text, said.text)
+    for index in turns:
+        before, with_it = given.first(index), said.first(index + 1)
+        if before is None or with_it is None:
+            continue
+        if with_it.begins(Prefix(full, len(full)), said_is_full) and before.begins(with_it, given_is_said):
+            known[index] = (len(before), len(with_it))
+    return known
 
 
 def split_last_turn(
@@ -183,10 +232,7 @@ def _render(
 ) -> str:
     if not messages:
         raise WrongRow("the conversation begins with the assistant, and nothing asks for that answer")
-    fields = [message.fields for message in messages]
-    if any("tool_calls" in one for one in fields):
-        form = _find_call_form(tokenizer, chat_template)
-        fields = [_in_form(one, form) for one in fields]
+    fields = _fields(messages, tokenizer, chat_template)
     try:
         text = _apply(
             fields, json.loads(tools) if tools else None, tokenizer, chat_template, asks=asks, check_stop=check_stop
@@ -203,6 +249,36 @@ def _render(
     return text
 
 
+def _fields(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, chat_template: str) -> list[JsonObject]:
+    """Messages as the template wants them."""
+    fields = [message.fields for message in messages]
+    if any("tool_calls" in one for one in fields):
+        form = _find_call_form(tokenizer, chat_template)
+        fields = [_in_form(one, form) for one in fields]
+    return fields
+
+
+def _render_prefixes(
+    messages: Sequence[Message],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+    tools: str,
+    asks: bool,
+    check_stop: Callable[[], None],
+) -> Prefixes | None:
+    """`render_once`; None also where the template raises, which whoever renders next will say."""
+    if not messages:
+        return None
+    fields, described = _fields(messages, tokenizer, chat_template), json.loads(tools) if tools else None
+    try:
+        return _bounded(lambda: render_once(fields, described, tokenizer, chat_template, asks), check_stop)
+    except (StopRequested, TemplateTooSlowError):
+        raise
+    except Exception:
+        return None
+
+
 def _apply(
     fields: Sequence[JsonObject],
     tools: list[Any] | None,
@@ -212,14 +288,22 @@ def _apply(
     asks: bool,
     check_stop: Callable[[], None] = _never,
 ) -> str:
+    return _bounded(
+        lambda: str(
+            tokenizer.apply_chat_template(
+                list(fields), tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=asks
+            )
+        ),
+        check_stop,
+    )
+
+
+def _bounded(run: Callable[[], _T], check_stop: Callable[[], None]) -> _T:
+    """What running a template gives. Raises `TemplateTooSlowError`, or what `check_stop` raises."""
     check_stop()
     try:
         with interruptible(SECONDS_OF_A_TEMPLATE, lambda: not _is_stopped(check_stop)):
-            return str(
-                tokenizer.apply_chat_template(
-                    list(fields), tools=tools, chat_template=chat_template, tokenize=False, add_generation_prompt=asks
-                )
-            )
+            return run()
     except TookTooLong:
         check_stop()
         reason = f"the chat template has not come to an end after {SECONDS_OF_A_TEMPLATE:.0f} s"

@@ -14,11 +14,13 @@ import numpy as np
 
 from trietune.data.answers import flat_ranges
 from trietune.data.cache import CacheWriter
+from trietune.data.chat import Segment
 from trietune.data.columns import WrongRow
 from trietune.data.counts import Count, SplitCounts
 from trietune.data.encode_rows import ROWS_PER_BLOCK
 from trietune.data.encoder import EncodedExamples, Encoder
 from trietune.data.examples import IGNORED_LABEL
+from trietune.data.least_tokens import LeastTokens
 from trietune.data.opening import BrokenRow
 from trietune.data.preferences import AnswerForm, AnswerRow, answer_reader
 from trietune.data.read_row import LengthRules
@@ -49,11 +51,12 @@ def tokenize_answers(
     """
     tally = _Tally(SplitCounts(source=source))
     read = answer_reader(form)
+    least = LeastTokens(encoder)
     while block := list(islice(placed, ROWS_PER_BLOCK)):
         check_stop()
         rows = _read_block(block, read, left_out, tally)
         if not tally.problems.number:
-            _write_block(rows, writer, encoder, rules, tally)
+            _write_block(rows, writer, encoder, rules, least, tally)
         progress(tally.counts.read)
     tally.problems.raise_any(source, tally.seen)
     tally.too_long.raise_any(source, tally.seen)
@@ -114,7 +117,12 @@ def _check_characters(rows: Sequence[AnswerRow]) -> None:
 
 
 def _write_block(
-    rows: Sequence[AnswerRow], writer: CacheWriter, encoder: Encoder, rules: LengthRules, tally: _Tally
+    rows: Sequence[AnswerRow],
+    writer: CacheWriter,
+    encoder: Encoder,
+    rules: LengthRules,
+    least: LeastTokens,
+    tally: _Tally,
 ) -> None:
     kept = [told for row in rows if (told := _without_repeats(row, tally)) is not None]
     examples = [example for row in kept for example in row.examples]
@@ -123,6 +131,7 @@ def _write_block(
     except WrongRow:
         _note_refused(kept, encoder, tally)
         return
+    kept, segments = _without_the_longest(kept, segments, rules, least, tally)
     encoded = encoder.encode_segments(segments)
     sizes = np.array([len(row.examples) for row in kept], np.int64)
     encoded, stays = _fit(encoded, sizes, [row.examples[0].id for row in kept], rules, encoder, tally)
@@ -137,6 +146,32 @@ def _write_block(
         num_labels=counts.num_labels + int(np.count_nonzero(encoded.labels != IGNORED_LABEL)),
         longest=max(counts.longest, int(encoded.lengths.max(initial=0))),
     )
+
+
+def _without_the_longest(
+    rows: Sequence[AnswerRow],
+    segments: Sequence[list[Segment]],
+    rules: LengthRules,
+    least: LeastTokens,
+    tally: _Tally,
+) -> tuple[list[AnswerRow], list[list[Segment]]]:
+    """Apply `max_length` to rows with an answer that is longer by its text: tokenizing it could take all memory."""
+    kept: list[AnswerRow] = []
+    their_segments: list[list[Segment]] = []
+    count = least.without_cut_prompt if rules.overlong == "truncate_prompt" else least.of
+    rest = iter(segments)
+    for row in rows:
+        own = [next(rest) for _ in row.examples]
+        longest = 0 if rules.overlong is None else max(map(count, own))
+        place = row.examples[0].id
+        if longest <= rules.max_length:
+            kept.append(row)
+            their_segments += own
+        elif rules.overlong == "error":
+            tally.too_long.add(place, f"at least {longest} tokens, and `max_length` is {rules.max_length}")
+        else:
+            tally.count("overlong", [place])
+    return kept, their_segments
 
 
 def _without_repeats(row: AnswerRow, tally: _Tally) -> AnswerRow | None:

@@ -20,6 +20,7 @@ from trietune.data.columns import (
 )
 from trietune.data.counts import SplitCounts
 from trietune.data.encoder import Encoder
+from trietune.data.least_tokens import LeastTokens
 from trietune.data.left_out import chosen, encode_tokens, find_labeled, fit, take, weighted
 from trietune.data.opening import BrokenRow, Row
 from trietune.data.read_row import LengthRules, ReadExample, example_reader, with_row_weights
@@ -55,6 +56,7 @@ def tokenize_rows(
     """
     tally = Tally(source=source)
     left = LeftByTemplate(encoder)
+    least = LeastTokens(encoder)
     to_example = example_reader(row_format, encoder, rules)
     if weighting is not None and weighting.has_column:
         to_example = with_row_weights(to_example)
@@ -63,7 +65,7 @@ def tokenize_rows(
         read = _read_block(block, to_example, left_out, tally, left)
         # After a first broken row nothing will be written: the rest is only read to be counted.
         if not tally.problems.number:
-            _write_block(read, writer, row_format, encoder, rules, tally, is_weighted=weighting is not None)
+            _write_block(read, writer, row_format, encoder, rules, least, tally, is_weighted=weighting is not None)
         progress(tally.read)
     tally.problems.raise_any(source, tally.seen)
     tally.too_long.raise_any(source, tally.seen)
@@ -119,6 +121,7 @@ def _write_block(
     row_format: RowFormat,
     encoder: Encoder,
     rules: LengthRules,
+    least: LeastTokens,
     tally: Tally,
     *,
     is_weighted: bool,
@@ -134,6 +137,7 @@ def _write_block(
         if unlearnt:
             tally.count("without_weight", unlearnt)
             read = [one for one in read if not one.is_unlearnt]
+        read = _without_the_longest(read, rules, least, tally, is_weighted=is_weighted)
         encoded = encoder.encode_segments([one.segments for one in read])
     else:
         encoded = encode_tokens([one.tokens for one in read if one.tokens is not None])
@@ -152,3 +156,28 @@ def _write_block(
     examples = [one.example for one in read]
     tally.add(examples, encoded)
     writer.append(encoded, examples)
+
+
+def _without_the_longest(
+    read: Sequence[ReadExample], rules: LengthRules, least: LeastTokens, tally: Tally, *, is_weighted: bool
+) -> Sequence[ReadExample]:
+    """Apply `max_length` to what is longer by its text: tokenizing it, to drop it, could take all memory."""
+    if rules.overlong is None:
+        return read
+    count = least.without_cut_prompt if rules.overlong == "truncate_prompt" else least.of
+    kept = []
+    for one in read:
+        # Those that end with a label have one; weights are counted before lengths.
+        is_plain = bool(one.segments) and one.segments[-1][1] and not (is_weighted and _has_weights(one))
+        least_tokens = count(one.segments) if is_plain else 0
+        if least_tokens <= rules.max_length:
+            kept.append(one)
+        elif rules.overlong == "error":
+            tally.too_long.add(one.place, f"at least {least_tokens} tokens, and `max_length` is {rules.max_length}")
+        else:
+            tally.count("overlong", [one.place])
+    return kept
+
+
+def _has_weights(one: ReadExample) -> bool:
+    return one.weight == 0 or bool(one.example.messages)

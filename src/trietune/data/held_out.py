@@ -18,6 +18,8 @@ from trietune.errors import UserError
 HELD_OUT_SHARE = 0.05
 HELD_OUT_AT_MOST = 1000
 HELD_OUT_SEED = 20_230_712
+# Sequences whose tokens are in memory together while they are compared with validation data.
+SUMMED_AT_ONCE = 4096
 
 
 def rows_of_split(
@@ -66,9 +68,12 @@ def report_shared_rows(train: TokenSequences, validation: TokenSequences, report
 def _sums(sequences: TokenSequences) -> np.ndarray:
     """A number of each sequence that equal ones share; int64 [examples]."""
     offsets = np.asarray(sequences.offsets)
-    ids = np.asarray(sequences.input_ids, np.int64)
-    totals = np.concatenate([[0], np.cumsum(ids * ids % 1_000_003)])
-    sums: np.ndarray = (totals[offsets[1:]] - totals[offsets[:-1]]) * 65_537 + np.diff(offsets)
+    sums = np.empty(len(sequences), np.int64)
+    for first in range(0, len(sequences), SUMMED_AT_ONCE):
+        bounds = offsets[first : first + SUMMED_AT_ONCE + 1]
+        ids = np.asarray(sequences.input_ids[bounds[0] : bounds[-1]], np.int64)
+        totals = np.concatenate([[0], np.cumsum(ids * ids % 1_000_003)])[bounds - bounds[0]]
+        sums[first : first + SUMMED_AT_ONCE] = np.diff(totals) * 65_537 + np.diff(bounds)
     return sums
 
 

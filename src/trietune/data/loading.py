@@ -17,7 +17,7 @@ import numpy as np
 from trietune.config.settings import Settings
 from trietune.data.cache import CacheWriter, make_key, open_cached
 from trietune.data.columns import RowFormat
-from trietune.data.counts import SplitCounts, describe, name_places
+from trietune.data.counts import Count, SplitCounts, describe, name_places
 from trietune.data.encode_answers import tokenize_answers
 from trietune.data.encode_rows import tokenize_rows
 from trietune.data.encoder import make_encoder
@@ -215,37 +215,37 @@ def _changed_meanwhile(rows: Rows) -> UserError:
 
 
 def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
-    if counts.overlong.number:
-        return UserError(
-            f"all {counts.read:,} examples of `{counts.source}` are longer than `max_length: {max_length}`",
-            where=name_places(counts.overlong.samples, counts.overlong.number),
-            next_step="raise `max_length`, or write `overlong: truncate_prompt`",
-        )
-    if counts.without_weight.number:
-        return UserError(
-            f"none of the {counts.read:,} rows of `{counts.source}` is to be learned from: their weights are 0, or "
-            "`loss` or `train` is false",
-            where=name_places(counts.without_weight.samples, counts.without_weight.number),
-            next_step="check the column `weight`, or the keys `weight`, `loss` and `train` of its messages",
-        )
-    if counts.without_pair.number:
-        return UserError(
-            f"none of the {counts.read:,} rows of `{counts.source}` prefers one answer to another: `chosen` and "
-            "`rejected` are equal",
-            where=name_places(counts.without_pair.samples, counts.without_pair.number),
-            next_step="check the column `rejected` (or `scores`, `ranking`) of the file",
-        )
-    if counts.without_labels.number:
-        return UserError(
-            f"none of the {counts.read:,} rows of `{counts.source}` has a label, so there is nothing to learn",
-            where=name_places(counts.without_labels.samples, counts.without_labels.number),
-            next_step="check `labels` (and `ignored_index`) of the data",
-        )
-    return UserError(
-        f"none of the {counts.read:,} rows of `{counts.source}` can be learned from: their completions are empty",
-        where=name_places(counts.without_completion.samples, counts.without_completion.number),
-        next_step="check `completion_template` and the columns of the file",
+    """What left no example, the most telling reason first."""
+    reasons: tuple[tuple[Count, str, str], ...] = (
+        (
+            counts.overlong,
+            f"all {{}} are longer than `max_length: {max_length}`",
+            "raise `max_length`, or write `overlong: truncate_prompt`",
+        ),
+        (
+            counts.without_weight,
+            "none of the {} is to be learned from: their weights are 0, or `loss` or `train` is false",
+            "check the column `weight`, or the keys `weight`, `loss` and `train` of its messages",
+        ),
+        (
+            counts.without_pair,
+            "none of the {} prefers one answer to another: `chosen` and `rejected` are equal",
+            "check the column `rejected` (or `scores`, `ranking`) of the file",
+        ),
+        (
+            counts.without_labels,
+            "none of the {} has a label, so there is nothing to learn",
+            "check `labels` (and `ignored_index`) of the data",
+        ),
+        (
+            counts.without_completion,
+            "none of the {} can be learned from: their completions are empty",
+            "check `completion_template` and the columns of the file",
+        ),
     )
+    count, said, next_step = next((reason for reason in reasons if reason[0].number), reasons[-1])
+    rows = f"{counts.read:,} {'examples' if count is counts.overlong else 'rows'} of `{counts.source}`"
+    return UserError(said.format(rows), where=name_places(count.samples, count.number), next_step=next_step)
 
 
 def writable(cache_folder: Path, report: Report) -> Path:

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-from trietune.errors import EXIT_DONE, EXIT_RANK_LOST
-from trietune.ranks.launched import BEGAN
+from trietune.errors import EXIT_DONE, EXIT_RANK_LOST, UserError
+from trietune.ranks.launched import BEGAN, QUIET
 
 # After a process has failed: the others get SIGTERM, and this long to end.
 GRACE_S = 3.0
@@ -31,6 +31,10 @@ FORWARDED = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU", "SIGPWR")
     if name in signal.Signals.__members__
 )
+# Those that a person or a scheduler sends once, and a second time if they mean it.
+URGENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What a process holds before it has read anything: Python, torch and transformers.
+LIBRARY_BYTES = 300_000_000
 # From <linux/prctl.h>.
 PR_SET_PDEATHSIG = 1
 
@@ -48,6 +52,7 @@ def launch(
     """
     attempt = 0
     command = list(command)
+    _check_memory(count)
     while True:
         processes = Processes(command, count, began)
         with processes.forwarding_signals():
@@ -56,12 +61,13 @@ def launch(
             return EXIT_DONE
         is_lost = end.code < 0 or end.code == EXIT_RANK_LOST
         # A process that ends with this code has named another one: it is the messenger.
-        if end.code < 0 and not processes.was_stopped:
+        was_stopped = processes.stopped_by is not None
+        if end.code < 0 and not was_stopped:
             say(
                 f"error: rank {end.number} of {count} (process {end.pid}) was killed by {signal_name(-end.code)}; "
                 "the others were ended"
             )
-        if processes.was_stopped or not is_lost:
+        if was_stopped or not is_lost:
             return end.code if end.code >= 0 else 128 - end.code
         if attempt == restarts:
             say(
@@ -86,12 +92,17 @@ class Ended:
 
 @dataclass(slots=True)
 class Processes:
-    """`count` copies of a command that know of each other, started."""
+    """`count` copies of a command that know of each other, started.
+
+    Attributes:
+        stopped_by: the first signal that was handed on; None if there was none.
+    """
 
     command: Sequence[str]
     count: int
     began: float | None = None
-    was_stopped: bool = False
+    stopped_by: signal.Signals | None = None
+    _must_leave: bool = False
     _children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -103,7 +114,7 @@ class Processes:
                     env={**environment_of(number, self.count, port), **self._beginning()},
                     # Ctrl-C reaches only this process, which passes it on.
                     start_new_session=True,
-                    preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                    preexec_fn=end_with_parent if sys.platform == "linux" else None,
                 )
             )
 
@@ -114,7 +125,9 @@ class Processes:
         while any(child.poll() is None for child in self._children):
             time.sleep(POLL_S)
             first = first or self._first_failed()
-            if first is not None and deadline is None and not self.was_stopped:
+            if self._must_leave and deadline is None:
+                deadline = time.monotonic() + GRACE_S
+            if first is not None and deadline is None and self.stopped_by is None:
                 is_known = first.code > 0 and first.code != EXIT_RANK_LOST
                 deadline = time.monotonic() + (GRACE_AFTER_NEWS_S if is_known else GRACE_S)
                 if not is_known:
@@ -128,6 +141,16 @@ class Processes:
         for child in self._children:
             if child.poll() is None:
                 child.send_signal(number)
+
+    def stop(self, number: signal.Signals) -> None:
+        """Hand a signal on, which stops all after the step under way; the second one of a person ends them soon.
+
+        A process hears no signal while it waits for another one, so the second is not left to it.
+        """
+        if self.stopped_by is not None and number in URGENT:
+            self._must_leave = True
+        self.stopped_by = self.stopped_by or number
+        self.send(number)
 
     def forwarding_signals(self) -> _Forwarding:
         """While open, signals to this process go to all; the processes stop after the step under way."""
@@ -159,8 +182,7 @@ class _Forwarding:
             signal.signal(number, handler)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self._processes.was_stopped = True
-        self._processes.send(signal.Signals(number))
+        self._processes.stop(signal.Signals(number))
 
 
 def environment_of(number: int, count: int, port: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -169,6 +191,7 @@ def environment_of(number: int, count: int, port: int, environ: Mapping[str, str
     return {
         # Set by hand, the number of threads stays.
         "OMP_NUM_THREADS": threads,
+        **QUIET,
         **environ,
         "RANK": str(number),
         "LOCAL_RANK": str(number),
@@ -195,6 +218,23 @@ def as_one_of(count: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _check_memory(count: int) -> None:
+    """Refuse processes whose libraries would fill the memory of this machine, before any is started.
+
+    Raises:
+        UserError: there are too many.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if count * LIBRARY_BYTES > free:
+        raise UserError(
+            f"{count:,} processes need {count * LIBRARY_BYTES / 1e9:,.0f} GB for their libraries, and "
+            f"{free / 1e9:.1f} GB of memory are free",
+            next_step=f"`--nproc {max(os.cpu_count() or 1, 1)}` is one for each core",
+        )
+
+
 def free_port() -> int:
     """A free port of this machine."""
     with socket.socket() as one:
@@ -210,6 +250,6 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies, so that no process trains on unattended."""
+def end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies, so that no process trains on unattended; Linux only."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

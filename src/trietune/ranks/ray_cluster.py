@@ -24,6 +24,8 @@ QUIET = {
     "RAY_worker_niceness": "0",
 }
 OBJECT_STORE_BYTES = 128 * 2**20
+ATTEMPTS = 3
+TOO_SLOW = ("timed out during startup", "Failed to connect to GCS", "may not be complete yet before the timeout")
 
 
 @contextmanager
@@ -44,32 +46,55 @@ def open_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterato
         raise UserError(
             "`--ray` needs the package `ray`, which is not installed", next_step="pip install 'trietune[ray]'"
         ) from error
-    common: JsonObject = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    try:
-        if address is None:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                # Nothing of it listens on the network.
-                _node_ip_address="127.0.0.1",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **common,
-            )
-        else:
-            handed_on = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
-            ray.init(address=address, runtime_env={"env_vars": handed_on}, **common)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        where = "on this machine" if address is None else f"at `{address}`"
-        raise UserError(
-            f"no Ray cluster {where}: {' '.join(str(error).split())[:300]}",
-            next_step="`ray status --address ADDR` tells whether one runs there; without `--address`, one of this "
-            "machine is started for the run",
-        ) from error
+    options: JsonObject = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if address is None:
+        options |= {
+            "address": "local",
+            "num_cpus": num_cpus,
+            # Nothing of it listens on the network.
+            "_node_ip_address": "127.0.0.1",
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+        _start(ray, options)
+    else:
+        handed_on = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
+        _connect(ray, {**options, "address": address, "runtime_env": {"env_vars": handed_on}})
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, options: JsonObject) -> None:
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        raise UserError(
+            f"no Ray cluster at `{options['address']}`: {_told(error)}",
+            next_step="`ray status --address ADDR` tells whether one runs there; without `--address`, one of this "
+            "machine is started for the run",
+        ) from error
+
+
+def _start(ray: Any, options: JsonObject) -> None:
+    """Start Ray here; again where the machine was too busy, since a raylet waits 15 s for its agents and then ends."""
+    for attempt in range(ATTEMPTS):
+        try:
+            ray.init(**options)
+        except Exception as error:  # a start that takes too long raises no more than that
+            ray.shutdown()
+            if attempt == ATTEMPTS - 1 or not any(part in str(error) for part in TOO_SLOW):
+                raise UserError(
+                    f"Ray does not start on this machine: {_told(error)}",
+                    next_step="when the machine is less busy, try again; `--nproc N` starts processes without Ray",
+                ) from error
+        else:
+            return
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 class Mailbox:

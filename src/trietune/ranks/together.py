@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from trietune.errors import UserError
 from trietune.ranks.launched import Launched
+from trietune.ranks.meeting import connect, meet
 from trietune.ranks.messages import decode, encode, encode_error, error_elsewhere
 from trietune.ranks.ranks import Ranks
 from trietune.ranks.watch import Watch
@@ -39,9 +40,10 @@ class Together(Ranks):
 
     Args:
         on_lost: told who was lost, from another thread, and ends the process; by default the sentence is printed.
+        check: called while the others are waited for; raises to leave.
 
     Raises:
-        UserError: there are fewer GPUs than processes on this machine.
+        UserError: there are fewer GPUs than processes on this machine, or the others cannot be reached.
     """
 
     def __init__(
@@ -50,26 +52,29 @@ class Together(Ranks):
         *,
         may_use_cuda: bool = True,
         on_lost: Callable[[UserError], None] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         uses_cuda = may_use_cuda and torch.cuda.is_available()
         if uses_cuda:
             _take_card(launched)
         # Ray has connected its workers already.
         self._owns_group = not dist.is_initialized()
-        if self._owns_group:
-            dist.init_process_group(backend_for(uses_cuda=uses_cuda), timeout=COLLECTIVE_TIMEOUT)
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = meet(launched, host, port, check=check) if self._owns_group else None
         self.number, self.count = launched.number, launched.count
         self.launched = launched
         self._buffer: Tensor | None = None
         self._waited, self._step_seconds, self._last_end = 0.0, 0.0, time.monotonic()
         self._hosts: list[str] = []
-        self.watch = Watch(
-            launched.number,
-            launched.count,
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            on_lost=on_lost,
-        )
+        self.watch = Watch(launched.number, launched.count, host, port, on_lost=on_lost)
+        if store is not None:
+            backend = backend_for(uses_cuda=uses_cuda)
+            try:
+                with self.watch.phase("waiting"):
+                    connect(launched, backend, store, COLLECTIVE_TIMEOUT, check=check)
+            except BaseException:
+                self.watch.close()
+                raise
         self._hosts = self.gather(f"host {socket.gethostname()}, process {os.getpid()}")
 
     def name_of(self, number: int) -> str:

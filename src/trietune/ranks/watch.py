@@ -38,6 +38,8 @@ CUT_OFF_S = 30.0
 # A step may take this long, or ten times the slowest so far; other phases may take longer.
 SHORTEST_LIMIT_S, TIMES_SLOWEST = 60.0, 10
 OTHER_PHASES_LIMIT_S = 1800.0
+# A process that has come to the store speaks at once, unless its machine is very slow.
+NEVER_HEARD_OF_S = 120.0
 # Phases without a limit: a model may be downloaded.
 UNLIMITED = ("preparing", "waiting", "done")
 
@@ -171,7 +173,7 @@ class Watch:
         lost = []
         for number in self._others():
             if not self._store.check([str(number)]):
-                if now - self._began > self._shortest_limit_s:
+                if now - self._began > NEVER_HEARD_OF_S:
                     lost.append(f"rank {number} has never been heard of")
                 continue
             place = self._read(number)
@@ -229,7 +231,13 @@ class Watch:
 
 
 def _doing(place: JsonObject) -> str:
-    return place["phase"] if place["phase"] == "preparing" else f"{place['phase']} step {place['step']}"
+    match place["phase"]:
+        case "preparing":
+            return "preparing"
+        case "waiting":
+            return f"waiting for others in step {place['step']}" if place["step"] else "waiting for others"
+        case phase:
+            return f"{phase} step {place['step']}"
 
 
 def _end_process(error: UserError) -> None:

@@ -117,7 +117,7 @@ def estimate_run(prepared: Prepared, speed: Speed, num_processes: int) -> Estima
         step=step,
         num_steps=plan.num_steps,
         validation=_validation(prepared, model, num_processes),
-        reference=_times(reference, 1 / num_processes),
+        reference=_times(reference, 1 / min(num_processes, plan.num_train)),
         memory=plan.model_bytes + plan.largest_micro_batch * plan.position_bytes + PROCESS_BYTES,
         num_processes=num_processes,
         flops_a_step=scale * model.step_flops(prepared.work),
@@ -222,7 +222,8 @@ def _validation(prepared: Prepared, model: _Model, num_processes: int) -> Range:
         # Prompts are computed, and then each token of the longest answer; short ones end sooner.
         low, high = _add(model.decode(passes), model.forward(work, 0))
         seconds = _add(seconds, (0.3 * low, high))
-    return _times(seconds, 1 / num_processes)
+    # A process without an example waits for the others.
+    return _times(seconds, 1 / min(num_processes, rows.num_rows))
 
 
 def threads_here(num_processes: int) -> int:

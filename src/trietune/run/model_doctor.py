@@ -10,18 +10,31 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import AutoConfig
 
 from trietune.config import load_config
+from trietune.device.choose import choose_device
 from trietune.device.doctor import Examination, Finding
+from trietune.device.memory import bytes_per_position
 from trietune.errors import UserError
 from trietune.io.places import expand
+from trietune.model.adapter.adapter import add_adapter
+from trietune.model.assemble import assemble
+from trietune.model.base.few_layers import random_network
+from trietune.model.base.folder import ModelFolder
+from trietune.model.base.hub import fetch_config
+from trietune.model.base.load import quiet_library
+from trietune.model.base.locate import is_hub_id, locate_model
+from trietune.model.base.randomness import silence_rates
+from trietune.model.base.shape import NetworkShape, describe_network
+from trietune.model.proof import Proof, prove, random_forests
+from trietune.model.proof.ladder import BY_ROWS, UNDER_A_MASK
+from trietune.model.states import carries_states
 from trietune.run.describing import adapter_arguments, uncovered
-
-if TYPE_CHECKING:
-    from trietune.model.base.folder import ModelFolder
-    from trietune.model.base.shape import NetworkShape
-    from trietune.model.proof import Proof
+from trietune.run.planning import BYTES_PER_TRAINED_PARAMETER
 
 # Rows of this many tokens exceed every window of the small network.
 LONGEST = 48
@@ -44,10 +57,6 @@ def examine_model(
     settings = load_config(None, [f"model_name={name}", *overrides])
     with tempfile.TemporaryDirectory() as kept:
         base = _config_of(name, Path(kept), report)
-        import torch
-
-        from trietune.model.base.load import quiet_library
-        from trietune.model.base.shape import describe_network
 
         dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
         with quiet_library():
@@ -66,9 +75,6 @@ def examine_model(
 
 def _config_of(name: str, kept: Path, report: Callable[[str], None]) -> ModelFolder:
     """A folder that holds at least the model's `config.json`."""
-    from trietune.model.base.folder import ModelFolder
-    from trietune.model.base.hub import fetch_config
-    from trietune.model.base.locate import is_hub_id, locate_model
 
     place = expand(name)
     if (place / "config.json").is_file() and not (place / "adapter_config.json").is_file():
@@ -112,15 +118,6 @@ def _ways(base: ModelFolder, shape: NetworkShape, settings: Any) -> list[Finding
 
 def _try(base: ModelFolder, settings: Any, attention: Any, why: str | None) -> tuple[str, list[str]] | UserError:
     """How it runs and what the proof says, or why it does not."""
-    import torch
-    from transformers import AutoConfig
-
-    from trietune.device.choose import choose_device
-    from trietune.model.adapter.adapter import add_adapter
-    from trietune.model.assemble import assemble
-    from trietune.model.base.few_layers import random_network
-    from trietune.model.base.randomness import silence_rates
-    from trietune.model.proof import prove, random_forests
 
     config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     try:
@@ -140,8 +137,6 @@ def _try(base: ModelFolder, settings: Any, attention: Any, why: str | None) -> t
 
 
 def _described(model: Any, proof: Proof) -> tuple[str, list[str]]:
-    from trietune.model.proof.ladder import BY_ROWS, UNDER_A_MASK
-    from trietune.model.states import carries_states
 
     lines = list(proof.lines[1:])
     if proof.on_whole_rows:
@@ -179,8 +174,6 @@ def _adapters(shape: NetworkShape, settings: Any) -> list[Finding]:
 
 
 def _memory(shape: NetworkShape, dtype: Any) -> Finding:
-    from trietune.device.memory import bytes_per_position
-    from trietune.run.planning import BYTES_PER_TRAINED_PARAMETER
 
     position = bytes_per_position(
         shape.config, dtype, widths=shape.widths, is_fused=shape.why_whole_rows is None and shape.refusal is None

@@ -102,14 +102,19 @@ def plan_sweep(config: Path | None, over: Sequence[str], overrides: Sequence[str
     settings = load_config(config, overrides)
     directory = expand(settings.project_dir) / f"{settings.wandb_run_name}-sweep"
     trials = []
+    seen: dict[str, str] = {}
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         own = [*overrides, *(f"{key}={value}" for key, value in values.items())]
         name, title = _name_of(values), ",".join(f"{key}={value}" for key, value in values.items())
         try:
-            load_config(config, own)
+            resolved = load_config(config, own).model_dump_json()
         except UserError as error:
             raise UserError(f"trial `{title}`: {error.what}", where=error.where, next_step=error.next_step) from error
+        if (twin := seen.setdefault(resolved, title)) != title:
+            raise UserError(
+                f"trials `{twin}` and `{title}` have the same settings", next_step="name each value once, in one way"
+            )
         own += [f"project_dir={directory}", f"wandb_run_name={name}"]
         command = (sys.executable, "-m", "trietune", "train", *([] if config is None else [str(config)]),
                    *(f"--set={override}" for override in own), "--resume")  # fmt: skip
@@ -126,8 +131,10 @@ def run_trials(sweep: Sweep, say: Callable[[str], None]) -> list[Outcome]:
         with processes.forwarding_signals():
             end = processes.wait()
         code = EXIT_DONE if end is None else end.code
-        if processes.was_stopped:
-            raise SweepStopped(128 - code if code < 0 else code, len(outcomes), len(sweep.trials))
+        # A trial may be through before it hears of the signal.
+        num_done = len(outcomes) + (code == EXIT_DONE)
+        if processes.stopped_by is not None and num_done < len(sweep.trials):
+            raise SweepStopped(128 + processes.stopped_by, num_done, len(sweep.trials))
         outcomes.append(outcome_of(trial, code))
         if outcomes[-1].sentence:
             say(f"error: {outcomes[-1].sentence}")
@@ -230,6 +237,8 @@ def _read_grid(over: Sequence[str], taken: Sequence[str]) -> dict[str, list[str]
         key = key.strip()
         if not separator:
             raise UserError(f"`--over {text}` has no `=`", next_step="--over learning_rate=1e-4,3e-4")
+        if not key:
+            raise UserError(f"`--over {text}` has no key", next_step="--over learning_rate=1e-4,3e-4")
         if key in grid:
             raise UserError(f"`--over {key}` is given twice", next_step=f"one `--over {key}=` with all its values")
         if key in OWN_KEYS:

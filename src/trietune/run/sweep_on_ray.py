@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trietune.errors import EXIT_SIGINT
 from trietune.io.files import make_folders
+from trietune.ranks.launch import end_with_parent
 from trietune.ranks.ray_cluster import open_cluster
 from trietune.run.signals import StopSignals
 from trietune.run.sweep import Outcome, Sweep, SweepStopped, outcome_of
@@ -72,6 +74,8 @@ def train_trial(command: tuple[str, ...], folder: str) -> tuple[int, list[str]]:
         text=True,
         env={**os.environ, "NO_COLOR": "1"},
         start_new_session=True,
+        # Ray kills a worker whose command or node has gone.
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
     try:
         _, told = child.communicate()

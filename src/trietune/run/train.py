@@ -63,7 +63,7 @@ def train(
         elif keep_freed_memory():
             stack.callback(give_back_freed_memory)
         signals = stack.enter_context(signals or StopSignals())
-        ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"), on_lost=on_lost)
+        ranks = open_ranks(may_use_cuda=settings.device in ("auto", "cuda"), on_lost=on_lost, check=signals.check)
         stack.callback(ranks.close)
         listeners = ranks.first_of(
             lambda: tracker or _open_tracker(settings, in_python=in_python), lambda: followers or Tracker()

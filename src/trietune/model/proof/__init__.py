@@ -3,6 +3,8 @@
 forests    the rows and nodes that are compared, and where each node lies
 parts      what is compared: layers, their children, their kinds; parts in fp32 for the time of a call
 passes     record plain rows through transformers' own code; hand the same inputs to the code of the run
+ways       all ways in which a run's attention may compute
+bounds     how large an error may be
 ladder     what a layer falls back to until it is proven, and what is said or refused
 """
 

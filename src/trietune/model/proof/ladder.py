@@ -12,8 +12,7 @@ the layouts: fused or shared, transformers' own code, its plain attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,13 +22,20 @@ import torch
 from torch import nn
 
 from trietune.errors import UserError
-from trietune.model.attention.attend import attend, attend_by_library
-from trietune.model.attention.layout import AttentionNote, ForcedRows
-from trietune.model.attention.row_blocks import AttentionCost
+from trietune.model.attention.attend import attend_by_library
 from trietune.model.causal_lm import TrieModel
 from trietune.model.decoder_layers import decoder_of
+from trietune.model.proof.bounds import (
+    BOUND,
+    KERNEL_BOUND,
+    SCAN_BOUND,
+    SCAN_BOUND_OF_GRADIENTS,
+    is_within,
+    number_of,
+)
 from trietune.model.proof.forests import Forest, PlainRows
 from trietune.model.proof.parts import (
+    InFullPrecision,
     adapters_that_matter,
     is_layer,
     kinds_of,
@@ -46,22 +52,20 @@ from trietune.model.proof.passes import (
     record,
     skipping,
 )
+from trietune.model.proof.ways import (
+    GATHERED,
+    kernel_error,
+    no_tf32,
+    run_layout,
+    run_padded,
+    run_trie,
+    run_whole_rows,
+    ways_of,
+)
 from trietune.model.replaced import library_code, restore_forward
-from trietune.model.rows.grid import RowGrid
 from trietune.model.states import carry_states, scans_states
-from trietune.trie import Trie, build_trie
+from trietune.trie import build_trie
 
-# Relative error of a part in fp32, of its values and of its gradients. Over 226 computations of 55 types of model the
-# largest right one was 1.9e-6, the smallest wrong one (a position one off, SmolLM2) 2.6e-3: 28 times the one, a 52nd
-# of the other.
-BOUND = 5e-5
-# The same of parts that scan a state, whose rounding adds up along a row. Over 4 kinds and rows of up to 2,500 tokens
-# the largest right errors were 1.2e-4 and 1.4e-4, the smallest wrong ones 1.5e-3 (a state rounded to bf16) and 4.7e-2
-# (no gradient through it).
-SCAN_BOUND, SCAN_BOUND_OF_GRADIENTS = 5e-4, 2e-3
-# A kernel that has no fp32, against rows in fp32 on the same queries, keys and values, in relation to all nodes: right
-# ones at most 3.8e-3, a scale 10 % off 4.0e-2.
-KERNEL_BOUND = 2e-2
 # Parts with more parameters than this (MLPs) that are given only hidden states are proven in one layer of each kind.
 MOST_PROVEN_EVERYWHERE = 1_000_000
 # Positions of which a part's gradients are taken where it is given only hidden states.
@@ -72,10 +76,9 @@ LONG = 1024
 HEAD_FACTORS = (1.0, 8.0)
 KERNELS = ("varlen", "flex")
 
+NOT_CAUSAL = "it is not a causal language model: tokens change the logits of those before them"
+
 AS_IT_IS, BY_ROWS, UNDER_A_MASK, REFUSED = range(4)
-_WHOLE = ForcedRows(AttentionCost(bucket=1e9, gathered=1.0, score=1e-9, whole=0.0), cuts="none")
-_GATHERED = ForcedRows(AttentionCost(bucket=0.0, gathered=0.0, score=1.0), cuts="all")
-_GATHERED_KEPT_NOWHERE = ForcedRows(AttentionCost(bucket=0.0, gathered=0.0, score=1.0), keeps_none=True)
 
 
 # What a model's code raises where it cannot compute what it is given; anything else is a bug of ours.
@@ -142,13 +145,6 @@ class _Found:
                     self.failed[other] = (error, name, where)
 
 
-def is_within(error: Error, *, is_scan: bool) -> bool:
-    """Whether a part's error is one of rounding."""
-    if is_scan:
-        return error.values <= SCAN_BOUND and error.gradients <= SCAN_BOUND_OF_GRADIENTS
-    return error.worst <= BOUND
-
-
 def prove(
     model: TrieModel,
     short: Forest,
@@ -173,7 +169,7 @@ def prove(
     was_training = network.training
     network.eval()
     try:
-        with _no_tf32(), adapters_that_matter(network):
+        with no_tf32(), adapters_that_matter(network):
             try:
                 return _Prover(model, short, longest, family, with_gradients).prove()
             except _NotProvenError as failure:
@@ -209,8 +205,9 @@ def _refusal(model: TrieModel, family: str, failure: _NotProvenError) -> UserErr
 
 def _advice(network: Any) -> str | None:
     """What makes a model of this class causal, where its configuration has a word for it."""
-    if getattr(network.config, "is_decoder", None) is False:
-        return '`"is_decoder": true` in the model\'s config.json makes it one that generates from left to right'
+    for key in ("is_decoder", "causal"):
+        if getattr(network.config, key, None) is False:
+            return f'`"{key}": true` in the model\'s config.json makes it one that generates from left to right'
     return None
 
 
@@ -246,9 +243,7 @@ class _Prover:
     def prove(self) -> Proof:
         if unseen := [name for name in self.layers if name not in self.of_short]:
             if self._sees_the_future():
-                raise self._failure(
-                    "it is not a causal language model: tokens change the logits of those before them", is_final=True
-                )
+                raise self._failure(NOT_CAUSAL, is_final=True)
             raise self._failure(
                 f"layer {unseen[0]} (`{self._class(unseen[0])}`) is given something other than the hidden states of "
                 "the tokens, so it cannot be compared",
@@ -258,10 +253,14 @@ class _Prover:
             if name in self.mixing and not one.spread <= (SCAN_BOUND if name in self.scans else BOUND):
                 where = f"in `{name}` (`{self._class(name)}`), {one.spread:.1e}"
                 if self._sees_the_future():
-                    what = f"it is not a causal language model: tokens change the logits of those before them ({where})"
+                    what = f"{NOT_CAUSAL} ({where})"
                 else:
                     what = f"the output of a position depends on the length of its row, or on other rows ({where})"
                 raise self._failure(what, is_final=True)
+        # Some keep what mixes positions outside of what is compared (XLM's attentions beside its MLPs).
+        if self._sees_the_future():
+            raise self._failure(NOT_CAUSAL, is_final=True)
+        self._prove_rows_alone()
         rungs = dict.fromkeys(self.layers, AS_IT_IS)
         reasons: dict[str, tuple[Error, str, str]] = {}
         while True:
@@ -291,7 +290,7 @@ class _Prover:
 
     def _round(self) -> _Found:
         found = _Found(self.scans)
-        ways = self._ways()
+        ways = ways_of(self.model)
         scope = Scope(self.parts, self._wide_elsewhere())
         found.take(self._compare(self.of_short, self.short, scope, ways[-1][1]), f"a forest of rows, {ways[-1][0]}")
         stands_for: dict[str, list[str]] = {}
@@ -331,20 +330,6 @@ class _Prover:
             if is_layer(name) or (name in self.mixing and layer_of(name) not in known_bad):
                 errors[name] = Error(float("inf"), reason="it is not called")
         return errors
-
-    def _ways(self) -> list[tuple[str, Callable[[Forest], object]]]:
-        """All ways in which the run's attention may compute; the last one is that of a large batch."""
-        model = self.model
-        if model.whole_rows is not None:
-            return [("whole rows", partial(_run_whole_rows, model))]
-        if self.is_padded:
-            return [("padded", partial(_run_padded, model))]
-        if model.attention == "mask":
-            return [("under a mask", partial(_run_trie, model, kind="mask", forced=None))]
-        ways = [("in one block", _WHOLE), ("every row gathered", _GATHERED)]
-        if model.device.type == "cpu":
-            ways.insert(1, ("gathered, through the flash kernel", _GATHERED_KEPT_NOWHERE))
-        return [(label, partial(_run_trie, model, kind="rows", forced=forced)) for label, forced in ways]
 
     # What is looked at
 
@@ -443,7 +428,7 @@ class _Prover:
             cotangent_at=query_nodes,
         )
         records = self._record(self.short, scope)
-        run = partial(_run_trie, self.model, self.short, kind="rows", forced=_GATHERED, query_nodes=query_nodes)
+        run = partial(run_trie, self.model, self.short, kind="rows", forced=GATHERED, query_nodes=query_nodes)
         try:
             errors = compare(records, run, scope, self.short.nodes, self.known, query_nodes=query_nodes)
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as raised:
@@ -453,7 +438,7 @@ class _Prover:
             found.worst = max(found.worst, error.worst)
             return []
         self.model.prunes_last = False
-        why = f"computing only label positions gives other values ({_number(error)})"
+        why = f"computing only label positions gives other values ({number_of(error)})"
         return [f"the last layer computes all positions: {why}"]
 
     def _prove_head(self) -> None:
@@ -493,9 +478,9 @@ class _Prover:
             layout = model.layout(forest.trie, forest.query_nodes, kind="rows")
             layout.notes = []
             with torch.no_grad(), skipping(self._kinds_scope(), self.known):
-                _run(model, forest, layout)
+                run_layout(model, forest, layout)
             for note in layout.notes:
-                error = _kernel_error(model, forest.trie, forest.query_nodes, note, self.with_gradients)
+                error = kernel_error(model, forest.trie, forest.query_nodes, note, self.with_gradients)
                 if not error <= KERNEL_BOUND:
                     raise UserError(
                         f"`attention: {model.attention}` gives other values than rows ({error:.1e}, allowed "
@@ -546,16 +531,16 @@ class _Prover:
                 # One layer speaks for all; its class names what it is.
                 said = text if len(layers) > 1 else _singular(text)
                 lines.append(
-                    f"{_list(layers)} {said} ({self._class(name)}, {where}: {_number(error, name in self.scans)})"
+                    f"{_list(layers)} {said} ({self._class(name)}, {where}: {number_of(error, name in self.scans)})"
                 )
         return lines
 
     def _say_failure(self, layer: str, why: tuple[Error, str, str]) -> str:
         error, name, where = why
         if layer == "entry":
-            return f"what enters its first layer differs from plain rows ({_number(error)})"
+            return f"what enters its first layer differs from plain rows ({number_of(error)})"
         what = "what follows its last layer" if layer == "end" else f"layer {layer}"
-        number = _number(error, name in self.scans)
+        number = number_of(error, name in self.scans)
         return f"{what} (`{self._class(name)}`) differs from plain rows ({where}: {number})"
 
     def _failure(self, what: str, *, is_final: bool = False) -> _NotProvenError:
@@ -566,9 +551,43 @@ class _Prover:
         tokens = torch.from_numpy(self.short.trie.input_ids[:9].astype(np.int64)).to(self.model.device)[None]
         other = tokens.clone()
         other[0, -1] = (other[0, -1] + 1) % self.model.vocabulary_size
-        with torch.no_grad(), library_code(self.network, self._library_attention):
-            one, two = (self.network(input_ids=ids, use_cache=False).logits[0, :-1].double() for ids in (tokens, other))
+        decoder, scope = decoder_of(self.network), self._kinds_scope()
+        with torch.no_grad(), library_code(self.network, self._library_attention), skipping(scope, self.known):
+            one, two = (
+                decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1].double() for ids in (tokens, other)
+            )
         return not bool((one - two).norm() <= 0.01 * one.norm())
+
+    def _prove_rows_alone(self) -> None:
+        """The decoder as a whole, where no part that is compared mixes positions: rows of the run, and each by itself.
+
+        Values only; what such a network mixes with runs as it is.
+        """
+        if self.mixing:
+            return
+        run = run_whole_rows if self.model.whole_rows is not None else run_padded
+        rows, decoder = self.short.rows, decoder_of(self.network)
+        precise = InFullPrecision(decoder)
+        try:
+            with torch.no_grad():
+                ours: Any = run(self.model, self.short)
+                with library_code(self.network, self._library_attention):
+                    tokens = torch.from_numpy(rows.tokens.astype(np.int64)).to(self.model.device)
+                    by_itself = [row[real][None] for row, real in zip(tokens, rows.is_real, strict=True)]
+                    alone = [
+                        decoder(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
+                        for row in by_itself
+                    ]
+        finally:
+            precise.restore()
+        found, theirs = ours[rows.is_real].double(), torch.cat([x.last_hidden_state[0] for x in alone]).double()
+        error = float(((found - theirs).norm(dim=1) / theirs.norm(dim=1).clamp_min(1e-30)).max())
+        if not error <= SCAN_BOUND:
+            raise self._failure(
+                f"the output of a position depends on the length of its row, or on other rows ({error:.1e}, allowed "
+                f"{SCAN_BOUND:.0e})",
+                is_final=True,
+            )
 
     def _padded_is_proven(self) -> bool:
         """Whether padded rows, in transformers' own code and attention, pass what the trie did not."""
@@ -583,7 +602,7 @@ class _Prover:
         for attention in (self.model.library_attention, "eager"):
             try:
                 with library_code(self.network, attention):
-                    run = partial(_run_padded, self.model, self.short)
+                    run = partial(run_padded, self.model, self.short)
                     errors = compare(self.of_short, run, scope, self.short.rows, self.known)
             except RAISED_BY_MODELS:
                 continue
@@ -591,76 +610,6 @@ class _Prover:
             if are_within and set(self.of_short) <= set(errors):
                 return True
         return False
-
-
-def _run_trie(
-    model: TrieModel, forest: Forest, *, kind: Any, forced: ForcedRows | None, query_nodes: np.ndarray | None = None
-) -> object:
-    return _run(model, forest, model.layout(forest.trie, query_nodes, kind=kind, forced=forced))
-
-
-def _run(model: TrieModel, forest: Forest, layout: Any) -> object:
-    trie = forest.trie
-    return model.decode(trie.input_ids[None], trie.position_ids[None], model.mask_of(layout), layout)
-
-
-def _run_whole_rows(model: TrieModel, forest: Forest) -> object:
-    assert model.whole_rows is not None
-    grid = RowGrid(forest.trie, model.to_device)
-    rows = model.whole_rows.of_rows(grid)
-    if not torch.equal(grid.to_nodes(rows.flatten(0, 1)), forest.rows.nodes(rows)):
-        raise RuntimeError("nodes are taken from other positions of the rows than those that compute them")
-    return rows
-
-
-def _run_padded(model: TrieModel, forest: Forest) -> object:
-    rows = forest.rows
-    return model.decode(rows.tokens.astype(np.int64), None, rows.is_real.long(), None)
-
-
-def _kernel_error(
-    model: TrieModel, trie: Trie, query_nodes: np.ndarray, note: AttentionNote, with_gradients: bool
-) -> float:
-    told = {
-        "window": note.window,
-        "scale": note.scale,
-        "softcap": note.softcap,
-        "is_pruned": note.is_pruned,
-    }
-    results = []
-    for kind, dtype in (
-        (model.attention, note.query.dtype),
-        ("rows", torch.promote_types(note.query.dtype, torch.float32)),
-    ):
-        inputs = [x.detach().to(dtype).requires_grad_(with_gradients) for x in (note.query, note.key, note.value)]
-        with torch.set_grad_enabled(with_gradients):
-            query, key, value = inputs
-            out = attend(query, key, value, model.layout(trie, query_nodes, kind=kind), **told)  # type: ignore[arg-type]
-        found = [out.detach()]
-        if with_gradients:
-            cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-            found += torch.autograd.grad(out, inputs, cotangent)
-        results.append([x.double() for x in found])
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(*results, strict=True))
-
-
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _number(error: Error, is_scan: bool = False) -> str:
-    if error.reason is not None:
-        return error.reason
-    allowed, allowed_of_gradients = (SCAN_BOUND, SCAN_BOUND_OF_GRADIENTS) if is_scan else (BOUND, BOUND)
-    if error.gradients / allowed_of_gradients > error.values / allowed:
-        return f"{error.gradients:.1e} of a gradient, allowed {allowed_of_gradients:.0e}"
-    return f"{error.values:.1e}, allowed {allowed:.0e}"
 
 
 def _singular(text: str) -> str:

@@ -79,6 +79,7 @@ def render_page(runs: Sequence[RunRecord]) -> str:
         warnings=data_warnings(runs),
         commands=[_commands(run) for run in runs],
         differences=differences([run.config for run in runs]),
+        keys_of_some=keys_of_some([run.config for run in runs]),
         policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; "
         "form-action 'none'",
         style=style,
@@ -100,9 +101,7 @@ def report_text(run_directories: Sequence[Path]) -> str:
             lines += [*result.predictions_table(predicted, result.DEFAULT_WIDTH), ""]
         lines += _change_lines(run)
     lines += [*data_warnings(runs), *comparison_lines(runs)]
-    differing = differences([run.config for run in runs])
-    if differing:
-        lines += ["settings that differ", *columns([["", *(run.name for run in runs)], *differing]), ""]
+    lines += [*_settings_lines(runs), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -111,10 +110,18 @@ def compare_text(run_directories: Sequence[Path]) -> str:
     runs = _read_runs(run_directories)
     lines = [f"{run.name}: {status_line(run)}" for run in runs]
     lines += ["", *data_warnings(runs), *comparison_lines(runs)]
-    differing = differences([run.config for run in runs])
-    if differing:
-        lines += ["", "settings that differ", *columns([["", *(run.name for run in runs)], *differing])]
+    lines += ["", *_settings_lines(runs)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _settings_lines(runs: Sequence[RunRecord]) -> list[str]:
+    configs = [run.config for run in runs]
+    lines = []
+    if differing := differences(configs):
+        lines += ["settings that differ", *columns([["", *(run.name for run in runs)], *differing])]
+    if new := keys_of_some(configs):
+        lines.append(f"keys that not every run's version had: {', '.join(new)}")
+    return lines
 
 
 def comparison_lines(runs: Sequence[RunRecord]) -> list[str]:
@@ -244,10 +251,29 @@ def embedded_json(content: Any) -> str:
 
 
 def differences(configs: Sequence[JsonMapping]) -> list[list[str]]:
-    """Settings that are not the same in all of these, as rows of key and one value each."""
+    """Settings that are not the same in all of these, as rows of key and one value each.
+
+    A run holds every key of the version that wrote it. One that a run does not know is a difference only between those
+    that do; `keys_of_some` names the others.
+    """
     keys = dict.fromkeys(key for config in configs for key in config)
-    rows = [[key, *(_shown_value(config.get(key)) for config in configs)] for key in keys]
-    return [row for row in rows if len(set(row[1:])) > 1]
+    rows = []
+    for key in keys:
+        known = {_shown_value(config[key]) for config in configs if key in config}
+        if len(known) > 1:
+            rows.append([key, *(_shown_value(config.get(key)) for config in configs)])
+    return rows
+
+
+def keys_of_some(configs: Sequence[JsonMapping]) -> list[str]:
+    """`objective: dpo`: keys with the value that they have in the runs that know them, where not all runs do."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    found = []
+    for key in keys:
+        known = {_shown_value(config[key]) for config in configs if key in config}
+        if len(known) == 1 and not all(key in config for config in configs):
+            found.append(f"{key}: {known.pop()}")
+    return found
 
 
 def sparklines(run: RunRecord) -> list[str]:
