@@ -148,6 +148,14 @@ def test_files_of_one_name_are_told_apart_by_their_folders(load: Load, tmp_path:
     assert {one.rsplit(":", 1)[0] for one in data.train.ids} == {"a/train.jsonl", "b/train.jsonl"}
 
 
+def test_items_of_a_list_on_one_line_have_places_of_their_own(load: Load, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}", "completion": f" {n}"} for n in range(4)]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(rows[:3]).replace("}, {", "},\n{", 1))
+    ids = list(load(train_file=str(path), validation_file=str(path)).train.ids)
+    assert ids == ["list.json:1", "list.json:2", "list.json:2 item 2"]
+
+
 def test_short_names_are_as_long_as_they_must_be() -> None:
     assert metric_names(["reviews.csv", "chats.jsonl.gz"]) == ("reviews", "chats")
     assert metric_names(["a.csv", "a.jsonl"]) == ("a.csv", "a.jsonl")

@@ -104,7 +104,7 @@ def test_preferences_of_several_files_are_measured_file_by_file(
 
 
 def test_data_that_is_typed_twice_is_a_list(tmp_path: Path) -> None:
-    from trietune.cli.keys import keys_as_set
+    from trietune.cli.typed_keys import keys_as_set
 
     a, b = tmp_path / "a.jsonl", tmp_path / "b c.jsonl"
     for path in (a, b):

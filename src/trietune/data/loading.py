@@ -42,7 +42,7 @@ CheckStop = Callable[[], None]
 # `max_length: auto` where no model says how long a sequence may be.
 UNBOUNDED = 2**31 - 1
 # Which rows are accepted, and how: an entry of the cache that was made by other rules is not used.
-READING_VERSION = 3
+READING_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,8 +101,12 @@ class FileRows:
     def read(self) -> Iterator[PlacedRow]:
         for path, label in zip(self.paths, self.labels, strict=True):
             between = BETWEEN.get(detect_format(path), ":")
+            before, item = 0, 1
             for number, row in read_rows(path, self.options):
-                yield f"{label}{between}{number}", row
+                # A JSON list is often one line: there the line tells nothing.
+                item = item + 1 if number == before else 1
+                before = number
+                yield f"{label}{between}{number}" + (f" item {item}" if item > 1 else ""), row
 
 
 @dataclass(frozen=True, slots=True)
