@@ -260,6 +260,15 @@ class _Prover:
         # Some keep what mixes positions outside of what is compared (XLM's attentions beside its MLPs).
         if self._sees_the_future():
             raise self._failure(NOT_CAUSAL, is_final=True)
+        as_it_comes = self.model.library_attention
+        if as_it_comes != self._library_attention and self._sees_the_future(as_it_comes):
+            # PaliGemma: what marks prefixes is no input of text, and the two ways then take its absence differently.
+            raise self._failure(
+                f"transformers' own ways to attend disagree on it: under `{as_it_comes}`, its default, tokens change "
+                f"the logits of those before them, under `{self._library_attention}` they do not",
+                is_final=True,
+            )
+        self._prove_decoder_alone()
         self._prove_rows_alone()
         rungs = dict.fromkeys(self.layers, AS_IT_IS)
         reasons: dict[str, tuple[Error, str, str]] = {}
@@ -546,16 +555,45 @@ class _Prover:
     def _failure(self, what: str, *, is_final: bool = False) -> _NotProvenError:
         return _NotProvenError(what, self._padded_is_proven, is_final=is_final)
 
-    def _sees_the_future(self) -> bool:
-        """Whether another last token changes what the model says before it."""
+    def _sees_the_future(self, attention: str | None = None) -> bool:
+        """Whether another last token changes what the model says before it, by default under the plain attention."""
         tokens = torch.from_numpy(self.short.trie.input_ids[:9].astype(np.int64)).to(self.model.device)[None]
         other = tokens.clone()
         other[0, -1] = (other[0, -1] + 1) % self.model.vocabulary_size
         # The network, not its decoder: around that, some make masks of their own.
         scope = self._kinds_scope()
-        with torch.no_grad(), library_code(self.network, self._library_attention), skipping(scope, self.known):
+        plain = library_code(self.network, attention or self._library_attention)
+        with torch.no_grad(), plain, skipping(scope, self.known):
             one, two = (self.network(input_ids=ids, use_cache=False).logits[0, :-1].double() for ids in (tokens, other))
         return not bool((one - two).norm() <= 0.01 * one.norm())
+
+    def _prove_decoder_alone(self) -> None:
+        """The decoder called with tokens only gives what it gives as a part of the whole network.
+
+        Wrappers of text and images may hand it masks or positions of their own (PaliGemma), and decoders may then build
+        other ones where they are given none. What is trained is the decoder by itself.
+        """
+        tokens = torch.from_numpy(self.short.trie.input_ids[None, :9].astype(np.int64)).to(self.model.device)
+        decoder = decoder_of(self.network)
+        seen: list[torch.Tensor] = []
+        handle = decoder.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+        scope = self._kinds_scope()
+        try:
+            with torch.no_grad(), library_code(self.network, self._library_attention), skipping(scope, self.known):
+                self.network(input_ids=tokens, use_cache=False)
+                decoder(input_ids=tokens, use_cache=False)
+        except RAISED_BY_MODELS as error:
+            raise self._failure(f"called by itself, its decoder {describe_error(error)}", is_final=True) from error
+        finally:
+            handle.remove()
+        within, alone = seen[0].double(), seen[-1].double()
+        difference = float((within - alone).norm() / within.norm().clamp_min(1e-30))
+        if not difference <= max(BOUND, 4 * torch.finfo(seen[0].dtype).eps):
+            raise self._failure(
+                "its network gives its decoder masks or positions of its own, without which the decoder computes "
+                f"something else ({difference:.1e})",
+                is_final=True,
+            )
 
     def _prove_rows_alone(self) -> None:
         """The decoder as a whole, where no part that is compared mixes positions: rows of the run, and each by itself.
@@ -582,11 +620,11 @@ class _Prover:
         finally:
             precise.restore()
         found, theirs = ours[rows.is_real].double(), torch.cat([x.last_hidden_state[0] for x in alone]).double()
-        error = float(((found - theirs).norm(dim=1) / theirs.norm(dim=1).clamp_min(1e-30)).max())
-        if not error <= SCAN_BOUND:
+        difference = float(((found - theirs).norm(dim=1) / theirs.norm(dim=1).clamp_min(1e-30)).max())
+        if not difference <= SCAN_BOUND:
             raise self._failure(
-                f"the output of a position depends on the length of its row, or on other rows ({error:.1e}, allowed "
-                f"{SCAN_BOUND:.0e})",
+                "the output of a position depends on the length of its row, or on other rows "
+                f"({difference:.1e}, allowed {SCAN_BOUND:.0e})",
                 is_final=True,
             )
 
