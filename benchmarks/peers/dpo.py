@@ -44,10 +44,10 @@ PAIRS_AT_ONCE = 8
 TOKENS_AT_ONCE = 4096
 
 
-def train(job: Job, device: torch.device, gate: Gate) -> None:
-    {"dpo-trl": train_trl, "dpo-strongest": train_strongest, "dpo-trietune": train_trietune}[job.engine](
-        job, device, gate
-    )
+def train(job: Job, device: torch.device, gate: Gate) -> Any:
+    """Take every step that the gate lets through; returns the trained network with its adapter."""
+    engines = {"dpo-trl": train_trl, "dpo-strongest": train_strongest, "dpo-trietune": train_trietune}
+    return engines[job.engine](job, device, gate)
 
 
 def pairs_of(workload: Workload, row: int) -> list[tuple[int, int]]:
@@ -67,7 +67,7 @@ class GatedDPOTrainer(InOrder, DPOTrainer):
         return dataset  # tokenized already, as for all engines
 
 
-def train_trl(job: Job, device: torch.device, gate: Gate) -> None:
+def train_trl(job: Job, device: torch.device, gate: Gate) -> Any:
     disable_progress_bar()
     workload = job.workload
     examples = []
@@ -95,12 +95,14 @@ def train_trl(job: Job, device: torch.device, gate: Gate) -> None:
         )
         trainer.add_callback(GateCallback(gate, trainer.losses, lambda step: workload.batch_size))
         trainer.train()
+        return trainer.model.get_base_model()
 
 
-def train_strongest(job: Job, device: torch.device, gate: Gate) -> None:
+def train_strongest(job: Job, device: torch.device, gate: Gate) -> Any:
     model = add_lora(build_network(job.model, device), job.model, adapter_in_fp32=False)
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     workload = job.workload
+    network = model.get_base_model()
     model.train()
     parts_of_step = [cut_by_length(workload, batch) for batch in workload.batches]
     with torch.no_grad():
@@ -108,14 +110,14 @@ def train_strongest(job: Job, device: torch.device, gate: Gate) -> None:
             sequence: float(score)
             for parts in parts_of_step
             for part in parts
-            for sequence, score in scores(model, workload, part, device)
+            for sequence, score in scores(network, workload, part, device)
         }
     gate.open()
     for batch, parts in zip(workload.batches, parts_of_step, strict=True):
         num_pairs = sum(len(pairs_of(workload, int(row))) for row in batch)
         total = 0.0
         for part in parts:
-            found = dict(scores(model, workload, part, device))
+            found = dict(scores(network, workload, part, device))
             better, worse = zip(*[pair for row in part for pair in pairs_of(workload, row)], strict=True)
             ratio = {sequence: score - reference[sequence] for sequence, score in found.items()}
             margin = torch.stack([ratio[one] for one in better]) - torch.stack([ratio[one] for one in worse])
@@ -125,6 +127,7 @@ def train_strongest(job: Job, device: torch.device, gate: Gate) -> None:
         optimizer.step()
         optimizer.zero_grad()
         gate(total, len(batch))
+    return network
 
 
 def cut_by_length(workload: Workload, batch: np.ndarray) -> list[list[int]]:
@@ -140,11 +143,10 @@ def cut_by_length(workload: Workload, batch: np.ndarray) -> list[list[int]]:
     return parts
 
 
-def scores(model: Any, workload: Workload, rows: list[int], device: torch.device) -> list[tuple[int, torch.Tensor]]:
+def scores(network: Any, workload: Workload, rows: list[int], device: torch.device) -> list[tuple[int, torch.Tensor]]:
     """Each sequence of these rows with the summed log-probability of its labels."""
     sequences = [sequence for row in rows for sequence in workload.answers_of(row)]
     plain = [workload.sequences.row(sequence) for sequence in sequences]
-    network = model.get_base_model()
     tensors = to_tensors(plain, max(len(ids) for ids, _ in plain), device)
     labels = tensors["labels"][:, 1:]
     hidden = network.get_decoder()(input_ids=tensors["input_ids"][:, :-1], use_cache=False).last_hidden_state
@@ -170,7 +172,7 @@ def answer_sets(workload: Workload) -> AnswerSets:
     )
 
 
-def train_trietune(job: Job, device: torch.device, gate: Gate) -> None:
+def train_trietune(job: Job, device: torch.device, gate: Gate) -> Any:
     network = add_lora(build_network(job.model, device), job.model).get_base_model()
     place = choose_device(device.type, use_tt=False)
     model = assemble(network, place, attention="rows", fused_layers=True, pack_weights="auto")
@@ -205,3 +207,4 @@ def train_trietune(job: Job, device: torch.device, gate: Gate) -> None:
     gate.open()
     for step in steps:
         gate(step.loss, len(step.sequence_indices))
+    return network
