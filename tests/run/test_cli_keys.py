@@ -46,10 +46,13 @@ def read(*words: str, command: str = "train") -> tuple[list[str], list[str]]:
         ("--lora_target_modules q_proj v_proj --seed 3", ["lora_target_modules=q_proj,v_proj", "seed=3"]),
         ("--lora-target-modules all-linear", ["lora_target_modules=all-linear"]),
         ("lora_r=1 --lora-r 2 --set lora_r=3 lora_r=4", ["lora_r=1", "lora_r=2", "lora_r=3", "lora_r=4"]),
-        ("--data owner/name", ["train_file=null", "validation_file=null", "dataset_id=owner/name"]),
+        ("--data owner/name", ["train_file=null", "validation_file=null", "data_shares=null", "dataset_id=owner/name"]),
         ("--model owner/name", ["model_name=owner/name"]),
-        ("--data missing.jsonl", ["dataset_id=null", "validation_file=null", "train_file=missing.jsonl"]),
-        ("--data ./missing", ["dataset_id=null", "validation_file=null", "train_file=./missing"]),
+        (
+            "--data missing.jsonl",
+            ["dataset_id=null", "validation_file=null", "data_shares=null", "train_file=missing.jsonl"],
+        ),
+        ("--data ./missing", ["dataset_id=null", "validation_file=null", "data_shares=null", "train_file=./missing"]),
         ("--lr 3 --bf16", ["lr=3", "bf16=True"]),
     ],
 )  # fmt: skip

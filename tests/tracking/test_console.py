@@ -165,7 +165,7 @@ def test_predictions_fit_the_width_and_show_what_they_are_about() -> None:
         lines = predictions_table(predicted, width)
         assert all(len(line) <= width for line in lines)
         assert "Who sang it" in lines[1]
-        assert "wrong, not Ann" in lines[1]
+        assert "wrong, it is Ann" in lines[1]
         assert "\x1b" not in lines[1]
     assert subject("Review: fine\nOutput:", 50) == "fine"
     assert subject("one line without a field", 50) == "one line without a field"
