@@ -32,9 +32,9 @@ COUNT, STEPS, FAULT_STEP, LIMIT_S = 3, 24, 10, 500
 # What is said, and within how many seconds; a machine that others use too is slower to start and to end processes.
 SENTENCES = {
     "kill": r"rank 1 (of 3 \(process \d+\) was killed by SIGKILL|\(.*\) has (not been heard of|ended))|connection to",
-    # It has spoken last up to two seconds before.
-    "stop": r"rank 1 \(.*\) has not been heard of for \d+ s; it was (computing|waiting for others in) step \d+",
-    "sleep": r"rank 1 \(.*\) has been computing step 10 for \d+ s; the others wait for it",
+    # It has spoken last up to two seconds before, and steps are short.
+    "stop": r"rank 1 \(.*\) has not been heard of for \d+ s; it was (preparing|computing step \d+|waiting for others)",
+    "sleep": r"rank 1 \(.*\) has been computing step (9|10) for \d+ s; the others wait for it",
     "raise": r"a bug in one process",
     "fill": r"No space left on device|disk",
 }
