@@ -42,6 +42,7 @@ def test_ways_are_timed_and_compared_with_the_formula(arguments: list[str], caps
     assert capsys.readouterr().out.startswith("sst2-grouped-4, ")
 
 
+@pytest.mark.slow
 def test_steps_are_timed_after_a_warm_up(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*arguments, "--models", "smollm2", "--step-workloads", "sst2-grouped-4"]
     [result] = gpu.measure_steps("smollm2", gpu.parse(asked))

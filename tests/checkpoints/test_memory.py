@@ -67,6 +67,7 @@ def measure(folder: Path, how: str) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are forgotten only on Linux")
 def test_a_large_module_is_saved_and_restored_without_a_second_one_in_memory(tmp_path: Path) -> None:
     found = measure(tmp_path / "a", "streamed")

@@ -169,6 +169,7 @@ def test_a_new_length_compiles_nothing_after_the_second(traced: Callable[[], int
     assert programs == [1, 2, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_has_its_program(traced: Callable[[], int]) -> None:
     """What makes a program is whether there is a window, soft-capping, a part of the nodes; no number does."""
     kinds = [(None, None, False), (5, None, False), (5, 2.0, False), (5, 2.0, True)]

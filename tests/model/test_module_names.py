@@ -55,6 +55,7 @@ def change(files: dict[str, bytes], **changes: Any) -> dict[str, bytes]:
     return {**files, CONFIG_FILE: json.dumps(document).encode()}
 
 
+@pytest.mark.slow
 def test_pythons_own_matcher_would_be_busy_for_ever() -> None:
     for pattern in ("(.|.)*X", "(?=(.|.)*X)q_proj"):
         script = f"import re; re.fullmatch({pattern!r}, {NAMES[0]!r})"

@@ -30,7 +30,7 @@ def test_one_micro_batch_a_process_keeps_its_graph(pool: Pool, objective: str) -
     check(pool, 2, objective=objective, num_steps=6, batch_size=5, max_positions=2000)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "rank"])
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "rank"])
 def test_a_step_of_less_rows_than_processes_is_learnt_whole(pool: Pool, objective: str) -> None:
     check(pool, 4, objective=objective, num_steps=6, batch_size=1, max_positions=60)
 

@@ -61,7 +61,14 @@ def test_layers_in_half_precision_are_proven_in_fp32(pool: Pool, overrides: dict
     assert proven(sharded[0]) == 1
 
 
-@pytest.mark.parametrize(("family", "count"), [("gemma2", 2), ("qwen3", 3), ("gemma3", 2)])
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [
+        pytest.param("gemma2", 2, marks=pytest.mark.slow),
+        pytest.param("qwen3", 3, marks=pytest.mark.slow),
+        ("gemma3", 2),
+    ],
+)
 def test_in_double_precision_the_adapter_is_that_of_a_whole_model(
     pool: Pool, tmp_path: Path, family: str, count: int
 ) -> None:
@@ -76,6 +83,7 @@ def test_in_double_precision_the_adapter_is_that_of_a_whole_model(
     assert all(one["losses"] == sharded[0]["losses"] for one in sharded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "count"), [("dpo", 3), ("kto", 2)])
 def test_an_objective_of_scores_trains_sharded(pool: Pool, tmp_path: Path, objective: str, count: int) -> None:
     torch.manual_seed(7)

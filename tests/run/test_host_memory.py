@@ -38,6 +38,7 @@ def page_faults(how: str, **environment: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted as Linux counts them")
 def test_what_is_freed_is_used_again_without_page_faults() -> None:
     assert page_faults("as it is") > 10_000  # ten times 48 MB in pages of 4 kB, which is more than glibc ever keeps
@@ -73,6 +74,7 @@ print(largest, resident_bytes())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="gaps are those of glibc's heap")
 def test_what_is_kept_is_given_back() -> None:
     def largest_and_last(how: str) -> tuple[int, int]:

@@ -150,7 +150,7 @@ def test_the_card_of_own_data_claims_no_data_set_and_shows_none_of_its_texts(own
     assert "prompt = 'Film: {film}\\nMood:'" in card
 
 
-@pytest.mark.parametrize("says_it", [True, False])
+@pytest.mark.parametrize("says_it", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_longer_run_does_not_restart_the_warm_up(
     own: Own, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, says_it: bool
 ) -> None:

@@ -104,6 +104,7 @@ def measured_as(run: Path, step: int, loss: float) -> None:
     (path / "manifest.json").write_bytes(manifest.serialize(replace(found, info=info)))
 
 
+@pytest.mark.slow
 def test_what_a_resume_says(bench: Bench, golden: Callable[[str, str], None]) -> None:
     case = bench.folder / "case"
 

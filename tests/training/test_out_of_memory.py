@@ -172,6 +172,7 @@ def test_another_error_passes_through() -> None:
     assert bound.failures == []
 
 
+@pytest.mark.slow
 def test_real_allocations_that_fail_under_a_limit_of_the_system() -> None:
     """In a process whose address space is limited once it has trained a step; see `starve.py`."""
     tests = Path(__file__).parents[1]
