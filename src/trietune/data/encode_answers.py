@@ -158,11 +158,10 @@ def _without_the_longest(
     """Apply `max_length` to rows with an answer that is longer by its text: tokenizing it could take all memory."""
     kept: list[AnswerRow] = []
     their_segments: list[list[Segment]] = []
-    count = least.without_cut_prompt if rules.overlong == "truncate_prompt" else least.of
     rest = iter(segments)
     for row in rows:
         own = [next(rest) for _ in row.examples]
-        longest = 0 if rules.overlong is None else max(map(count, own))
+        longest = max(least.of(one, rules) for one in own)
         place = row.examples[0].id
         if longest <= rules.max_length:
             kept.append(row)

@@ -164,12 +164,11 @@ def _without_the_longest(
     """Apply `max_length` to what is longer by its text: tokenizing it, to drop it, could take all memory."""
     if rules.overlong is None:
         return read
-    count = least.without_cut_prompt if rules.overlong == "truncate_prompt" else least.of
     kept = []
     for one in read:
         # Those that end with a label have one; weights are counted before lengths.
         is_plain = bool(one.segments) and one.segments[-1][1] and not (is_weighted and _has_weights(one))
-        least_tokens = count(one.segments) if is_plain else 0
+        least_tokens = least.of(one.segments, rules) if is_plain else 0
         if least_tokens <= rules.max_length:
             kept.append(one)
         elif rules.overlong == "error":

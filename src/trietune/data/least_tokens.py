@@ -18,6 +18,7 @@ import numpy as np
 
 from trietune.data.chat import Segment
 from trietune.data.encoder import Encoder
+from trietune.data.read_row import LengthRules
 
 # Shorter ones cost little.
 CHARACTERS_WORTH_A_LOOK = 50_000
@@ -79,8 +80,16 @@ class LeastTokens:
     _bound: TokenBound | None = None
     _is_found: bool = False
 
-    def of(self, segments: Sequence[Segment]) -> int:
-        """The least number of tokens of texts that are tokenized apart; 0 where nothing is known, or they are short."""
+    def of(self, segments: Sequence[Segment], rules: LengthRules) -> int:
+        """The least number of tokens that `max_length` is compared with; 0 where nothing is known, or texts are short.
+
+        Of an example whose prompt may be cut, only the first label and what follows count: no cut takes them away.
+        """
+        if rules.overlong is None:
+            return 0
+        if rules.overlong == "truncate_prompt":
+            first = next((number for number, (_, is_label) in enumerate(segments) if is_label), len(segments))
+            segments = segments[first:]
         if sum(len(text) for text, _ in segments) < CHARACTERS_WORTH_A_LOOK:
             return 0
         if not self._is_found:
@@ -89,11 +98,6 @@ class LeastTokens:
             self._bound, self._is_found = find_bound(backend, ends), True
         bound = self._bound
         return 0 if bound is None else sum(bound.least(text) for text, _ in segments if text)
-
-    def without_cut_prompt(self, segments: Sequence[Segment]) -> int:
-        """The same of what no cut of the prompt takes away: the first label and what follows."""
-        first = next((number for number, (_, is_label) in enumerate(segments) if is_label), len(segments))
-        return self.of(segments[first:])
 
 
 def find_bound(backend: Any, ends: Sequence[str | None] = ()) -> TokenBound | None:

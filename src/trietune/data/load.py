@@ -30,7 +30,7 @@ from trietune.data.reading import find_row_format, first_conversations, in_words
 from trietune.data.several import Joined, load_several
 from trietune.data.sources import Sources, find_sources, is_several
 from trietune.data.system_prompt import common_system_prompt
-from trietune.data.task import find_task
+from trietune.data.task import decide_task, find_task
 from trietune.data.templates import PromptFormat
 from trietune.demo.locations import DEMO_QUESTIONS, DEMO_REVIEWS
 from trietune.errors import UserError
@@ -119,16 +119,7 @@ def load_data(
         )
     if validation is not None:
         report_shared_rows(train, validation, report)
-    if settings.learns_preferences:
-        if settings.task != "auto":
-            raise UserError(
-                f"`task: {settings.task}` has no meaning under `objective: {settings.objective}`, which measures how "
-                "often the better answer wins",
-                next_step="task: auto",
-            )
-        task = row_format.task
-    else:
-        task = find_task(settings.task, row_format.kind, train_counts, validation_counts, report)
+    task = decide_task(settings, row_format, train_counts, validation_counts, report)
     system_prompt = prompt_format.system_prompt
     if prompt_format.kind == "chat" and not system_prompt:
         system_prompt = common_system_prompt(train.examples[index] for index in range(len(train.examples)))

@@ -29,7 +29,7 @@ from trietune.data.reading import find_row_format
 from trietune.data.rows import FileRows, Rows, with_places_of_their_own
 from trietune.data.sources import Sources, find_sources, find_validation, settings_of_each
 from trietune.data.system_prompt import common_system_prompt
-from trietune.data.task import find_task
+from trietune.data.task import decide_task
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
 
@@ -372,18 +372,8 @@ def _with_labels(task: Task, labels: Iterable[str]) -> Task:
 
 
 def _task_of(settings: Settings, one: _Split, measured: _Split | None, reader: Reader) -> Task:
-    row_format = one.loading.row_format
-    if settings.learns_preferences:
-        if settings.task != "auto":
-            raise UserError(
-                f"`task: {settings.task}` has no meaning under `objective: {settings.objective}`, which measures how "
-                "often the better answer wins",
-                next_step="task: auto",
-            )
-        return row_format.task
     counts = None if measured is None else measured.counts
-    report = named(reader.report, one.opened.source)
-    return find_task(settings.task, row_format.kind, one.counts, counts, report)
+    return decide_task(settings, one.loading.row_format, one.counts, counts, named(reader.report, one.opened.source))
 
 
 def _join_training(

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from trietune.data.columns import RowFormatKind
+from trietune.config.settings import Settings
+from trietune.data.columns import RowFormat, RowFormatKind
 from trietune.data.counts import SplitCounts
 from trietune.data.examples import Task
 from trietune.data.tally import COMPLETIONS_TALLIED
@@ -30,6 +31,29 @@ RARE_SHARE_AT_MOST = 0.1
 NAMED_AT_MOST = 8
 
 TaskChoice = Literal["auto", "labels", "answers", "text"]
+
+
+def decide_task(
+    settings: Settings,
+    row_format: RowFormat,
+    train: SplitCounts,
+    validation: SplitCounts | None,
+    report: Callable[[str], None],
+) -> Task:
+    """The task of a run on this data; preferences have that of their form.
+
+    Raises:
+        UserError: as `find_task`; or a task is named where the objective measures preferences.
+    """
+    if not settings.learns_preferences:
+        return find_task(settings.task, row_format.kind, train, validation, report)
+    if settings.task != "auto":
+        raise UserError(
+            f"`task: {settings.task}` has no meaning under `objective: {settings.objective}`, which measures how "
+            "often the better answer wins",
+            next_step="task: auto",
+        )
+    return row_format.task
 
 
 def find_task(

@@ -133,6 +133,8 @@ def _formats_of(prompt_format: PromptFormat, inputs: Sequence[str | JsonMapping]
     that it was trained with."""
     others = {form_of(one): one for one in reversed(prompt_format.others)}
     others.pop(form_of(prompt_format), None)
+    if not others:
+        return [prompt_format] * len(inputs)
     found = []
     for value in inputs:
         tried = [] if isinstance(value, str) else [prompt_format, *reversed(others.values())]

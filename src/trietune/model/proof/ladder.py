@@ -452,7 +452,7 @@ class _Prover:
 
     def _prove_head(self) -> None:
         """The head by itself, next to the whole network on a row of a few tokens."""
-        tokens = torch.from_numpy(self.short.trie.input_ids[None, :9].astype(np.int64)).to(self.model.device)
+        tokens = self._few_tokens()
         decoder = decoder_of(self.network)
         scope = Scope(self.parts, set(self.layers))
         for factor in HEAD_FACTORS:
@@ -555,9 +555,13 @@ class _Prover:
     def _failure(self, what: str, *, is_final: bool = False) -> _NotProvenError:
         return _NotProvenError(what, self._padded_is_proven, is_final=is_final)
 
+    def _few_tokens(self) -> torch.Tensor:
+        """One short row: int64 [1, 9]."""
+        return torch.from_numpy(self.short.trie.input_ids[None, :9].astype(np.int64)).to(self.model.device)
+
     def _sees_the_future(self, attention: str | None = None) -> bool:
         """Whether another last token changes what the model says before it, by default under the plain attention."""
-        tokens = torch.from_numpy(self.short.trie.input_ids[:9].astype(np.int64)).to(self.model.device)[None]
+        tokens = self._few_tokens()
         other = tokens.clone()
         other[0, -1] = (other[0, -1] + 1) % self.model.vocabulary_size
         # The network, not its decoder: around that, some make masks of their own.
@@ -570,10 +574,10 @@ class _Prover:
     def _prove_decoder_alone(self) -> None:
         """The decoder called with tokens only gives what it gives as a part of the whole network.
 
-        Wrappers of text and images may hand it masks or positions of their own (PaliGemma), and decoders may then build
-        other ones where they are given none. What is trained is the decoder by itself.
+        Wrappers of text and images may hand it masks or positions of their own, where the decoder, given none, builds
+        others. What is trained is the decoder by itself.
         """
-        tokens = torch.from_numpy(self.short.trie.input_ids[None, :9].astype(np.int64)).to(self.model.device)
+        tokens = self._few_tokens()
         decoder = decoder_of(self.network)
         seen: list[torch.Tensor] = []
         handle = decoder.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
