@@ -15,7 +15,8 @@ from fake_data_hub import DataHub
 from pytest_httpserver import HTTPServer
 
 from trietune.data.hub import find_task, is_hub_id, load_from_hub
-from trietune.data.load import Data, load_data
+from trietune.data.load import load_data
+from trietune.data.loaded_data import Data
 from trietune.errors import UserError
 
 

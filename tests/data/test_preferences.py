@@ -14,7 +14,8 @@ from tiny_model import write_tiny_model
 from trietune import UserError, load_config
 from trietune.data.answers import with_every_label, with_other_completions
 from trietune.data.encoder import load_tokenizer
-from trietune.data.load import Data, load_data
+from trietune.data.load import load_data
+from trietune.data.loaded_data import Data
 from trietune.data.preferences import common_beginning
 
 

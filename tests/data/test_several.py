@@ -15,7 +15,8 @@ from trietune import UserError
 from trietune.config import load_config
 from trietune.data import PromptFormat, load_data
 from trietune.data.encoder import load_tokenizer
-from trietune.data.load import Data, load_parts
+from trietune.data.load import load_parts
+from trietune.data.loaded_data import Data
 from trietune.data.parts import draw_rows, metric_names, told_apart
 
 Load = Callable[..., Data]

@@ -11,7 +11,7 @@ from data.test_preferences import USER, Loader, says
 from tiny_model import write_tiny_model
 from trietune import UserError
 from trietune.data.encoder import load_tokenizer
-from trietune.data.load import Data
+from trietune.data.loaded_data import Data
 
 
 @pytest.fixture(scope="module")

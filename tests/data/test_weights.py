@@ -14,7 +14,7 @@ from tiny_model import write_tiny_model
 from trietune import UserError
 from trietune.data.columns import RowFormat
 from trietune.data.encoder import load_tokenizer
-from trietune.data.load import Data
+from trietune.data.loaded_data import Data
 from trietune.data.rows import FileRows, SlicedRows
 from trietune.data.weights import find_weighting
 

@@ -3,7 +3,8 @@
 from trietune.data.counts import Count, DataCounts, SplitCounts
 from trietune.data.encoder import Encoder, load_tokenizer, make_encoder
 from trietune.data.examples import IGNORED_LABEL, Example, ExampleSource, Message, Task, TokenSequences
-from trietune.data.load import Data, load_data, load_split
+from trietune.data.load import load_data, load_split
+from trietune.data.loaded_data import Data
 from trietune.data.preview import ExamplePreview, TokenText, preview_examples
 from trietune.data.prompt_formats import make_plain_format, make_prompt_format
 from trietune.data.templates import PromptFormat

@@ -15,8 +15,8 @@ from trietune.data.preferences import AnswerForm
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.reading import find_row_format, first_conversations, weighting_of
 from trietune.data.sources import Sources
-from trietune.data.templates import find_columns
-from trietune.data.weights import COLUMN
+from trietune.data.templates import PromptFormat, find_columns
+from trietune.data.weights import COLUMN, Weighting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +31,30 @@ class Reader:
     report: Report
     progress: Progress
     check_stop: CheckStop
+
+    def loading(
+        self,
+        settings: Settings,
+        row_format: RowFormat,
+        form: AnswerForm | None,
+        weighting: Weighting | None,
+        prompt_format: PromptFormat,
+        watch: Watch,
+    ) -> Loading:
+        """What reads a data set of this form."""
+        return Loading(
+            settings,
+            self.tokenizer,
+            row_format,
+            form,
+            weighting,
+            prompt_format,
+            self.cache_folder,
+            self.report,
+            self.progress,
+            self.check_stop,
+            watch,
+        )
 
 
 def open_to_train(
@@ -70,19 +94,7 @@ def open_to_train(
         report(f"columns of `{rows.name}` that nothing uses: {shown}")
     if row_format.kind == "templates" and not find_columns(row_format.prompt_template, row_format.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
-    return Loading(
-        settings,
-        reader.tokenizer,
-        row_format,
-        form,
-        weighting,
-        prompt_format,
-        reader.cache_folder,
-        report,
-        reader.progress,
-        reader.check_stop,
-        watch,
-    )
+    return reader.loading(settings, row_format, form, weighting, prompt_format, watch)
 
 
 def named(report: Callable[[str], None], source: str) -> Callable[[str], None]:

@@ -6,28 +6,25 @@ Memory stays bounded whatever the size of a file: rows pass in blocks, and the a
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from trietune.config.settings import Settings
 from trietune.data import several
 from trietune.data.cache import make_key
 from trietune.data.counts import DataCounts
 from trietune.data.encoder import hash_tokenizer
-from trietune.data.examples import Task, TokenSequences
+from trietune.data.examples import TokenSequences
 from trietune.data.folders import SplitRole
 from trietune.data.forms import Reader, open_to_train
 from trietune.data.held_out import describe_held_out, draw_held_out, report_shared_rows, rows_of_split
-from trietune.data.loading import CheckStop, Loading, Progress, Report, Watch, writable
-from trietune.data.parts import Part, join
+from trietune.data.loaded_data import Data
+from trietune.data.loading import CheckStop, Progress, Report, Watch, writable
+from trietune.data.parts import Part
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.reading import find_row_format, first_conversations, in_words_of
-from trietune.data.several import Joined, load_several
+from trietune.data.several import load_several
 from trietune.data.sources import Sources, find_sources, is_several
 from trietune.data.system_prompt import common_system_prompt
 from trietune.data.task import decide_task, find_task
@@ -39,41 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DEMO_DATA = (DEMO_REVIEWS, DEMO_QUESTIONS)
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """All that a run needs of its data.
-
-    Attributes:
-        validation: None if the data is too small to hold any out.
-        source_name: the training data as a person would name it, without the path to it.
-        trained_on: the hub's ids of the data sets that training rows come from; empty for files of one's own.
-        measured_on: the hub's id of the data set that all validation rows come from; None if there is no such.
-        parts: of several files or data sets, the validation data of each, in the order of `validation`.
-        lines: of several, what becomes of each in training, for the plan.
-        fingerprint: changes whenever a token or a label of either split does; the other two tell them apart, and
-            `validation_fingerprint` is empty where there is no validation data.
-    """
-
-    train: TokenSequences
-    validation: TokenSequences | None
-    task: Task
-    prompt_format: PromptFormat
-    fingerprint: str
-    train_fingerprint: str
-    validation_fingerprint: str
-    counts: DataCounts
-    source_name: str = ""
-    trained_on: tuple[str, ...] = ()
-    measured_on: str | None = None
-    parts: tuple[Part, ...] = ()
-    lines: tuple[str, ...] = ()
-
-    def with_task(self, task: Task) -> Data:
-        """The same data with another task, that of all its parts."""
-        parts = tuple(replace(one, prompt_format=replace(one.prompt_format, task=task)) for one in self.parts)
-        return replace(self, task=task, prompt_format=replace(self.prompt_format, task=task), parts=parts)
 
 
 def load_data(
@@ -98,7 +60,7 @@ def load_data(
     """
     reader = Reader(tokenizer, writable(cache_folder, report), report, progress, check_stop)
     if is_several(settings):
-        return _of_several(load_several(settings, reader))
+        return load_several(settings, reader)
     sources = find_sources(settings, report=report)
     loading = open_to_train(settings, sources, reader, watch=Watch.of(sources))
     row_format, prompt_format = loading.row_format, loading.prompt_format
@@ -158,38 +120,9 @@ def load_split(
     Raises:
         UserError: as `load_data`; or the data has no such split.
     """
-    sources = find_sources(settings, report=report)
-    watch = Watch.of(sources)
-    if prompt_format is not None and prompt_format.others:
-        prompt_format = _of_others(settings, tokenizer, sources, prompt_format)
-    row_format, form = find_row_format(settings, sources, prompt_format)
-    used_format = prompt_format or make_prompt_format(
-        settings, tokenizer, row_format, first_conversations(sources.train, row_format)
-    )
-    if prompt_format is not None:
-        row_format = in_words_of(prompt_format, row_format, sources.train.name)
-        if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
-            report("the tokenizer is not the one that the adapter was trained with: figures may be worse for it")
-    loading = Loading(
-        settings,
-        tokenizer,
-        row_format,
-        form,
-        None,
-        used_format,
-        writable(cache_folder, report),
-        report,
-        progress,
-        check_stop,
-        watch,
-    )
-    rows, held_out = rows_of_split(sources, split, report)
-    is_rest = split == "train" and held_out is not None
-    sequences, counts, _ = loading.load(rows, is_training=False, held_out=held_out, is_rest=is_rest)
-    is_asked = prompt_format is None or settings.task not in ("auto", used_format.task.kind)
-    if is_asked and not settings.learns_preferences:
-        used_format = replace(used_format, task=find_task(settings.task, row_format.kind, counts, None, report))
-    return sequences, used_format
+    reader = Reader(tokenizer, writable(cache_folder, report), report, progress, check_stop)
+    part = _read_split(settings, split, reader, prompt_format)
+    return part.sequences, part.prompt_format
 
 
 def load_parts(
@@ -204,20 +137,36 @@ def load_parts(
     check_stop: CheckStop,
 ) -> tuple[Part, ...]:
     """As `load_split`, of one data set or of each of several."""
+    reader = Reader(tokenizer, writable(cache_folder, report), report, progress, check_stop)
     if is_several(settings):
-        reader = Reader(tokenizer, writable(cache_folder, report), report, progress, check_stop)
         return several.load_parts(settings, split, reader, prompt_format)
-    sequences, used_format = load_split(
-        settings,
-        tokenizer,
-        split,
-        prompt_format=prompt_format,
-        cache_folder=cache_folder,
-        report=report,
-        progress=progress,
-        check_stop=check_stop,
+    return (_read_split(settings, split, reader, prompt_format),)
+
+
+def _read_split(
+    settings: Settings, split: SplitRole | None, reader: Reader, prompt_format: PromptFormat | None
+) -> Part:
+    report, tokenizer = reader.report, reader.tokenizer
+    sources = find_sources(settings, report=report)
+    watch = Watch.of(sources)
+    if prompt_format is not None and prompt_format.others:
+        prompt_format = _of_others(settings, tokenizer, sources, prompt_format)
+    row_format, form = find_row_format(settings, sources, prompt_format)
+    used_format = prompt_format or make_prompt_format(
+        settings, tokenizer, row_format, first_conversations(sources.train, row_format)
     )
-    return (Part("", "", sequences, used_format),)
+    if prompt_format is not None:
+        row_format = in_words_of(prompt_format, row_format, sources.train.name)
+        if prompt_format.tokenizer_hash != hash_tokenizer(tokenizer):
+            report("the tokenizer is not the one that the adapter was trained with: figures may be worse for it")
+    loading = reader.loading(settings, row_format, form, None, used_format, watch)
+    rows, held_out = rows_of_split(sources, split, report)
+    is_rest = split == "train" and held_out is not None
+    sequences, counts, key = loading.load(rows, is_training=False, held_out=held_out, is_rest=is_rest)
+    is_asked = prompt_format is None or settings.task not in ("auto", used_format.task.kind)
+    if is_asked and not settings.learns_preferences:
+        used_format = replace(used_format, task=find_task(settings.task, row_format.kind, counts, None, report))
+    return Part("", "", sequences, used_format, key)
 
 
 def _of_others(
@@ -230,41 +179,6 @@ def _of_others(
         if (found := several.find_format(prompt_format.others, own, sources.train.name)) is not None:
             return replace(found, source="")
     return replace(prompt_format, others=())
-
-
-def join_parts(parts: Sequence[Part], cache_folder: Path, check_stop: CheckStop) -> TokenSequences:
-    """The sequences of all parts, one after the other."""
-    if len(parts) == 1:
-        return parts[0].sequences
-    every = [(one.sequences, np.arange(one.sequences.num_rows)) for one in parts]
-    key = make_key(parts=[_digest(one.sequences) for one in parts])
-    return join(every, writable(cache_folder, lambda line: None), key, check_stop)
-
-
-def _digest(sequences: TokenSequences) -> str:
-    digest = hashlib.sha256()
-    for values in (sequences.input_ids, sequences.labels, sequences.offsets, sequences.row_start, sequences.grades):
-        digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
-    digest.update("\0".join(sequences.ids).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def _of_several(joined: Joined) -> Data:
-    return Data(
-        train=joined.train,
-        validation=joined.validation,
-        task=joined.task,
-        prompt_format=joined.prompt_format,
-        fingerprint=make_key(train=joined.train_key, validation=joined.validation_key),
-        train_fingerprint=joined.train_key,
-        validation_fingerprint=joined.validation_key,
-        counts=joined.counts,
-        source_name=joined.source_name,
-        trained_on=joined.trained_on,
-        measured_on=joined.measured_on,
-        parts=joined.parts,
-        lines=joined.lines,
-    )
 
 
 def _name_of_source(settings: Settings, sources: Sources) -> str:

@@ -19,6 +19,7 @@ from trietune.data.answers import flat_ranges
 from trietune.data.cache import CacheWriter, make_key, open_cached
 from trietune.data.encoder import EncodedExamples
 from trietune.data.examples import Example, TokenSequences
+from trietune.data.loading import READING_VERSION
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
 
@@ -33,12 +34,14 @@ class Part:
         name: in names of metrics: `reviews` of `data/reviews.csv`.
         source: as messages name it.
         prompt_format: how its examples are asked, and what a right answer is.
+        key: changes whenever a token or a label of it does.
     """
 
     name: str
     source: str
     sequences: TokenSequences
     prompt_format: PromptFormat
+    key: str
 
 
 def draw_rows(num_rows: int, share: float, *, seed: int, number: int, source: str) -> np.ndarray:
@@ -72,7 +75,7 @@ def join(
         parts: sequences, and int64 rows of them; what is taken again has a number behind its id.
         key: of the cache's entry: all that decides the content.
     """
-    entry = make_key(joined=key)
+    entry = make_key(joined=key, reading_version=READING_VERSION)
     found = open_cached(cache_folder, entry)
     if found is not None:
         return found[0]
@@ -90,6 +93,15 @@ def join(
                     copies[at] = seen[row]
                 _append(writer, sequences, chosen, copies, has_weights)
         return writer.finish({})
+
+
+def join_parts(parts: Sequence[Part], cache_folder: Path, check_stop: Callable[[], None]) -> tuple[TokenSequences, str]:
+    """The sequences of all parts, one after the other, and their key."""
+    key = make_key(measured=[one.key for one in parts])
+    if len(parts) == 1:
+        return parts[0].sequences, key
+    every = [(one.sequences, np.arange(one.sequences.num_rows)) for one in parts]
+    return join(every, cache_folder, key, check_stop), key
 
 
 def _append(

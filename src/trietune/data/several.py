@@ -22,8 +22,9 @@ from trietune.data.examples import Task, TokenSequences
 from trietune.data.folders import SplitRole
 from trietune.data.forms import Reader, named, open_to_train
 from trietune.data.held_out import describe_held_out, draw_held_out, report_shared_rows, rows_of_split
+from trietune.data.loaded_data import Data
 from trietune.data.loading import Loading, Watch
-from trietune.data.parts import Part, draw_rows, join, metric_names, told_apart
+from trietune.data.parts import Part, draw_rows, join, join_parts, metric_names, told_apart
 from trietune.data.preferences import AnswerForm
 from trietune.data.reading import find_row_format
 from trietune.data.rows import FileRows, Rows, with_places_of_their_own
@@ -34,29 +35,6 @@ from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
 
 CHATS = ("messages", "answer_messages")
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """Several data sets as one; see `Data` for what has the same name there.
-
-    Attributes:
-        parts: the validation data of each.
-        lines: what becomes of each in training, for the plan.
-    """
-
-    train: TokenSequences
-    validation: TokenSequences | None
-    train_key: str
-    validation_key: str
-    counts: DataCounts
-    task: Task
-    prompt_format: PromptFormat
-    parts: tuple[Part, ...]
-    lines: tuple[str, ...]
-    source_name: str
-    trained_on: tuple[str, ...]
-    measured_on: str | None
 
 
 @dataclass(slots=True)
@@ -96,7 +74,7 @@ class _Split:
         return replace(self.loading.prompt_format, task=self.task, source=self.opened.source)
 
 
-def load_several(settings: Settings, reader: Reader) -> Joined:
+def load_several(settings: Settings, reader: Reader) -> Data:
     """The training and validation data of several files or data sets.
 
     Raises:
@@ -133,19 +111,22 @@ def load_several(settings: Settings, reader: Reader) -> Joined:
     _find_tasks(settings, train, validation, reader)
     joined, train_key, lines = _join_training(settings, train, shares, reader)
     measured = [one for one, _ in validation]
-    whole, validation_key = _join_validation(measured, reader)
-    if whole is not None:
+    parts = _parts(measured)
+    whole, validation_key = None, ""
+    if parts:
+        whole, validation_key = join_parts(parts, reader.cache_folder, reader.check_stop)
         report_shared_rows(joined, whole, report)
     prompt_format = _common_format(train, reader)
     hub_ids = [one.opened.sources.train.hub_id for one in train]
     measured_ids = {one.opened.sources.train.hub_id for one in measured}
     names = ", ".join(one.opened.source for one in train)
     counts = merge([one.counts for one in train], names)
-    return Joined(
+    return Data(
         train=joined,
         validation=whole,
-        train_key=train_key,
-        validation_key=validation_key,
+        fingerprint=make_key(train=train_key, validation=validation_key),
+        train_fingerprint=train_key,
+        validation_fingerprint=validation_key,
         counts=DataCounts(
             replace(counts, kept=len(joined)),
             merge([one.counts for one in measured], ", ".join(one.opened.source for one in measured))
@@ -155,7 +136,7 @@ def load_several(settings: Settings, reader: Reader) -> Joined:
         ),
         task=prompt_format.task,
         prompt_format=prompt_format,
-        parts=_parts(measured),
+        parts=parts,
         lines=lines,
         source_name=names,
         trained_on=tuple(dict.fromkeys(one for one in hub_ids if one is not None)),
@@ -405,14 +386,6 @@ def _join_training(
     return join(chosen, reader.cache_folder, key, reader.check_stop), key, tuple(lines)
 
 
-def _join_validation(measured: Sequence[_Split], reader: Reader) -> tuple[TokenSequences | None, str]:
-    if not measured:
-        return None, ""
-    key = make_key(measured=[one.key for one in measured])
-    every = [(one.sequences, np.arange(one.sequences.num_rows)) for one in measured]
-    return join(every, reader.cache_folder, key, reader.check_stop), key
-
-
 def _common_format(train: Sequence[_Split], reader: Reader) -> PromptFormat:
     """How the adapter is asked: as the first data set is, with a task that all of that form share."""
     first = train[0]
@@ -440,5 +413,6 @@ def _common_format(train: Sequence[_Split], reader: Reader) -> PromptFormat:
 def _parts(splits: Sequence[_Split]) -> tuple[Part, ...]:
     names = [one.opened.name for one in splits]
     return tuple(
-        Part(name, one.opened.source, one.sequences, one.prompt_format) for name, one in zip(names, splits, strict=True)
+        Part(name, one.opened.source, one.sequences, one.prompt_format, one.key)
+        for name, one in zip(names, splits, strict=True)
     )

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from trietune.data.load import join_parts
+from trietune.data.loading import writable
+from trietune.data.parts import join_parts
 from trietune.data.several import form_of
 from trietune.errors import UserError
 from trietune.evaluation.evaluate import evaluate_model, evaluate_parts
@@ -64,7 +65,10 @@ def measure(
     keep: Path | None,
 ) -> Evaluation:
     """Metrics of `opened` on one data set or several; see `trietune.run.opened.evaluate`."""
-    sequences = join_parts(parts, cache_folder() / "data", check_stop)
+    folder = cache_folder() / "data"
+    if len(parts) > 1:
+        folder = writable(folder, lambda line: None)  # said when the parts were read
+    sequences, _ = join_parts(parts, folder, check_stop)
     check_vocabulary(sequences, opened.num_embeddings)
     max_positions = opened.prove_on(sequences)
     if opened.settings.learns_preferences:

@@ -24,7 +24,7 @@ from trietune.trie.groups import SHARED_PART, SHORT_RUN, PrefixGroups, find_pref
 
 if TYPE_CHECKING:
     from trietune.config.settings import Settings
-    from trietune.data.load import Data
+    from trietune.data.loaded_data import Data
     from trietune.run.objective import Rows
     from trietune.tracking.tracker import Tracker
     from trietune.trie.batch_stats import Work

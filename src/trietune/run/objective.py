@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from trietune.config.settings import Settings
-    from trietune.data.load import Data
+    from trietune.data.loaded_data import Data
     from trietune.evaluation.evaluate import Evaluation
     from trietune.evaluation.metrics import Measured
     from trietune.model.causal_lm import TrieModel

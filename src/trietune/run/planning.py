@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 
 from trietune.data.answers import AnswerSets
 from trietune.data.examples import TokenSequences
-from trietune.data.load import Data, load_data
+from trietune.data.load import load_data
+from trietune.data.loaded_data import Data
 from trietune.device import bytes_per_position, micro_batch_bound
 from trietune.errors import UserError
 from trietune.io.cache_folder import cache_folder
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from trietune.config.settings import Settings
-    from trietune.data.load import Data
+    from trietune.data.loaded_data import Data
     from trietune.device import Device
     from trietune.tracking.tracker import Tracker
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from trietune.config.settings import Settings
-    from trietune.data.load import Data
+    from trietune.data.loaded_data import Data
     from trietune.model.base.folder import ModelFolder
     from trietune.model.base.shape import NetworkShape
     from trietune.run.objective import Learning
