@@ -168,9 +168,7 @@ def to_result(
     shape = measure_shape(workload, batches)
     rates = [examples / seconds for examples, seconds in zip(one.examples, one.seconds, strict=True)]
     rate = statistics.median(rates)
-    useful = work.flops(num_nodes=1, num_labels=0) * shape.distinct_tokens + work.flops(num_nodes=0, num_labels=1) * (
-        shape.merged_labels
-    )
+    useful = work.flops(num_nodes=shape.distinct_tokens, num_labels=shape.merged_labels)
     ours = next((other for other in measured.engines if other.engine == REFERENCE and not other.failed), None)
     result |= {
         "examples_per_second": {"median": rate, "lowest": min(rates), "highest": max(rates), "rounds": rates},

@@ -160,8 +160,7 @@ def measure_steps(name: str, options: argparse.Namespace) -> Iterator[dict[str, 
         timed = workload.batches[STEPS_WARM:num_timed]
         shape = measure_shape(workload, timed)
         seconds = statistics.median(clock.milliseconds[STEPS_WARM:num_timed]) / 1000
-        useful = workload.batch_size * work.flops(num_nodes=1, num_labels=0) * shape.distinct_tokens
-        useful += workload.batch_size * work.flops(num_nodes=0, num_labels=1) * shape.merged_labels
+        useful = workload.batch_size * work.flops(num_nodes=shape.distinct_tokens, num_labels=shape.merged_labels)
         result = {
             "kind": "steps",
             "model": model.record(),

@@ -103,7 +103,7 @@ class Work:
     trunk: int
     head: int
 
-    def flops(self, *, num_nodes: int, num_labels: int) -> float:
+    def flops(self, *, num_nodes: float, num_labels: float) -> float:
         """Useful work of a LoRA step: two products a weight, forward and input gradient, two operations each.
 
         Nodes are distinct tokens, whatever an engine computes; adapters' own products are left out.

@@ -38,7 +38,7 @@ from measure import environment  # noqa: E402
 from models import ModelChoice  # noqa: E402
 from peers import dpo  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
-from workloads import SEED, Workload, find_file, flatten  # noqa: E402
+from workloads import SEED, Workload, find_file, flatten, squad_prompt  # noqa: E402
 
 from trietune.demo import demo_preferences  # noqa: E402
 from trietune.evaluation.metrics import Measured  # noqa: E402
@@ -115,7 +115,7 @@ def _squad(tokenizer: Any, articles: Sequence[Any], wanted: int) -> list[Pair]:
         for question, right in answered:
             others = sorted({text for _, text in answered if text.strip().lower() != right.strip().lower()})
             if others:
-                prompt = f"\nContext: {paragraph['context']}\n\nQuestion: {question}\n\nAnswer:\n"
+                prompt = squad_prompt(paragraph["context"], question)
                 texts.append((prompt, right, others[int(draw.integers(len(others)))]))
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     pairs: list[Pair] = []

@@ -217,11 +217,15 @@ def find_file(data: Path, name: str) -> Path:
     return data / name
 
 
+def squad_prompt(context: str, question: str) -> str:
+    return f"\nContext: {context}\n\nQuestion: {question}\n\nAnswer:\n"
+
+
 def _squad(data: Path) -> list[tuple[str, str]]:
     articles = json.loads(find_file(data, "squad_v2/train.json").read_text("utf-8"))["data"]
     return [
         (
-            f"\nContext: {paragraph['context']}\n\nQuestion: {question['question']}\n\nAnswer:\n",
+            squad_prompt(paragraph["context"], question["question"]),
             question["answers"][0]["text"] if question["answers"] else "unanswerable",
         )
         for article in articles
