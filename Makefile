@@ -14,6 +14,9 @@ XLA_VENV ?= .venv-xla
 XLA_BIN := $(XLA_VENV)/bin
 XLA_READY := $(XLA_VENV)/.ready
 TORCH ?= torch==2.13.0
+# Processes that share the tests, with one thread each.
+WORKERS ?= 2
+IN_PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-slow test-families test-all test-ranks fuzz test-hosts test-ray test-xla test-handover package lint test-gpu bench bench-gpu lock clean
@@ -24,11 +27,11 @@ help:  ## list the targets
 train: $(READY)  ## train the sample model on the sample data (about a minute on two cores)
 	$(BIN)/trietune train
 
-test: $(READY) lint  ## style, types, import contract, and the tests that take under 15 minutes
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(READY) lint  ## style, types, import contract, and the tests that take under 12 minutes
+	$(IN_PARALLEL) -m "not slow and not gpu"
 
 test-slow: $(READY)  ## the suites that `make test` leaves out: the fault matrix, real models (half an hour)
-	$(BIN)/python -m pytest -m "slow and not gpu and not families" --timeout 3000
+	$(IN_PARALLEL) -m "slow and not gpu and not families" --timeout 3000
 
 test-families: $(READY)  ## every causal type of transformers, small and random: on tries, padded, in a plain loop; and runs of it (hours)
 	$(BIN)/python tests/causal_types/try_types.py

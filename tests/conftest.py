@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from fault_table import fault_table
+
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("trietune", deadline=None)
 settings.load_profile("trietune")
@@ -33,6 +35,14 @@ def pytest_collection_finish() -> None:
     """Take what steers tests out of the environment: TrieTune refuses a variable TRIETUNE_... that names no key."""
     for name in [name for name in os.environ if name.startswith("TRIETUNE_") and name != "TRIETUNE_CACHE"]:
         del os.environ[name]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    lines = fault_table(report for report in reports if report.when == "call")
+    if lines:
+        terminalreporter.section("fault matrix")
+        terminalreporter.write("\n".join([*lines, ""]))
 
 
 @pytest.fixture

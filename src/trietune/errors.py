@@ -55,3 +55,9 @@ class StopRequested(Exception):  # noqa: N818  (a request, not a failure)
         super().__init__(signal_name)
         self.signal_name = signal_name
         self.exit_code = exit_code
+
+
+def in_short(text: str, most: int = 80) -> str:
+    """At most so many characters: both ends of a longer text, for a path says most with its last part."""
+    end = (most - 3) // 2
+    return text if len(text) <= most else f"{text[: most - 3 - end]}...{text[-end:]}"

@@ -50,9 +50,9 @@ def breaks_the_mask(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
     patch.setattr(RowGrid, "to_rows", to_rows)
 
 
-def moves_positions(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
+def counts_on_after_a_branch(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
     """Positions go on from the branch's depth plus one, as if a token had been there."""
-    right, of_rows = TrieModel.decode, RowGrid.to_nodes
+    right = TrieModel.decode
 
     def decode(self: TrieModel, input_ids: np.ndarray, position_ids: np.ndarray, mask: Any, layout: Any) -> Any:
         if layout is not None:
@@ -64,11 +64,18 @@ def moves_positions(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
                 position_ids[0, branches[0] :] += 1
         return right(self, input_ids, position_ids, mask, layout)
 
+    patch.setattr(TrieModel, "decode", decode)
+
+
+def moves_positions(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
+    """The same, and whole rows give each node the numbers of the next."""
+    of_rows = RowGrid.to_nodes
+
     def to_nodes(grid: RowGrid, x: torch.Tensor) -> torch.Tensor:
         happened.append("position")
         return of_rows(grid, torch.cat((x[1:], x[:1])))
 
-    patch.setattr(TrieModel, "decode", decode)
+    counts_on_after_a_branch(patch, happened)
     patch.setattr(RowGrid, "to_nodes", to_nodes)
 
 

@@ -19,6 +19,7 @@ from trietune.config.yaml12 import read_mapping
 ROOT = Path(__file__).parents[2]
 KEYS = sorted(Settings.model_fields)
 SCHEMA = json_schema()
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 REFERENCE = render_documentation()
 
 
@@ -61,7 +62,7 @@ def test_schema_is_one_and_takes_the_originals_files() -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_schema_takes_every_default(key: str) -> None:
-    jsonschema.validate({key: Settings().dump_public()[key]}, SCHEMA)
+    VALIDATOR.validate({key: Settings().dump_public()[key]})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.model.families import FAMILIES, VOCAB_SIZE
 
+from slow_cases import slow_but
 from trietune.errors import StopRequested
 from trietune.evaluation import decoding
 from trietune.evaluation.generation import GenerationLimits, generate, generate_and_score
@@ -50,7 +51,7 @@ def decode_alone(network: torch.nn.Module, prompt: Sequence[int], max_new_tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", ["rows", "mask", None])
+@pytest.mark.parametrize("attention", slow_but(["rows", "mask", None], "rows"))
 def test_tokens_are_those_of_one_prompt_at_a_time(family: str, attention: Any, talkative: Any) -> None:
     network = talkative(family)
     prompts = random_prompts(seed=4)

@@ -1,28 +1,18 @@
-"""Counts of the fault matrix, printed as one table at the end of a run."""
+"""Counts of the fault matrix; `tests/conftest.py` prints them as one table at the end of a run."""
 
 from __future__ import annotations
 
 import pytest
-from fault_table import Tally
 
-_ROWS: list[tuple[str, int, int, int]] = []
+from fault_table import ROW_OF_TABLE, Tally
 
 
 @pytest.fixture
-def tally() -> Tally:
+def tally(request: pytest.FixtureRequest) -> Tally:
     """`tally("what", tried, survived)`: each test that counts adds one row; what did not survive was lost."""
+    properties = request.node.user_properties  # they travel with the test's report to the process that prints
 
     def add(what: str, tried: int, survived: int) -> None:
-        _ROWS.append((what, tried, survived, tried - survived))
+        properties.append((ROW_OF_TABLE, (what, tried, survived)))
 
     return add
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _ROWS:
-        return
-    width = max(len(row[0]) for row in _ROWS)
-    terminalreporter.section("fault matrix")
-    terminalreporter.write_line(f"{'fault'.ljust(width)}  {'tried':>7}  {'survived':>8}  {'lost':>5}")
-    for what, tried, survived, lost in _ROWS:
-        terminalreporter.write_line(f"{what.ljust(width)}  {tried:>7,}  {survived:>8,}  {lost:>5,}")

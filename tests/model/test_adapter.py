@@ -232,6 +232,7 @@ def test_peft_gives_the_same_logits(family: str, variant: str, tmp_path: Path) -
     assert torch.equal(_logits(PeftModel.from_pretrained(FAMILIES[family](), tmp_path)), expected)
 
 
+@pytest.mark.slow
 def test_peft_gives_the_same_logits_in_a_process_without_us(tmp_path: Path) -> None:
     network = FAMILIES["llama"]()
     with quiet_library():

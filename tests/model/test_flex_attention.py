@@ -160,6 +160,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_new_length_compiles_nothing_after_the_second(traced: Callable[[], int]) -> None:
     how: dict[str, Any] = {"window": None, "softcap": None, "prunes": False}
     programs = []

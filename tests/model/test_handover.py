@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from handover.models import prompts, write_adapter, write_base
+from slow_cases import slow_but
 from trietune.errors import UserError
 from trietune.io.safetensors import parse
 from trietune.model.base.load import quiet_library
@@ -119,7 +120,7 @@ def test_vllms_ranks_are_steps(r: int, expected: int) -> None:
     assert vllm_rank(LoraConfig(r=r)) == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma", "gemma3", "qwen3"], "gemma"))
 @pytest.mark.parametrize("quantization", ["f32", "q8_0"])
 def test_a_merged_gguf_was_read_back(tmp_path: Path, family: str, quantization: Any) -> None:
     base = write_base(tmp_path / "base", family)

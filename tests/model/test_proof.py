@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from causal_types.mutations import Mutate, counts_on_after_a_branch, drops_windows, rotates_every_layer
 from causal_types.small_models import small_network
 from model import families
 from model.odd_families import LONG_WINDOW, in_dtype, odd
@@ -105,9 +105,6 @@ def test_adapters_of_every_kind_are_proven(dtype: torch.dtype, changes: dict[str
     assert proof.worst < BOUND / 10
 
 
-Mutate = Callable[[pytest.MonkeyPatch, list[str]], None]
-
-
 def sees_siblings(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
     def visibility(trie: Any, window: int | None = None) -> np.ndarray:
         happened.append("siblings")
@@ -115,30 +112,6 @@ def sees_siblings(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
         return np.asarray(node[None] <= node[:, None])
 
     patch.setattr(trie_layout, "visibility", visibility)
-
-
-def counts_on_after_a_branch(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
-    right = TrieModel.decode
-
-    def decode(self: TrieModel, input_ids: np.ndarray, position_ids: np.ndarray, mask: Any, layout: Any) -> Any:
-        if layout is not None:
-            position_ids = position_ids.copy()
-            falls_back = np.flatnonzero(np.diff(position_ids[0]) < 0) + 1
-            branches = [at for at in falls_back if position_ids[0, at] > 0]
-            if branches:
-                happened.append("branch")
-                position_ids[0, branches[0] :] += 1
-        return right(self, input_ids, position_ids, mask, layout)
-
-    patch.setattr(TrieModel, "decode", decode)
-
-
-def forgets_windows(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
-    def effective(self: Any, window: int | None) -> None:
-        if window is not None and window <= self._deepest:
-            happened.append("window")
-
-    patch.setattr(trie_layout.TrieLayout, "_effective", effective)
 
 
 def forgets_soft_capping(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
@@ -159,17 +132,6 @@ def forgets_sinks(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
             happened.append("sink")
 
     patch.setattr(attention, "check_known", check_known)
-
-
-def rotates_all(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
-    right = trie_layers._agrees
-
-    def agrees(*args: Any) -> bool:
-        if not right(*args):
-            happened.append("rotated")
-        return True
-
-    patch.setattr(trie_layers, "_agrees", agrees)
 
 
 def halves_gradients_of_values(patch: pytest.MonkeyPatch, happened: list[str]) -> None:
@@ -197,7 +159,7 @@ def forgets_the_activations_slope(patch: pytest.MonkeyPatch, happened: list[str]
     [
         (sees_siblings, "llama", "mask", None),
         (counts_on_after_a_branch, "llama", "rows", None),
-        (forgets_windows, "mistral", "rows", None),
+        (drops_windows, "mistral", "rows", None),
         (forgets_soft_capping, "gemma2", "rows", UNDER_A_MASK),
         (halves_gradients_of_values, "llama", "rows", UNDER_A_MASK),
         (forgets_the_activations_slope, "llama", "rows", BY_ROWS),
@@ -238,7 +200,7 @@ def test_a_layer_that_rotates_though_it_must_not_runs_unfused(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened: list[str] = []
-    rotates_all(monkeypatch, happened)
+    rotates_every_layer(monkeypatch, happened)
     proof = proof_of(model_of(in_dtype(lambda: odd("smollm3"), dtype)))
     assert proof.rungs == {"0": AS_IT_IS, "1": BY_ROWS, "2": AS_IT_IS, "3": BY_ROWS}
     assert proof.lines[1].startswith("layers 1, 3 run unfused")

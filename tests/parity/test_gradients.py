@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from trietune.model.attention import row_blocks as row_layout
 from trietune.model.attention import rows as row_attention
 from trietune.model.attention.row_blocks import AttentionCost
 from trietune.model.causal_lm import TrieModel
-from trietune.trie import make_micro_batches, total_weight
+from trietune.trie import MicroBatch, make_micro_batches, total_weight
 
 # Sums are taken in another order: a few hundred roundings of relative size 2^-53 and 2^-24.
 FP64_TOLERANCE = 1e-10
@@ -60,13 +62,19 @@ def with_micro_batches(
     network.zero_grad()
     model = TrieModel(network, device=torch.device("cpu"), attention=attention)
     micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_positions=max_positions)
+    loss = run_backward(model, micro_batches)
+    return loss, gradients(network), sum(micro_batch.num_positions for micro_batch in micro_batches)
+
+
+def run_backward(model: TrieModel, micro_batches: Sequence[MicroBatch]) -> float:
+    """Add the gradients of the mean loss over labels of these micro-batches together, which is returned."""
     divisor, loss = total_weight(micro_batches), 0.0
     for micro_batch in micro_batches:
         losses = model.label_losses(micro_batch)
         part = (losses * torch.from_numpy(micro_batch.label_weight).to(losses.dtype)).sum() / divisor
         part.backward()
         loss += part.item()
-    return loss, gradients(network), sum(micro_batch.num_positions for micro_batch in micro_batches)
+    return loss
 
 
 def gradients(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 
 from causal_types.small_models import small_network
 from model.test_proof import batch, plain_gradients
+from parity.test_gradients import gradients, relative_error, run_backward
 from states.state_families import in_double
 from trietune.device import choose_device
 from trietune.model.adapter.adapter import add_adapter
@@ -25,7 +26,7 @@ from trietune.model.base.folder import ModelFolder
 from trietune.model.base.randomness import silence_rates
 from trietune.model.causal_lm import TrieModel
 from trietune.model.proof import prove, random_forests
-from trietune.trie import make_micro_batches, total_weight
+from trietune.trie import make_micro_batches
 
 FP64_TOLERANCE, FP32_TOLERANCE = 1e-10, 2e-5
 # The delta rule solves a triangular system in each chunk; plain rows in fp32 are as far from plain rows in fp64.
@@ -80,20 +81,8 @@ def proven(network: Any, way: Any, *, is_fused: bool) -> TrieModel:
 
 
 def on_batch(model: TrieModel, batching: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    micro_batches = make_micro_batches(batch(), np.arange(7), batching=batching, max_positions=10_000)
-    divisor, loss = total_weight(micro_batches), 0.0
-    for micro_batch in micro_batches:
-        losses = model.label_losses(micro_batch)
-        part = (losses * torch.from_numpy(micro_batch.label_weight).to(losses.dtype)).sum() / divisor
-        part.backward()
-        loss += part.item()
-    return loss, {name: p.grad for name, p in model.network.named_parameters() if p.grad is not None}
-
-
-def relative_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    assert ours.keys() == theirs.keys()
-    difference = sum(((ours[name].double() - g.double()) ** 2).sum() for name, g in theirs.items())
-    return float((difference / sum((g.double() ** 2).sum() for g in theirs.values())) ** 0.5)
+    loss = run_backward(model, make_micro_batches(batch(), np.arange(7), batching=batching, max_positions=10_000))
+    return loss, gradients(model.network)
 
 
 @contextlib.contextmanager
@@ -127,7 +116,7 @@ def test_every_way_has_the_gradients_of_one_row_an_example(model_type: str, dtyp
             ours, found = on_batch(model, "padded" if way is None else "trie")
             told = f"{way}, {'fused' if is_fused else 'not fused'}"
             assert abs(ours - loss) / loss < tolerance(model_type, dtype), f"{told}: loss {ours} instead of {loss}"
-            error = relative_error(found, expected)
+            error = relative_error(found, {name: grad.double() for name, grad in expected.items()})
             assert error < tolerance(model_type, dtype), f"{told}: relative error {error:.1e}"
 
 

@@ -15,6 +15,7 @@ from ranks.test_runs import ADAPTER_TOLERANCE, METRIC_TOLERANCE, adapter, differ
 OBJECTIVES = ["dpo", "dpo, sft", "ipo", "simpo", "orpo", "kto", "rank"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_objective_has_the_gradients_of_one_process(pool: Pool, objective: str) -> None:
     # Small micro-batches: a process has several, so that scores come from a pass of their own.
@@ -42,6 +43,7 @@ def test_an_objective_after_30_steps(pool: Pool, objective: str, count: int) -> 
     check(pool, count, objective=objective, batch_size=5, batches_per_step=2, max_grad_norm=0.5, max_positions=80)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_positions", [60, 2000])
 def test_memory_that_runs_out_while_scoring_makes_all_cut_smaller(pool: Pool, max_positions: int) -> None:
     how: dict[str, Any] = {"objective": "dpo", "num_steps": 5, "batch_size": 6, "max_positions": max_positions}

@@ -11,6 +11,7 @@ import torch
 from model.families import FAMILIES
 from ranks import jobs
 from ranks.pool import Pool
+from slow_cases import slow_but
 
 # Sums are taken in another order, in fp64; Adam divides what rounding leaves of small gradients.
 FP64_TOLERANCE = 1e-10
@@ -35,7 +36,7 @@ def check(pool: Pool, count: int, **how: Any) -> list[dict[str, Any]]:
     return together
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", slow_but([2, 4], 2))
 def test_an_adapter_after_30_steps_is_that_of_one_process(pool: Pool, count: int) -> None:
     together = check(pool, count)
     assert all(one["losses"] == together[0]["losses"] for one in together)
@@ -57,6 +58,7 @@ def test_a_batch_of_3_on_4_processes_is_trained_whole(pool: Pool) -> None:
     check(pool, 4, batch_size=3, num_steps=12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

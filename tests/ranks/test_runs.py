@@ -33,6 +33,7 @@ def differ(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
+@pytest.mark.slow
 def test_two_processes_leave_one_folder_with_the_result_of_one(pool: Pool, overrides: dict[str, object]) -> None:
     alone = jobs.whole_run({**overrides, "wandb_run_name": "alone"})
     first, second = pool.run(2, jobs.whole_run, overrides)

@@ -15,6 +15,7 @@ from ranks import jobs
 from ranks.pool import Pool
 from ranks.test_parity import FP64_TOLERANCE, difference
 from ranks.test_runs import ADAPTER_TOLERANCE, METRIC_TOLERANCE, adapter, command_line, differ
+from slow_cases import slow_but
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -28,7 +29,7 @@ def test_each_process_holds_its_rows_of_the_layers_and_all_of_them_are_the_model
 
 
 @pytest.mark.parametrize("is_fused", [True, False], ids=["fused", "as transformers has them"])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", slow_but([2, 3], 2))
 def test_a_sharded_run_is_that_of_one_process(
     pool: Pool, overrides: dict[str, object], count: int, is_fused: bool
 ) -> None:

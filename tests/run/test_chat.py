@@ -51,6 +51,7 @@ def kept(settings: dict[str, object], file: Path, **more: object) -> PromptForma
     return PromptFormat.from_json((run.directory / "adapter" / "prompt_format.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_system_prompt_common_to_all_is_kept_and_asked_with(settings: dict[str, object], tmp_path: Path) -> None:
     file = conversations(tmp_path / "same.jsonl", [SYSTEM] * 8)
     run = train(load_config(None, {**settings, "train_file": str(file)}, {}), tracker=Tracker())

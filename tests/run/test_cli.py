@@ -218,6 +218,7 @@ def test_init_writes_a_file_that_loads(tmp_path: Path, monkeypatch: pytest.Monke
     assert main(["init", "sst2"]) == 2
 
 
+@pytest.mark.slow
 def test_doctor_speaks_and_keeps_secrets(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary_value")
     assert main(["doctor"]) == 0

@@ -125,6 +125,7 @@ def test_fp16_scales_the_loss_and_keeps_the_scale(wide: dict[str, object], card:
         assert torch.equal(tensor, adapter_of(resumed)[name]), name
 
 
+@pytest.mark.slow
 def test_what_took_memory_is_written_once(wide: dict[str, object], card: Any, narrow: Any) -> None:
     written: list[Path] = []
 
@@ -141,6 +142,7 @@ def test_what_took_memory_is_written_once(wide: dict[str, object], card: Any, na
     assert told == [f"{written[0]} shows what used the memory; open it at https://pytorch.org/memory_viz"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_snapshot_not_the_run(wide: dict[str, object], card: Any, narrow: Any) -> None:
     def write(path: Path) -> bool:
         raise OSError(28, "No space left on device")
@@ -162,6 +164,7 @@ def test_a_way_that_does_not_take_the_model_is_refused(overrides: dict[str, obje
     assert refused.value.next_step == '`"attention=auto"` among the overrides, which uses `rows` on this device'
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_card_goes_on_on_the_cpu_and_back(wide: dict[str, object], card: Any) -> None:
     """The optimizer's state included; the numbers are those of an uninterrupted run up to rounding."""
     settings = {**wide, "save_optim": True, "max_steps": 4}

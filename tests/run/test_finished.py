@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from slow_cases import slow_but
 from trietune.cli.app import main
 
 Settings = dict[str, object]
@@ -43,7 +44,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-@pytest.mark.parametrize("choice", ["auto", True])
+@pytest.mark.parametrize("choice", slow_but(["auto", True], True))
 @pytest.mark.parametrize(
     "how",
     ["never a checkpoint", "checkpoints removed", "an empty folder of them", "the last one removed", "card edited"],

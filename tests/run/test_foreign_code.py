@@ -51,6 +51,7 @@ def set_trap(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
 
 
+@pytest.mark.slow
 def test_nothing_beside_a_gguf_file_is_read(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=len(TOKENS), hidden_size=HIDDEN, intermediate_size=MIDDLE, num_hidden_layers=LAYERS,

@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_renamed_is_found_before_the_first_step(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("place", "code"), [("runs", 2), ("cache", 0)])
+@pytest.mark.parametrize(("place", "code"), [("runs", 2), pytest.param("cache", 0, marks=pytest.mark.slow)])
 def test_a_run_is_refused_there_and_a_cache_is_done_without(
     place: str, code: int, renames: Path, settings: Settings, tmp_path: Path
 ) -> None:

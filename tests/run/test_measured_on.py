@@ -46,6 +46,7 @@ def plant(run: Run, losses: dict[int, float], *, is_old: bool) -> None:
         (path / "manifest.json").write_bytes(manifest.serialize(replace(found, info=info)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_old", [False, True])
 @pytest.mark.parametrize("change", ["validation_file", "eval_max_examples"])
 def test_one_measured_on_something_else_pushes_nothing_out(

@@ -93,6 +93,7 @@ def test_before_training_the_model_is_its_own_reference(preferences: dict[str, o
     assert not any(name.startswith("eval/rewards/") for name in before)
 
 
+@pytest.mark.slow
 def test_a_cut_batch_and_accumulated_ones_train_the_same(preferences: dict[str, object]) -> None:
     settings = {**preferences, "objective": "dpo", "learning_rate": 1e-3, "pack_weights": False}
     whole, _ = run({**settings, "wandb_run_name": "whole"})

@@ -76,6 +76,7 @@ def test_dropout_draws_anew_and_is_said_to(overrides: dict[str, object], narrow:
     assert any(text.endswith("dropout draws new masks") for text in warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("checkpointing", "remedy"), [(False, "gradient_checkpointing=True"), (True, "max_length=")])
 def test_one_example_that_does_not_fit_ends_the_run_with_a_remedy(
     overrides: dict[str, object], narrow: Any, checkpointing: bool, remedy: str

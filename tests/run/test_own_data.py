@@ -69,6 +69,7 @@ def test_a_run_whose_configuration_names_a_data_set_that_nobody_wrote_still_open
     assert main(["train", str(config), "--dry-run"]) == 0
 
 
+@pytest.mark.slow
 def test_every_row_of_a_file_is_measured_unless_a_split_is_named(
     own: Own, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +184,7 @@ def test_a_longer_run_does_not_restart_the_warm_up(
     assert "warm-up" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_exported_carries_the_chat_template_that_was_trained_with(
     own: Own, tmp_path: Path, tiny_model: Path
 ) -> None:

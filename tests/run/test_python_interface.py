@@ -56,6 +56,7 @@ def test_advice_is_said_in_python(text: str, python: str) -> None:
     assert as_python(text) == python
 
 
+@pytest.mark.slow
 def test_errors_advise_in_python_where_python_called(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("batch_size: 0\n")

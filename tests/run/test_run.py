@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slow_cases import slow_but
 from trietune import UserError, load_config, train
 from trietune.run.result import Run
 from trietune.tracking.events import (
@@ -283,7 +284,7 @@ EFFECTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", EFFECTS)
+@pytest.mark.parametrize("key", slow_but(EFFECTS, "learning_rate", "optim", "lora_dropout", "overlong", "add_bos"))
 def test_key_changes_what_is_learnt(key: str, overrides: dict[str, object]) -> None:
     one, two = EFFECTS[key]
     base = {**overrides, "max_steps": 3, "eval_max_examples": 4}
@@ -363,6 +364,7 @@ def test_self_check_catches_a_wrong_mask(overrides: dict[str, object], monkeypat
     assert finished.step == 1
 
 
+@pytest.mark.slow
 def test_save_strategy_and_limits(overrides: dict[str, object]) -> None:
     def kept(**changes: object) -> list[str]:
         finished, _ = run({**overrides, "max_steps": 6, **changes})

@@ -47,6 +47,7 @@ def difference(one: Path, other: Path) -> float:
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_a_static_run_learns_the_same(
     overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch, num_rows: int

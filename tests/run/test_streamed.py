@@ -15,6 +15,7 @@ from trietune.io.directory import LazyContent, read_directory, write_directory
 from trietune.model.adapter import tensors as raw_tensors
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_killed_and_ends_with_the_same_bytes(
     overrides: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

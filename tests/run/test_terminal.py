@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from slow_cases import slow_but
 from trietune import load_config, train
 from trietune.cli.app import main
 
@@ -115,7 +116,9 @@ ROUTES: Routes = {
 }
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "route", slow_but(ROUTES, "a label", "a column", "a tensor's name", "a label's name, as JSON", "an unknown key")
+)
 def test_control_characters_are_written_out(
     route: str, overrides: dict[str, object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from parity.test_gradients import gradients, relative_error, run_backward
 from states.state_families import FAMILIES, VOCAB_SIZE, build, in_double
 from strategies import FlatSequences, question_batch
 from trietune.model.attention.layout import TrieLayout
 from trietune.model.causal_lm import TrieModel
 from trietune.model.states.scan import TrieStates
-from trietune.trie import make_micro_batches, total_weight
+from trietune.trie import make_micro_batches
 from trietune.trie.segments import ScanCost, branch_points
 
 # As in tests/parity: sums in another order.
@@ -58,25 +59,12 @@ def on_batches(
     network.zero_grad()
     model = TrieModel(network, device=torch.device("cpu"), attention=way)
     micro_batches = make_micro_batches(batch, np.arange(len(batch)), batching=batching, max_positions=max_positions)
-    divisor, loss = total_weight(micro_batches), 0.0
-    for micro_batch in micro_batches:
-        losses = model.label_losses(micro_batch)
-        part = (losses * torch.from_numpy(micro_batch.label_weight).to(losses.dtype)).sum() / divisor
-        part.backward()
-        loss += part.item()
-    return loss, gradients(network)
-
-
-def gradients(network: Any) -> dict[str, Tensor]:
-    return {name: p.grad.double().clone() for name, p in network.named_parameters() if p.grad is not None}
+    return run_backward(model, micro_batches), gradients(network)
 
 
 def error_of(ours: tuple[float, dict[str, Tensor]], theirs: tuple[float, dict[str, Tensor]]) -> float:
     """Of the loss, and of all gradients together, relative."""
-    assert ours[1].keys() == theirs[1].keys()
-    difference = sum(((ours[1][name] - g) ** 2).sum() for name, g in theirs[1].items())
-    of_gradients = (difference / sum((g**2).sum() for g in theirs[1].values())) ** 0.5
-    return max(float(of_gradients), abs(ours[0] - theirs[0]) / abs(theirs[0]))
+    return max(relative_error(ours[1], theirs[1]), abs(ours[0] - theirs[0]) / abs(theirs[0]))
 
 
 @contextlib.contextmanager

@@ -185,7 +185,7 @@ def test_an_online_run_reaches_the_server_and_carries_no_secret(
     "fault",
     [
         "500",
-        "hang after health",
+        pytest.param("hang after health", marks=pytest.mark.slow),
         pytest.param("hang", marks=pytest.mark.slow),
         pytest.param("500 after health", marks=pytest.mark.slow),
     ],

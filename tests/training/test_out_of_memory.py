@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slow_cases import slow_but
 from strategies import question_batch
 from trietune.model.causal_lm import TrieModel
 from trietune.training.loop import MicroBatchTooLargeError, Step, StepRange, training_steps
@@ -121,7 +122,7 @@ def undisturbed() -> tuple[Tensor, list[float]]:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("kind", slow_but(ERRORS, "numpy"))
 def test_the_adapter_is_that_of_a_run_with_room(kind: str, where: str, undisturbed: tuple[Tensor, list[float]]) -> None:
     model, bound = NarrowModel(60, ERRORS[kind], where), Bound(10**6)
     steps = take_steps(model, bound, cut_smaller=bound.halve)

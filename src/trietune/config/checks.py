@@ -8,6 +8,7 @@ from trietune.config.problems import Problem
 from trietune.config.secrets import without_secrets
 from trietune.config.settings import Settings
 from trietune.config.yaml12 import write_value
+from trietune.errors import in_short
 from trietune.io.metric_names import kind_of
 
 # Where an address of each storage begins; another backend is an fsspec protocol and has its own name in front.
@@ -253,5 +254,4 @@ def _clash(settings: Settings, key: str, other: str, relation: str, remedy: str,
 
 
 def _shown(settings: Settings, key: str) -> str:
-    text = write_value(without_secrets(getattr(settings, key)))
-    return text if len(text) <= 80 else text[:77] + "..."
+    return in_short(write_value(without_secrets(getattr(settings, key))))

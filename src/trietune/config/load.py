@@ -26,7 +26,7 @@ from trietune.config.problems import Problem, as_user_error
 from trietune.config.secrets import without_secrets
 from trietune.config.settings import Settings
 from trietune.config.yaml12 import YamlError, read_mapping, read_value, write_value
-from trietune.errors import UserError
+from trietune.errors import UserError, in_short
 from trietune.io.json_types import JsonMapping
 
 PREFIX = "TRIETUNE_"
@@ -285,8 +285,7 @@ def _default_of(key: str, *, is_original: bool) -> Any:
 
 def _wrong_value(key: str, item: _Given, default: Any, detail: Exception | None) -> Problem:
     value = item.value
-    shown = write_value(without_secrets(value))
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    shown = in_short(write_value(without_secrets(value)))
     what = f"`{key}: {shown}` ({item.origin}) is not allowed"
     if value is None:
         what = f"`{key}` ({item.origin}) is empty"

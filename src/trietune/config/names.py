@@ -10,6 +10,7 @@ from trietune.config.foreign import FOREIGN_NAMES, remedy_for
 from trietune.config.problems import Problem
 from trietune.config.secrets import without_secrets
 from trietune.config.settings import Settings
+from trietune.errors import in_short
 
 
 def unknown_key(key: str, value: Any, origin: str) -> Problem:
@@ -57,7 +58,7 @@ def nearest_key(name: str) -> str | None:
 def printable(text: str) -> str:
     """Text of a file or a command line as it can safely be shown on a terminal: one line, no control characters."""
     shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+    return in_short(shown)
 
 
 def _sorted_words(name: str) -> str:

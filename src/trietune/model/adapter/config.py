@@ -13,7 +13,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from trietune.errors import UserError
+from trietune.errors import UserError, in_short
 from trietune.io import strict_json
 from trietune.io.adapter_place import CONFIG_FILE as CONFIG_FILE
 from trietune.io.name_patterns import PatternError, compile_pattern
@@ -203,8 +203,7 @@ def _check(key: str, value: object, where: str) -> None:
 
 
 def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return in_short(str(value), 60)
 
 
 def _plain(value: Any) -> Any:
