@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from crash_states import Operation, Tree, World, crashes, lay_out, recording
-from fault_table import Tally
 
+from fault_table import Tally
 from trietune.checkpoints import resume
 from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.remote.retry import RetryPolicy

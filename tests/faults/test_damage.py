@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fault_table import Tally
 from light_writer import contents_of, make_store, weights_at
 
+from fault_table import Tally
 from trietune.checkpoints.lock import RunLock
 from trietune.checkpoints.resume import abandon_lines, keep_run_id, new_run_id
 from trietune.errors import UserError

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_table import Tally
 
+from fault_table import Tally
 from trietune.checkpoints.store import CheckpointStore
 from trietune.errors import UserError
 from trietune.io import manifest, strict_json

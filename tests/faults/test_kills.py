@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from fault_table import Tally
 from light_writer import contents_of, weights_at
 from promises import SIZE, check_run, steps_said
 
+from fault_table import Tally
 from trietune.io.directory import read_directory
 
 WRITER = Path(__file__).with_name("light_writer.py")

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fault_table import Tally
 from promises import check_run
 from test_kills import start_writer
+
+from fault_table import Tally
 
 NUM_CUTS = 100
 # Sizes are the smallest that each mkfs accepts; a long commit interval leaves more unflushed, so more is lost.

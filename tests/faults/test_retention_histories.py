@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from fault_table import Tally
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fault_table import Tally
 from trietune.checkpoints.retention import Ranked, removable_steps
 from trietune.checkpoints.store import CheckpointStore
 

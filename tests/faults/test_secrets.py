@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_table import Tally
 from trainer import Forge, open_forge, write_config, write_inputs
+
+from fault_table import Tally
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_table import Tally
 from light_writer import contents_of, weights_at
 from storage_proxy import Fault, Proxy, proxy_to
 
+from fault_table import Tally
 from trietune.checkpoints.remote import retry as attempts
 from trietune.checkpoints.remote.copies import RemoteRun
 from trietune.checkpoints.remote.retry import RetryPolicy

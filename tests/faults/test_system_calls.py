@@ -14,8 +14,9 @@ from pathlib import Path
 import light_writer
 import pytest
 from crash_states import recording
-from fault_table import Tally
 from promises import check_run, steps_said
+
+from fault_table import Tally
 
 WRITER = Path(__file__).with_name("light_writer.py")
 CALLS = ("openat", "write", "pwrite64", "ftruncate", "fsync", "rename", "mkdir", "unlink", "rmdir")

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fault_table import Tally
 from trainer import (
     Forge,
     Life,
@@ -32,6 +31,7 @@ from trainer import (
     write_wide_model,
 )
 
+from fault_table import Tally
 from trietune.io import safetensors as tensors
 from trietune.io.directory import read_directory, verify_directory
 

@@ -7,7 +7,6 @@ details of its manifest      {"measured_on": "3f9a...", ...}            all vali
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 MEASURED_ON = "measured_on"
 
@@ -25,7 +24,9 @@ def describe_measured_on(validation_fingerprint: str, *, num_examples: int, max_
     return f"{validation_fingerprint}:{max_examples}:{seed}"
 
 
-def measured_on(details: Mapping[str, Any], *, current: str = "", current_settings: Mapping[str, Any] = {}) -> str:
+def measured_on(
+    details: Mapping[str, object], *, current: str = "", current_settings: Mapping[str, object] = {}
+) -> str:
     """What a checkpoint with these details was measured on.
 
     Checkpoints from before this was kept have the settings that decided it: where they are the ones of now, it was
@@ -45,7 +46,7 @@ def measured_on(details: Mapping[str, Any], *, current: str = "", current_settin
     return " ".join(f"{key}={value}" for key, value in deciding.items())
 
 
-def _deciding(details: Mapping[str, Any]) -> dict[str, Any]:
+def _deciding(details: Mapping[str, object]) -> dict[str, object]:
     keys = ["validation_fingerprint", "eval_max_examples", "seed"]
     if details.get("eval_max_examples") == "auto":
         keys += ["val_steps_freq", "batch_size", "gradient_accumulation_steps"]

@@ -12,7 +12,7 @@ there is one reader of values. The options that `--help` lists are made from the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from typer.core import TyperCommand
 
@@ -50,5 +50,5 @@ def complete_set(incomplete: str) -> list[tuple[str, str]]:
     return complete_assignment(incomplete)
 
 
-def _num_values(param: Any) -> int:
+def _num_values(param: object) -> int:
     return 0 if getattr(param, "is_flag", False) or getattr(param, "count", False) else 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -220,7 +220,7 @@ def _key_parameter(key: str, panel: str) -> inspect.Parameter:
 
 
 def _parameter(
-    name: str, declarations: list[str], kind: Any, text: str, panel: str, words: Iterable[str]
+    name: str, declarations: list[str], kind: object, text: str, panel: str, words: Iterable[str]
 ) -> inspect.Parameter:
     words = list(words)
     complete: Callable[[str], list[str]] | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from trietune.io.json_types import JsonMapping, JsonObject
 
@@ -41,8 +40,8 @@ class Unfolded:
     notes: one sentence for each block or compiler key.
     """
 
-    values: dict[str, tuple[Any, str]]
-    unknown: list[tuple[str, str, Any]]
+    values: dict[str, tuple[object, str]]
+    unknown: list[tuple[str, str, object]]
     notes: list[str]
 
 
@@ -58,8 +57,8 @@ def unfold(given: JsonMapping, known: Collection[str], where: Callable[[str], st
         known: our keys.
         where: the origin of a key, for the sentences.
     """
-    values: dict[str, tuple[Any, str]] = {}
-    unknown: list[tuple[str, str, Any]] = []
+    values: dict[str, tuple[object, str]] = {}
+    unknown: list[tuple[str, str, object]] = []
     notes: list[str] = []
     compiler: JsonObject = {}
     for key, value in given.items():

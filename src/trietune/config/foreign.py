@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from trietune.config.blocks import BLOCKS
 from trietune.config.yaml12 import write_value
@@ -326,7 +325,7 @@ FOREIGN_NAMES: Mapping[str, ForeignName] = {
 }  # fmt: skip
 
 
-def remedy_for(name: str, value: Any) -> str | None:
+def remedy_for(name: str, value: object) -> str | None:
     """What to write for a foreign name that was given with this value; None where there is nothing to write."""
     if name in _BY_VALUE:
         return _BY_VALUE[name](value)
@@ -336,15 +335,15 @@ def remedy_for(name: str, value: Any) -> str | None:
     return "write " + write.format(value=write_value(value), text=value)
 
 
-def _write(key: str, value: Any) -> str:
+def _write(key: str, value: object) -> str:
     return f"write `{key}: {write_value(value)}`"
 
 
-def _targets(value: Any) -> str:
+def _targets(value: object) -> str:
     return _write("lora_target_modules", "all-linear" if value in ("all", ["all"]) else value)
 
 
-def _data_set(value: Any) -> str:
+def _data_set(value: object) -> str:
     """Of axolotl's list of mappings, LLaMA-Factory's names, or a path."""
     entries = value if isinstance(value, list) else [value]
     paths = [entry.get("path") if isinstance(entry, dict) else entry for entry in entries]
@@ -357,7 +356,7 @@ def _data_set(value: Any) -> str:
     return _write("train_file" if all(files) else "dataset_id", names)
 
 
-def _stage(value: Any) -> str | None:
+def _stage(value: object) -> str | None:
     if value in ("pt", "pretrain"):
         return "leave it out: a column `text`, or a text file, is learned as a whole"
     if value in ("rm", "ppo", "grpo"):
@@ -365,21 +364,21 @@ def _stage(value: Any) -> str | None:
     return _write("objective", value)
 
 
-def _dtype(name: str) -> Callable[[Any], str | None]:
+def _dtype(name: str) -> Callable[[object], str | None]:
     return lambda value: _write("dtype", "auto") if value == "auto" else _write("dtype", name) if value else None
 
 
-def _tracker(value: Any) -> str:
+def _tracker(value: object) -> str:
     value = value[0] if isinstance(value, list) and value else value
     return _write("tracker", "auto" if value == "all" else "none" if value in (None, False, []) else value)
 
 
-def _validations(value: Any) -> str:
+def _validations(value: object) -> str:
     return _write("val_steps_freq", 0 if value in ("no", "none", False) else 50)
 
 
 # Names whose advice depends on more of the value than its text.
-_BY_VALUE: Mapping[str, Callable[[Any], str | None]] = {
+_BY_VALUE: Mapping[str, Callable[[object], str | None]] = {
     "lora_target": _targets,
     "target_modules": _targets,
     "datasets": _data_set,

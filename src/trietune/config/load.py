@@ -58,7 +58,7 @@ _BOOLEAN_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    value: Any
+    value: object
     origin: str
 
 
@@ -242,7 +242,7 @@ def _unfolded(given: Mapping[str, _Given], problems: list[Problem]) -> tuple[dic
     return flat, unfolded.notes
 
 
-def _is_block(value: Any) -> bool:
+def _is_block(value: object) -> bool:
     return isinstance(value, Mapping)
 
 
@@ -278,12 +278,12 @@ def _validated(given: Mapping[str, _Given], problems: list[Problem], context: Js
     return settings
 
 
-def _default_of(key: str, *, is_original: bool) -> Any:
+def _default_of(key: str, *, is_original: bool) -> object:
     own = Settings.model_fields[key].default
     return ORIGINAL_DEFAULTS.get(key, own) if is_original else own
 
 
-def _wrong_value(key: str, item: _Given, default: Any, detail: Exception | None) -> Problem:
+def _wrong_value(key: str, item: _Given, default: object, detail: Exception | None) -> Problem:
     value = item.value
     shown = in_short(write_value(without_secrets(value)))
     what = f"`{key}: {shown}` ({item.origin}) is not allowed"
@@ -294,7 +294,7 @@ def _wrong_value(key: str, item: _Given, default: Any, detail: Exception | None)
     return Problem(what, why, f"write `{_assignment(key, _suggested(key, value, default), item.origin)}`", (key,))
 
 
-def _assignment(key: str, value: Any, origin: str) -> str:
+def _assignment(key: str, value: object, origin: str) -> str:
     """How a value is written in the place where the wrong one stood."""
     text = write_value(value)
     if origin == "--set":
@@ -302,7 +302,7 @@ def _assignment(key: str, value: Any, origin: str) -> str:
     return f"{origin}={text.strip(chr(34))}" if origin.startswith(PREFIX) else f"{key}: {text}"
 
 
-def _suggested(key: str, value: Any, default: Any) -> Any:
+def _suggested(key: str, value: object, default: object) -> object:
     """The legal value that is nearest to what was written, else the default."""
     if takes_null(key) and (value is False or str(value).lower() in {"none", "off", "no"}):
         return None

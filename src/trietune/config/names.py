@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
 
 from trietune.config.foreign import FOREIGN_NAMES, remedy_for
 from trietune.config.problems import Problem
@@ -13,7 +12,7 @@ from trietune.config.settings import Settings
 from trietune.errors import in_short
 
 
-def unknown_key(key: str, value: Any, origin: str) -> Problem:
+def unknown_key(key: str, value: object, origin: str) -> Problem:
     """What to say of a key that is none: it spelt well, ours for another tool's name, or the nearest one."""
     in_file = ", line " in origin
     what = f"unknown key `{printable(key)}` {'in' if in_file else 'from'} {origin}"

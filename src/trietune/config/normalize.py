@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Mapping
 from os import PathLike, fspath
-from typing import Any
 
 DTYPE_SPELLINGS: Mapping[str, str] = {
     "bf16": "bfloat16",
@@ -35,44 +34,44 @@ UNPUBLISHED_MODELS: Mapping[str, str] = {
 _SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def whole_number(value: Any) -> Any:
+def whole_number(value: object) -> object:
     """`1e3` is a float for YAML and a number of steps for its author."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def dtype(value: Any) -> Any:
+def dtype(value: object) -> object:
     if not isinstance(value, str):
         return value
     name = value.strip().removeprefix("torch.").lower()
     return DTYPE_SPELLINGS.get(name, name)
 
 
-def upper_case(value: Any) -> Any:
+def upper_case(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
 
-def metric(value: Any) -> Any:
+def metric(value: object) -> object:
     """Later files of the original write `val/accuracy`."""
     return re.sub(r"^val/", "eval/", value) if isinstance(value, str) else value
 
 
-def occasion(value: Any) -> Any:
+def occasion(value: object) -> object:
     return OCCASION_SPELLINGS.get(value, value) if isinstance(value, str) else value
 
 
-def schedule(value: Any) -> Any:
+def schedule(value: object) -> object:
     return SCHEDULE_SPELLINGS.get(value, value) if isinstance(value, str) else value
 
 
-def published_model(value: Any) -> Any:
+def published_model(value: object) -> object:
     return UNPUBLISHED_MODELS.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def path_text(value: Any) -> Any:
+def path_text(value: object) -> object:
     return fspath(value) if isinstance(value, PathLike) else value
 
 
-def one_or_several(value: Any) -> Any:
+def one_or_several(value: object) -> object:
     """A list as a tuple of texts, and a list of one as that one."""
     if not isinstance(value, list | tuple):
         return path_text(value)
@@ -80,7 +79,7 @@ def one_or_several(value: Any) -> Any:
     return several[0] if len(several) == 1 else several
 
 
-def list_of_numbers(value: Any) -> Any:
+def list_of_numbers(value: object) -> object:
     """A list as a tuple, one number as a list of one, `2,1` as two numbers."""
     if isinstance(value, str) and re.fullmatch(r"\s*[\d.]+(\s*,\s*[\d.]+)*\s*", value):
         value = [float(part) for part in value.split(",")]
@@ -89,19 +88,19 @@ def list_of_numbers(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def list_of_names(value: Any) -> Any:
+def list_of_names(value: object) -> object:
     """A list as a tuple; one name, or several with commas, as a list of names."""
     if isinstance(value, str):
         return tuple(name.strip() for name in value.split(",") if name.strip())
     return tuple(value) if isinstance(value, list) else value
 
 
-def list_of_names_or_auto(value: Any) -> Any:
+def list_of_names_or_auto(value: object) -> object:
     """As `list_of_names`, but for the word `auto`."""
     return "auto" if value in ("auto", ["auto"]) else list_of_names(value)
 
 
-def target_modules(value: Any) -> Any:
+def target_modules(value: object) -> object:
     """Plain names become a list, since PEFT reads any other text than `all-linear` as one regular expression."""
     if isinstance(value, str) and value != "all-linear" and re.fullmatch(r"[\w.,\s-]+", value):
         value = list_of_names(value)
@@ -111,13 +110,13 @@ def target_modules(value: Any) -> Any:
     return value
 
 
-def mesh_shape(value: Any) -> Any:
+def mesh_shape(value: object) -> object:
     if isinstance(value, str) and re.fullmatch(r"\s*\[?\s*\d+(\s*,\s*\d+)*\s*\]?\s*", value):
         return tuple(int(size) for size in re.findall(r"\d+", value))
     return tuple(value) if isinstance(value, list) else value
 
 
-def duration_s(value: Any) -> Any:
+def duration_s(value: object) -> object:
     """Seconds of `90`, `90s`, `45m`, `1h30m`, `1d`, `01:30:00` or `2-00:00:00` (days first, as Slurm writes it)."""
     if isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -136,10 +135,10 @@ def duration_s(value: Any) -> Any:
     return value
 
 
-def none_if_zero(value: Any) -> Any:
+def none_if_zero(value: object) -> object:
     return None if isinstance(value, int | float) and not isinstance(value, bool) and value == 0 else value
 
 
-def none_if_minus_one(value: Any) -> Any:
+def none_if_minus_one(value: object) -> object:
     value = whole_number(value)
     return None if isinstance(value, int) and value == -1 else value

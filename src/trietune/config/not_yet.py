@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from trietune.config.problems import Problem
 from trietune.config.settings import Settings
@@ -18,12 +17,12 @@ from trietune.config.yaml12 import write_value
 class Refusal:
     """Why a value is refused, and what to write in its place. `applies` is True of the values that are refused."""
 
-    applies: Callable[[Any], bool]
+    applies: Callable[[object], bool]
     reason: str
     remedy: str
 
 
-def _is_set(value: Any) -> bool:
+def _is_set(value: object) -> bool:
     return value not in (None, False, "", (), [], {})
 
 

@@ -36,7 +36,7 @@ _TOKENS = re.compile(
 )
 
 
-def without_secrets(value: Any) -> Any:
+def without_secrets(value: object) -> Any:
     """The same value (text, or lists and mappings of it) with what looks like a credential replaced by `***`."""
     if isinstance(value, str):
         masked = _BARE_SECRET.sub(_mask_if_random, _USER_INFO.sub(r"\1***@", value))

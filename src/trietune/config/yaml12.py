@@ -53,7 +53,7 @@ class Entry:
     """One `key: value` of the file, with the line of the key, from 1."""
 
     key: str
-    value: Any
+    value: object
     line: int
 
 
@@ -92,7 +92,7 @@ def read_mapping(text: str) -> Document:
     return Document(tuple(entries), tuple(errors))
 
 
-def read_value(text: str) -> Any:
+def read_value(text: str) -> object:
     """One value, as after the colon of a line: a scalar, or a list or mapping in one line. Raises `YamlError`."""
     events = _Events(text)
     event = events.next_after("StreamStartEvent", "DocumentStartEvent")
@@ -107,7 +107,7 @@ def read_value(text: str) -> Any:
     return value
 
 
-def write_value(value: Any) -> str:
+def write_value(value: object) -> str:
     """A value as one line of YAML, in the spelling of the original's files: `True`, `null`, `"text"`, `[1, 2]`."""
     if value is None:
         return "null"
@@ -135,7 +135,7 @@ class _Events:
 
     def __init__(self, text: str) -> None:
         self._errors = (MarkedYAMLError, YAMLError, YAMLStreamError, ValueError)
-        self._stream: Iterator[Any] = iter(YAML(typ="safe", pure=True).parse(text))
+        self._stream: Iterator[object] = iter(YAML(typ="safe", pure=True).parse(text))
         self._text = text
 
     def next(self) -> Any:
@@ -152,7 +152,7 @@ class _Events:
             pass
         return event
 
-    def value(self, event: Any, errors: list[YamlError], depth: int) -> Any:
+    def value(self, event: Any, errors: list[YamlError], depth: int) -> object:
         if depth > _MAX_DEPTH:
             raise YamlError("lists within lists within lists", _line(event), "no key has more than three levels")
         self.refuse_extras(event, errors)
@@ -166,7 +166,7 @@ class _Events:
             while type(item := self.next()).__name__ != "SequenceEndEvent":
                 items.append(self.value(item, errors, depth + 1))
             return items
-        mapping: dict[Any, Any] = {}
+        mapping: dict[object, object] = {}
         while type(key_event := self.next()).__name__ != "MappingEndEvent":
             if type(key_event).__name__ != "ScalarEvent":
                 raise YamlError("a key is a list or a mapping", _line(key_event), "keys are plain words")
@@ -190,7 +190,7 @@ class _Events:
             errors.append(YamlError(f"anchor `&{event.anchor}`", _line(event), remedy))
 
 
-def _scalar(text: str) -> Any:
+def _scalar(text: str) -> object:
     """A plain scalar by the core schema of YAML 1.2."""
     if text in _NULL:
         return None

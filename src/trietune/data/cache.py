@@ -44,7 +44,7 @@ _ABANDONED_AFTER_S = 7 * 24 * 3600
 _NPY_HEADER_BYTES = 128
 
 
-def make_key(**parts: Any) -> str:
+def make_key(**parts: object) -> str:
     """The name of an entry: SHA-256 over JSON of everything that decides its content."""
     text = json.dumps({"layout_version": LAYOUT_VERSION, **parts}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:40]
@@ -208,7 +208,7 @@ class StoredExamples:
             raise IndexError(index)
         index %= len(self)
         start = int(self.ends[index - 1]) if index else 0
-        fields: list[Any] = json.loads(self.lines[start : int(self.ends[index])].tobytes())
+        fields: list[object] = json.loads(self.lines[start : int(self.ends[index])].tobytes())
         return fields
 
 
@@ -235,7 +235,7 @@ class StoredIds(Sequence[str]):
 
 
 def _to_line(example: Example) -> bytes:
-    fields: list[Any] = [example.id, example.prompt, example.completion]
+    fields: list[object] = [example.id, example.prompt, example.completion]
     if example.answers or example.messages:
         fields.append(example.answers)
     if example.messages:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from trietune.data.examples import Example, Message, Task
 from trietune.data.known_forms import find_known_form
@@ -295,7 +295,7 @@ def _make_squad(row_format: RowFormat, row: JsonMapping, example_id: str) -> Exa
     )
 
 
-def _read_answers(value: Any) -> tuple[str, ...]:
+def _read_answers(value: object) -> tuple[str, ...]:
     """All gold answers: the hub's {"text": [...]}, the file's [{"text": ...}], a list of texts, or one text."""
     if isinstance(value, Mapping):
         value = value.get("text")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from trietune.io.json_types import JsonMapping, JsonObject
 
@@ -171,5 +170,5 @@ def _to_count(value: JsonMapping) -> Count:
     return Count(value["number"], tuple(value["samples"]))
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, Mapping) and value.keys() == {"number", "samples"}

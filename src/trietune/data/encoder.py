@@ -204,7 +204,7 @@ class Encoder:
     prompt_format: PromptFormat
     tokenizer: PreTrainedTokenizerFast
     beginning: Any  # tokenizers.Tokenizer, for text that begins a sequence
-    continuation: Any  # the same without a space of its own in front
+    continuation: object  # the same without a space of its own in front
     check_stop: Callable[[], None] = lambda: None  # asked while a conversation is rendered
 
     def encode(self, examples: Sequence[Example]) -> EncodedExamples:
@@ -349,7 +349,7 @@ def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Any:
     return backend
 
 
-def _continuation(backend: Any) -> Any:
+def _continuation(backend: Any) -> object:
     """The tokenizer without the rules that put a space before a text; the same object if it has none of them."""
     from tokenizers import Tokenizer
 
@@ -360,11 +360,11 @@ def _continuation(backend: Any) -> Any:
     return Tokenizer.from_str(json.dumps({**json.loads(backend.to_str()), **bare}))
 
 
-def _rules_of(component: Any) -> Any:
+def _rules_of(component: Any) -> object:
     return None if component is None else json.loads(component.__getstate__())
 
 
-def _without_prefix(rule: Any) -> Any:
+def _without_prefix(rule: Any) -> object:
     if rule is None:
         return None
     if rule["type"] == "Sequence":

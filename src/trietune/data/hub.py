@@ -93,7 +93,7 @@ def _places(name: str) -> Sequence[_Place]:
     return [_Place(path, config or None)]
 
 
-def _load(place: _Place, revision: str | None, dataset_id: str, report: Callable[[str], None]) -> Any:
+def _load(place: _Place, revision: str | None, dataset_id: str, report: Callable[[str], None]) -> object:
     import datasets
 
     unreachable: Exception | None = None

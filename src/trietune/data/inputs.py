@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from trietune.data.files import FORMAT_OF_SUFFIX, detect_format, format_suffix, read_rows
 from trietune.data.json_text import JsonDecoder, RepeatedKeyError
@@ -17,7 +16,7 @@ from trietune.data.opening import AS_USUAL, BrokenRow, FileOptions, read_lines
 from trietune.errors import UserError
 
 
-def read_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[Any]:
+def read_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[object]:
     """The inputs of a file: texts of lines, or rows. A file of another name is read as text.
 
     Raises:
@@ -27,7 +26,7 @@ def read_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[Any]:
         raise UserError(f"`--input {path}` cannot be read: there is no such file", next_step="check the path")
     is_text = format_suffix(path) not in FORMAT_OF_SUFFIX or detect_format(path) == "txt"
     if is_text and options.txt_unit == "line":
-        found: Iterator[tuple[int, Any]] = read_lines(path, options, with_blank=True)
+        found: Iterator[tuple[int, object]] = read_lines(path, options, with_blank=True)
     else:
         found = read_rows(path, options)
     for number, given in found:
@@ -36,7 +35,7 @@ def read_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[Any]:
         yield given["text"] if is_text and isinstance(given, dict) else given
 
 
-def read_piped(text: str) -> Iterator[Any]:
+def read_piped(text: str) -> Iterator[object]:
     """The inputs in text that came through a pipe.
 
     Raises:

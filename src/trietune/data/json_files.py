@@ -88,7 +88,7 @@ def read_wrapped(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
             yield number, row if isinstance(row, dict) else BrokenRow("a JSON value that is not an object {...}")
 
 
-def find_list(document: Any) -> list[Any] | None:
+def find_list(document: Any) -> list[object] | None:
     """The only value of an object that is a list of objects."""
     lists = [one for one in document.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
     return lists[0] if len(lists) == 1 else None
@@ -141,7 +141,7 @@ def _check_squad_object(value: object, name: str, path: Path) -> None:
         )
 
 
-def _repeated_in_question(qa: Any) -> str | None:
+def _repeated_in_question(qa: object) -> str | None:
     """A key that stands twice in a question or in one of its answers."""
     answers = qa.get("answers") if isinstance(qa, dict) else None
     parts = [qa, *(answers if isinstance(answers, list) else ())]

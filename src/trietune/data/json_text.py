@@ -21,7 +21,7 @@ class RepeatedKeyError(ValueError):
 class RepeatedKeys(JsonObject):
     """An object that has `repeated` twice; it holds the last value, and must not be taken for a row."""
 
-    def __init__(self, pairs: list[tuple[str, Any]], repeated: str) -> None:
+    def __init__(self, pairs: list[tuple[str, object]], repeated: str) -> None:
         super().__init__(pairs)
         self.repeated = repeated
 
@@ -33,7 +33,7 @@ class JsonDecoder:
         self._repeated: str | None = None
         self._decoder = json.JSONDecoder(object_pairs_hook=self._make_object)
 
-    def decode(self, text: str) -> Any:
+    def decode(self, text: str) -> object:
         """The one value that `text` is.
 
         Raises:
@@ -51,13 +51,13 @@ class JsonDecoder:
         self._repeated = None
         return self._decoder.decode(text)
 
-    def decode_at(self, text: str, position: int) -> tuple[Any, str | None, int]:
+    def decode_at(self, text: str, position: int) -> tuple[object, str | None, int]:
         """The value that begins at `position`, a key that stands twice in an object of it, and where it ends."""
         self._repeated = None
         value, end = self._decoder.raw_decode(text, position)
         return value, self._repeated, end
 
-    def _make_object(self, pairs: list[tuple[str, Any]]) -> JsonObject:
+    def _make_object(self, pairs: list[tuple[str, object]]) -> JsonObject:
         found = dict(pairs)
         if len(found) == len(pairs):
             return found

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from trietune.data.examples import Message
 from trietune.data.json_text import RepeatedKeyError, decode_json
@@ -32,7 +31,7 @@ _SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
+def read_messages(value: object, column: str = "messages") -> tuple[Message, ...]:
     """Messages of a conversation: a list of {"role": ..., "content": ...}, or JSON text of one.
 
     Raises:
@@ -45,7 +44,7 @@ def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
     return tuple(_read_message(item, f"message {number} of `{column}`") for number, item in enumerate(value, start=1))
 
 
-def read_tools(value: Any) -> str:
+def read_tools(value: object) -> str:
     """The descriptions of tools that a row brings, as JSON; empty if it brings none.
 
     Raises:
@@ -59,13 +58,13 @@ def read_tools(value: Any) -> str:
     return _as_json(value) if value else ""
 
 
-def is_weight(value: Any) -> bool:
+def is_weight(value: object) -> bool:
     """Whether a value can multiply losses: any number that is finite."""
     # A whole number of JSON may be too large for a float; comparing the two is exact.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def has_weight(messages: Any) -> bool:
+def has_weight(messages: object) -> bool:
     """Whether a message may have a weight; of JSON text, where nothing is lost by looking."""
     if isinstance(messages, str):
         return "weight" in messages or "\\u00" in messages
@@ -74,7 +73,7 @@ def has_weight(messages: Any) -> bool:
     return any(isinstance(message, Mapping) and message.get("weight") is not None for message in messages)
 
 
-def _decoded(value: Any, column: str, what: str) -> Any:
+def _decoded(value: object, column: str, what: str) -> object:
     if not isinstance(value, str):
         return value
     try:
@@ -85,7 +84,7 @@ def _decoded(value: Any, column: str, what: str) -> Any:
         raise TypeError(f"column `{column}` holds text that is not a JSON list of {what}") from None
 
 
-def _read_message(item: Any, where: str) -> Message:
+def _read_message(item: object, where: str) -> Message:
     if isinstance(item, Mapping) and "from" in item and item.get("role") is None:
         item = _in_usual_words(item, where)
     if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
@@ -128,7 +127,7 @@ def _with_tool_calls(more: JsonObject, where: str) -> JsonObject:
     return {**more, "tool_calls": list(calls)}
 
 
-def _text_of(content: Any, where: str) -> str | None:
+def _text_of(content: object, where: str) -> str | None:
     """Text, or parts of text joined; None if there is none."""
     if content is None or isinstance(content, str):
         return content
@@ -162,5 +161,5 @@ def _read_weight(item: JsonMapping, where: str) -> float:
     return 1.0 if weight is None else float(weight)
 
 
-def _as_json(value: Any) -> str:
+def _as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -197,7 +197,7 @@ def _names(node: nodes.Node) -> Iterator[str]:
 class _Record:
     """What a run of a template asked, and how far it had written by then."""
 
-    def __init__(self, items: list[Any]) -> None:
+    def __init__(self, items: list[object]) -> None:
         self.items = items
         self.written = 0
         self.num_given = 0
@@ -226,7 +226,7 @@ class _Recorded:
     def __init__(self, record: _Record, first: int) -> None:
         self.__record, self.__first = record, first
 
-    def __getitem__(self, key: object) -> Any:
+    def __getitem__(self, key: object) -> object:
         record, first = self.__record, self.__first
         if isinstance(key, slice):
             if key.stop is not None or key.step not in (None, 1) or not _is_count(key.start or 0):
@@ -246,7 +246,7 @@ class _Recorded:
         self.__record.note(self.__first)
         return True
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         if self.__record.is_iterated:
             raise _DependsOnOthersError
         self.__record.is_iterated = True
@@ -258,7 +258,7 @@ class _Recorded:
     def __contains__(self, item: object) -> bool:
         raise _DependsOnOthersError
 
-    def __reversed__(self) -> Iterator[Any]:
+    def __reversed__(self) -> Iterator[object]:
         raise _DependsOnOthersError
 
     def __eq__(self, other: object) -> bool:
@@ -266,7 +266,7 @@ class _Recorded:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __add__(self, other: object) -> Any:
+    def __add__(self, other: object) -> object:
         raise _DependsOnOthersError
 
     __radd__ = __mul__ = __rmul__ = __add__
@@ -289,7 +289,7 @@ class _Given:
     def __iter__(self) -> _Given:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         record = self._record
         frame = sys._getframe(1)
         if frame.f_code is LoopContext._peek_next.__code__:

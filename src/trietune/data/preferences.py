@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from trietune.data.columns import WrongRow
 from trietune.data.examples import Example, Message
@@ -263,7 +263,7 @@ def _prompt_messages(row: JsonMapping) -> tuple[Message, ...]:
     return read_messages(value, "prompt")
 
 
-def _messages(value: Any, column: str) -> tuple[Message, ...]:
+def _messages(value: object, column: str) -> tuple[Message, ...]:
     return read_messages([value] if isinstance(value, Mapping) else value, column)
 
 
@@ -283,7 +283,7 @@ def _text(row: JsonMapping, column: str) -> str:
     return to_text(row[column], column)
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(value: object) -> bool:
     """Whether a value is messages: a list of objects with roles, or JSON text of one."""
     if isinstance(value, str):
         if not value.lstrip().startswith("["):
@@ -297,11 +297,11 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping)
 
 
-def _first(value: Any) -> Any:
+def _first(value: object) -> object:
     return value[0] if isinstance(value, Sequence) and not isinstance(value, str) and value else value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

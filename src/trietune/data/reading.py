@@ -139,7 +139,7 @@ def weighting_of(
     return None
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(value: object) -> bool:
     if isinstance(value, str):
         return value.lstrip().startswith("[") and '"role"' in value
     return isinstance(value, Mapping) or (isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from trietune.config.yaml12 import YamlError, read_value
 from trietune.errors import UserError
@@ -63,7 +62,7 @@ def configured_splits(folder: Path, wanted: str = "") -> dict[str, list[Path]] |
 
 def _find_files(folder: Path, configuration: JsonMapping) -> dict[str, list[Path]] | None:
     data_files = configuration.get("data_files")
-    parts: list[tuple[str, Any]]
+    parts: list[tuple[str, object]]
     if isinstance(data_files, Mapping):
         parts = list(data_files.items())
     elif isinstance(data_files, list) and all(isinstance(one, Mapping) for one in data_files):

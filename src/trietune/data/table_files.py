@@ -153,7 +153,7 @@ def without_fillers(row: JsonObject) -> JsonObject:
     return {name: _filled(value) if isinstance(value, list | dict) else value for name, value in row.items()}
 
 
-def _filled(value: Any) -> Any:
+def _filled(value: object) -> object:
     if isinstance(value, dict):
         return {key: _filled(one) for key, one in value.items() if one is not None}
     return [_filled(one) for one in value] if isinstance(value, list) else value

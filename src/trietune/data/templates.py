@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 from trietune.data.examples import Task
 from trietune.data.json_text import decode_json
@@ -279,7 +279,7 @@ def split_template(template: str, columns: Collection[str] | None = None) -> tup
     return _split(template, None if columns is None else frozenset(columns))
 
 
-def to_text(value: Any, column: str) -> str:
+def to_text(value: object, column: str) -> str:
     """A cell as text, numbers as JSON writes them; a list, an object or an infinite number is not text.
 
     None is empty, and so is NaN, which tables of numbers write where a value is missing.

@@ -33,11 +33,11 @@ def _writes_nothing(path: Path) -> bool:
     return False
 
 
-def _as_it_is(value: Any) -> Any:
+def _as_it_is(value: object) -> Any:
     return value
 
 
-def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def recompute(function: Callable[..., object], *args: object, **kwargs: Any) -> object:
     """Call `function`, keep no activations, and call it again in the backward pass; PyTorch's non-reentrant kind."""
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
@@ -126,7 +126,7 @@ class Device:
     learning_rate: Callable[[float], float | Tensor] = _as_it_is
     to_device: Callable[[Tensor], Tensor] | None = None
     place_network: Callable[[nn.Module], None] | None = None
-    recompute: Callable[..., Any] = recompute
+    recompute: Callable[..., object] = recompute
     compilations: Callable[[], int | None] = lambda: None
 
     @property

@@ -75,7 +75,7 @@ class Widths:
     widest_scan: int = 0
 
 
-def widths_of(config: Any, network: nn.Module | None = None) -> Widths:
+def widths_of(config: object, network: nn.Module | None = None) -> Widths:
     """From the configuration where it describes gated MLPs and attention by heads, else by counting tensors.
 
     Args:
@@ -101,7 +101,7 @@ def widths_of(config: Any, network: nn.Module | None = None) -> Widths:
     return Widths(hidden, layers or 24, (layers or 24) * kept, passing, heads, vocabulary or 2**16)
 
 
-def _whole(config: Any, name: str) -> int | None:
+def _whole(config: object, name: str) -> int | None:
     """A number that holds for all layers: the largest, where a configuration lists one for each."""
     value = getattr(config, name, None)
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from trietune.errors import UserError
 from trietune.io.json_types import JsonMapping
@@ -86,7 +85,7 @@ def read_mesh(
     strategy: str,
     shape: Sequence[int] | None,
     axis_names: Sequence[str] | None,
-    shardings: JsonMapping | Sequence[Any] | None,
+    shardings: JsonMapping | Sequence[object] | None,
     data_dimension: str | int | None,
     where: str,
 ) -> Mesh | None:
@@ -137,7 +136,7 @@ def read_mesh(
     return mesh
 
 
-def compile_option(value: Any) -> str:
+def compile_option(value: object) -> str:
     """As the compiler's interface takes it: text, truth in lower case."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -157,7 +156,7 @@ def _data_axis(shape: tuple[int, ...], names: tuple[str, ...], asked: str | int 
     return str(asked)
 
 
-def _pairs(shardings: JsonMapping | Sequence[Any] | None, where: str) -> list[tuple[str, Any]]:
+def _pairs(shardings: JsonMapping | Sequence[object] | None, where: str) -> list[tuple[str, object]]:
     if isinstance(shardings, Mapping):
         return [(f"^{re.escape(name)}$", axes) for name, axes in shardings.items()]
     pairs = []
@@ -172,7 +171,7 @@ def _pairs(shardings: JsonMapping | Sequence[Any] | None, where: str) -> list[tu
     return pairs
 
 
-def _read_sharding(pair: tuple[str, Any], names: tuple[str, ...], where: str) -> Sharding:
+def _read_sharding(pair: tuple[str, object], names: tuple[str, ...], where: str) -> Sharding:
     pattern, axes = pair
     try:
         compile_pattern(pattern)

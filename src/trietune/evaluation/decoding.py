@@ -205,7 +205,7 @@ class Decoding:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        **other: Any,
+        **other: object,
     ) -> Tensor:
         """query [1, H, B, d], key and value [1, G, B, d] -> [1, B, H, d]."""
         check_known(module, other)

@@ -393,7 +393,7 @@ def _run_padded(
             [sequences.input_ids[starts[at] : starts[at] + lengths[at]] for at in batch]
         )
 
-        def between_tokens(so_far: Tensor, scores: Tensor, batch: np.ndarray = batch, **_: Any) -> Tensor:
+        def between_tokens(so_far: Tensor, scores: Tensor, batch: np.ndarray = batch, **_: object) -> Tensor:
             check_stop()
             if on_token is not None:
                 for at, token in zip(batch, so_far[:, -1].tolist(), strict=True):

@@ -42,12 +42,12 @@ def parse(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
         raise NotStrict(f"it is not JSON ({error})") from error
 
 
-def serialize(value: Any) -> bytes:
+def serialize(value: object) -> bytes:
     """The one spelling that we write: sorted keys, two blanks, a line break at the end. Raises ValueError on NaN."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def without_nan(value: Any) -> Any:
+def without_nan(value: object) -> object:
     """The same value with NaN and infinities as None, since JSON has no word for them; tuples become lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -74,7 +74,7 @@ def _check_depth(data: bytes) -> None:
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -85,7 +85,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
     return result
 
 
-def _refuse_constant(text: str) -> Any:
+def _refuse_constant(text: str) -> object:
     raise NotStrict(f"{text} is not JSON")
 
 

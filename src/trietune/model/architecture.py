@@ -99,11 +99,16 @@ def _attends_through_the_interface(given: PreTrainedModel) -> bool:
     Layers that compute attention themselves never call it, and some call it without passing on what the decoder was
     given: with a trie they would attend to everything, and say nothing.
     """
-    notes: list[dict[str, Any]] = []
+    notes: list[dict[str, object]] = []
     mark = object()
 
     def take_notes(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, None]:
         notes.append(kwargs)
         batch, num_heads, length, _ = query.shape
@@ -132,7 +137,7 @@ def _attends_through_the_interface(given: PreTrainedModel) -> bool:
     return sum(note.get("trie_layout") is mark for note in notes) == num_expected and not has_more
 
 
-def _ropes(config: Any) -> list[dict[str, Any]]:
+def _ropes(config: object) -> list[dict[str, Any]]:
     """The parameters of rotary scaling; a configuration has one set, or one for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

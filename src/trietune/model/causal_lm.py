@@ -77,7 +77,7 @@ class TrieModel:
         prunes_last: bool = False,
         shapes: StaticShapes | None = None,
         to_device: Callable[[Tensor], Tensor] | None = None,
-        recompute: Callable[..., Any] = recompute,
+        recompute: Callable[..., object] = recompute,
         multiple_of: int = 16,
         packed_bytes: int = 0,
         whole: Whole = nullcontext,
@@ -179,7 +179,7 @@ class TrieModel:
         layout: TrieLayout | StaticLayout | None,
     ) -> Tensor:
         """Hidden states [S, W, D] of tokens and positions [S, W]; `layout` says what is seen, or else `mask`."""
-        inputs: dict[str, Any] = {} if layout is None else {"trie_layout": layout}
+        inputs: dict[str, object] = {} if layout is None else {"trie_layout": layout}
         if position_ids is not None:
             inputs["position_ids"] = self.tensor(position_ids)
         output = decoder_of(self.network)(

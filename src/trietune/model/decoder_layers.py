@@ -31,12 +31,12 @@ def decoder_of(network: Any) -> Any:
     return decoder
 
 
-def _head_of(module: Any) -> nn.Module | None:
+def _head_of(module: object) -> nn.Module | None:
     head: nn.Module | None = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     return head
 
 
-def decoder_layers(network: Any) -> nn.ModuleList:
+def decoder_layers(network: object) -> nn.ModuleList:
     """The list of modules that holds most of the decoder's parameters, of those that text passes; empty without any."""
     decoder = decoder_of(network)
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]

@@ -52,7 +52,7 @@ class Head:
                 decoder.forward = before
         return logits[0]
 
-    def _note(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _note(self, module: torch.nn.Module, args: Any, output: object) -> None:
         """The decoder's first call tells what kind of object the head takes its hidden states from."""
         self._kind_of_output = type(output)
         self._handle.remove()

@@ -28,7 +28,7 @@ def resolve_patterns(config: LoraConfig, names: Sequence[str], *, where: str) ->
     Raises:
         UserError: a pattern cannot be matched in good time, is none, or finds nothing to put an adapter on.
     """
-    targets: Any = config.target_modules
+    targets: object = config.target_modules
     if isinstance(config.exclude_modules, str) and config.exclude_modules:
         config.exclude_modules = _matching("exclude_modules", config.exclude_modules, names, where) or None
     if isinstance(targets, str) and targets.lower() != "all-linear":
@@ -40,7 +40,7 @@ def resolve_patterns(config: LoraConfig, names: Sequence[str], *, where: str) ->
         _take_exactly(config, _of_layers(config, names, where), names, where)
         config.layers_pattern, config.layers_to_transform = None, None
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns: Mapping[str, Any] = getattr(config, key) or {}
+        patterns: Mapping[str, object] = getattr(config, key) or {}
         setattr(config, key, _by_name(key, patterns, names, where))
 
 
@@ -61,13 +61,13 @@ def _of_layers(config: LoraConfig, names: Sequence[str], where: str) -> list[str
     return found
 
 
-def _by_name(key: str, patterns: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
+def _by_name(key: str, patterns: Mapping[str, object], names: Sequence[str], where: str) -> dict[str, object]:
     """One pattern of plain names for each value; the first pattern that matches a name decides, as in PEFT."""
-    value_of: dict[str, Any] = {}
+    value_of: dict[str, object] = {}
     for pattern, value in patterns.items():
         for name in _matching(key, rf"(?:.*\.)?(?:{pattern})", names, where):
             value_of.setdefault(name, value)
-    by_value: dict[Any, list[str]] = {}
+    by_value: dict[object, list[str]] = {}
     for name, value in value_of.items():
         by_value.setdefault(value, []).append(name)
     return {f"(?:{'|'.join(map(re.escape, found))})": value for value, found in by_value.items()}

@@ -14,7 +14,7 @@ from torch import nn
 FORWARD_BEFORE = "forward_before_trietune"
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+def replace_forward(module: nn.Module, forward: Callable[..., object]) -> None:
     """Let `module` compute `forward`; what it computed before is kept for `restore_forward`."""
     vars(module).setdefault(FORWARD_BEFORE, vars(module).get("forward"))
     module.forward = forward

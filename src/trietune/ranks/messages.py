@@ -20,7 +20,7 @@ class FailedElsewhere(UserError):  # noqa: N818  (an event, not an error of its 
     """Another process failed and has said so; this one ends with the same exit code and adds nothing."""
 
 
-def encode(value: Any) -> bytes:
+def encode(value: object) -> bytes:
     """`value` as bytes: None, booleans, numbers, text, bytes, paths, and lists, tuples, dictionaries of these."""
     blobs: list[bytes] = []
     text = json.dumps(_plain(value, blobs)).encode()
@@ -60,7 +60,7 @@ def error_elsewhere(found: JsonObject, who: str) -> Exception:
     return FailedElsewhere(f"{who} failed: {found['what']}", exit_code=EXIT_BUG)
 
 
-def _plain(value: Any, blobs: list[bytes]) -> Any:
+def _plain(value: object, blobs: list[bytes]) -> object:
     if isinstance(value, bytes):
         begin = sum(len(blob) for blob in blobs)
         blobs.append(value)
@@ -74,7 +74,7 @@ def _plain(value: Any, blobs: list[bytes]) -> Any:
     return value
 
 
-def _restored(value: Any, blobs: memoryview) -> Any:
+def _restored(value: object, blobs: memoryview) -> object:
     if isinstance(value, dict):
         if value.keys() == {_BLOB}:
             begin, length = value[_BLOB]

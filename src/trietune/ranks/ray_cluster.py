@@ -101,14 +101,14 @@ class Mailbox:
     """An actor between the command and the workers: what they say, and whether they are asked to stop."""
 
     def __init__(self) -> None:
-        self._items: list[tuple[str, Any]] = []
+        self._items: list[tuple[str, object]] = []
         self._asked: str | None = None
 
-    def put(self, kind: str, item: Any) -> None:
+    def put(self, kind: str, item: object) -> None:
         """Say something to the command."""
         self._items.append((kind, item))
 
-    def take(self) -> list[tuple[str, Any]]:
+    def take(self) -> list[tuple[str, object]]:
         """What has been said since the last call, in order."""
         taken, self._items = self._items, []
         return taken

@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # they have no other home
 
@@ -73,7 +72,7 @@ class Watch:
         self._phase, self._step, self._since = "preparing", 0, time.monotonic()
         self._slowest_step = 0.0
         self._who = f"host {socket.gethostname()}, process {os.getpid()}"
-        self._seen: dict[int, tuple[tuple[Any, ...], float, JsonObject]] = {}
+        self._seen: dict[int, tuple[tuple[object, ...], float, JsonObject]] = {}
         self._stopped = threading.Event()
         self._answered = self._began = time.monotonic()
         # A connection of its own: the main thread's may stand still in a collective.

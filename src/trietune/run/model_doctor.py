@@ -97,7 +97,7 @@ def _config_of(name: str, kept: Path, report: Callable[[str], None]) -> ModelFol
     return ModelFolder(path=kept, name=name, source="hub" if source == "hub" else "folder")
 
 
-def _ways(base: ModelFolder, shape: NetworkShape, settings: Any) -> list[Finding]:
+def _ways(base: ModelFolder, shape: NetworkShape, settings: object) -> list[Finding]:
     """On a trie and, where that is refused, on padded rows: the proof of a run, on a small network of such layers."""
     if shape.refusal is None:
         trie = _try(base, settings, "rows", shape.why_whole_rows)

@@ -261,7 +261,7 @@ def work(config: JsonObject) -> None:
 
     mailbox = config["mailbox"]
 
-    def tell(kind: str, item: Any) -> None:
+    def tell(kind: str, item: object) -> None:
         # Waited for: this process may end at once.
         ray.get(mailbox.put.remote(kind, item))
 
@@ -285,7 +285,7 @@ def work(config: JsonObject) -> None:
         raise
 
 
-def _train_here(config: JsonObject, tell: Callable[[str, Any], None], lose: Callable[[UserError], None]) -> None:
+def _train_here(config: JsonObject, tell: Callable[[str, object], None], lose: Callable[[UserError], None]) -> None:
     import ray.train
 
     from trietune.config import load_config
@@ -334,7 +334,7 @@ class _ToCommand:
 
     name = "console"
 
-    def __init__(self, tell: Callable[[str, Any], None], mailbox: Any) -> None:
+    def __init__(self, tell: Callable[[str, object], None], mailbox: Any) -> None:
         self._tell, self._mailbox = tell, mailbox
 
     def handle(self, event: Event) -> None:

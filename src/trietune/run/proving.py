@@ -127,20 +127,20 @@ def windows_of(config: Any) -> list[int]:
     return sorted(value for value in found if value > 1)
 
 
-def length_to_prove(config: Any, longest: int) -> int:
+def length_to_prove(config: object, longest: int) -> int:
     """A row that exceeds every window that rows of `longest` tokens exceed, and no longer than need be."""
     exceeded = [window for window in windows_of(config) if window < longest]
     return max([2 * SHORT_WIDTH, *(window + BEYOND_A_WINDOW for window in exceeded)])
 
 
-def most_proven(config: Any, free_bytes: int) -> int:
+def most_proven(config: object, free_bytes: int) -> int:
     """Tokens of the longest row whose plain attention fits into a part of the memory: three rows, in fp32."""
     share, rows, copies = 0.25, 3, 3
     a_score = 4 * rows * copies * int(getattr(config, "num_attention_heads", 1))
     return max(LONG, int(np.sqrt(share * free_bytes / a_score)))
 
 
-def positions_under_masks(settings: Settings, config: Any, dtype: Any, free_bytes: int, *, trains: bool) -> int:
+def positions_under_masks(settings: Settings, config: object, dtype: Any, free_bytes: int, *, trains: bool) -> int:
     """Positions of the largest micro-batch where some layers attend under a mask of all pairs."""
 
     checkpointing = settings.gradient_checkpointing or not trains

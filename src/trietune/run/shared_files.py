@@ -27,7 +27,7 @@ def open_run_files(prepared: Prepared, tracker: Tracker, ranks: Ranks) -> RunFil
     return RunFiles(prepared, tracker) if ranks is ALONE else SharedRunFiles(prepared, tracker, ranks)
 
 
-def _by_rank_0(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+def _by_rank_0(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[object, P], R]:
     """The method, called by rank 0; all ranks get what it returned."""
 
     def shared(files: Any, /, *arguments: P.args, **named: P.kwargs) -> R:

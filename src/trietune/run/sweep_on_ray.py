@@ -55,7 +55,7 @@ def run_trials_on_ray(
     return [found[trial.name] for trial in sweep.trials]
 
 
-def _result(ray: Any, reference: Any) -> tuple[int, list[str]]:
+def _result(ray: Any, reference: object) -> tuple[int, list[str]]:
     try:
         code, last = ray.get(reference)
     except Exception as error:  # the node or the worker was lost

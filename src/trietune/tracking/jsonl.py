@@ -222,7 +222,7 @@ def prediction_record(prediction: Prediction) -> JsonObject:
     return {name: value for name, value in record.items() if name not in _ONLY_IF_THERE or value not in ("", None, {})}
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """`value` in JSON's own types; NumPy numbers become numbers, paths and anything else text."""
     if value is None or isinstance(value, (bool, str, int)):
         return value

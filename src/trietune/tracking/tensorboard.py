@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event as Record
@@ -53,12 +53,12 @@ class TensorboardListener:
         known = {key: value for key, value in metrics.items() if value is not None}
         self._write(step, [Summary.Value(tag=key, simple_value=value) for key, value in known.items()])
 
-    def _write(self, step: int, values: list[Any]) -> None:
+    def _write(self, step: int, values: list[object]) -> None:
         if self._writer:
             self._writer.add_event(Record(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
 
-def _histogram(name: str, values: Any) -> Any:
+def _histogram(name: str, values: object) -> object:
     """Counts in 64 bins, in TensorBoard's own form; values that are not finite are left out."""
     finite = np.asarray(values, dtype=np.float64)
     finite = finite[np.isfinite(finite)]

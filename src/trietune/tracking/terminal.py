@@ -11,7 +11,7 @@ import logging
 import unicodedata
 import warnings
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
 from trietune.io.json_types import JsonObject
 from trietune.tracking.jsonl import plain
@@ -63,7 +63,7 @@ def make_warnings_visible() -> None:
     if getattr(known, "is_visible", False):
         return
 
-    def formatted(*args: Any, **kwargs: Any) -> str:
+    def formatted(*args: object, **kwargs: object) -> str:
         return visible(known(*args, **kwargs))
 
     formatted.is_visible = True  # type: ignore[attr-defined]

@@ -78,7 +78,7 @@ class FlatAdamW(torch.optim.AdamW):
         pieces = whole.split_with_sizes([shape.numel() for shape in self.shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
-    def _join(self, pieces: Sequence[Any]) -> Any:
+    def _join(self, pieces: Sequence[Any]) -> object:
         if not isinstance(pieces[0], Tensor) or pieces[0].ndim == 0:
             return pieces[0]
         if [piece.shape for piece in pieces] != self.shapes:

@@ -134,7 +134,7 @@ class FsspecStorage:
         self.root = re.sub(r"^[a-z0-9+.-]+://", "", remote_path).strip("/")
         self.location = f"{protocol}://{self.root}"
         self._options = dict(options or {})
-        self._opened: Any = None
+        self._opened: object = None
 
     def put(self, sources: Sequence[tuple[str, Path]]) -> None:
         for key, source in sources:

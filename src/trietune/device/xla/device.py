@@ -135,7 +135,7 @@ def _set_compile_options(options: Mapping[str, str]) -> tuple[str, ...]:
     return (f"compiling with {shown}",)
 
 
-def _recompute(function: Any, *args: Any) -> Any:
+def _recompute(function: object, *args: object) -> object:
     """torch_xla's checkpointing; PyTorch's own looks for a `torch.xla` that does not exist.
 
     It is of the reentrant kind, which gives no gradient at all unless an input asks for one; behind a frozen embedding
@@ -148,7 +148,7 @@ def _recompute(function: Any, *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=True)
 
 
-def _asking(value: Any) -> Any:
+def _asking(value: Any) -> object:
     is_real = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.detach().requires_grad_() if is_real else value
 

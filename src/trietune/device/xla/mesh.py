@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ class Sharder:
     """A mesh of devices that are there."""
 
     mesh: Mesh
-    _devices: Any
+    _devices: object
     _where: str
 
     @classmethod

@@ -288,10 +288,10 @@ def _keep_saved_modules_in_fp32(peft_model: PeftModel, base_dtype: torch.dtype) 
     if base_dtype not in (torch.bfloat16, torch.float16):
         return
 
-    def widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def widen(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[object, ...]:
         return tuple(value.float() if _is_float(value) else value for value in inputs)
 
-    def narrow(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def narrow(module: nn.Module, inputs: tuple[object, ...], output: Any) -> object:
         # A proof computes parts in fp32 for the time of a call, and says so here.
         return output.to(vars(module)["narrows_to"]) if _is_float(output) else output
 

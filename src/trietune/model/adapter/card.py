@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
@@ -65,7 +64,7 @@ class CardFacts:
     measured_on: str | None = None
     num_train_examples: int | None = None
     scores: Sequence[Score] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     is_merged: bool = False
 
 
@@ -185,7 +184,7 @@ def _beginning(facts: CardFacts) -> str:
     )
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
+def _settings(settings: Mapping[str, object]) -> str:
     if not settings:
         return ""
     rows = [f"| `{name}` | `{value}` |" for name, value in settings.items()]

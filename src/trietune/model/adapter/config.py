@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 from peft import LoraConfig
 
@@ -152,9 +151,9 @@ _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 _NOT_WRITTEN = ("peft_version",)
 
 
-def config_for_file(config: LoraConfig, *, base_name: str, revision: str | None) -> dict[str, Any]:
+def config_for_file(config: LoraConfig, *, base_name: str, revision: str | None) -> dict[str, object]:
     """The document to write: plain JSON, sets sorted, so that equal adapters give equal bytes."""
-    document: dict[str, Any] = {"auto_mapping": None, "init_lora_weights": True}
+    document: dict[str, object] = {"auto_mapping": None, "init_lora_weights": True}
     for key in _HONORED:
         if key not in _NOT_WRITTEN:
             document[key] = _plain(getattr(config, key))
@@ -206,7 +205,7 @@ def _shown(value: object) -> str:
     return in_short(str(value), 60)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, set):
         return sorted(value)
     if hasattr(value, "value"):  # an enumeration of PEFT's

@@ -38,7 +38,7 @@ _BESIDE_ROPE = ("rope_theta", "partial_rotary_factor")
 _ROPE_OF_LAYERS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 
 
-def portable_config(written: Mapping[str, Any], base: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
+def portable_config(written: Mapping[str, object], base: Mapping[str, object], *, dtype: str) -> dict[str, object]:
     """The `config.json` of a merged model, in names that old and new readers know.
 
     The base model's own file is carried over where it describes the same class, since its readers have proved
@@ -64,7 +64,7 @@ def portable_config(written: Mapping[str, Any], base: Mapping[str, Any], *, dtyp
     return config
 
 
-def _with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
+def _with_old_names(config: Mapping[str, object]) -> dict[str, object]:
     """The same with `rope_theta` and its like beside `rope_parameters`, in nested configurations too."""
     result = {
         name: _with_old_names(value) if isinstance(value, dict) and "model_type" in value else value
@@ -78,7 +78,7 @@ def _with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def old_rope(rope: Mapping[str, object]) -> dict[str, object]:
     """`rope_parameters` of transformers 5 as the keys that stood in the configuration before.
 
     >>> old_rope({"rope_type": "default", "rope_theta": 5e5})
@@ -96,7 +96,7 @@ def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     return {**beside, "rope_scaling": _scaling(rope)}
 
 
-def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+def _scaling(rope: Mapping[str, object]) -> dict[str, object] | None:
     """`rope_scaling` as before; None where positions are not scaled. Both spellings of its kind are written."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -105,7 +105,7 @@ def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**scaling, "rope_type": kind, "type": kind}
 
 
-def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, object]:
     """`tokenizer_config.json` with the class and the keys that transformers 4 and 5 both read."""
     result = dict(config)
     name = result.get("tokenizer_class")
@@ -148,22 +148,22 @@ def write_portable(folder: Path, base: Path, *, dtype: str, chat_template: str) 
         (folder / "chat_template.json").unlink(missing_ok=True)
 
 
-def _meaning(folder: Path) -> dict[str, Any]:
+def _meaning(folder: Path) -> dict[str, object]:
     """What the installed transformers reads in `config.json`, less what says nothing about the network."""
     from transformers import AutoConfig
 
     with quiet_library():
-        content: dict[str, Any] = AutoConfig.from_pretrained(
+        content: dict[str, object] = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         ).to_dict()
     return {name: value for name, value in content.items() if name not in _NO_MEANING}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     content = json.loads(path.read_bytes())
     assert isinstance(content, dict), path
     return content
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -42,7 +42,7 @@ def twin_of(network: PreTrainedModel) -> PreTrainedModel:
 
     Call it before an adapter or other functions are put onto `network`: both would be in the copy.
     """
-    shared: dict[int, Any] = {}
+    shared: dict[int, object] = {}
     for parameter in network.parameters():
         # Weights in 4 bits carry what they were packed with, and are never trained.
         is_plain = type(parameter) is nn.Parameter

@@ -135,7 +135,7 @@ def is_within(name: str, outer: Sequence[str]) -> bool:
     return any(name == one or name.startswith(f"{one}.") for one in outer)
 
 
-def _in_the_decoder(network: nn.Module, named: Any, towers: tuple[str, ...]) -> list[str]:
+def _in_the_decoder(network: nn.Module, named: object, towers: tuple[str, ...]) -> list[str]:
     """Full names of what `named` means outside the towers: the same words name parts of both."""
     meant = [name for name, _ in network.named_modules() if name and _is_meant(name, named)]
     found = [name for name in meant if not is_within(name, towers)]
@@ -213,7 +213,7 @@ def expert_parameters(network: nn.Module) -> list[str]:
 
 def _linear(network: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer but the output head."""
-    head: Any = network.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: object = network.get_output_embeddings()  # type: ignore[no-untyped-call]
     for name, module in network.named_modules():
         if _is_linear(module) and module is not head:
             yield name, module
@@ -282,7 +282,7 @@ def _check_parameters(network: nn.Module, names: Sequence[str]) -> None:
                 )
 
 
-def _check_can_be_wrapped(network: nn.Module, named: Any) -> None:
+def _check_can_be_wrapped(network: nn.Module, named: object) -> None:
     for name, module in network.named_modules():
         if not _is_linear(module) or not _is_meant(name, named) or _gives_one_tensor(module):
             continue
@@ -356,7 +356,7 @@ def measure_coverage(network: nn.Module) -> Coverage:
 def _outside_layers(network: nn.Module) -> set[int]:
     """Embeddings of any kind and the output head."""
     found = {id(p) for module in network.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    head: Any = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    head: object = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     if isinstance(network, PreTrainedModel) and (towers := names_of_towers(network)):
         found |= {id(p) for name, p in network.named_parameters() if is_within(name, towers)}
     return found | ({id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set())

@@ -13,7 +13,6 @@ Letters: T nodes, N nodes that query, H query heads, G key and value heads, d he
 
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -40,7 +39,7 @@ def attends_by_library(module: torch.nn.Module) -> bool:
     return bool(vars(module).get(_BY_LIBRARY, False))
 
 
-def check_known(module: torch.nn.Module, told: dict[str, Any]) -> None:
+def check_known(module: torch.nn.Module, told: dict[str, object]) -> None:
     """Raise `UserError` if a layer tells its attention function something that would be left out."""
     for name in UNKNOWN_TO_TRIES:
         if told.get(name) is not None:
@@ -63,7 +62,7 @@ def trie_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     trie_layout: TrieLayout | None = None,
-    **other: Any,
+    **other: object,
 ) -> tuple[Float[Tensor, "1 T H d"], Tensor | None]:
     """transformers' attention interface. Without a layout (generation, padded rows) it is transformers' own attention.
 

@@ -7,8 +7,6 @@ proven with them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING as MASKS_OF_KINDS
@@ -19,7 +17,7 @@ from trietune.model.attention.static_layout import StaticLayout
 
 
 def explicit_masks(
-    config: Any, layout: TrieLayout | StaticLayout, dtype: torch.dtype
+    config: object, layout: TrieLayout | StaticLayout, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor | None]:
     """0 where a node sees another and the least number of `dtype` elsewhere: [S, 1, W, W], one for each kind of layer.
 

@@ -51,7 +51,7 @@ class AttentionCost:
 
     def of(self, num_blocks: Count, queries: Count, keys: Count) -> Any:
         """One number per bucket."""
-        cost: Any = self.bucket + num_blocks * self.of_block(queries, keys)
+        cost: object = self.bucket + num_blocks * self.of_block(queries, keys)
         return cost
 
     def of_whole(self, queries: Count, keys: Count) -> Count:

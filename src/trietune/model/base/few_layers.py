@@ -75,7 +75,7 @@ def _thin(text: PretrainedConfig) -> None:
     # Where the first layers are dense and the others have experts, one of each.
     dense = getattr(text, "first_k_dense_replace", None)
     chosen = sorted({*kinds.values(), *([dense] if isinstance(dense, int) and 0 < dense < number else []), number - 1})
-    changes: dict[str, Any] = {name: [value[index] for index in chosen] for name, value in lists.items()}
+    changes: dict[str, object] = {name: [value[index] for index in chosen] for name, value in lists.items()}
     changes |= dict.fromkeys(_LAYERS, len(chosen))
     changes["first_k_dense_replace"] = 1
     changes["num_kv_shared_layers"] = 0

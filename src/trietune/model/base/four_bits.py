@@ -8,7 +8,6 @@ The adapter is what it always is, in fp32 beside them; embeddings, norms and the
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ def check_four_bits(device: Device, *, where: str) -> None:
         )
 
 
-def loading_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def loading_options(dtype: torch.dtype, device: torch.device) -> dict[str, object]:
     """Keyword arguments of `from_pretrained`: weights go to `device` one by one and are quantized there."""
     from transformers import BitsAndBytesConfig
 

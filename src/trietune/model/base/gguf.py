@@ -165,7 +165,7 @@ def _alone(file: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _read_metadata(file: Path) -> tuple[dict[str, Any], str]:
+def _read_metadata(file: Path) -> tuple[dict[str, object], str]:
     """The file's scalar metadata, and the dtype to store its weights in."""
     from gguf import GGUFReader
 
@@ -217,7 +217,7 @@ def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> Non
         )
 
 
-def _readme(file: Path, metadata: Mapping[str, Any]) -> str:
+def _readme(file: Path, metadata: Mapping[str, object]) -> str:
     """A model card that carries the license on, for the card of the adapter."""
     lines = ["---"]
     if license := metadata.get("general.license"):

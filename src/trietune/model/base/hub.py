@@ -12,7 +12,7 @@ import io
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from trietune.errors import UserError
 from trietune.io.causes import causes
@@ -272,15 +272,15 @@ def _gigabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.1f} GB"
 
 
-def _reporting_bar(phase: str, progress: Progress) -> type[Any]:
+def _reporting_bar(phase: str, progress: Progress) -> type[object]:
     """A bar that draws nothing and tells `progress` how many bytes have come."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # re-exported
 
     class ReportingBar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO(), "leave": False})  # type: ignore[no-untyped-call]
 
-        def display(self, *args: Any, **kwargs: Any) -> None:
+        def display(self, *args: object, **kwargs: object) -> None:
             if self.unit == "B":
                 progress(phase, int(self.n), int(self.total) if self.total else None)
 

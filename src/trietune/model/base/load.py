@@ -119,7 +119,7 @@ def reading_config(folder: ModelFolder) -> Iterator[None]:
 
 def check_config(folder: ModelFolder) -> None:
     """Raise `UserError` unless `folder` holds a causal language model that this transformers can load as it is."""
-    raw: dict[str, Any] = read_config(folder.path)
+    raw: dict[str, object] = read_config(folder.path)
     family = raw["model_type"]
     text = raw.get("text_config")
     both_ways = [one.get("use_bidirectional_attention") for one in (raw, text) if isinstance(one, dict)]
@@ -245,7 +245,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def enable_checkpointing(network: PreTrainedModel, recompute: Callable[..., Any] = recompute) -> None:
+def enable_checkpointing(network: PreTrainedModel, recompute: Callable[..., object] = recompute) -> None:
     """Compute activations a second time in the backward pass, layer by layer, by `recompute` (`Device.recompute`)."""
     # transformers 5.20 renamed it.
     enable: Any = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable

@@ -11,7 +11,6 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import nn
@@ -126,14 +125,14 @@ class _Watch:
     def begin(self) -> None:
         self._state = self._now()
 
-    def entering(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any) -> None:
+    def entering(self, name: str) -> object:
+        def hook(module: nn.Module, inputs: object) -> None:
             self._look()
             self._inside.append(name)
 
         return hook
 
-    def leaving(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def leaving(self, module: nn.Module, inputs: object, output: object) -> None:
         self._look()
         self._inside.pop()
 
@@ -161,7 +160,7 @@ def _stay_in_evaluation(module: nn.Module) -> None:
     module.training = False
 
 
-def _rates(network: PreTrainedModel) -> Iterator[tuple[Any, str, float]]:
+def _rates(network: PreTrainedModel) -> Iterator[tuple[object, str, float]]:
     """Who holds a rate above 0, what it is called there, and the rate; each holder once."""
     seen: set[int] = set()
     configs = [network.config]
@@ -184,7 +183,7 @@ def _rates(network: PreTrainedModel) -> Iterator[tuple[Any, str, float]]:
         configs += [value for name, value in vars(config).items() if name.endswith("config") and value is not None]
 
 
-def _numbers(holder: Any) -> list[tuple[str, float]]:
+def _numbers(holder: object) -> list[tuple[str, float]]:
     return [
         (name, float(value))
         for name, value in vars(holder).items()

@@ -213,8 +213,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, out: Tensor) ->
     return out
 
 
-def _attention_forward(attention: _Attention, library: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _attention_forward(attention: _Attention, library: Callable[..., object]) -> Callable[..., object]:
+    def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
         layout = kwargs.get("trie_layout")
         rotary = kwargs.get("position_embeddings")
         if args or rotary is None or not _is_ours(layout) or not attention.is_active():
@@ -227,9 +227,9 @@ def _attention_forward(attention: _Attention, library: Callable[..., Any]) -> Ca
 @torch.no_grad()
 def _observe(module: Any, weight: Tensor) -> dict[str, Any] | None:
     """What transformers' module tells its attention function: scale, window, soft-capping; None if it calls none."""
-    told: list[dict[str, Any]] = []
+    told: list[dict[str, object]] = []
 
-    def observe(_: Any, query: Tensor, *others: Any, **how: Any) -> tuple[Tensor, None]:
+    def observe(_: object, query: Tensor, *others: object, **how: object) -> tuple[Tensor, None]:
         told.append(how)
         return torch.zeros_like(query).transpose(1, 2), None
 
@@ -266,7 +266,7 @@ def _prune(layer: Any, attention: _Attention, device: torch.device) -> bool:
     if not _layer_agrees(library, pruned, attention, device):
         return False
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(hidden_states: Tensor, *args: object, **kwargs: Any) -> object:
         layout = kwargs.get("trie_layout")
         rotary = kwargs.get("position_embeddings")
         is_pruned = _is_ours(layout) and layout.query_nodes is not None  # type: ignore[union-attr]

@@ -55,7 +55,7 @@ class FrozenLayer:
         return self.weight.modules[0].bias
 
     @classmethod
-    def of(cls, module: Any) -> FrozenLayer | None:
+    def of(cls, module: object) -> FrozenLayer | None:
         """The parts of a layer of the plain kind; None for everything else.
 
         Of another kind are layers with dropout, DoRA, adapter biases, trained base weights or biases, several adapters,
@@ -210,7 +210,7 @@ def fuse_linears(network: nn.Module) -> int:
 
 
 def _fused_forward(linear: JoinedLinear, library: Any) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
+    def forward(*args: Any, **kwargs: object) -> Tensor:
         if len(args) != 1 or kwargs or not linear.is_active():
             out: Tensor = library(*args, **kwargs)
             return out

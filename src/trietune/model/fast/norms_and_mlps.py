@@ -101,7 +101,7 @@ def _fuse_norm(module: nn.Module, proven: dict[type, bool]) -> bool:
 
     library: Callable[..., Tensor] = module.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
+    def forward(*args: Any, **kwargs: object) -> Tensor:
         if len(args) != 1 or kwargs:
             return library(*args, **kwargs)
         x: Tensor = args[0]
@@ -185,7 +185,7 @@ def _fuse_mlp(module: Any) -> bool:
 def _mlp_forward(
     module: Any, linear: JoinedLinear, activation: Activation, library: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
+    def forward(*args: Any, **kwargs: object) -> Tensor:
         if len(args) != 1 or kwargs or not linear.is_active():
             return library(*args, **kwargs)
         x: Tensor = args[0]

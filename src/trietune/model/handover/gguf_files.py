@@ -44,7 +44,7 @@ def write_model(
     file: Path,
     tensors: Iterator[tuple[str, np.ndarray]],
     names: GgufNames,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     vocabulary: Vocabulary,
     *,
     quantization: Quantization,

@@ -75,7 +75,11 @@ def read_gguf_tokenizer(folder: Path, *, vocabulary_size: int) -> GgufTokenizer:
 
 
 def _kind(
-    number: int, ids: Mapping[int, str], added: Mapping[int, Mapping[str, Any]], unknown: Any, is_sentencepiece: bool
+    number: int,
+    ids: Mapping[int, str],
+    added: Mapping[int, Mapping[str, object]],
+    unknown: object,
+    is_sentencepiece: bool,
 ) -> int:
     if number not in ids:
         return _UNUSED
@@ -121,7 +125,7 @@ def _scores(tokens: tuple[str, ...], kinds: tuple[int, ...], merges: Any) -> tup
     )
 
 
-def _has_space_prefix(content: Mapping[str, Any]) -> bool:
+def _has_space_prefix(content: Mapping[str, object]) -> bool:
     rules = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
     return '"Prepend"' in rules or '"prepend_scheme": "first"' in rules or '"prepend_scheme": "always"' in rules
 

@@ -164,7 +164,7 @@ class _Job:
     report: Report
 
 
-def _apart(job: _Job, staging: Path, quantization: Quantization) -> tuple[Callable[[], Any], str]:
+def _apart(job: _Job, staging: Path, quantization: Quantization) -> tuple[Callable[[], object], str]:
     """Write the adapter; returns what loads it from what was written, and its number format."""
     config = parse_config(job.files[CONFIG_FILE], where=str(job.folder / CONFIG_FILE))
     files = dict(job.files)
@@ -198,7 +198,7 @@ def _apart(job: _Job, staging: Path, quantization: Quantization) -> tuple[Callab
         if (job.folder / name).is_file() and not (staging / name).exists():
             shutil.copyfile(job.folder / name, staging / name)
 
-    def load() -> Any:
+    def load() -> object:
         weights = serialize({name: from_numpy(values) for name, values in tensors.items()})
         network = load_network(job.base, dtype=torch.float32, device=torch.device("cpu"), report=job.report)
         return load_adapter_files(network, {**files, WEIGHTS_FILE: weights}, where=str(staging))
@@ -206,7 +206,7 @@ def _apart(job: _Job, staging: Path, quantization: Quantization) -> tuple[Callab
     return load, form
 
 
-def _merged(job: _Job, staging: Path, quantization: Quantization) -> tuple[Callable[[], Any], str]:
+def _merged(job: _Job, staging: Path, quantization: Quantization) -> tuple[Callable[[], object], str]:
     """Write the whole model; returns what loads it from what was written, and its number format."""
     merged = staging / "merged"
     export_adapter(job.folder, merged, merge=True, base=job.base, report=job.report)
@@ -217,7 +217,7 @@ def _merged(job: _Job, staging: Path, quantization: Quantization) -> tuple[Calla
         dtype = str(json.loads((staging / "config.json").read_bytes())["dtype"])
         form = {"bfloat16": "bf16", "float16": "f16"}.get(dtype, "float32")
 
-        def load_folder() -> Any:
+        def load_folder() -> object:
             with quiet_library():
                 network = AutoModelForCausalLM.from_pretrained(
                     staging, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
@@ -242,7 +242,7 @@ def _merged(job: _Job, staging: Path, quantization: Quantization) -> tuple[Calla
     shutil.rmtree(merged)
     names = job.names
 
-    def load_gguf() -> Any:
+    def load_gguf() -> object:
         written = read_back(file)
         network = load_network(job.base, dtype=torch.float32, device=torch.device("cpu"), report=job.report)
         with torch.no_grad():
@@ -294,10 +294,10 @@ def _adapter_of_mlx(data: bytes, meant: Mapping[str, np.ndarray]) -> dict[str, n
     return found | {name: raw.to_numpy() for name, raw in left.items()}
 
 
-def _model_config(base: ModelFolder) -> dict[str, Any]:
+def _model_config(base: ModelFolder) -> dict[str, object]:
     """The base's configuration with `rope_parameters`, as the installed transformers reads it."""
     with quiet_library():
-        content: dict[str, Any] = (
+        content: dict[str, object] = (
             AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
             .get_text_config()
             .to_dict()

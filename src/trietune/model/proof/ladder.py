@@ -458,7 +458,9 @@ class _Prover:
         for factor in HEAD_FACTORS:
             seen: list[Any] = []
 
-            def enlarge(module: nn.Module, args: Any, output: Any, by: float = factor, seen: list[Any] = seen) -> Any:
+            def enlarge(
+                module: nn.Module, args: object, output: Any, by: float = factor, seen: list[object] = seen
+            ) -> object:
                 output.last_hidden_state = output.last_hidden_state * by
                 seen.append(output.last_hidden_state)
                 return output

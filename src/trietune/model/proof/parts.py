@@ -22,7 +22,7 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 _NUMBERS_OF_LAYERS = ("layer_idx", "layer_id", "training", FORWARD_BEFORE)
 
 
-def parts_of(network: Any) -> dict[str, nn.Module]:
+def parts_of(network: object) -> dict[str, nn.Module]:
     """All parts by name, in the order of the layers."""
     parts: dict[str, nn.Module] = {}
     layers = decoder_layers(network)
@@ -97,7 +97,7 @@ class InFullPrecision:
     def __init__(self, part: nn.Module) -> None:
         tensors: list[Tensor] = [*part.parameters(), *part.buffers()]
         self._kept = [(tensor, tensor.data) for tensor in tensors if tensor.dtype in HALF_PRECISION]
-        self._attributes: list[tuple[Any, str, Any]] = []
+        self._attributes: list[tuple[object, str, object]] = []
         for module in part.modules():
             frozen = vars(module).get("frozen_weight")
             if frozen is not None:
@@ -109,7 +109,7 @@ class InFullPrecision:
         for tensor, data in self._kept:
             tensor.data = data.float()
 
-    def _set(self, owner: Any, name: str, value: Any) -> None:
+    def _set(self, owner: object, name: str, value: object) -> None:
         self._attributes.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 

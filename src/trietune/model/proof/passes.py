@@ -103,7 +103,7 @@ class Scope:
 
 
 def record(
-    network: Any,
+    network: object,
     rows: PlainRows,
     scope: Scope,
     known: dict[str, Record],
@@ -121,7 +121,7 @@ def record(
     leaves: dict[str, Tensor] = {}
     upcast: dict[str, InFullPrecision] = {}
 
-    def before(name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(name: str, part: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         found = _hidden(args, kwargs)
         grid = None if found is None else _grid(found[1], rows.shape)
         mixes = len(args) + len(kwargs) > 1
@@ -141,7 +141,7 @@ def record(
             leaves[name] = leaf.requires_grad_(True)
         return _put(found[0], _ungrid(leaf, found[1]), args, kwargs)
 
-    def after(name: str, part: nn.Module, output: Any) -> Any:
+    def after(name: str, part: nn.Module, output: Any) -> object:
         one, returned = records.get(name), _first(output)
         first = _grid(returned, rows.shape)
         if one is None or one.output is not None or first is None:
@@ -196,7 +196,7 @@ def compare(
     leaves: dict[str, Tensor] = {}
     upcast: dict[str, InFullPrecision] = {}
 
-    def before(name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(name: str, part: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         found = _hidden(args, kwargs)
         grid = None if found is None or name not in records else _grid(found[1], places.shape)
         if found is None or grid is None or name in errors or name in leaves:
@@ -213,7 +213,7 @@ def compare(
         leaves[name] = leaf.requires_grad_(name in scope.with_gradients)
         return _put(found[0], _ungrid(leaf, found[1]), args, kwargs)
 
-    def after(name: str, part: nn.Module, output: Any) -> Any:
+    def after(name: str, part: nn.Module, output: object) -> object:
         leaf = leaves.pop(name, None)
         if leaf is None:
             return None
@@ -225,7 +225,7 @@ def compare(
         # Now: what else a part returns may be one of its own parameters (GPT-NeoX Japanese's bias).
         return None if first is None else _replaced(output, first)
 
-    def check(name: str, part: nn.Module, output: Any, leaf: Tensor) -> Tensor | None:
+    def check(name: str, part: nn.Module, output: object, leaf: Tensor) -> Tensor | None:
         one, returned = records[name], _first(output)
         assert one.output is not None
         assert one.returned is not None
@@ -274,7 +274,7 @@ def compare(
     return errors
 
 
-def compare_pointwise(part: nn.Module, network: Any, name: str, inputs: Tensor, attention: str) -> Error:
+def compare_pointwise(part: nn.Module, network: object, name: str, inputs: Tensor, attention: str) -> Error:
     """Values and gradients of a part that is given hidden states [n, D] alone, in fp32, called by itself.
 
     All of the part's weights are here.
@@ -322,7 +322,7 @@ def _error_of_grads(one: Record, grads: dict[str, Tensor]) -> float:
     return max([_relative(grads[name], grad) for name, grad in one.grads.items()], default=0.0)
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, Tensor] | None:
+def _hidden(args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[int | str, Tensor] | None:
     """The hidden states among a part's arguments, and where they stand."""
     if args and isinstance(args[0], Tensor):
         return 0, args[0]
@@ -332,7 +332,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, T
     return None
 
 
-def _grid(x: Any, shape: tuple[int, int]) -> Tensor | None:
+def _grid(x: object, shape: tuple[int, int]) -> Tensor | None:
     """Hidden states as [S, W, D]; None if `x` is none such.
 
     Some parts see them flat, [S * W, D]; some layers carry several streams, [S, W, N, D] or [N, S, W, D].
@@ -359,12 +359,12 @@ def _ungrid(grid: Tensor, like: Tensor) -> Tensor:
 
 
 def _put(
-    key: int | str, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    key: int | str, value: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     return ((value, *args[1:]), kwargs) if isinstance(key, int) else (args, {**kwargs, key: value})
 
 
-def _first(output: Any) -> Any:
+def _first(output: object) -> Any:
     return output[0] if isinstance(output, tuple | list) else output
 
 
@@ -418,7 +418,7 @@ def _error(ours: Tensor, theirs: Tensor, stream: Tensor | None, gradients: float
 
 
 @contextmanager
-def _hooks(parts: dict[str, nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+def _hooks(parts: dict[str, nn.Module], before: Callable[..., Any], after: Callable[..., object]) -> Iterator[None]:
     handles = []
     for name, part in parts.items():
         handles.append(part.register_forward_pre_hook(lambda m, a, k, n=name: before(n, m, a, k), with_kwargs=True))
@@ -431,7 +431,7 @@ def _hooks(parts: dict[str, nn.Module], before: Callable[..., Any], after: Calla
 
 
 @contextmanager
-def _standing_in(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def _standing_in(forwards: dict[nn.Module, Callable[..., object]]) -> Iterator[None]:
     """Let modules compute something else for a while."""
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
@@ -448,8 +448,8 @@ def _standing_in(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None
 
 @contextmanager
 def skipping(scope: Scope, known: dict[str, Record]) -> Iterator[None]:
-    def nothing(name: str) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+    def nothing(name: str) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
             found = _hidden(args, kwargs)
             assert found is not None
             first = found[1] if is_layer(name) else torch.zeros_like(found[1])
@@ -469,8 +469,8 @@ def _guarded(
 ) -> Iterator[None]:
     """A layer that raises must not hide the others: it is noted, and what it should have returned is handed on."""
 
-    def guard(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+    def guard(name: str, own: Callable[..., object]) -> Callable[..., object]:
+        def forward(*args: object, **kwargs: object) -> object:
             try:
                 return own(*args, **kwargs)
             except Exception as error:

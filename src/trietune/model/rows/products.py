@@ -64,13 +64,13 @@ class SharedProducts:
         finally:
             self._grid = before
 
-    def _with_grid(self, recompute: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_grid(self, recompute: Callable[..., object]) -> Callable[..., object]:
         """Checkpointed layers run again in the backward pass, when another grid may be there."""
 
-        def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def checkpoint(function: Callable[..., object], *args: object, **kwargs: object) -> object:
             grid = self._grid
 
-            def again(*inner: Any, **more: Any) -> Any:
+            def again(*inner: object, **more: object) -> object:
                 with self._over(grid):
                     return function(*inner, **more)
 
@@ -78,8 +78,8 @@ class SharedProducts:
 
         return checkpoint
 
-    def _once_a_node(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+    def _once_a_node(self, own: Callable[..., Any]) -> Callable[..., object]:
+        def forward(*args: Any, **kwargs: object) -> object:
             grid = self._grid
             flat = _flat(args[0], grid.shape) if grid is not None and len(args) == 1 and not kwargs else None
             if grid is None or flat is None:
@@ -94,7 +94,7 @@ class SharedProducts:
         return forward
 
 
-def _flat(x: Any, shape: tuple[int, int]) -> Tensor | None:
+def _flat(x: object, shape: tuple[int, int]) -> Tensor | None:
     """[R * W, D] of a floating tensor that holds something of each position of the grid."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return None
@@ -140,7 +140,7 @@ class _Trial:
     def __init__(self) -> None:
         self.inputs: dict[nn.Module, Tensor | None] = {}
 
-    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         is_alone = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
         first = output[0] if isinstance(output, tuple) and output else output
         if module in self.inputs and self.inputs[module] is None:
@@ -171,5 +171,5 @@ def _is_pointwise(module: nn.Module, x: Tensor | None, shape: tuple[int, int]) -
     return float((straight[order] - mixed).norm()) <= bound and float((straight - as_given).norm()) <= bound
 
 
-def _first(output: Any) -> Any:
+def _first(output: object) -> Any:
     return output[0] if isinstance(output, tuple) and output else output

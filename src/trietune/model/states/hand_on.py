@@ -37,12 +37,12 @@ class _Bound:
         self.carrier: Carrier | None = None
 
 
-def carries_states(network: Any) -> bool:
+def carries_states(network: object) -> bool:
     """Whether some layer has a mixer."""
     return bool(mixers_in(decoder_layers(network)))
 
 
-def carry_states(network: Any, only: nn.Module | None = None) -> int:
+def carry_states(network: object, only: nn.Module | None = None) -> int:
     """Install this in all decoder layers of `network`, or in the layer `only`; says how many mixers there are.
 
     Layers that have it already are left alone.
@@ -85,10 +85,10 @@ def _kinds_in(module: nn.Module) -> dict[str, Kind]:
     return found
 
 
-def _layer_forward(layer: nn.Module, bound: _Bound) -> Callable[..., Any]:
+def _layer_forward(layer: nn.Module, bound: _Bound) -> Callable[..., object]:
     own = layer.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: Any) -> object:
         before = bound.carrier
         told = next((kwargs[name] for name in _TOLD_BY if kwargs.get(name) is not None), None)
         bound.carrier = None if told is None else told.carrier
@@ -102,18 +102,18 @@ def _layer_forward(layer: nn.Module, bound: _Bound) -> Callable[..., Any]:
 
 def _mixer_forward(
     mixer: nn.Module, kinds: dict[str, Kind], bound: _Bound, number: tuple[int, int]
-) -> Callable[..., Any]:
+) -> Callable[..., object]:
     own = mixer.forward
     plain = inspect.unwrap(type(mixer).forward)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         carrier = bound.carrier
         if carrier is None:
             return own(*args, **kwargs)
         calls = 0
 
         def standing_for(function: Function, kind: Kind) -> Function:
-            def call(*inner: Any, **how: Any) -> Any:
+            def call(*inner: object, **how: object) -> object:
                 nonlocal calls
                 calls += 1
                 return kind(function, carrier, Place(*number, calls))(*inner, **how)

@@ -85,7 +85,7 @@ def chunk_for(length: int, default: int) -> int:
 
 def _window(library: Function, carrier: Carrier, place: Place) -> Function:
     def causal_conv1d_fn(
-        hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
+        hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: object
     ) -> Tensor:
         def run(rows: Tensor) -> Tensor:
             out: Tensor = library(rows, weight, bias, activation=activation)
@@ -109,11 +109,11 @@ def _delta_rule(library: Function, carrier: Carrier, place: Place) -> Function:
         initial_state: Tensor | None = None,
         output_final_state: bool = False,
         use_qk_l2norm_in_kernel: bool = False,
-        **_: Any,
+        **_: object,
     ) -> tuple[Tensor, None]:
-        def run(inputs: list[Tensor], start: Tensor | None, wants_state: bool) -> tuple[Tensor, Any]:
+        def run(inputs: list[Tensor], start: Tensor | None, wants_state: bool) -> tuple[Tensor, object]:
             v, q, k, decay, b = inputs
-            found: tuple[Tensor, Any] = library(
+            found: tuple[Tensor, object] = library(
                 q,
                 k,
                 v,
@@ -146,11 +146,11 @@ def _mamba2(library: Function, carrier: Carrier, place: Place) -> Function:
         dt_bias: Tensor | None = None,
         dt_softplus: bool = False,
         dt_limit: tuple[float, float] = (0.0, float("inf")),
-        **_: Any,
+        **_: object,
     ) -> Tensor:
         steps = _time_steps(dt, dt_bias, is_softplus=dt_softplus).clamp(*dt_limit)
 
-        def run(inputs: list[Tensor], start: Tensor | None, wants_state: bool) -> tuple[Tensor, Any]:
+        def run(inputs: list[Tensor], start: Tensor | None, wants_state: bool) -> tuple[Tensor, object]:
             x, time, b, c = inputs
             out = library(
                 x,
@@ -188,12 +188,12 @@ def _mamba1(library: Function, carrier: Carrier, place: Place) -> Function:
         delta_bias: Tensor | None = None,
         delta_softplus: bool = False,
         return_last_state: bool = False,
-        **how: Any,
+        **how: object,
     ) -> Tensor:
         bias = None if delta_bias is None else delta_bias[..., None]
         steps = _time_steps(dt, bias, is_softplus=delta_softplus)
 
-        def run(inputs: list[Tensor], start: Tensor | None, wants_state: bool) -> tuple[Tensor, Any]:
+        def run(inputs: list[Tensor], start: Tensor | None, wants_state: bool) -> tuple[Tensor, object]:
             u, time, b, c = (x.transpose(1, 2) for x in inputs)  # positions last
             found = library(u, time, A, b, c, D=D, return_last_state=wants_state, **how)
             out, state = found if wants_state else (found, None)

@@ -42,7 +42,7 @@ def bytes_of_scans(given: PreTrainedModel) -> list[int]:
     found: list[int] = []
     known: dict[object, int] = {}
     with torch.device("meta"):
-        network: Any = type(given)(copy.deepcopy(given.config))
+        network: object = type(given)(copy.deepcopy(given.config))
         for layer in decoder_layers(network):
             total = 0
             for mixer in mixers_in(layer):

@@ -48,7 +48,7 @@ class _Notes:
         return inputs[0]
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **told: Any
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **told: object
     ) -> tuple[Tensor, None]:
         (self.attending if told.get("trie_layout") is self else self.untold).append(module)
         batch, num_heads, length, _ = query.shape
@@ -91,11 +91,11 @@ def refuse_mixing(given: PreTrainedModel) -> str | None:
     return None
 
 
-def run_decoder(network: Any, told: Any) -> None:
+def run_decoder(network: object, told: object) -> None:
     """Run the decoder on a few tokens as a trie's layers are run."""
     tokens = torch.zeros(1, _NUM_TOKENS, dtype=torch.long)
     decoder = decoder_of(network)
-    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.zeros(1, 1, 1, 1), "use_cache": False}
+    inputs: dict[str, object] = {"input_ids": tokens, "attention_mask": torch.zeros(1, 1, 1, 1), "use_cache": False}
     decoder(**inputs, position_ids=tokens, trie_layout=told)
 
 

@@ -27,7 +27,7 @@ SECONDS_BETWEEN_FRAMES = 0.25
 def is_notebook() -> bool:
     """Whether what is printed goes to the output of a cell: of Jupyter, VS Code, Colab or Kaggle."""
     ipython = sys.modules.get("IPython")
-    shell: Any = ipython.get_ipython() if ipython is not None else None
+    shell: object = ipython.get_ipython() if ipython is not None else None
     return shell is not None and getattr(shell, "kernel", None) is not None
 
 
@@ -86,7 +86,7 @@ class NotebookScreen:
             self._handle.update(data, raw=True)
 
 
-def _display(data: dict[str, str], **options: Any) -> Any:
+def _display(data: dict[str, str], **options: object) -> object:
     from IPython.display import display
 
     return display(data, raw=True, **options)

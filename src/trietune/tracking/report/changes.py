@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from trietune.tracking.events import Prediction
 from trietune.tracking.report.paired import PairedTest, compare_scores
@@ -190,5 +189,5 @@ def left_out_of(changes: Changes) -> str:
     """`9,000 of 10,000 examples have no row here; all are in predictions.jsonl`; empty if every one has."""
     if not changes.num_left_out:
         return ""
-    total: Any = changes.num_left_out + len(changes.rows)
+    total: object = changes.num_left_out + len(changes.rows)
     return f"{changes.num_left_out:,} of {total:,} examples have no row here; all are in predictions.jsonl"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from trietune.io.json_types import JsonMapping, JsonObject
 from trietune.tracking import wording
@@ -78,5 +77,5 @@ def _name_series(all_series: Sequence[JsonObject], run_names: Sequence[str]) -> 
         series["name"] = run_name if not has_two_kinds else kind if len(run_names) == 1 else f"{run_name}, {kind}"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from trietune.errors import UserError
 from trietune.io.columns import columns
@@ -242,7 +241,7 @@ class ReportListener:
         self._not_before_s = now_s + (now_s - began_s) / LARGEST_SHARE_OF_TIME
 
 
-def embedded_json(content: Any) -> str:
+def embedded_json(content: object) -> str:
     """Strict JSON that can stand in a script element: whatever could end or comment it is escaped."""
     text = json.dumps(plain(content), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":
@@ -333,7 +332,7 @@ def _metrics_of(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     return [(key, wording.metric_name(key)) for key in keys]
 
 
-def _shown_value(value: Any) -> str:
+def _shown_value(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, (list, tuple)):

@@ -87,8 +87,8 @@ class WandbListener:
         self._trouble: str | None = None
         self._directory: Path | None = None
         self._run_id = ""
-        self._config: Mapping[str, Any] = {}
-        self._finish: dict[str, Any] = {"do": "finish", "exit_code": 1, "summary": {}}
+        self._config: Mapping[str, object] = {}
+        self._finish: dict[str, object] = {"do": "finish", "exit_code": 1, "summary": {}}
 
     def handle(self, event: Event) -> None:
         """Queue what W&B should hear of `event`; takes microseconds."""
@@ -238,7 +238,7 @@ class WandbListener:
                     counts = ", ".join(f"{number:,} x {name}" for name, number in num_failures.items())
                     self._tell(f"W&B: in all, not recorded: {counts}", is_warning=True)
 
-    def _settings(self, mode: str, url: str) -> dict[str, Any]:
+    def _settings(self, mode: str, url: str) -> dict[str, object]:
         """What `wandb.init` gets. Code, command line, machine and console stay out: they can carry secrets."""
         return {
             "project": self._project,
@@ -281,7 +281,7 @@ def watched_kinds(mode: WatchMode) -> tuple[str, ...]:
     return ("gradients", "parameters") if mode == "all" else (mode,)
 
 
-def artifact_message(event: Saved, config: Mapping[str, Any], run_id: str) -> dict[str, Any]:
+def artifact_message(event: Saved, config: Mapping[str, object], run_id: str) -> dict[str, object]:
     """A saved folder as a version of the run's artifact, with where it comes from."""
     metadata = {
         "step": event.step,
@@ -353,7 +353,7 @@ def read(stream: IO[str]) -> dict[str, Any]:
     return dict(json.loads(line)) if line else {}
 
 
-def send(stream: IO[str], message: Mapping[str, Any]) -> None:
+def send(stream: IO[str], message: Mapping[str, object]) -> None:
     stream.write(json.dumps(message) + "\n")
     stream.flush()
 

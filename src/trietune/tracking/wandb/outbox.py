@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any
 
 from trietune.tracking.events import Histograms
 
@@ -18,7 +17,7 @@ class Outbox:
 
     def __init__(self, most_messages: int = MOST_MESSAGES, most_histograms: int = MOST_HISTOGRAMS) -> None:
         # One more measurement than fits pushes the oldest one out.
-        self._messages: deque[dict[str, Any]] = deque(maxlen=most_messages)
+        self._messages: deque[dict[str, object]] = deque(maxlen=most_messages)
         self._histograms: deque[Histograms] = deque()
         self._most_histograms = most_histograms
         self._changed = threading.Condition()
@@ -29,7 +28,7 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._messages) + len(self._histograms)
 
-    def put(self, message: dict[str, Any] | Histograms) -> None:
+    def put(self, message: dict[str, object] | Histograms) -> None:
         """Queue a message; histograms only where fewer than the limit wait, since a later one says more."""
         with self._changed:
             if self._is_discarding:
@@ -43,7 +42,7 @@ class Outbox:
                 self.num_dropped_histograms += 1
             self._changed.notify()
 
-    def take(self) -> dict[str, Any] | None:
+    def take(self) -> dict[str, object] | None:
         """The next message, waiting for it; None when the outbox is closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._histograms or self._messages or self._is_closed)
@@ -72,11 +71,11 @@ class Outbox:
         return " and ".join(parts) + " were not sent" if parts else ""
 
 
-def histograms_message(event: Histograms) -> dict[str, Any]:
+def histograms_message(event: Histograms) -> dict[str, object]:
     """Arrays as counts and edges of 64 bins; values that are not finite are left out and counted beside them."""
     import numpy as np
 
-    histograms: dict[str, Any] = {}
+    histograms: dict[str, object] = {}
     num_not_finite = 0
     for name, values in event.arrays.items():
         finite = values[np.isfinite(values)]

@@ -63,7 +63,7 @@ def main() -> None:
         run.finish(exit_code=1)
 
 
-def start(settings: dict[str, Any], config: dict[str, Any]) -> Any:
+def start(settings: dict[str, Any], config: dict[str, object]) -> object:
     """Open the run, with the run's own steps as the axis of every curve.
 
     W&B drops values whose step is not larger than the last one; on an axis of our own, a resumed run may repeat steps.
@@ -110,7 +110,7 @@ def is_end_of_service(error: Exception) -> bool:
     return isinstance(error, ConnectionError) or type(error).__name__ in ("MailboxClosedError", "HandleAbandonedError")
 
 
-def reply(replies: TextIO, told: str, **content: Any) -> None:
+def reply(replies: TextIO, told: str, **content: object) -> None:
     """Write one reply; a run that is gone reads none."""
     try:
         replies.write(json.dumps({"told": told, **content}) + "\n")
