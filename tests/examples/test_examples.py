@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import trietune
+from slow_cases import slow_but
 from tiny_model import write_tiny_model
 
 # PEFT 0.21 asks transformers 5.23 by a name that the latter has renamed.
@@ -62,7 +63,7 @@ def test_minimal_loop_stays_about_a_hundred_lines() -> None:
     assert len(lines) < 115, "it is to be read in one sitting"
 
 
-@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", slow_but(YAML_FILES, *YAML_FILES[::3]), ids=lambda path: path.stem)
 def test_yaml_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tiny model, whose tokens are characters, and for three steps."""
     monkeypatch.chdir(ROOT)

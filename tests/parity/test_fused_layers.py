@@ -28,7 +28,7 @@ def build(family: str, dtype: torch.dtype, **changes: object) -> torch.nn.Module
     return in_double(network) if dtype == torch.float64 else network.to(dtype)  # type: ignore[arg-type, operator, return-value]
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("targets", ["all-linear", pytest.param(["q_proj", "v_proj"], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("batching", ["trie", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FP64_TOLERANCE), (torch.float32, FP32_TOLERANCE)])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from slow_cases import slow_but
 from trietune import load_config, train
 from trietune.io import manifest
 from trietune.io.directory import read_directory, read_manifest
@@ -65,7 +66,7 @@ def weights(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])
-@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("changes", slow_but([{}, {"modules_to_save": ["lm_head"]}], {}))
 def test_a_stop_in_the_final_evaluation_saves_the_last_steps_weights(
     number: signal.Signals, changes: dict[str, object], settings: dict[str, object]
 ) -> None:

@@ -267,6 +267,7 @@ def test_the_original_command_trains(overrides: dict[str, object], tmp_path: Pat
     assert (tmp_path / "runs" / "tt-gemma11-sst2" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_second_process_on_one_run_is_refused(overrides: dict[str, object], tmp_path: Path) -> None:
     from trietune.checkpoints.lock import RunLock
 

@@ -83,7 +83,7 @@ def test_a_longer_plan_goes_on_from_the_last_checkpoint(start: Resume, folder: P
     assert (folder / "checkpoints" / "step-00000005").is_dir()
 
 
-@pytest.mark.parametrize("how", ["longer plan", "damaged", "another run's"])
+@pytest.mark.parametrize("how", slow_but(["longer plan", "damaged", "another run's"], "longer plan"))
 def test_without_a_checkpoint_an_adapter_is_never_replaced(how: str, start: Resume, folder: Path) -> None:
     assert start(save_strategy="no")[0] == 0
     if how == "damaged":

@@ -91,7 +91,8 @@ def test_nothing_beside_a_gguf_file_is_read(tmp_path: Path) -> None:
     assert trapped(tmp_path), "and `y` runs nothing"
 
 
-@pytest.mark.parametrize("model_type", [pytest.param("llama", marks=pytest.mark.slow), "trap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "trap"])
 def test_code_in_a_base_folder_is_not_run(tmp_path: Path, tiny_model: Path, model_type: str) -> None:
     base = tmp_path / "base"
     base.mkdir()

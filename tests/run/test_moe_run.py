@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from causal_types.small_models import small_network
+from slow_cases import slow_but
 from trietune.config import load_config
 from trietune.config.settings import Settings
 from trietune.errors import EXIT_USER_ERROR, UserError
@@ -76,7 +77,7 @@ def logits_of(network: Any) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", slow_but(["mixtral", "qwen3_moe"], "mixtral"))
 def test_a_run_with_experts_is_read_back_by_us_and_by_plain_peft(
     model_type: str, moe: Any, overrides: dict[str, object]
 ) -> None:
@@ -119,6 +120,7 @@ def test_predict_export_merge_and_verify_of_a_run_with_experts(
     assert (folded - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_experts_equals_one_that_never_stopped(moe: Any, overrides: dict[str, object]) -> None:
     folder = moe("mixtral")
     more: dict[str, object] = {"save_strategy": "step", "save_optim": True, "max_steps": 4}

@@ -296,7 +296,7 @@ def test_key_changes_what_is_learnt(key: str, overrides: dict[str, object]) -> N
 
 
 @pytest.mark.parametrize("attention", ["rows", "mask"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_but([False, True], True))
 def test_attention_and_checkpointing_change_no_number(
     attention: str, checkpointing: bool, overrides: dict[str, object]
 ) -> None:
