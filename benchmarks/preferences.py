@@ -9,6 +9,8 @@ engine lives in a process of its own, and rounds go from one to the next in turn
 Why: answers to one prompt share all of it. A trainer that knows rows of its own computes the prompt once per answer,
 one that knows pairs once per answer and pair.
 
+`--dtype float32` where the processor has no products in bf16: there they take eight times as long, for all engines.
+
 What it does not show: quality, real text, other lengths, the pass over the reference. Answers of random tokens share
 nothing among themselves, which real ones often do. On a CPU, TRL's head computes logits at every position.
 """

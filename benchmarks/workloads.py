@@ -171,16 +171,16 @@ def random_questions(
     return flatten(rows)
 
 
-# prompt and answer tokens, answers of a row, rows of a step
+# Prompt and answer tokens, answers of a row, rows of a step: few rows, for TRL computes 42 sequences for seven answers.
 PREFERENCES = {
-    "pairs-equal": (128, 128, 2, 8),
-    "pairs-long-prompt": (256, 64, 2, 8),
-    "ranked-4": (128, 32, 4, 8),
-    "ranked-7": (128, 32, 7, 4),
+    "pairs-equal": (128, 128, 2, 4),
+    "pairs-long-prompt": (256, 64, 2, 4),
+    "ranked-4": (128, 32, 4, 2),
+    "ranked-7": (128, 32, 7, 1),
 }
 
 
-def preferences(name: str, *, vocabulary: int, num_rounds: int, steps_a_round: int = 2, seed: int = SEED) -> Workload:
+def preferences(name: str, *, vocabulary: int, num_rounds: int, steps_a_round: int = 1, seed: int = SEED) -> Workload:
     """Random tokens: rows of a prompt and its answers, the best first. Lengths vary by a quarter."""
     prompt, answer, num_answers, batch_size = PREFERENCES[name]
     generator = np.random.default_rng(seed)
