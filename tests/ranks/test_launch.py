@@ -69,6 +69,18 @@ def test_a_messenger_is_not_called_the_culprit() -> None:
     assert not said  # the messenger has said who it was, and what comes next
 
 
+def test_a_failure_that_is_missed_before_it_has_ended_gives_the_code() -> None:
+    text = "import time; time.sleep(0.5 * (rank == '2')); sys.exit(1 if rank == '2' else 7)"
+    assert run(text) == (1, "")
+
+
+def test_a_kill_that_is_missed_before_it_is_seen_is_named() -> None:
+    text = "import time; time.sleep(0.5 * (rank == '2')); os.kill(os.getpid(), 9) if rank == '2' else sys.exit(7)"
+    code, said = run(text)
+    assert code == 7
+    assert "error: rank 2 of 3 (process " in said
+
+
 def test_a_restart_goes_on_with_resume(tmp_path: Path) -> None:
     text = (
         f"open(os.path.join({str(tmp_path)!r}, 'starts'), 'a').write(f'{{rank}} {{sys.argv[1:]}}\\n')\n"

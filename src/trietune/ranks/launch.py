@@ -24,6 +24,8 @@ from trietune.ranks.launched import BEGAN, QUIET
 GRACE_S = 3.0
 # After a failure that the others hear of from the one that failed, such as a mistake in the settings.
 GRACE_AFTER_NEWS_S = 20.0
+# After one has ended because another one is missing: how long that other one may take to end, too.
+CAUSE_WITHIN_S = 2.0
 POLL_S = 0.1
 # Those that end a run with its work saved. (macOS has no PWR.)
 FORWARDED = tuple(
@@ -126,7 +128,8 @@ class Processes:
         deadline = None
         while any(child.poll() is None for child in self._children):
             time.sleep(POLL_S)
-            first = first or self._first_failed()
+            if first is None and (first := self._first_failed()) is not None:
+                first = self._cause(first)
             if self._must_leave and deadline is None:
                 deadline = time.monotonic() + GRACE_S
             if first is not None and deadline is None and self.stopped_by is None:
@@ -136,7 +139,9 @@ class Processes:
                     self.send(signal.SIGTERM)
             if deadline is not None and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
-        return first or self._first_failed()
+        if first is None and (first := self._first_failed()) is not None:
+            first = self._cause(first)
+        return first
 
     def send(self, number: signal.Signals) -> None:
         """A signal to all that are still there."""
@@ -160,6 +165,19 @@ class Processes:
 
     def _beginning(self) -> dict[str, str]:
         return {} if self.began is None else {BEGAN: repr(self.began)}
+
+    def _cause(self, first: Ended) -> Ended:
+        """The process that failed by itself, if `first` only misses it: it may be slower to end than to be missed."""
+        deadline = time.monotonic() + CAUSE_WITHIN_S
+        while first.code == EXIT_RANK_LOST:
+            codes = [child.poll() for child in self._children]
+            for number, code in enumerate(codes):
+                if code not in (None, 0, EXIT_RANK_LOST):
+                    return Ended(number, self._children[number].pid, code)
+            if None not in codes or time.monotonic() > deadline:
+                break
+            time.sleep(POLL_S)
+        return first
 
     def _first_failed(self) -> Ended | None:
         for number, child in enumerate(self._children):
