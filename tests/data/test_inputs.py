@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,3 +75,25 @@ def test_what_cannot_be_read_is_named_as_in_training(name: str, content: bytes, 
         list(read_inputs(tmp_path / name))
     with pytest.raises(UserError, match="no such file"):
         list(read_inputs(tmp_path / "other.txt"))
+
+
+def test_a_packed_text_that_is_cut_or_damaged_is_named(tmp_path: Path) -> None:
+    packed = gzip.compress("".join(f"text {number * 7919}\n" for number in range(5000)).encode())
+    cut, flipped = tmp_path / "cut.txt.gz", tmp_path / "flipped.txt.gz"
+    cut.write_bytes(packed[: len(packed) // 2])
+    flipped.write_bytes(packed[:-6] + bytes([packed[-6] ^ 255]) + packed[-5:])
+    for path, error in ((cut, EOFError), (flipped, gzip.BadGzipFile)):
+        with pytest.raises(error), gzip.open(path) as file:
+            file.read()
+        with pytest.raises(UserError, match=f"cannot read `{path}`") as refused:
+            list(read_inputs(path))
+        assert refused.value.exit_code == 2
+
+
+def test_what_is_there_but_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, kind in (("pipe", "is a pipe"), ("folder", "is a folder"), ("link", "is a link to `nowhere`")):
+        with pytest.raises(UserError, match=kind):
+            list(read_inputs(tmp_path / name))

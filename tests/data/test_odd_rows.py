@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from tiny_model import write_tiny_model
 from trietune.config import load_config
 from trietune.data.encoder import load_tokenizer
+from trietune.data.files import read_rows
 from trietune.data.load import load_data
 from trietune.errors import UserError
 
@@ -89,6 +93,82 @@ def test_a_parquet_object_with_a_field_twice_is_named(tokenizer: Any, tmp_path: 
     pq.write_table(pa.table({"prompt": ["a", "b"], "completion": ["a", "b"], "more": twice}), path)
     with pytest.raises(UserError, match=r"rows\.parquet"):
         load(path, tokenizer)
+
+
+def write_arrow(path: Path, num_rows: int = 4000) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"prompt": [f"text {number}" for number in range(num_rows)], "completion": ["a"] * num_rows})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+
+
+def test_an_arrow_file_that_is_cut_short_while_it_is_read_ends_no_process(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    path = tmp_path / "rows.arrow"
+
+    def ends(read: Any) -> int:
+        write_arrow(path)
+        child = os.fork()
+        if child == 0:
+            faulthandler.disable()
+            rows = iter(read())
+            next(rows)
+            os.truncate(path, 16_384)
+            try:
+                for _ in rows:
+                    pass
+            except UserError as error:
+                os._exit(error.exit_code if "rows.arrow" in str(error) else 99)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def mapped() -> Any:
+        return (row for batch in pa.ipc.open_stream(pa.memory_map(str(path))) for row in batch.to_pylist())
+
+    assert ends(mapped) == -signal.SIGBUS, "the fault did not happen"
+    assert ends(lambda: read_rows(path)) == 2
+
+
+def test_arrow_text_that_is_not_utf8_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    ends = pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0")
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, ends, pa.py_buffer(b"ok\xff\xfe")])
+    table = pa.table({"prompt": broken, "completion": ["a", "b"]})
+    path = tmp_path / "rows.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match="not an arrow file that can be read: 'utf-8' codec") as refused:
+        load(path, tokenizer)
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-32", "punycode", "utf-16"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.json", "rows.txt"])
+def test_a_file_of_another_encoding_is_named(encoding: str, name: str, tokenizer: Any, tmp_path: Path) -> None:
+    texts = {
+        "csv": "prompt,completion\na,b\n\u00e9,d\n", "tsv": "prompt\tcompletion\na\tb\n\u00e9\td\n",
+        "jsonl": '{"prompt": "a", "completion": "\u00e9"}\n', "json": '[{"prompt": "a", "completion": "\u00e9"}]',
+        "txt": "a line\n\u00e9\n",
+    }  # fmt: skip
+    path = tmp_path / name
+    path.write_text(texts[name.partition(".")[2]], "utf-8")
+    with pytest.raises(UnicodeError):
+        path.read_text(encoding)
+    with pytest.raises(UserError, match=rf"`{name}` is not {encoding} text") as refused:
+        load(path, tokenizer, file_encoding=encoding)
+    assert refused.value.exit_code == 2
+
+
+def test_what_is_there_but_no_file_is_called_what_it_is(tokenizer: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("nowhere")
+    for name, kind in (("pipe.jsonl", "is a pipe"), ("link.jsonl", "is a link to `nowhere`")):
+        with pytest.raises(UserError, match=kind) as refused:
+            load(tmp_path / name, tokenizer)
+        assert "did you mean" not in str(refused.value)
 
 
 def test_fifty_thousand_columns_are_looked_through_once(tokenizer: Any, tmp_path: Path) -> None:

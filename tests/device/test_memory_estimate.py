@@ -130,6 +130,8 @@ def test_the_bound_follows_free_memory_within_limits() -> None:
         (RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"), True),
         (RuntimeError("Bad StatusOr access: RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
         (ValueError("out of memory"), False),
     ],
 )

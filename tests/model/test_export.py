@@ -222,6 +222,18 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str, mer
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "prompt_format.json"])
+def test_a_link_to_itself_is_no_plain_file(tmp_path: Path, name: str) -> None:
+    adapter = _adapter(_base(tmp_path / "base"), tmp_path / "adapter")
+    (adapter / name).unlink(missing_ok=True)
+    (adapter / name).symlink_to(name)
+    with pytest.raises(RuntimeError, match="Symlink loop"):
+        (adapter / name).resolve()
+    with pytest.raises(UserError, match=r"not a plain file|holds no adapter"):
+        export_adapter(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "tokenizer.json"])
 def test_a_link_out_of_the_base_is_not_followed_by_a_merge(tmp_path: Path, name: str) -> None:
     base = _base(tmp_path / "base")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trietune import UserError, load_config, train
+from trietune.cli.app import main
 from trietune.model.causal_lm import TrieModel
 from trietune.tracking.events import Event, Message, StepFinished
 from trietune.tracking.tracker import Tracker
@@ -87,3 +92,24 @@ def test_one_example_that_does_not_fit_ends_the_run_with_a_remedy(
     assert caught.value.what.startswith("not enough memory for one example of ")
     assert "step 1, on CPU" in str(caught.value)
     assert remedy in str(caught.value)
+
+
+def test_a_process_that_gets_no_thread_says_so(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["predict", str(tiny_model), "a film", "--set", "dtype=float32", "--max-new-tokens", "1"]
+    assert main(command) == 0  # all is imported
+    child = os.fork()
+    if child == 0:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        threading.stack_size(1 << 30)  # a new thread needs as much address space
+        resource.setrlimit(resource.RLIMIT_AS, (size + (512 << 20), resource.RLIM_INFINITY))
+        try:
+            threading.Thread(target=print).start()
+            os._exit(98)  # the fault did not happen
+        except RuntimeError:
+            pass
+        os._exit(main(command))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    text = capfd.readouterr().err
+    assert "the system gives this process no further thread" in text
+    assert "ulimit -v" in text
+    assert "config.json" not in text, "no file is to blame"

@@ -18,6 +18,7 @@ from trietune.io.adapter_place import CONFIG_FILE
 from trietune.io.directory import DamagedDirectory
 from trietune.io.json_types import JsonObject
 from trietune.io.manifest import MANIFEST_NAME, Manifest
+from trietune.io.places import real_path
 from trietune.io.run_folders import which_run
 
 
@@ -71,7 +72,7 @@ def list_checkpoints(store: CheckpointStore, remote: RemoteRun | None = None) ->
 
 def verify_path(path: Path) -> list[Verification]:
     """Prove a checkpoint, an adapter, or all that a run directory holds. Raises `UserError` when nothing is there."""
-    path = path.resolve()
+    path = real_path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder", next_step=which_run(path))
     folders = sorted(

@@ -29,6 +29,7 @@ from trietune.io.directory import DamagedDirectory, FileContent
 from trietune.io.disk_errors import SaveFailed
 from trietune.io.json_types import JsonMapping
 from trietune.io.manifest import Manifest, ManifestInfo
+from trietune.io.places import real_path
 
 ResumeOption = Literal["last", "best", "path"]
 
@@ -329,7 +330,7 @@ class CheckpointStore:
         whole = [item.path for item in found if item.damage is None]
         if path is None:
             raise messages.path_is_empty(whole)
-        chosen = next((item for item in found if item.path.resolve() == path.resolve()), None)
+        chosen = next((item for item in found if real_path(item.path) == real_path(path)), None)
         if chosen is None:
             raise messages.path_is_not_ours(path, self.folder, whole)
         try:

@@ -28,6 +28,7 @@ from trietune.cli.streams import OutputLost, end_streams, exit_code_of, guard_st
 from trietune.cli.sweep import sweep
 from trietune.cli.train import train
 from trietune.errors import EXIT_BUG, EXIT_DONE, StopRequested, UserError
+from trietune.io.causes import first_line, lacks_threads
 from trietune.ranks.launched import be_quiet_if_launched
 from trietune.ranks.messages import FailedElsewhere
 from trietune.run.malloc import keep_freed_memory
@@ -88,9 +89,37 @@ def _run(arguments: Sequence[str] | None) -> int:
         return exit_code_of(lost)
     except (OSError, MemoryError) as error:
         return _refused_by_the_system(error)
-    except Exception as error:
-        return _report_bug(error)
+    except BaseException as error:
+        # What panics in Rust (tokenizers, safetensors) comes as an exception of its own, beside `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        return _without_means(error) or _report_bug(error)
     return EXIT_DONE
+
+
+def _without_means(error: BaseException) -> int | None:
+    """The exit code where memory or threads ran out, which is said; None for anything else."""
+    if lacks_threads(error):
+        mistake = UserError(
+            "the system gives this process no further thread",
+            next_step="raise its limits (`ulimit -u`, `ulimit -v`), or set OMP_NUM_THREADS=1 and RAYON_NUM_THREADS=1",
+        )
+    elif "torch" in sys.modules and _is_out_of_memory(error):
+        mistake = UserError(
+            f"memory ran out: {first_line(error)[:200]}",
+            next_step="a smaller model or `max_tokens_per_micro_batch` needs less; `ulimit -v` shows whether this "
+            "process is limited",
+        )
+    else:
+        return None
+    say(str(mistake), err=True)
+    return mistake.exit_code
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    from trietune.device.memory import is_out_of_memory  # loads torch
+
+    return is_out_of_memory(error)
 
 
 def _refused_by_the_system(error: OSError | MemoryError) -> int:
@@ -124,7 +153,7 @@ def _write_traceback(error: BaseException) -> str:
     return file.name
 
 
-def _report_bug(error: Exception) -> int:
+def _report_bug(error: BaseException) -> int:
     from trietune.config.secrets import without_secrets  # loads pydantic
 
     try:

@@ -11,6 +11,7 @@ from trietune.cli.options import AsJson, RunFolder
 from trietune.cli.printing import print_json, say, say_line
 from trietune.cli.streams import verdict
 from trietune.errors import EXIT_BUG, EXIT_DONE, EXIT_UPLOAD_INCOMPLETE, UserError
+from trietune.io.places import real_path
 from trietune.io.run_folders import which_run
 
 if TYPE_CHECKING:
@@ -105,4 +106,4 @@ def _open_store(run: Path) -> tuple[CheckpointStore, RemoteRun | None, Settings]
         metric=settings.checkpoint_metric,
         mode=settings.checkpoint_metric_mode,
     )
-    return store, open_remote(settings.storage_backend, settings.remote_path, run.resolve().name), settings
+    return store, open_remote(settings.storage_backend, settings.remote_path, real_path(run).name), settings

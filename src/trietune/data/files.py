@@ -25,6 +25,7 @@ from trietune.data.opening import (
     FileOptions,
     NumberedRow,
     Row,
+    not_of_encoding,
     open_bytes,
     read_lines,
     read_start,
@@ -70,14 +71,17 @@ def read_rows(path: Path, options: FileOptions = AS_USUAL) -> Iterator[NumberedR
         UserError: the file cannot be opened, or is not in a form that is known.
     """
     reader = _READERS[detect_format(path)]
-    with _readable(path):
+    with readable(path, options):
         yield from reader(path, options)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path, options: FileOptions = AS_USUAL) -> Iterator[None]:
+    """Turn what reading a file raises into a `UserError` that names it: rights, a cut archive, another encoding."""
     try:
         yield
+    except UnicodeError as error:
+        raise not_of_encoding(path, options, error) from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"cannot read `{path}`: {getattr(error, 'strerror', None) or error}",
@@ -113,14 +117,14 @@ def detect_format(path: Path) -> Format:
         )
     if by_suffix not in ("json", "jsonl"):
         return by_suffix
-    with _readable(path):
+    with readable(path):
         return _sniff_json(path, by_suffix)
 
 
 def count_rows(path: Path, options: FileOptions = AS_USUAL) -> int:
     """How many rows `read_rows` will give, broken ones included; parses only what it must."""
     form = detect_format(path)
-    with _readable(path):
+    with readable(path, options):
         match form:
             case "parquet":
                 import pyarrow.parquet

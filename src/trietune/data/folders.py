@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from trietune.data.files import FORMATS_IN_WORDS, format_suffix, is_data_file
-from trietune.data.opening import AS_USUAL, FileOptions
+from trietune.data.opening import AS_USUAL, FileOptions, no_plain_file
 from trietune.data.repositories import configured_splits, saved_splits
 from trietune.data.rows import FileRows, Rows
 from trietune.errors import UserError
@@ -186,6 +186,14 @@ def _expand(path: Path, key: str) -> list[Path]:
 
 
 def no_such_path(path: Path, key: str) -> UserError:
+    if (kind := no_plain_file(path)) is not None:
+        return UserError(
+            f"`{path}` is not read as data: it {kind}",
+            where=f"`{key}`; data is read more than once",
+            next_step="check the path"
+            if path.is_symlink()
+            else "write what comes from there into a file, and name that",
+        )
     neighbors = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, neighbors, n=1)
     return UserError(

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from trietune.data.files import FORMAT_OF_SUFFIX, detect_format, format_suffix, read_rows
+from trietune.data.files import FORMAT_OF_SUFFIX, detect_format, format_suffix, read_rows, readable
 from trietune.data.json_text import JsonDecoder, RepeatedKeyError
-from trietune.data.opening import AS_USUAL, BrokenRow, FileOptions, read_lines
+from trietune.data.opening import AS_USUAL, BrokenRow, FileOptions, no_plain_file, read_lines
 from trietune.errors import UserError
 
 
@@ -23,7 +23,19 @@ def read_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[object]
         UserError: it cannot be read, or a row of it cannot.
     """
     if not path.is_file():
-        raise UserError(f"`--input {path}` cannot be read: there is no such file", next_step="check the path")
+        raise UserError(
+            f"`--input {path}` cannot be read: it {kind}"
+            if (kind := no_plain_file(path))
+            else f"`--input {path}` cannot be read: there is no such file",
+            next_step="`--input -` reads stdin: `... | trietune predict TARGET --input -`"
+            if kind == "is a pipe"
+            else "check the path",
+        )
+    with readable(path, options):
+        yield from _read_file(path, options)
+
+
+def _read_file(path: Path, options: FileOptions) -> Iterator[Any]:
     is_text = format_suffix(path) not in FORMAT_OF_SUFFIX or detect_format(path) == "txt"
     if is_text and options.txt_unit == "line":
         found: Iterator[tuple[int, object]] = read_lines(path, options, with_blank=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,19 @@ def open_text(path: Path, options: FileOptions) -> TextIO:
     return io.TextIOWrapper(open_bytes(path), encoding=encoding, errors=errors, newline="")
 
 
+def no_plain_file(path: Path) -> str | None:
+    """What stands at a path that cannot be opened as a file: "is a folder"; None where there is nothing at all."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if path.is_symlink():
+            return f"is a link to `{path.readlink()}`, which cannot be followed ({error.strerror})"
+        return None
+    if stat.S_ISDIR(mode):
+        return "is a folder"
+    return "is a pipe" if stat.S_ISFIFO(mode) else "is a device or a socket"
+
+
 def is_wrong_encoding(text: str) -> bool:
     """Whether text that `open_text` gave holds bytes that are not of its encoding."""
     return any("\udc80" <= character <= "\udcff" for character in text)
@@ -118,7 +132,7 @@ def _read_other_lines(path: Path, options: FileOptions, with_blank: bool) -> Ite
             except StopIteration:
                 return
             except UnicodeError as error:
-                raise _not_of(path, options, error) from None
+                raise not_of_encoding(path, options, error) from None
             line = (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
             if line.strip() or with_blank:
                 yield number, line
@@ -134,7 +148,7 @@ def read_text(path: Path, options: FileOptions) -> str:
         try:
             text = file.read().removeprefix("\ufeff")
         except UnicodeError as error:
-            raise _not_of(path, options, error) from None
+            raise not_of_encoding(path, options, error) from None
     if not is_wrong_encoding(text):
         return text
     place = next(index for index, character in enumerate(text) if is_wrong_encoding(character))
@@ -173,7 +187,8 @@ def _check_wide(path: Path, options: FileOptions) -> None:
         )
 
 
-def _not_of(path: Path, options: FileOptions, error: UnicodeError) -> UserError:
+def not_of_encoding(path: Path, options: FileOptions, error: UnicodeError) -> UserError:
+    """The whole file is refused: its bytes are not those of the encoding that was named."""
     return UserError(
         f"`{path.name}` is not {options.encoding} text: {error}",
         where=f"{path}; `file_encoding: {options.encoding}`",

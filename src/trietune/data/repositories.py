@@ -9,6 +9,7 @@ from pathlib import Path
 from trietune.config.yaml12 import YamlError, read_value
 from trietune.errors import UserError
 from trietune.io.json_types import JsonMapping
+from trietune.io.places import real_path
 
 _ROLES = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
@@ -69,12 +70,12 @@ def _find_files(folder: Path, configuration: JsonMapping) -> dict[str, list[Path
         parts = [(str(one.get("split", "train")), one.get("path")) for one in data_files]
     else:
         parts = [("train", data_files)]
-    root = (folder / str(configuration.get("data_dir") or "")).resolve()
+    root = real_path(folder / str(configuration.get("data_dir") or ""))
     found: dict[str, list[Path]] = {}
     for split, patterns in parts:
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
             matches = [] if pattern is None else sorted(path for path in root.glob(str(pattern)) if path.is_file())
-            inside = [path for path in matches if folder.resolve() in path.resolve().parents]
+            inside = [path for path in matches if real_path(folder) in real_path(path).parents]
             if not inside:
                 return None
             found.setdefault(_ROLES.get(split, split), []).extend(inside)

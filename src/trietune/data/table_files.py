@@ -89,7 +89,7 @@ def read_parquet(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
                 number += 1
                 yield number, without_fillers(row)
     except Exception as error:  # a page that was cut or flipped, or an object whose field stands twice
-        raise _unreadable_parquet(path, error, f"{path}, after row {number:,}") from None
+        raise _unreadable("a parquet", path, error, f"{path}, after row {number:,}") from None
 
 
 def open_parquet(parquet: Any, path: Path) -> Any:
@@ -98,12 +98,12 @@ def open_parquet(parquet: Any, path: Path) -> Any:
     except FileNotFoundError:
         raise
     except Exception as error:  # pyarrow's errors share no base of their own
-        raise _unreadable_parquet(path, error, str(path)) from None
+        raise _unreadable("a parquet", path, error, str(path)) from None
 
 
-def _unreadable_parquet(path: Path, error: Exception, where: str) -> UserError:
+def _unreadable(kind: str, path: Path, error: Exception, where: str) -> UserError:
     return UserError(
-        f"`{path.name}` is not a parquet file that can be read: {first_line(error)}",
+        f"`{path.name}` is not {kind} file that can be read: {first_line(error)}",
         where=where,
         next_step="copy or download it again",
     )
@@ -113,36 +113,44 @@ def read_arrow(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
     """Rows of an arrow file, a stream (as `datasets` saves) or with a table of contents (feather)."""
     number = 0
     with _open_arrow(path) as batches:
-        for batch in batches:
-            _check_columns(batch.schema.names, path)
-            for row in batch.to_pylist():
-                number += 1
-                yield number, without_fillers(row)
+        try:
+            for batch in batches:
+                _check_columns(batch.schema.names, path)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, without_fillers(row)
+        except UserError:
+            raise
+        except Exception as error:  # a batch that was cut or flipped: pyarrow's errors, or text that is not UTF-8
+            raise _unreadable("an arrow", path, error, f"{path}, after row {number:,}") from None
 
 
 def count_arrow(path: Path) -> int:
     """How many rows an arrow file has."""
     with _open_arrow(path) as batches:
-        return sum(batch.num_rows for batch in batches)
+        try:
+            return sum(batch.num_rows for batch in batches)
+        except Exception as error:
+            raise _unreadable("an arrow", path, error, str(path)) from None
 
 
 @contextmanager
 def _open_arrow(path: Path) -> Iterator[Iterator[Any]]:
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as source:
+    with path.open("rb") as file:
+        has_contents = file.read(6) == b"ARROW1"
+    # Not mapped into memory: a mapped file that is cut short kills the process without a word.
+    with pa.OSFile(str(path)) as source:
         try:
-            if path.read_bytes()[:6] == b"ARROW1":
-                file = pa.ipc.open_file(source)
-                yield (file.get_batch(index) for index in range(file.num_record_batches))
+            if has_contents:
+                table = pa.ipc.open_file(source)
+                batches = (table.get_batch(index) for index in range(table.num_record_batches))
             else:
-                yield iter(pa.ipc.open_stream(source))
-        except pa.ArrowInvalid as error:
-            raise UserError(
-                f"`{path.name}` is not an arrow file that can be read: {error}",
-                where=str(path),
-                next_step="copy or save it again",
-            ) from None
+                batches = iter(pa.ipc.open_stream(source))
+        except Exception as error:
+            raise _unreadable("an arrow", path, error, str(path)) from None
+        yield batches
 
 
 def without_fillers(row: JsonObject) -> JsonObject:

@@ -48,6 +48,9 @@ OUT_OF_MEMORY = (
     "resource_exhausted",
     "not enough memory",
 )
+# The whole of what oneDNN says where it got no memory for the code of a product. Of shapes that it does not support it
+# says "could not create a primitive descriptor for ...".
+_WITHOUT_PRIMITIVE = "could not create a primitive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +210,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an operation failed because memory could not be had: on the device, or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    said = str(error).lower()
+    return said.strip() == _WITHOUT_PRIMITIVE or any(text in said for text in OUT_OF_MEMORY)
 
 
 def release_cached_memory() -> None:

@@ -18,3 +18,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def first_line(error: BaseException) -> str:
     """The first line of its text that is not empty; the name of its type if it has no text."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def lacks_threads(error: BaseException) -> bool:
+    """Whether the system gave no further thread: a limit of processes or of memory, and nobody's mistake in a file."""
+    said = str(error)
+    return (
+        "can't start new thread" in said or "ThreadPoolBuildError" in said
+    )  # Python's words, and those of Rust's pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from trietune.errors import UserError
@@ -18,3 +19,8 @@ def expand(path: str | Path) -> Path:
             where="its user is unknown" if first != "~" else "HOME is not set, and this user has none",
             next_step="write the whole path" if first != "~" else "write the whole path, or set HOME",
         ) from None
+
+
+def real_path(path: Path) -> Path:
+    """Where `path` leads when all links are followed; links in a circle stay as they are, where `resolve` raises."""
+    return Path(os.path.realpath(path))

@@ -13,6 +13,7 @@ from pathlib import Path
 from trietune.errors import UserError
 from trietune.io import manifest, safetensors
 from trietune.io.manifest import MANIFEST_NAME, FileEntry, ManifestError
+from trietune.io.places import real_path
 from trietune.model.adapter.config import CONFIG_FILE, MAX_CONFIG_BYTES
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -114,7 +115,7 @@ def copied_file(folder: Path, name: str) -> Path:
 
 def _check_link(folder: Path, path: Path) -> None:
     """Refuse a link out of its folder: what it leads to may be no one's business. The hub's cache links to `blobs`."""
-    home, target = folder.resolve(), path.resolve()
+    home, target = real_path(folder), real_path(path)
     own = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
     if target.parent not in own:
         raise UserError(

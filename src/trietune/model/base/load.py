@@ -24,7 +24,7 @@ from transformers.utils import logging
 from trietune.device.device import recompute
 from trietune.device.memory import is_out_of_memory
 from trietune.errors import StopRequested, UserError
-from trietune.io.causes import first_line
+from trietune.io.causes import first_line, lacks_threads
 from trietune.model.base.folder import ModelFolder, read_config
 from trietune.model.base.four_bits import BYTES_PER_WEIGHT, is_quantized, loading_options
 
@@ -106,7 +106,7 @@ def reading_config(folder: ModelFolder) -> Iterator[None]:
     except (UserError, MemoryError, StopRequested, SafetensorError):
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or lacks_threads(error):
             raise
         raise UserError(
             f"the configuration of `{folder.name}` describes no network that can be built: "

@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from trietune.errors import UserError
 from trietune.io import strict_json
 from trietune.io.json_types import JsonMapping, JsonObject
+from trietune.io.places import real_path
 from trietune.io.run_folders import which_run
 from trietune.tracking.events import Evaluated, Prediction
 from trietune.tracking.jsonl import CONFIG, ENVIRONMENT, METRICS, PREDICTIONS
@@ -89,7 +90,7 @@ def read_run(directory: Path) -> RunRecord:
     is_over = end.get("event") == "end"
     predictions, when, earlier = _read_predictions(directory / PREDICTIONS)
     return RunRecord(
-        name=directory.resolve().name,
+        name=real_path(directory).name,
         directory=directory,
         status=str(end.get("status", "failed")) if is_over else "running",
         last_step=max((int(line.get("step") or 0) for line in lines), default=0),
