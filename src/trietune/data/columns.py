@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 from trietune.data.examples import Example, Message, Task
 from trietune.data.known_forms import find_known_form
-from trietune.data.messages import read_messages, read_tools
+from trietune.data.messages import is_conversation, read_messages, read_tools
+from trietune.data.system_prompt import SYSTEM_ROLES
 from trietune.data.templates import (
     SQUAD_PROMPT,
     SQUAD_TASK,
@@ -314,7 +315,7 @@ def _read_answers(value: Any) -> tuple[str, ...]:
 
 def _make_conversation(row_format: RowFormat, row: JsonMapping, example_id: str) -> Example:
     try:
-        messages, tools = _read_conversation(row_format, row), read_tools(row.get("tools"))
+        messages, tools = _read_conversation(row_format.message_columns, row), read_tools(row.get("tools"))
     except TypeError as error:
         raise WrongRow(str(error)) from None
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
@@ -327,21 +328,50 @@ def _make_conversation(row_format: RowFormat, row: JsonMapping, example_id: str)
     return Example(id=example_id, prompt="", completion=completion, messages=messages, tools=tools)
 
 
-def _read_conversation(row_format: RowFormat, row: JsonMapping) -> tuple[Message, ...]:
-    """The messages of a row; those before its last column are given, and a column `system` comes before all."""
+def conversation_to_ask(row: JsonMapping) -> tuple[Message, ...] | None:
+    """The messages of a row that is asked, from the columns that training takes them from; None if it has none.
+
+    Raises:
+        TypeError: they cannot be read; the text says what is wrong.
+    """
+    column = next((name for name in ("messages", "conversations") if name in row), None)
+    if column is not None:
+        return _read_conversation((column,), row)
+    if not any(is_conversation(row.get(name)) for name in ("prompt", "completion")):
+        return None
+    # Where training has an answer, asking has one too, or none yet.
+    columns = ("prompt", "completion") if row.get("completion") is not None else ("prompt",)
+    return _read_conversation(columns, row)
+
+
+def _read_conversation(columns: Sequence[str], row: JsonMapping) -> tuple[Message, ...]:
+    """The messages of a row; those before its last column are given, and a column `system` comes before all.
+
+    Raises:
+        TypeError: they cannot be read; the text says what is wrong.
+    """
     messages: tuple[Message, ...] = ()
-    for column in row_format.message_columns:
+    for column in columns:
         value = row.get(column)
         # One message may stand for a list of one, and a text for what its column means.
         messages = tuple(replace(one, weight=0.0) if one.role == "assistant" else one for one in messages)
-        if len(row_format.message_columns) > 1 and isinstance(value, str) and not value.lstrip().startswith("["):
-            role = "assistant" if column == row_format.message_columns[-1] else "user"
+        if len(columns) > 1 and isinstance(value, str) and not value.lstrip().startswith("["):
+            role = "assistant" if column == columns[-1] else "user"
             messages += (Message(role, value),)
         else:
             messages += read_messages([value] if isinstance(value, Mapping) else value, column)
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0].role != "system":
-        messages = (Message("system", system), *messages)
+    # NaN is what tables of numbers write where a value is missing.
+    if system is None or system != system:
+        return messages
+    if not isinstance(system, str):
+        raise TypeError(f"column `system` holds a {type(system).__name__}, and a text is needed")
+    if not system.strip():
+        return messages
+    if messages[0].role not in SYSTEM_ROLES:
+        return (Message("system", system), *messages)
+    if messages[0].content.strip() != system.strip():
+        raise TypeError("column `system` says something else than the system message: keep one of the two")
     return messages
 
 

@@ -28,7 +28,7 @@ from trietune.data.read_row import LengthRules
 from trietune.data.rows import Rows
 from trietune.data.sources import Sources
 from trietune.data.templates import PromptFormat, find_columns, plain_fields, split_template
-from trietune.data.weights import Weighting
+from trietune.data.weights import COLUMN, Weighting, is_weight_text
 from trietune.errors import StopRequested, UserError
 from trietune.io.json_types import JsonObject
 
@@ -42,7 +42,7 @@ CheckStop = Callable[[], None]
 # `max_length: auto` where no model says how long a sequence may be.
 UNBOUNDED = 2**31 - 1
 # Which rows are accepted, and how: an entry of the cache that was made by other rules is not used.
-READING_VERSION = 4
+READING_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,17 @@ class Loading:
         with CacheWriter(self.cache_folder, key) as writer:
             try:
                 if self.form is None:
-                    counts = tokenize_rows(placed, writer, row_format=self.row_format, weighting=weighting, **common)
+                    columns = rows.columns()
+                    forbids = is_training and COLUMN not in columns and not is_weight_text(self.row_format)
+                    counts = tokenize_rows(
+                        placed,
+                        writer,
+                        row_format=self.row_format,
+                        weighting=weighting,
+                        first_columns=columns,
+                        forbids_weights=forbids,
+                        **common,
+                    )
                 else:
                     counts = tokenize_answers(placed, writer, form=self.form, **common)
             except StopRequested:

@@ -59,6 +59,13 @@ def read_tools(value: Any) -> str:
     return _as_json(value) if value else ""
 
 
+def is_conversation(value: Any) -> bool:
+    """Whether a value is meant as messages: an object, a list of objects, or JSON text of one."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("[") and '"role"' in value
+    return isinstance(value, Mapping) or (isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping))
+
+
 def is_weight(value: Any) -> bool:
     """Whether a value can multiply losses: any number that is finite."""
     # A whole number of JSON may be too large for a float; comparing the two is exact.
