@@ -180,3 +180,16 @@ def test_without_a_kernel_it_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> 
     assert not notebook.is_notebook()
     console = ConsoleListener(io.StringIO(), io.StringIO())
     assert console._screen is None
+
+
+@pytest.mark.parametrize("number", [0, "5", 1.5, True])
+def test_a_length_of_answers_that_is_no_count_is_refused(number: Any) -> None:
+    with pytest.raises(trietune.UserError, match=r"`max_new_tokens=.*` is not a whole number of 1 or more"):
+        trietune.predict("nowhere", "x", max_new_tokens=number)
+
+
+def test_overrides_in_one_text_are_refused_and_not_read_letter_by_letter() -> None:
+    with pytest.raises(trietune.UserError, match="`overrides='dtype=float32'` is one text") as refused:
+        trietune.load_config(overrides="dtype=float32")
+    assert "write a list: `overrides=['dtype=float32']`" in str(refused.value)
+    assert "2 things" not in str(refused.value)

@@ -193,6 +193,10 @@ def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> di
 
 
 def _from_overrides(overrides: Sequence[str] | JsonMapping, problems: list[Problem]) -> dict[str, _Given]:
+    if isinstance(overrides, str):
+        shown = printable(without_secrets(overrides))
+        problems.append(Problem(f"`overrides={shown!r}` is one text", None, f"write a list: `overrides=[{shown!r}]`"))
+        return {}
     if isinstance(overrides, Mapping):
         return {key: _Given(value, "argument") for key, value in overrides.items()}
     given: dict[str, _Given] = {}

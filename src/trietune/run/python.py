@@ -148,6 +148,8 @@ def predict(
     from trietune.run.signals import StopSignals
     from trietune.tracking.tracker import Tracker as Quiet
 
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise UserError(f"`max_new_tokens={max_new_tokens!r}` is not a whole number of 1 or more")
     asked = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
     opened = open_model(target, overrides, Quiet())
     try:
