@@ -36,6 +36,7 @@ from trietune.data.templates import (
     find_open_section,
     find_optional,
     find_optional_names,
+    find_parts,
     find_unknown_names,
     to_text,
 )
@@ -206,6 +207,12 @@ def _from_templates(columns: Sequence[str], prompt_template: str, completion_tem
                 where=f"`{{#{name}}}` and `{{/{name}}}` belong together",
                 next_step=f"{{#{name}}} ... {{/{name}}}     (what stands between is left out where `{name}` is empty)",
             )
+        for name, column in find_parts(template, columns):
+            raise UserError(
+                f"`{key}` asks for a part of the column `{column}`: `{{{name}}}`",
+                where="a template takes whole columns, whose values are texts or numbers",
+                next_step=f"write `{{{column}}}`, or give the data a column that holds this part",
+            )
         for name in find_unknown_names(template, columns):
             raise UserError(
                 f"`{key}` asks for the column `{name}`, which `{source}` has not",
@@ -233,7 +240,11 @@ def _instead_of(name: str, columns: Sequence[str]) -> str:
     simple = {" ".join(column.lower().replace("_", " ").split()): column for column in reversed(columns)}
     wanted = " ".join(re.split("[!:]", name)[0].lower().replace("_", " ").split())
     near = get_close_matches(wanted, list(simple), n=1)
-    return f"did you mean `{{{simple[near[0]]}}}`?" if near else f"write `{{{{{name}}}}}` if it is plain text"
+    return (
+        f"did you mean `{{{simple[near[0]]}}}`?"
+        if near
+        else (f"write `{{{{{name}}}}}` if it is plain text, or `{{{name}?}}` if only some rows have it")
+    )
 
 
 def built_in_row_format(kind: RowFormatKind) -> RowFormat:
@@ -402,6 +413,8 @@ def _text(row: JsonMapping, column: str) -> str:
 
 
 def _advice(columns: Sequence[str]) -> str:
+    if "input_ids" in columns:
+        return "give each row `labels`, a list as long as its `input_ids`: the token to learn at each place, else -100"
     texts = [name for name in columns if name.lower() not in ("id", "idx", "index")]
     if len(texts) >= 2:
         prompt = "".join(f"{name}: {{{name}}}\\n" for name in texts[:-1])

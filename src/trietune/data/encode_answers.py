@@ -26,7 +26,7 @@ from trietune.data.preferences import AnswerForm, AnswerRow, answer_reader
 from trietune.data.read_row import LengthRules
 from trietune.data.rows import PlacedRow
 from trietune.data.tally import Problems
-from trietune.data.templates import find_half_character
+from trietune.io.half_characters import find_half_character
 
 
 def tokenize_answers(

@@ -250,7 +250,7 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
         (
             counts.without_completion,
             "none of the {} can be learned from: their completions are empty",
-            "check `completion_template` and the columns of the file",
+            "check the column of what is to be learned: its name, the last message, or `completion_template`",
         ),
     )
     count, said, next_step = next((reason for reason in reasons if reason[0].number), reasons[-1])

@@ -20,8 +20,9 @@ from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.known_forms import KNOWN_FORMS
 from trietune.data.opening import Row
 from trietune.data.taken import check_calls
-from trietune.data.templates import find_columns, find_half_character, find_optional, to_text
+from trietune.data.templates import find_columns, find_optional, to_text
 from trietune.data.weights import COLUMN, row_weight
+from trietune.io.half_characters import find_half_character
 
 Overlong = Literal["drop", "truncate_prompt", "error"]
 

@@ -16,7 +16,7 @@ from trietune.data.columns import WrongRow, conversation_to_ask
 from trietune.data.encoder import Encoder
 from trietune.data.examples import Example, Message
 from trietune.data.messages import read_tools
-from trietune.data.templates import PromptFormat, fill_template, find_half_character, to_text
+from trietune.data.templates import PromptFormat, fill_template, to_text
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
 from trietune.evaluation.sampling import Sampling
@@ -30,6 +30,7 @@ from trietune.evaluation.scoring import (
     no_stop,
     sum_by_name,
 )
+from trietune.io.half_characters import find_half_character
 from trietune.io.json_types import JsonMapping
 from trietune.model.causal_lm import TrieModel
 from trietune.trie import Batching
