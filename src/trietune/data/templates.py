@@ -126,6 +126,11 @@ class PromptFormat:
         """Those of them that may be missing."""
         return find_optional(self.prompt_template, self.template_columns)
 
+    @property
+    def any_chat_template(self) -> str:
+        """The chat template that was trained with, by this data set or by another one; empty without conversations."""
+        return next((one.chat_template for one in (self, *self.others) if one.chat_template), "")
+
     def to_json(self) -> str:
         version = FORMAT_VERSION_OPTIONAL if self.optional_columns else FORMAT_VERSION
         fields = {"format_version": FORMAT_VERSION_SEVERAL if self.others else version, **plain_fields(self)}
