@@ -101,6 +101,9 @@ def _read_message(item: Any, where: str) -> Message:
         raise TypeError(f'"function_call" of {where} is OpenAI\'s older form: write "tool_calls"')
     # Tables give every message all keys of all of them: what is null is not there.
     more = {key: value for key, value in item.items() if key not in _OWN_KEYS and value is not None}
+    if item["role"] != "assistant":
+        # Only answers are learned: what says otherwise is a key that nothing takes, and is counted as one.
+        more |= {key: item[key] for key in ("weight", *_SWITCHES) if item.get(key)}
     more = _with_tool_calls(more, where)
     content = _text_of(item.get("content"), where)
     if content is None:

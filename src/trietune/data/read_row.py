@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trietune.data.chat import Segment
+from trietune.data.chat import Segment, is_answer
 from trietune.data.columns import (
     FORMS,
     REQUIRED_COLUMNS,
@@ -19,7 +19,7 @@ from trietune.data.encoder import Encoder
 from trietune.data.examples import IGNORED_LABEL, Example
 from trietune.data.known_forms import KNOWN_FORMS
 from trietune.data.opening import Row
-from trietune.data.taken import check_calls
+from trietune.data.taken import check_answers
 from trietune.data.templates import find_columns, find_optional, to_text
 from trietune.data.weights import COLUMN, row_weight
 from trietune.io.half_characters import find_half_character
@@ -126,8 +126,11 @@ def _named(columns: Sequence[str]) -> str:
 def _read_conversation(example: Example, place: str, encoder: Encoder) -> ReadExample:
     said = encoder.said(example)
     _check_characters(example, said)
-    check_calls(example, said, encoder)
-    num_unlearnt = sum(message.weight == 0 for message in encoder.answers(example))
+    check_answers(example, said, encoder)
+    answers = [message for message in example.messages if message.role == "assistant"]
+    if encoder.prompt_format.is_turn_by_turn:
+        answers = answers[-1:]
+    num_unlearnt = sum(message.weight == 0 for message in answers)
     segments = encoder.learnt(example, said)
     return ReadExample(place, example, segments, None, has_empty_text=False, said=said, num_unlearnt=num_unlearnt)
 
@@ -165,7 +168,7 @@ def without_row_weights(to_example: Callable[[Row, str], list[ReadExample]]) -> 
 def _turns(example: Example) -> list[Example]:
     """Each answer of a conversation as an example that ends with it."""
     messages = example.messages
-    ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
+    ends = [index + 1 for index, message in enumerate(messages) if is_answer(message, index)]
     return [
         replace(
             example,
