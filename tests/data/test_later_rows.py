@@ -85,3 +85,12 @@ def test_a_form_whose_columns_hold_nothing_is_not_the_form_of_the_data(load: Loa
     assert data.train.examples[0].completion == "a film"
     with pytest.raises(UserError, match=r"rows.jsonl:4: it has `prompt`, `completion`"):
         load([{**empty, "text": "a film"}] * 3 + [{**empty, **PAIR, "text": None}] * 3)
+
+
+def test_completions_that_read_as_a_missing_value_are_kept_and_said(load: Load) -> None:
+    rows = [{"prompt": f"row {number}", "completion": f" text {number}"} for number in range(40)]
+    words = ["nan", "NaN ", "None", "null", "N/A", "nano", "none of these", "0", "false"]
+    data, lines = load(rows + [{"prompt": "a", "completion": word} for word in words], task="text")
+    assert data.counts.train.kept == len(rows) + len(words) - 2
+    assert data.counts.train.missing_in_words.number == 5
+    assert any("5 whose completion reads as a missing value does (`nan`, `None`), kept as text" in one for one in lines)

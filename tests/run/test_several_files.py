@@ -75,6 +75,10 @@ def test_a_run_on_several_files_is_measured_as_a_whole_and_file_by_file(
     arguments = ["predict", str(run), "--input", str(rows), "--max-new-tokens", "3", "--json"]
     assert main(arguments) == 0
     first, second = json.loads(capfd.readouterr().out)["predictions"]
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text(rows.read_text() + json.dumps({"text": ["a", "film"]}) + "\n")
+    assert main(["predict", str(run), "--input", str(wrong)]) == 2
+    assert f"{wrong}:3 cannot be read: column `text` holds a list" in capfd.readouterr().err
     assert set(first["probabilities"]) == {"good", "bad"}
     assert "text" in second
 

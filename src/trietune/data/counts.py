@@ -36,6 +36,7 @@ class SplitCounts:
         overlong: longer than `max_length`; left out in training, kept in validation.
         truncated: cut to `max_length` at the left of their prompt.
         without_completion: nothing to learn but the end; left out in training, kept in validation.
+        missing_in_words: completions such as `nan` and `None`, which may stand for a missing value; kept as text.
         without_labels: not a single label, so there is nothing to learn or to measure; left out.
         padded: tokens whose `attention_mask` hides padding, which was taken away.
         without_prompt: a column of the prompt is empty; kept.
@@ -79,6 +80,7 @@ class SplitCounts:
     unused_keys: Mapping[str, Count] = field(default_factory=dict)
     num_with_more: int = 0
     late_columns: Mapping[str, Count] = field(default_factory=dict)
+    missing_in_words: Count = field(default_factory=Count)
 
     @classmethod
     def from_dict(cls, values: JsonMapping) -> SplitCounts:
@@ -154,6 +156,7 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
         (counts.overlong, f"{longer}, {left_out}"),
         (counts.truncated, f"{longer}, cut at the left of the prompt"),
         (counts.without_completion, f"without a completion, {left_out}"),
+        (counts.missing_in_words, "whose completion reads as a missing value does (`nan`, `None`), kept as text"),
         (counts.without_labels, "without a label, left out"),
         (counts.padded, "whose `attention_mask` hides padding, which was taken away"),
         (counts.without_prompt, "with an empty text in the prompt, kept"),

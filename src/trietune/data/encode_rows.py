@@ -26,6 +26,8 @@ from trietune.data.tally import Tally
 from trietune.data.weights import Weighting
 
 ROWS_PER_BLOCK = 4096
+# What programs write into a table where a value is missing; pandas writes the first two.
+MISSING_IN_WORDS = frozenset({"nan", "<na>", "nat", "none", "null", "n/a", "#n/a"})
 # Of columns that the first row has not.
 LATE_COLUMNS_NAMED = 20
 
@@ -159,6 +161,8 @@ def _write_block(
 ) -> None:
     tally.count("without_prompt", [one.place for one in read if one.has_empty_text])
     if row_format.kind != "tokens":
+        spelt = [one.place for one in read if one.example.completion.strip().lower() in MISSING_IN_WORDS]
+        tally.count("missing_in_words", spelt)
         empty = [one for one in read if not one.example.completion.strip()]
         tally.count("without_completion", [one.place for one in empty])
         if empty and not rules.keeps_empty:

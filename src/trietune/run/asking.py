@@ -146,7 +146,9 @@ def _formats_of(prompt_format: PromptFormat, inputs: Sequence[str | JsonMapping]
         tried = [] if isinstance(value, str) else [prompt_format, *reversed(others.values())]
         # One without a template takes any text; another that names the row's columns fits better.
         tried.sort(key=lambda one: _is_bare(one) and "prompt" not in value)
-        found.append(next((one for one in tried if _takes(one, value)), prompt_format))
+        # Of a row that none takes, what is wrong is told in the words of the data set that has its columns.
+        named = [one for one in tried if one.columns and set(one.columns) <= set(value)]
+        found.append(next((one for one in tried if _takes(one, value)), named[0] if named else prompt_format))
     return found
 
 
