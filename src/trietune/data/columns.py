@@ -13,6 +13,7 @@ applied to each row of it. The first of these that fits is taken:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -416,11 +417,13 @@ def _advice(columns: Sequence[str]) -> str:
     if "input_ids" in columns:
         return "give each row `labels`, a list as long as its `input_ids`: the token to learn at each place, else -100"
     texts = [name for name in columns if name.lower() not in ("id", "idx", "index")]
+    if odd := [name for name in texts if set(name) & set("{}\r\n")]:
+        return f"rename {_names(odd)}: a template cannot ask for a name that holds braces or line breaks"
     if len(texts) >= 2:
-        prompt = "".join(f"{name}: {{{name}}}\\n" for name in texts[:-1])
-        return (
-            f'if `{texts[-1]}` is what is to be learned: prompt_template: "{prompt}" and completion_template: '
-            f'"{{{texts[-1]}}}"'
+        prompt = "".join(f"{name}: {{{name}}}\n" for name in texts[:-1])
+        templates = (json.dumps(one, ensure_ascii=False) for one in (prompt, f"{{{texts[-1]}}}"))
+        return "if `{}` is what is to be learned: prompt_template: {} and completion_template: {}".format(
+            texts[-1], *templates
         )
     return (
         "write `prompt_template` and `completion_template` with {column} where a column belongs, or name the columns "
@@ -434,8 +437,8 @@ def _names(names: Sequence[str]) -> str:
 
 _TASK_IN_WORDS: dict[TaskName, str] = {"sst2": "SST-2", "squad": "SQuAD v2"}
 _SAY_WHICH: dict[TaskName, str] = {
-    "sst2": "beside `train_file`, write `dataset_id: sst2` if it is SST-2 (0 is negative, 1 is positive); else two "
-    'templates, such as `prompt_template: "{sentence}\\nLabel:"` and `completion_template: " {label}"`',
-    "squad": "beside `train_file`, write `dataset_id: squad_v2` if it is SQuAD; else two templates, such as "
+    "sst2": "beside `train_file: FILE`, write `dataset_id: sst2` if it is SST-2 (0 is negative, 1 is positive); else "
+    'two templates, such as `prompt_template: "{sentence}\\nLabel:"` and `completion_template: " {label}"`',
+    "squad": "beside `train_file: FILE`, write `dataset_id: squad_v2` if it is SQuAD; else two templates, such as "
     '`prompt_template: "{context}\\n{question}\\nAnswer:"` and `completion_template: " {answers}"`',
 }
