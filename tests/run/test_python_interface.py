@@ -193,3 +193,18 @@ def test_overrides_in_one_text_are_refused_and_not_read_letter_by_letter() -> No
         trietune.load_config(overrides="dtype=float32")
     assert "write a list: `overrides=['dtype=float32']`" in str(refused.value)
     assert "2 things" not in str(refused.value)
+
+
+def test_a_number_of_examples_that_is_no_count_is_refused() -> None:
+    for number in (0, "3", 2.0):
+        with pytest.raises(trietune.UserError, match=r"`max_examples=.*` is not a whole number of 1 or more"):
+            trietune.evaluate("nowhere", max_examples=number)  # type: ignore[arg-type]
+
+
+def test_what_is_no_settings_is_refused_with_what_to_write() -> None:
+    for given, how in (("x.yaml", "'x.yaml'"), (Path("x.yaml"), "'x.yaml'"), ({"a": 1}, "overrides={...}")):
+        with pytest.raises(
+            trietune.UserError, match=r"`trietune\.train` takes settings, and was given a value"
+        ) as refused:
+            trietune.train(given)  # type: ignore[arg-type]
+        assert f"next:  trietune.train(trietune.load_config({how}))" in str(refused.value)

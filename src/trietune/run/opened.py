@@ -68,7 +68,7 @@ def evaluate(
         if not _names_data(opened, target, overrides):
             raise UserError(
                 f"`{target}` belongs to no run, so name the data to evaluate it on",
-                next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
+                next_step=f"trietune evaluate {target} --dataset FILE   (a file, a folder or a hub id)",
             )
         if split is None and not _overridden_data(overrides):
             split = "validation"
