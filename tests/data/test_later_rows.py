@@ -75,7 +75,7 @@ def test_columns_of_later_rows_that_nothing_uses_are_named_with_their_rows(load:
     for _ in ("read", "from the cache"):
         data, lines = load(rows)
         assert "columns of `rows.jsonl` that nothing uses: `old`" in lines
-        assert any("1 rows with a column `note`, which the first row has not" in line for line in lines)
+        assert any("1 with a column `note`, which the first row has not" in line for line in lines)
         assert data.counts.train.late_columns["note"].samples == ("rows.jsonl:22",)
 
 

@@ -171,7 +171,7 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
             for name, count in counts.unused_keys.items()
         ),
         *(
-            (count, f"rows with a column `{name}`, which the first row has not and nothing uses")
+            (count, f"with a column `{name}`, which the first row has not and nothing uses")
             for name, count in counts.late_columns.items()
         ),
         (counts.equal_answers, "answers equal to another one of their row, left out"),
