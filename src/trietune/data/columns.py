@@ -199,9 +199,26 @@ def example_maker(row_format: RowFormat) -> Callable[[JsonMapping, str], Example
 
 
 def _from_templates(columns: Sequence[str], prompt_template: str, completion_template: str, source: str) -> RowFormat:
-    optional = [name for one in (prompt_template, completion_template) for name in find_optional_names(one, columns)]
+    templates = {"prompt_template": prompt_template, "completion_template": completion_template}
+    names = check_templates(templates, columns, source)
+    if not find_columns(completion_template, names):
+        raise UserError(
+            "`completion_template` names no column, so every example would have the same answer",
+            where=f"`{source}` has the columns {_names(columns)}",
+            next_step='completion_template: " {column}"     (with the column that holds the answer)',
+        )
+    return RowFormat("templates", prompt_template, completion_template, names)
+
+
+def check_templates(templates: Mapping[str, str], columns: Sequence[str], source: str) -> tuple[str, ...]:
+    """The columns that templates may name, of which none is anything else; `templates` are by their keys.
+
+    Raises:
+        UserError: one asks for what is not a column, or for a part of one, or has half a section.
+    """
+    optional = [name for one in templates.values() for name in find_optional_names(one, columns)]
     columns = tuple(dict.fromkeys([*columns, *optional]))
-    for key, template in (("prompt_template", prompt_template), ("completion_template", completion_template)):
+    for key, template in templates.items():
         if (name := find_open_section(template, columns)) is not None:
             raise UserError(
                 f"`{key}` has a section over `{name}` that does not begin or does not end",
@@ -220,20 +237,8 @@ def _from_templates(columns: Sequence[str], prompt_template: str, completion_tem
                 where=f"its columns are {_names(columns)}",
                 next_step=_instead_of(name, columns),
             )
-    if not find_columns(completion_template, columns):
-        raise UserError(
-            "`completion_template` names no column, so every example would have the same answer",
-            where=f"`{source}` has the columns {_names(columns)}",
-            next_step='completion_template: " {column}"     (with the column that holds the answer)',
-        )
-    return RowFormat(
-        "templates",
-        prompt_template=prompt_template,
-        completion_template=completion_template,
-        template_columns=tuple(
-            name for name in columns if f"{{{name}}}" in prompt_template + completion_template or name in optional
-        ),
-    )
+    text = "".join(templates.values())
+    return tuple(name for name in columns if f"{{{name}}}" in text or name in optional)
 
 
 def _instead_of(name: str, columns: Sequence[str]) -> str:

@@ -7,15 +7,16 @@ Examples that are overlong or empty are left out of training data, as the settin
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 
 from trietune.data.cache import CacheWriter
-from trietune.data.columns import RowFormat, Unlabeled, WrongRow, find_unused
-from trietune.data.counts import Count, SplitCounts
+from trietune.data.columns import RowFormat, Unlabeled, WrongRow
+from trietune.data.counts import SplitCounts
 from trietune.data.encoder import Encoder
+from trietune.data.late_columns import LateColumns
 from trietune.data.least_tokens import LeastTokens
 from trietune.data.left_out import chosen, encode_tokens, find_labeled, fit, take, weighted
 from trietune.data.opening import BrokenRow, Row
@@ -28,8 +29,6 @@ from trietune.data.weights import Weighting
 ROWS_PER_BLOCK = 4096
 # What programs write into a table where a value is missing; pandas writes the first two.
 MISSING_IN_WORDS = frozenset({"nan", "<na>", "nat", "none", "null", "n/a", "#n/a"})
-# Of columns that the first row has not.
-LATE_COLUMNS_NAMED = 20
 
 
 def tokenize_rows(
@@ -81,29 +80,6 @@ def tokenize_rows(
     tally.take_over(left)
     tally.counts = replace(tally.counts, late_columns=late.unused)
     return tally.finish(writer)
-
-
-@dataclass(slots=True)
-class LateColumns:
-    """Collects columns that nothing uses and that the first row has not: JSON may bring new ones with any row."""
-
-    row_format: RowFormat
-    known: set[str]
-    unused: dict[str, Count] = field(default_factory=dict)
-
-    def add(self, block: Sequence[PlacedRow]) -> None:
-        for place, row in block:
-            if isinstance(row, BrokenRow) or row.keys() <= self.known:
-                continue
-            for name in row.keys() - self.known:
-                if row[name] is None:
-                    continue
-                if find_unused((name,), self.row_format) and len(self.unused) < LATE_COLUMNS_NAMED:
-                    self.unused.setdefault(name, Count())
-                if name in self.unused:
-                    self.unused[name] = self.unused[name].plus([place])
-                else:
-                    self.known.add(name)
 
 
 def _read_block(

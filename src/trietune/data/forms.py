@@ -95,7 +95,7 @@ def open_to_train(
         report(f"columns of `{rows.name}` that nothing uses: {shown}")
     if row_format.kind == "templates" and not find_columns(row_format.prompt_template, row_format.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
-    if row_format.kind == "templates" and settings.prompt_template is not None:
+    if row_format.kind in ("templates", "answers") and settings.prompt_template is not None:
         for line in _doubts_about(row_format, rows):
             report(line)
     return reader.loading(settings, row_format, form, weighting, prompt_format, watch)

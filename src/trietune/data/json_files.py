@@ -110,6 +110,9 @@ def read_squad(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
                     if (repeated := _repeated_in_question(qa)) is not None:
                         yield number, BrokenRow(_duplicate(repeated))
                         continue
+                    if (contradiction := _contradiction(qa)) is not None:
+                        yield number, BrokenRow(contradiction)
+                        continue
                     answers = [] if qa.get("is_impossible") else [answer["text"] for answer in qa["answers"]]
                     row = {"context": context, "question": qa["question"], "answers": {"text": answers}}
                     yield number, row if qa.get("id") is None else {"id": str(qa["id"]), **row}
@@ -146,6 +149,16 @@ def _repeated_in_question(qa: Any) -> str | None:
     answers = qa.get("answers") if isinstance(qa, dict) else None
     parts = [qa, *(answers if isinstance(answers, list) else ())]
     return next((part.repeated for part in parts if isinstance(part, RepeatedKeys)), None)
+
+
+def _contradiction(qa: Any) -> str | None:
+    """Why a question cannot be both what `is_impossible` and what its answers say; None if it can."""
+    is_impossible = qa.get("is_impossible")
+    if is_impossible not in (None, True, False):
+        return f"`is_impossible` is `{str(is_impossible)[:80]}`, neither true nor false"
+    if is_impossible and qa.get("answers"):
+        return "`is_impossible` is true, and there are `answers`: remove one of the two"
+    return None
 
 
 def _duplicate(key: str) -> str:

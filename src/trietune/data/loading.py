@@ -117,7 +117,7 @@ class Loading:
             held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training or is_rest],
             **({"is_rest": True} if is_rest else {}),
             limit=limit,
-            **({} if self.form is None else {"answers": asdict(self.form)}),
+            **({} if self.form is None else {"answers": _fields_of(self.form)}),
             **({} if weighting is None else {"weights": asdict(weighting)}),
         )
         entry = make_key(fingerprint=key, reading_version=READING_VERSION)
@@ -161,19 +161,18 @@ class Loading:
             "check_stop": self.check_stop,
             "progress": lambda done: self.progress(phase, done, total),
             "left_out": held_out if is_training else None,
+            "row_format": self.row_format,
+            "first_columns": rows.columns(),
         }
         placed = islice(placed, _last_row(held_out, limit))
         with CacheWriter(self.cache_folder, key) as writer:
             try:
                 if self.form is None:
-                    columns = rows.columns()
-                    forbids = is_training and COLUMN not in columns and not is_weight_text(self.row_format)
+                    forbids = is_training and COLUMN not in rows.columns() and not is_weight_text(self.row_format)
                     counts = tokenize_rows(
                         placed,
                         writer,
-                        row_format=self.row_format,
                         weighting=weighting,
-                        first_columns=columns,
                         forbids_weights=forbids,
                         **common,
                     )
@@ -206,6 +205,13 @@ def _deciding_fields(words: RowFormat | PromptFormat) -> JsonObject:
     if all(split_template(one, columns) == split_template(one) for one in templates):
         return fields
     return {**fields, "template_columns": [find_columns(one, columns) for one in templates]}
+
+
+def _fields_of(form: AnswerForm) -> JsonObject:
+    """What of a form decides tokens; its columns stand in the row format where they do."""
+    fields = asdict(form)
+    del fields["template_columns"]
+    return fields
 
 
 def _last_row(held_out: np.ndarray | None, limit: int | None) -> int | None:

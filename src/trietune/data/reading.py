@@ -13,6 +13,7 @@ from trietune.data.columns import (
     FORMS,
     REQUIRED_COLUMNS,
     RowFormat,
+    RowFormatKind,
     WrongRow,
     built_in_row_format,
     choose_row_format,
@@ -109,7 +110,8 @@ def find_row_format(
             prompt_template=settings.prompt_template,
             source=rows.name,
         )
-        return RowFormat("answer_messages" if form.is_chat else "answers", settings.prompt_template or ""), form
+        kind: RowFormatKind = "answer_messages" if form.is_chat else "answers"
+        return RowFormat(kind, settings.prompt_template or "", template_columns=form.template_columns), form
     if task_name is None and settings.prompt_template is None and _is_in_squads_form(rows, row):
         task_name = "squad"
     row_format = choose_row_format(
