@@ -110,8 +110,8 @@ def read_squad(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
                     if (repeated := _repeated_in_question(qa)) is not None:
                         yield number, BrokenRow(_duplicate(repeated))
                         continue
-                    if (contradiction := _contradiction(qa)) is not None:
-                        yield number, BrokenRow(contradiction)
+                    if (unclear := _unclear(qa)) is not None:
+                        yield number, BrokenRow(unclear)
                         continue
                     answers = [] if qa.get("is_impossible") else [answer["text"] for answer in qa["answers"]]
                     row = {"context": context, "question": qa["question"], "answers": {"text": answers}}
@@ -151,14 +151,12 @@ def _repeated_in_question(qa: Any) -> str | None:
     return next((part.repeated for part in parts if isinstance(part, RepeatedKeys)), None)
 
 
-def _contradiction(qa: Any) -> str | None:
-    """Why a question cannot be both what `is_impossible` and what its answers say; None if it can."""
+def _unclear(qa: Any) -> str | None:
+    """Why it is not clear whether a question has an answer; None if it is. A text such as "false" would be true."""
     is_impossible = qa.get("is_impossible")
-    if is_impossible not in (None, True, False):
-        return f"`is_impossible` is `{str(is_impossible)[:80]}`, neither true nor false"
-    if is_impossible and qa.get("answers"):
-        return "`is_impossible` is true, and there are `answers`: remove one of the two"
-    return None
+    if is_impossible in (None, True, False):
+        return None
+    return f"`is_impossible` is `{str(is_impossible)[:80]}`, neither true nor false"
 
 
 def _duplicate(key: str) -> str:
