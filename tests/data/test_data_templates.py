@@ -139,6 +139,12 @@ def test_advice_names_the_columns_that_are_there() -> None:
     with pytest.raises(UserError) as caught:
         recipe_for(["question", "answer"], prompt_template="{questoin}", completion_template="{answer}")
     assert "did you mean `{question}`?" in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        recipe_for(["id", 'the "film"', "mood"])
+    assert r'prompt_template: "the \"film\": {the \"film\"}\n" and completion_template: "{mood}"' in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        recipe_for(["a {b}", "c"])
+    assert "rename `a {b}`: a template cannot ask for a name that holds braces" in str(caught.value)
     with pytest.raises(UserError, match="missing") as caught:
         recipe_for(["conversations"], task_name="sst2")
     assert "its columns are `conversations`" in str(caught.value)

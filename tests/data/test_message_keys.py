@@ -195,3 +195,49 @@ def test_preferences_have_tools(load: Loader) -> None:
     given, said = load.text(data, 0)
     assert given.startswith("<bos><tools>")
     assert said.startswith("<call>weather")
+
+
+@pytest.mark.parametrize("template", [PLAIN, KNOWS_TOOLS])
+def test_a_greeting_of_weight_0_is_given_and_not_learnt(template: str, load: Loader, tokenizer: Any) -> None:
+    greeting = {**says("welcome"), "weight": 0}
+    given, said = learn(load, greeting, USER, says("good"), template=template)
+    assert given.startswith("<bos><assistant>welcome<eos><user>hi")
+    assert said == "good<eos>"
+    assert any("1 of the answers not learned" in line for line in load.said)
+    data = load([{"messages": [greeting, USER, says("good")]}], objective="sft", chat_template=template)
+    [asked] = make_examples(data.prompt_format, [{"messages": [greeting, USER]}])
+    assert tokenizer.decode(make_encoder(tokenizer, data.prompt_format).encode_prompt(asked)) == given
+    with pytest.raises(UserError, match='with `"weight": 0` it is given and not learned'):
+        learn(load, says("welcome"), USER, says("good"), template=template)
+
+
+def test_each_turn_of_a_conversation_that_a_greeting_of_weight_0_begins_is_an_example(load: Loader) -> None:
+    thought = says("<think>hm</think>good")
+    drops = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else m.content.split('</think>')[-1] }}<eos>"
+    )
+    drops += "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    rows = [{"messages": [{**says("welcome"), "train": False}, USER, thought, USER, thought]}]
+    data = load(rows, objective="sft", chat_template=drops)
+    assert data.prompt_format.is_turn_by_turn
+    assert [load.text(data, index)[1] for index in range(len(data.train))] == ["<think>hm</think>good<eos>"] * 2
+
+
+def test_an_answer_of_which_the_template_writes_nothing_is_refused(load: Loader, tmp_path: Path) -> None:
+    silent = PLAIN.replace("{{ m.content }}<eos>", "{% if m.role == 'user' %}{{ m.content }}<eos>{% endif %}")
+    with pytest.raises(UserError, match="the chat template writes nothing of an answer"):
+        learn(load, USER, says("good"), template=silent)
+    (tmp_path / "empty.jinja").write_text(" \n")
+    with pytest.raises(UserError, match=r"`chat_template: .*empty\.jinja` is empty"):
+        learn(load, USER, says("good"), template=str(tmp_path / "empty.jinja"))
+
+
+@pytest.mark.parametrize("keys", [{"weight": 1}, {"train": True}, {"loss": True}])
+def test_a_message_of_the_user_that_is_to_be_learnt_is_counted_as_one_that_is_not(
+    keys: dict[str, Any], load: Loader
+) -> None:
+    assert learn(load, {**USER, **keys}, says("good"))[1] == "good<eos>"
+    assert any(f"1 with `{next(iter(keys))}`, which the chat template does not take" in line for line in load.said)
+    load.said.clear()
+    learn(load, {**USER, **dict.fromkeys(keys, 0)}, says("good"))
+    assert not any("does not take" in line for line in load.said)

@@ -185,3 +185,27 @@ def test_fifty_thousand_columns_are_looked_through_once(tokenizer: Any, tmp_path
 
     _check_columns([Counted(f"c{number}") for number in range(20_000)], tmp_path / "rows.csv")
     assert Counted.compared < 200_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"is_impossible": "false"}, "`is_impossible` is `false`, neither true nor false"),
+        ({"is_impossible": [True]}, "neither true nor false"),
+    ],
+)
+def test_a_question_of_which_it_is_not_clear_whether_it_has_an_answer_is_named(
+    changes: dict[str, Any], reason: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    good = {"id": "1", "question": "what?", "answers": [{"text": "b", "answer_start": 2}], "is_impossible": False}
+    questions = [good, {**good, "id": "2", "is_impossible": True, "answers": []}, {**good, "id": "3", **changes}]
+    file = tmp_path / "squad.json"
+    for qas in (questions[:2], questions):
+        file.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "a b c", "qas": qas}]}]}))
+        if len(qas) == 2:
+            assert load(file, tokenizer).counts.train.kept == 1
+            continue
+        with pytest.raises(UserError) as refused:
+            load(file, tokenizer)
+        assert "squad.json question 3: " in str(refused.value)
+        assert reason in str(refused.value)

@@ -295,3 +295,27 @@ def test_every_label_follows_every_prompt(load: Loader) -> None:
         sets.input_ids[sets.offsets[own] : sets.offsets[own + 1]].tolist() == data.train.input_ids[begin:end].tolist()
     )
     assert sets.labels[sets.offsets[own] : sets.offsets[own + 1]].tolist() == data.train.labels[begin:end].tolist()
+
+
+def test_a_template_of_preferences_names_columns_as_any_other_does(load: Loader) -> None:
+    row = {"Review Text": "fine", "chosen": " yes", "rejected": " no"}
+    words = {"prompt_template": "R: {Review Text}{#notes} ({notes}){/notes}:"}
+    data = load([row, {**row, "notes": "x"}], **words)
+    assert [load.text(data, index)[0] for index in (0, 2)] == ["<bos>R: fine:", "<bos>R: fine (x):"]
+    assert any("the first row of `train.jsonl` has no `notes`" in line for line in load.said)
+    for template, reason in (
+        ("{Review text}", "did you mean `{Review Text}`?"),
+        ("{chosen[0]} {Review Text}", "a part of the column `chosen`"),
+        ("{#chosen}{Review Text}", "a section over `chosen` that does not begin or does not end"),
+    ):
+        with pytest.raises(UserError) as refused:
+            load([row], prompt_template=template)
+        assert reason in str(refused.value)
+
+
+def test_columns_of_later_rows_of_preferences_are_named(load: Loader) -> None:
+    row = {"prompt": "a", "chosen": " yes", "rejected": " no"}
+    load([row, {**row, "weight": 0}, {**row, "note": "x"}])
+    for name, place in (("weight", 2), ("note", 3)):
+        assert any(f"1 with a column `{name}`, which the first row has not" in line and f"train.jsonl:{place}" in line
+                   for line in load.said)  # fmt: skip

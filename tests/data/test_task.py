@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from data.test_preferences import USER, Loader, says
 from tiny_model import write_tiny_model
 from trietune import UserError
 from trietune.data.encoder import load_tokenizer
+from trietune.data.load import load_data
 from trietune.data.loaded_data import Data
 
 
@@ -103,3 +105,28 @@ def test_a_label_that_only_validation_has_is_said(load: Loader) -> None:
     data = load(rows, objective="sft", validation_file=str(load.folder / "other.jsonl"))
     assert data.task.label_names == ("a", "b", "c")
     assert said(load, "labels of the validation data that no training example has: c")
+
+
+def test_labels_that_differ_in_case_or_encoding_are_said(load: Loader) -> None:
+    task = answered(load, {" yes": 20, " Yes": 20, " caf\u00e9": 20, " cafe\u0301": 20, " no": 20}).task
+    assert len(task.labels) == 5
+    [line] = said(load, "differ only in case")
+    assert line.endswith(": Yes, yes, cafe\u0301, caf\u00e9")
+
+
+def test_labels_that_the_validation_data_drowns_are_said(tokenizer: Any, make_settings: Any, tmp_path: Path) -> None:
+    for name, texts in (("train", ["good", "bad"] * 15), ("valid", [f"text {number}" for number in range(40)])):
+        rows = [{"prompt": f"row {number}:", "completion": text} for number, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines: list[str] = []
+    data = load_data(
+        make_settings(train_file=str(tmp_path / "train.jsonl"), validation_file=str(tmp_path / "valid.jsonl")),
+        tokenizer,
+        cache_folder=tmp_path / "cache",
+        report=lines.append,
+        progress=lambda phase, done, total: None,
+        check_stop=lambda: None,
+    )
+    assert data.task.kind == "text"
+    assert any("`train.jsonl` look like labels, and with those of the validation data there are 42 values" in line
+               for line in lines)  # fmt: skip

@@ -171,3 +171,51 @@ def test_a_conversation_that_the_assistant_begins_is_refused(talkative: Any, mak
     for messages in ([begun], [begun, {"role": "user", "content": "Hi"}]):
         with pytest.raises(UserError, match="begins with the assistant"):
             predict_text(model, encoder, [{"messages": messages}], max_positions=200, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Hi"}], "system": "be brief"},
+        {"conversations": [{"from": "human", "value": "Hi"}], "system": "be brief"},
+        {"prompt": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Hi"}]},
+        {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello", "system": "be brief"},
+        {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Hi"}], "system": None},
+    ],
+)
+def test_a_conversation_is_asked_from_the_columns_that_training_reads(
+    row: dict[str, Any], make_test_encoder: Any
+) -> None:
+    encoder = make_test_encoder(Task(kind="text"), kind="chat", chat_template=CHAT_TEMPLATE, bos_id=None)
+    [example] = make_examples(encoder.prompt_format, [row])
+    assert encoder.beginning.decode(encoder.encode_prompt(example)) == "s:be brief\nu:Hi\na:"
+
+
+def test_a_system_column_that_cannot_be_put_first_is_refused(make_test_encoder: Any) -> None:
+    chat = make_test_encoder(Task(kind="text"), kind="chat", chat_template=CHAT_TEMPLATE).prompt_format
+    own = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hi"}]
+    for row, reason in (
+        ({"messages": own, "system": "be brief"}, "says something else than the system message"),
+        ({"messages": own[1:], "system": ["be brief"]}, "column `system` holds a list"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            make_examples(chat, [row])
+
+
+def test_a_text_that_was_learned_from_its_first_token_is_asked_from_its_column(make_test_encoder: Any) -> None:
+    prompt_format = make_test_encoder(Task(kind="text")).prompt_format
+    [text, prompt] = make_examples(prompt_format, [{"text": "Once"}, {"text": "Once", "prompt": "Twice"}])
+    assert (text.prompt, prompt.prompt) == ("Once", "Twice")
+
+
+def test_half_a_character_is_refused_wherever_a_template_may_write_it(make_test_encoder: Any) -> None:
+    chat = make_test_encoder(Task(kind="text"), kind="chat", chat_template=CHAT_TEMPLATE, bos_id=None).prompt_format
+    user = {"role": "user", "content": "a"}
+    for row in (
+        {"messages": [{**user, "name": "\ud83d"}]},
+        {"messages": [{**user, "role": "us\ud83der"}]},
+        {"messages": [user], "tools": [{"name": "\ud83d"}]},
+        {"messages": [user], "system": "\ud83d"},
+    ):
+        with pytest.raises(UserError, match=r"in\.jsonl:7 holds half a character"):
+            make_examples(chat, [row], ["in.jsonl:7"])

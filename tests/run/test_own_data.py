@@ -207,3 +207,26 @@ def test_what_is_exported_carries_the_chat_template_that_was_trained_with(
     assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == CHAT_TEMPLATE
     plain = own(wandb_run_name="plain")
     assert not (plain / "adapter/chat_template.jinja").exists()
+
+
+def test_a_file_of_inputs_is_read_as_the_run_reads_its_own(
+    own: Own, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "films.csv"
+    table.write_bytes(b"film;mood\n" + "".join(f"café {n};good {n}\n" for n in range(20)).encode("cp1252"))
+    templates = {"prompt_template": "Film: {film}\nMood:", "completion_template": " {mood}"}
+    run = own(train_file=str(table), csv_separator=";", file_encoding="cp1252", **templates)
+    capfd.readouterr()
+    assert main(["predict", str(run), "--input", str(table), "--output", "-", "--max-new-tokens", "2"]) == 0
+    records = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [record["input"]["film"] for record in records] == [f"café {n}" for n in range(20)]
+    # An adapter by itself says of no file how it is written; that no row can be read is not that a column is missing.
+    adapter = ["evaluate", str(run / "adapter"), "--dataset", str(table), "--set", "csv_separator=;"]
+    assert main(adapter) == 2
+    assert "no row of `films.csv` can be read" in (error := capfd.readouterr().err)
+    assert "with `file_encoding: cp1252`" in error
+    assert main([*adapter, "--set", "file_encoding=cp1252", "--set", "dtype=float32"]) == 0
+    asked = write_rows(tmp_path / "asked.jsonl", [{"film": "a"}, {"film": ["b"]}])
+    asked.write_text(asked.read_text().replace("\n", "\n\n"))
+    assert main(["predict", str(run), "--input", str(asked)]) == 2
+    assert f"{asked}:3 cannot be read: column `film` holds a list" in capfd.readouterr().err

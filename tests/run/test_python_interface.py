@@ -180,3 +180,31 @@ def test_without_a_kernel_it_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> 
     assert not notebook.is_notebook()
     console = ConsoleListener(io.StringIO(), io.StringIO())
     assert console._screen is None
+
+
+@pytest.mark.parametrize("number", [0, "5", 1.5, True])
+def test_a_length_of_answers_that_is_no_count_is_refused(number: Any) -> None:
+    with pytest.raises(trietune.UserError, match=r"`max_new_tokens=.*` is not a whole number of 1 or more"):
+        trietune.predict("nowhere", "x", max_new_tokens=number)
+
+
+def test_overrides_in_one_text_are_refused_and_not_read_letter_by_letter() -> None:
+    with pytest.raises(trietune.UserError, match="`overrides='dtype=float32'` is one text") as refused:
+        trietune.load_config(overrides="dtype=float32")
+    assert "write a list: `overrides=['dtype=float32']`" in str(refused.value)
+    assert "2 things" not in str(refused.value)
+
+
+def test_a_number_of_examples_that_is_no_count_is_refused() -> None:
+    for number in (0, "3", 2.0):
+        with pytest.raises(trietune.UserError, match=r"`max_examples=.*` is not a whole number of 1 or more"):
+            trietune.evaluate("nowhere", max_examples=number)  # type: ignore[arg-type]
+
+
+def test_what_is_no_settings_is_refused_with_what_to_write() -> None:
+    for given, how in (("x.yaml", "'x.yaml'"), (Path("x.yaml"), "'x.yaml'"), ({"a": 1}, "overrides={...}")):
+        with pytest.raises(
+            trietune.UserError, match=r"`trietune\.train` takes settings, and was given a value"
+        ) as refused:
+            trietune.train(given)  # type: ignore[arg-type]
+        assert f"next:  trietune.train(trietune.load_config({how}))" in str(refused.value)

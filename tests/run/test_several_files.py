@@ -75,6 +75,10 @@ def test_a_run_on_several_files_is_measured_as_a_whole_and_file_by_file(
     arguments = ["predict", str(run), "--input", str(rows), "--max-new-tokens", "3", "--json"]
     assert main(arguments) == 0
     first, second = json.loads(capfd.readouterr().out)["predictions"]
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text(rows.read_text() + json.dumps({"text": ["a", "film"]}) + "\n")
+    assert main(["predict", str(run), "--input", str(wrong)]) == 2
+    assert f"{wrong}:3 cannot be read: column `text` holds a list" in capfd.readouterr().err
     assert set(first["probabilities"]) == {"good", "bad"}
     assert "text" in second
 
@@ -122,3 +126,17 @@ def test_data_that_is_typed_twice_is_a_list(tmp_path: Path) -> None:
     assert keys("owner/x", "owner/y") == {"train_file": None, "dataset_id": ("owner/x", "owner/y")}
     assert keys(str(a), "owner/x") == {"train_file": None, "dataset_id": (str(a), "owner/x")}
     assert keys("owner/x", str(a)) == {"train_file": None, "dataset_id": ("owner/x", str(a))}
+
+
+def test_the_chat_template_is_carried_wherever_the_conversations_stand_among_the_files(
+    mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    chats, reviews = mixed["train_file"]
+    assert main(["train", write_config(tmp_path, {**mixed, "train_file": [reviews, chats]})]) == 0
+    run = Path(str(mixed["project_dir"])) / str(mixed["wandb_run_name"])
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge"]) == 0
+    (run / "adapter/chat_template.jinja").unlink()  # as adapters of before have none
+    (run / "adapter/manifest.json").unlink()
+    assert main(["export", str(run / "adapter"), str(tmp_path / "copy")]) == 0
+    for folder in (tmp_path / "merged", tmp_path / "copy"):
+        assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE

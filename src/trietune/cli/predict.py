@@ -52,7 +52,9 @@ def predict(
     if output_file is not None:
         check_output(output_file, "--output")
     is_chat = not text and input_file is None and sys.stdin.isatty()
-    inputs = [] if is_chat else [*text, *_read_inputs(input_file, overrides, has_text=bool(text))]
+    placed = [(f"input {number}", one) for number, one in enumerate(text, start=1)]
+    placed += [] if is_chat else _read_inputs(input_file, target, overrides, has_text=bool(text))
+    places, inputs = [place for place, _ in placed], [given for _, given in placed]
     with console() as tracker:
         opened = open_model(target, overrides, tracker)
         if system is not None:
@@ -65,7 +67,9 @@ def predict(
         Chat(opened, max_new_tokens, temperature, top_p, answer_line=_answer_line).run()
         return
     with StopSignals() as signals:
-        answers = ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=signals.check, sampling=sampling)
+        answers = ask(
+            opened, inputs, max_new_tokens=max_new_tokens, check_stop=signals.check, sampling=sampling, places=places
+        )
     records = [{"input": given, **answer} for given, answer in zip(inputs, answers, strict=True)]
     if output_file is not None:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -92,17 +96,22 @@ def _texts_to_ask(words: Sequence[str]) -> Sequence[str]:
     return words
 
 
-def _read_inputs(path: Path | None, overrides: Sequence[str], *, has_text: bool) -> Iterator[Any]:
+def _read_inputs(
+    path: Path | None, target: str, overrides: Sequence[str], *, has_text: bool
+) -> Iterator[tuple[str, Any]]:
+    """Inputs with their places; a file is read as the run reads its own, unless `overrides` say otherwise."""
     from trietune.config import load_config
-    from trietune.data.inputs import read_inputs, read_piped
+    from trietune.data.inputs import read_placed_inputs, read_placed_pipe
     from trietune.data.sources import file_options
+    from trietune.io.places import expand
 
     if path is not None and str(path) != "-":
         keys = ("file_encoding", "csv_separator", "txt_unit")
         own = [one for one in overrides if one.partition("=")[0].strip() in keys]
-        yield from read_inputs(path, file_options(load_config(None, own)))
+        config = expand(target) / "config.yaml"
+        yield from read_placed_inputs(path, file_options(load_config(config if config.is_file() else None, own)))
     elif path is not None or not (has_text or sys.stdin.isatty()):
-        yield from read_piped(sys.stdin.read())
+        yield from read_placed_pipe(sys.stdin.read())
 
 
 def _answer_line(record: JsonMapping) -> str:

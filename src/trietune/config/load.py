@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from trietune.config.secrets import without_secrets
 from trietune.config.settings import Settings
 from trietune.config.yaml12 import YamlError, read_mapping, read_value, write_value
 from trietune.errors import UserError, in_short
+from trietune.io.half_characters import find_half_character
 from trietune.io.json_types import JsonMapping
 
 PREFIX = "TRIETUNE_"
@@ -90,6 +91,7 @@ def load_config(
     given |= _from_overrides(overrides, problems)
     given, notes = _unfolded(given, problems)
     known = _known_keys(given, problems)
+    known = _written_whole(known, problems)
     settings = _validated(known, problems, {"is_original": is_original, "file": source})
     settings._notes = (*settings._notes, *notes)
     if problems:
@@ -193,6 +195,10 @@ def _from_environment(environ: Mapping[str, str], problems: list[Problem]) -> di
 
 
 def _from_overrides(overrides: Sequence[str] | JsonMapping, problems: list[Problem]) -> dict[str, _Given]:
+    if isinstance(overrides, str):
+        shown = printable(without_secrets(overrides))
+        problems.append(Problem(f"`overrides={shown!r}` is one text", None, f"write a list: `overrides=[{shown!r}]`"))
+        return {}
     if isinstance(overrides, Mapping):
         return {key: _Given(value, "argument") for key, value in overrides.items()}
     given: dict[str, _Given] = {}
@@ -254,6 +260,29 @@ def _known_keys(given: Mapping[str, _Given], problems: list[Problem]) -> dict[st
         else:
             problems.append(unknown_key(key, item.value, item.origin))
     return known
+
+
+def _written_whole(given: Mapping[str, _Given], problems: list[Problem]) -> dict[str, _Given]:
+    """The settings without texts that no file can hold."""
+    whole = {}
+    for key, item in given.items():
+        if (half := find_half_character(*_texts_in(item.value))) is None:
+            whole[key] = item
+            continue
+        what = f"`{key}` ({item.origin}) holds half a character, or a byte that is not UTF-8 ({half})"
+        problems.append(Problem(what, None, "write it as UTF-8; in JSON, both halves: \\ud83d\\ude00", (key,)))
+    return whole
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts_in(pair)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts_in(one)
 
 
 def _validated(given: Mapping[str, _Given], problems: list[Problem], context: JsonMapping) -> Settings:

@@ -109,6 +109,11 @@ def rewrites_turns(
     return False
 
 
+def is_answer(message: Message, index: int) -> bool:
+    """Whether a message is one that something asks for; a greeting before all others, of weight 0, is given."""
+    return message.role == "assistant" and (index > 0 or message.weight != 0)
+
+
 def split_turns(
     messages: Sequence[Message],
     *,
@@ -133,7 +138,7 @@ def split_turns(
         _render_prefixes, tokenizer=tokenizer, chat_template=chat_template, tools=tools, check_stop=check_stop
     )
     full = render(messages, asks=add_generation_prompt)
-    turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    turns = [index for index, message in enumerate(messages) if is_answer(message, index)]
     known: Mapping[int, tuple[int, int]] = {}
     if len(turns) >= MOST_TURNS_RENDERED_EACH:
         known = _lengths_from_one_rendering(messages, turns, full, render, render_prefixes)
@@ -231,7 +236,10 @@ def _render(
     check_stop: Callable[[], None],
 ) -> str:
     if not messages:
-        raise WrongRow("the conversation begins with the assistant, and nothing asks for that answer")
+        raise WrongRow(
+            "the conversation begins with the assistant, and nothing asks for that answer "
+            '(with `"weight": 0` it is given and not learned)'
+        )
     fields = _fields(messages, tokenizer, chat_template)
     try:
         text = _apply(

@@ -13,6 +13,7 @@ applied to each row of it. The first of these that fits is taken:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from typing import Literal
 
 from trietune.data.examples import Example, Message, Task
 from trietune.data.known_forms import find_known_form
-from trietune.data.messages import read_messages, read_tools
+from trietune.data.messages import is_conversation, read_messages, read_tools
+from trietune.data.system_prompt import SYSTEM_ROLES
 from trietune.data.templates import (
     SQUAD_PROMPT,
     SQUAD_TASK,
@@ -35,6 +37,7 @@ from trietune.data.templates import (
     find_open_section,
     find_optional,
     find_optional_names,
+    find_parts,
     find_unknown_names,
     to_text,
 )
@@ -196,14 +199,37 @@ def example_maker(row_format: RowFormat) -> Callable[[JsonMapping, str], Example
 
 
 def _from_templates(columns: Sequence[str], prompt_template: str, completion_template: str, source: str) -> RowFormat:
-    optional = [name for one in (prompt_template, completion_template) for name in find_optional_names(one, columns)]
+    templates = {"prompt_template": prompt_template, "completion_template": completion_template}
+    names = check_templates(templates, columns, source)
+    if not find_columns(completion_template, names):
+        raise UserError(
+            "`completion_template` names no column, so every example would have the same answer",
+            where=f"`{source}` has the columns {_names(columns)}",
+            next_step='completion_template: " {column}"     (with the column that holds the answer)',
+        )
+    return RowFormat("templates", prompt_template, completion_template, names)
+
+
+def check_templates(templates: Mapping[str, str], columns: Sequence[str], source: str) -> tuple[str, ...]:
+    """The columns that templates may name, of which none is anything else; `templates` are by their keys.
+
+    Raises:
+        UserError: one asks for what is not a column, or for a part of one, or has half a section.
+    """
+    optional = [name for one in templates.values() for name in find_optional_names(one, columns)]
     columns = tuple(dict.fromkeys([*columns, *optional]))
-    for key, template in (("prompt_template", prompt_template), ("completion_template", completion_template)):
+    for key, template in templates.items():
         if (name := find_open_section(template, columns)) is not None:
             raise UserError(
                 f"`{key}` has a section over `{name}` that does not begin or does not end",
                 where=f"`{{#{name}}}` and `{{/{name}}}` belong together",
                 next_step=f"{{#{name}}} ... {{/{name}}}     (what stands between is left out where `{name}` is empty)",
+            )
+        for name, column in find_parts(template, columns):
+            raise UserError(
+                f"`{key}` asks for a part of the column `{column}`: `{{{name}}}`",
+                where="a template takes whole columns, whose values are texts or numbers",
+                next_step=f"write `{{{column}}}`, or give the data a column that holds this part",
             )
         for name in find_unknown_names(template, columns):
             raise UserError(
@@ -211,20 +237,8 @@ def _from_templates(columns: Sequence[str], prompt_template: str, completion_tem
                 where=f"its columns are {_names(columns)}",
                 next_step=_instead_of(name, columns),
             )
-    if not find_columns(completion_template, columns):
-        raise UserError(
-            "`completion_template` names no column, so every example would have the same answer",
-            where=f"`{source}` has the columns {_names(columns)}",
-            next_step='completion_template: " {column}"     (with the column that holds the answer)',
-        )
-    return RowFormat(
-        "templates",
-        prompt_template=prompt_template,
-        completion_template=completion_template,
-        template_columns=tuple(
-            name for name in columns if f"{{{name}}}" in prompt_template + completion_template or name in optional
-        ),
-    )
+    text = "".join(templates.values())
+    return tuple(name for name in columns if f"{{{name}}}" in text or name in optional)
 
 
 def _instead_of(name: str, columns: Sequence[str]) -> str:
@@ -232,7 +246,11 @@ def _instead_of(name: str, columns: Sequence[str]) -> str:
     simple = {" ".join(column.lower().replace("_", " ").split()): column for column in reversed(columns)}
     wanted = " ".join(re.split("[!:]", name)[0].lower().replace("_", " ").split())
     near = get_close_matches(wanted, list(simple), n=1)
-    return f"did you mean `{{{simple[near[0]]}}}`?" if near else f"write `{{{{{name}}}}}` if it is plain text"
+    return (
+        f"did you mean `{{{simple[near[0]]}}}`?"
+        if near
+        else (f"write `{{{{{name}}}}}` if it is plain text, or `{{{name}?}}` if only some rows have it")
+    )
 
 
 def built_in_row_format(kind: RowFormatKind) -> RowFormat:
@@ -314,7 +332,7 @@ def _read_answers(value: object) -> tuple[str, ...]:
 
 def _make_conversation(row_format: RowFormat, row: JsonMapping, example_id: str) -> Example:
     try:
-        messages, tools = _read_conversation(row_format, row), read_tools(row.get("tools"))
+        messages, tools = _read_conversation(row_format.message_columns, row), read_tools(row.get("tools"))
     except TypeError as error:
         raise WrongRow(str(error)) from None
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=None)
@@ -327,21 +345,50 @@ def _make_conversation(row_format: RowFormat, row: JsonMapping, example_id: str)
     return Example(id=example_id, prompt="", completion=completion, messages=messages, tools=tools)
 
 
-def _read_conversation(row_format: RowFormat, row: JsonMapping) -> tuple[Message, ...]:
-    """The messages of a row; those before its last column are given, and a column `system` comes before all."""
+def conversation_to_ask(row: JsonMapping) -> tuple[Message, ...] | None:
+    """The messages of a row that is asked, from the columns that training takes them from; None if it has none.
+
+    Raises:
+        TypeError: they cannot be read; the text says what is wrong.
+    """
+    column = next((name for name in ("messages", "conversations") if name in row), None)
+    if column is not None:
+        return _read_conversation((column,), row)
+    if not any(is_conversation(row.get(name)) for name in ("prompt", "completion")):
+        return None
+    # Where training has an answer, asking has one too, or none yet.
+    columns = ("prompt", "completion") if row.get("completion") is not None else ("prompt",)
+    return _read_conversation(columns, row)
+
+
+def _read_conversation(columns: Sequence[str], row: JsonMapping) -> tuple[Message, ...]:
+    """The messages of a row; those before its last column are given, and a column `system` comes before all.
+
+    Raises:
+        TypeError: they cannot be read; the text says what is wrong.
+    """
     messages: tuple[Message, ...] = ()
-    for column in row_format.message_columns:
+    for column in columns:
         value = row.get(column)
         # One message may stand for a list of one, and a text for what its column means.
         messages = tuple(replace(one, weight=0.0) if one.role == "assistant" else one for one in messages)
-        if len(row_format.message_columns) > 1 and isinstance(value, str) and not value.lstrip().startswith("["):
-            role = "assistant" if column == row_format.message_columns[-1] else "user"
+        if len(columns) > 1 and isinstance(value, str) and not value.lstrip().startswith("["):
+            role = "assistant" if column == columns[-1] else "user"
             messages += (Message(role, value),)
         else:
             messages += read_messages([value] if isinstance(value, Mapping) else value, column)
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0].role != "system":
-        messages = (Message("system", system), *messages)
+    # NaN is what tables of numbers write where a value is missing.
+    if system is None or system != system:
+        return messages
+    if not isinstance(system, str):
+        raise TypeError(f"column `system` holds a {type(system).__name__}, and a text is needed")
+    if not system.strip():
+        return messages
+    if messages[0].role not in SYSTEM_ROLES:
+        return (Message("system", system), *messages)
+    if messages[0].content.strip() != system.strip():
+        raise TypeError("column `system` says something else than the system message: keep one of the two")
     return messages
 
 
@@ -372,12 +419,16 @@ def _text(row: JsonMapping, column: str) -> str:
 
 
 def _advice(columns: Sequence[str]) -> str:
+    if "input_ids" in columns:
+        return "give each row `labels`, a list as long as its `input_ids`: the token to learn at each place, else -100"
     texts = [name for name in columns if name.lower() not in ("id", "idx", "index")]
+    if odd := [name for name in texts if set(name) & set("{}\r\n")]:
+        return f"rename {_names(odd)}: a template cannot ask for a name that holds braces or line breaks"
     if len(texts) >= 2:
-        prompt = "".join(f"{name}: {{{name}}}\\n" for name in texts[:-1])
-        return (
-            f'if `{texts[-1]}` is what is to be learned: prompt_template: "{prompt}" and completion_template: '
-            f'"{{{texts[-1]}}}"'
+        prompt = "".join(f"{name}: {{{name}}}\n" for name in texts[:-1])
+        templates = (json.dumps(one, ensure_ascii=False) for one in (prompt, f"{{{texts[-1]}}}"))
+        return "if `{}` is what is to be learned: prompt_template: {} and completion_template: {}".format(
+            texts[-1], *templates
         )
     return (
         "write `prompt_template` and `completion_template` with {column} where a column belongs, or name the columns "
@@ -391,8 +442,8 @@ def _names(names: Sequence[str]) -> str:
 
 _TASK_IN_WORDS: dict[TaskName, str] = {"sst2": "SST-2", "squad": "SQuAD v2"}
 _SAY_WHICH: dict[TaskName, str] = {
-    "sst2": "beside `train_file`, write `dataset_id: sst2` if it is SST-2 (0 is negative, 1 is positive); else two "
-    'templates, such as `prompt_template: "{sentence}\\nLabel:"` and `completion_template: " {label}"`',
-    "squad": "beside `train_file`, write `dataset_id: squad_v2` if it is SQuAD; else two templates, such as "
+    "sst2": "beside `train_file: FILE`, write `dataset_id: sst2` if it is SST-2 (0 is negative, 1 is positive); else "
+    'two templates, such as `prompt_template: "{sentence}\\nLabel:"` and `completion_template: " {label}"`',
+    "squad": "beside `train_file: FILE`, write `dataset_id: squad_v2` if it is SQuAD; else two templates, such as "
     '`prompt_template: "{context}\\n{question}\\nAnswer:"` and `completion_template: " {answers}"`',
 }

@@ -35,6 +35,7 @@ class SplitCounts:
         overlong: longer than `max_length`; left out in training, kept in validation.
         truncated: cut to `max_length` at the left of their prompt.
         without_completion: nothing to learn but the end; left out in training, kept in validation.
+        missing_in_words: completions such as `nan` and `None`, which may stand for a missing value; kept as text.
         without_labels: not a single label, so there is nothing to learn or to measure; left out.
         padded: tokens whose `attention_mask` hides padding, which was taken away.
         without_prompt: a column of the prompt is empty; kept.
@@ -44,6 +45,7 @@ class SplitCounts:
         cut_reasoning, cut_text: answers of which the chat template leaves out reasoning, or other text.
         unseen_messages: messages to the assistant that the chat template does not write.
         unused_keys: keys of messages that the chat template does not take, and the messages that have them.
+        late_columns: columns that nothing uses and that the first row has not, and the rows that have them.
         num_with_more: conversations whose messages have more than a role and a content, or that come with tools.
         equal_answers: answers that equal another one of their row; left out.
         without_pair: rows of preferences that prefer no answer to another; left out.
@@ -76,13 +78,18 @@ class SplitCounts:
     unseen_messages: Count = field(default_factory=Count)
     unused_keys: Mapping[str, Count] = field(default_factory=dict)
     num_with_more: int = 0
+    late_columns: Mapping[str, Count] = field(default_factory=dict)
+    missing_in_words: Count = field(default_factory=Count)
 
     @classmethod
     def from_dict(cls, values: JsonMapping) -> SplitCounts:
         """The opposite of `dataclasses.asdict`, from JSON."""
         counts: JsonObject = {name: _to_count(value) for name, value in values.items() if _is_count(value)}
-        unused = {name: _to_count(value) for name, value in values.get("unused_keys", {}).items()}
-        return cls(**{**values, **counts, "unused_keys": unused})
+        by_name: JsonObject = {
+            field_name: {name: _to_count(value) for name, value in values.get(field_name, {}).items()}
+            for field_name in ("unused_keys", "late_columns")
+        }
+        return cls(**{**values, **counts, **by_name})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +115,8 @@ def merge(several: Sequence[SplitCounts], source: str) -> SplitCounts:
             sums[one.name] = _sum_of(values)
         elif isinstance(values[0], int):
             sums[one.name] = sum(values)
-    keys = dict.fromkeys(key for counts in several for key in counts.unused_keys)
-    unused = {key: _sum_of([counts.unused_keys.get(key, Count()) for counts in several]) for key in keys}
+    unused = _sums_by_name([counts.unused_keys for counts in several])
+    late = _sums_by_name([counts.late_columns for counts in several])
     completions: dict[str, int] = {}
     places: dict[str, str] = {}
     if all(counts.completions for counts in several):
@@ -118,8 +125,17 @@ def merge(several: Sequence[SplitCounts], source: str) -> SplitCounts:
                 completions[text] = completions.get(text, 0) + number
             places = {**counts.completion_places, **places}
     return SplitCounts(
-        **{**sums, "source": source}, unused_keys=unused, completions=completions, completion_places=places
+        **{**sums, "source": source},
+        unused_keys=unused,
+        late_columns=late,
+        completions=completions,
+        completion_places=places,
     )
+
+
+def _sums_by_name(several: Sequence[Mapping[str, Count]]) -> dict[str, Count]:
+    names = dict.fromkeys(name for counts in several for name in counts)
+    return {name: _sum_of([counts.get(name, Count()) for counts in several]) for name in names}
 
 
 def _sum_of(counts: Sequence[Count]) -> Count:
@@ -139,6 +155,7 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
         (counts.overlong, f"{longer}, {left_out}"),
         (counts.truncated, f"{longer}, cut at the left of the prompt"),
         (counts.without_completion, f"without a completion, {left_out}"),
+        (counts.missing_in_words, "whose completion reads as a missing value does (`nan`, `None`), kept as text"),
         (counts.without_labels, "without a label, left out"),
         (counts.padded, "whose `attention_mask` hides padding, which was taken away"),
         (counts.without_prompt, "with an empty text in the prompt, kept"),
@@ -151,6 +168,10 @@ def describe(counts: SplitCounts, *, is_training: bool, max_length: int) -> list
         *(
             (count, f"with `{name}`, which the chat template does not take")
             for name, count in counts.unused_keys.items()
+        ),
+        *(
+            (count, f"with a column `{name}`, which the first row has not and nothing uses")
+            for name, count in counts.late_columns.items()
         ),
         (counts.equal_answers, "answers equal to another one of their row, left out"),
         (counts.without_pair, "without two answers of which one is better, left out"),

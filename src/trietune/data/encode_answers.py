@@ -6,7 +6,7 @@ the prompt is shortened by the same tokens in all. Answers that equal another on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -15,18 +15,19 @@ import numpy as np
 from trietune.data.answers import flat_ranges
 from trietune.data.cache import CacheWriter
 from trietune.data.chat import Segment
-from trietune.data.columns import WrongRow
+from trietune.data.columns import RowFormat, WrongRow
 from trietune.data.counts import Count, SplitCounts
 from trietune.data.encode_rows import ROWS_PER_BLOCK
 from trietune.data.encoder import EncodedExamples, Encoder
 from trietune.data.examples import IGNORED_LABEL
+from trietune.data.late_columns import LateColumns
 from trietune.data.least_tokens import LeastTokens
 from trietune.data.opening import BrokenRow
 from trietune.data.preferences import AnswerForm, AnswerRow, answer_reader
 from trietune.data.read_row import LengthRules
 from trietune.data.rows import PlacedRow
 from trietune.data.tally import Problems
-from trietune.data.templates import find_half_character
+from trietune.io.half_characters import find_half_character
 
 
 def tokenize_answers(
@@ -39,12 +40,15 @@ def tokenize_answers(
     rules: LengthRules,
     check_stop: Callable[[], None],
     progress: Callable[[int], None],
+    row_format: RowFormat,
     left_out: np.ndarray | None = None,
+    first_columns: Collection[str] = (),
 ) -> SplitCounts:
     """Write the answers of these rows and count the rows.
 
     Args:
         left_out: rows that belong to another split, bool [rows or more]; they are checked, and not written.
+        first_columns: those of the first row, which the user has heard of; empty says nothing of columns.
 
     Raises:
         UserError: rows are broken, or too long where that is an error; all are counted, the first ten are named.
@@ -52,15 +56,18 @@ def tokenize_answers(
     tally = _Tally(SplitCounts(source=source))
     read = answer_reader(form)
     least = LeastTokens(encoder)
+    late = LateColumns(row_format, set(first_columns))
     while block := list(islice(placed, ROWS_PER_BLOCK)):
         check_stop()
         rows = _read_block(block, read, left_out, tally)
+        if first_columns:
+            late.add(block)
         if not tally.problems.number:
             _write_block(rows, writer, encoder, rules, least, tally)
         progress(tally.counts.read)
     tally.problems.raise_any(source, tally.seen)
     tally.too_long.raise_any(source, tally.seen)
-    return tally.counts
+    return replace(tally.counts, late_columns=late.unused)
 
 
 @dataclass(slots=True)

@@ -6,30 +6,29 @@ Examples that are overlong or empty are left out of training data, as the settin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 
 from trietune.data.cache import CacheWriter
-from trietune.data.columns import (
-    RowFormat,
-    Unlabeled,
-    WrongRow,
-)
+from trietune.data.columns import RowFormat, Unlabeled, WrongRow
 from trietune.data.counts import SplitCounts
 from trietune.data.encoder import Encoder
+from trietune.data.late_columns import LateColumns
 from trietune.data.least_tokens import LeastTokens
 from trietune.data.left_out import chosen, encode_tokens, find_labeled, fit, take, weighted
 from trietune.data.opening import BrokenRow, Row
-from trietune.data.read_row import LengthRules, ReadExample, example_reader, with_row_weights
+from trietune.data.read_row import LengthRules, ReadExample, example_reader, with_row_weights, without_row_weights
 from trietune.data.rows import PlacedRow
 from trietune.data.taken import LeftByTemplate
 from trietune.data.tally import Tally
 from trietune.data.weights import Weighting
 
 ROWS_PER_BLOCK = 4096
+# What programs write into a table where a value is missing; pandas writes the first two.
+MISSING_IN_WORDS = frozenset({"nan", "<na>", "nat", "none", "null", "n/a", "#n/a"})
 
 
 def tokenize_rows(
@@ -44,12 +43,16 @@ def tokenize_rows(
     progress: Callable[[int], None],
     left_out: np.ndarray | None = None,
     weighting: Weighting | None = None,
+    first_columns: Collection[str] = (),
+    forbids_weights: bool = False,
 ) -> SplitCounts:
     """Write the examples of these rows and count them.
 
     Args:
         weighting: where the rows have weights; None if nowhere.
         left_out: rows that belong to another split, bool [rows or more]; they are checked, and not written.
+        first_columns: those of the first row, which the user has heard of; empty says nothing of columns.
+        forbids_weights: whether a row's `weight` is a mistake, because the first row has none.
 
     Raises:
         UserError: rows are broken or labels wrong; all of them are counted, the first ten are named.
@@ -60,9 +63,14 @@ def tokenize_rows(
     to_example = example_reader(row_format, encoder, rules)
     if weighting is not None and weighting.has_column:
         to_example = with_row_weights(to_example)
+    elif forbids_weights:
+        to_example = without_row_weights(to_example)
+    late = LateColumns(row_format, set(first_columns))
     while block := list(islice(placed, ROWS_PER_BLOCK)):
         check_stop()
         read = _read_block(block, to_example, left_out, tally, left)
+        if first_columns:
+            late.add(block)
         # After a first broken row nothing will be written: the rest is only read to be counted.
         if not tally.problems.number:
             _write_block(read, writer, row_format, encoder, rules, least, tally, is_weighted=weighting is not None)
@@ -70,6 +78,7 @@ def tokenize_rows(
     tally.problems.raise_any(source, tally.seen)
     tally.too_long.raise_any(source, tally.seen)
     tally.take_over(left)
+    tally.counts = replace(tally.counts, late_columns=late.unused)
     return tally.finish(writer)
 
 
@@ -128,6 +137,8 @@ def _write_block(
 ) -> None:
     tally.count("without_prompt", [one.place for one in read if one.has_empty_text])
     if row_format.kind != "tokens":
+        spelt = [one.place for one in read if one.example.completion.strip().lower() in MISSING_IN_WORDS]
+        tally.count("missing_in_words", spelt)
         empty = [one for one in read if not one.example.completion.strip()]
         tally.count("without_completion", [one.place for one in empty])
         if empty and not rules.keeps_empty:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from trietune.data.chat import Segment, TemplateTooSlowError, split_last_turn, split_turns
+from trietune.data.chat import Segment, TemplateTooSlowError, is_answer, split_last_turn, split_turns
 from trietune.data.columns import WrongRow
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.system_prompt import with_system_prompt
@@ -150,7 +150,8 @@ def _ends_of_calls(encoder: Encoder, conversations: Sequence[Example]) -> list[i
 
 def _up_to(example: Example, index: int) -> Example:
     """The conversation up to one of its answers, all of which are learned."""
-    return replace(example, messages=tuple(replace(one, weight=1.0) for one in example.messages[: index + 1]))
+    first, *rest = example.messages[: index + 1]
+    return replace(example, messages=(first, *(replace(one, weight=1.0) for one in rest)))
 
 
 def _encode_probe(encoder: Encoder, conversations: Sequence[Example]) -> EncodedExamples:
@@ -286,7 +287,8 @@ class Encoder:
 
     def answers(self, example: Example) -> list[Message]:
         """The messages of a conversation that its tokens may learn: each answer, or the last one."""
-        answers = [message for message in example.messages if message.role == "assistant"]
+        messages = with_system_prompt(example.messages, self.prompt_format.system_prompt)
+        answers = [message for index, message in enumerate(messages) if is_answer(message, index)]
         return answers[-1:] if self.prompt_format.is_turn_by_turn else answers
 
     def _turns(self, messages: Sequence[Message], tools: str = "", *, add_generation_prompt: bool) -> list[Segment]:

@@ -27,6 +27,8 @@ _SPLIT_NAMES: dict[SplitRole, tuple[str, ...]] = {
 # `-00000-of-00002`, with the hub's hash behind it or not; `_1`; `.part3`.
 _SHARD = re.compile(r"([-_.]?(part|shard)?[-_.]?\d+([-_.]of[-_.]\d+)?([-_][0-9a-f]{8,})?)?", re.IGNORECASE)
 
+_SHARD_NUMBER = re.compile(r"[-_.]?\d+([-_.]of[-_.]\d+)?$")
+
 
 def find_split(splits: Mapping[str, Rows], role: SplitRole) -> str | None:
     return next((name for name in _SPLIT_NAMES[role] if name in splits), None)
@@ -92,6 +94,11 @@ def _plain_splits(folder: Path, report: Callable[[str], None], options: FileOpti
                 (files if is_exact else similar).setdefault(name, []).append(path)
     for name, paths in similar.items():
         _settle(name, paths, files, folder, report)
+    # Other files of a repository of data, such as its licence, are texts, too.
+    unnamed = [path for path in unnamed if path.stem.lower() not in ("readme", "license", "licence", "requirements")]
+    if not files:
+        unnamed = _take_last_words(unnamed, files, folder, report)
+    _say_what_is_beside(files, unnamed if files else (), folder, report)
     for name, paths in files.items():
         suffixes = sorted({format_suffix(path) for path in paths})
         if len(suffixes) > 1:
@@ -100,8 +107,6 @@ def _plain_splits(folder: Path, report: Callable[[str], None], options: FileOpti
                 where=str(folder),
                 next_step="name the one to take: `train_file: ...` and `validation_file: ...`",
             )
-    # Other files of a repository of data, such as its licence, are texts, too.
-    unnamed = [path for path in unnamed if path.stem.lower() not in ("readme", "license", "licence", "requirements")]
     if not files:
         if not unnamed and (parts := _folders_with_splits(folder)):
             if len(parts) == 1:
@@ -148,11 +153,59 @@ def _settle(
     elif len(similar) == 1:
         files[name] = similar
     else:
-        raise UserError(
-            f"several files could be the split `{name}`: {names}",
-            where=str(folder),
-            next_step="name those to take: `train_file: ...` and `validation_file: ...` (a file or a pattern)",
-        )
+        raise _several_could_be(name, similar, folder)
+
+
+def _several_could_be(name: str, paths: Sequence[Path], folder: Path) -> UserError:
+    return UserError(
+        f"several files could be the split `{name}`: {', '.join(f'`{path.name}`' for path in paths)}",
+        where=str(folder),
+        next_step="name those to take: `train_file: ...` and `validation_file: ...` (a file or a pattern)",
+    )
+
+
+def _take_last_words(
+    unnamed: list[Path], files: dict[str, list[Path]], folder: Path, report: Callable[[str], None]
+) -> list[Path]:
+    """`films_val.jsonl` is not for training; puts such files into `files`, and gives those that are left.
+
+    Raises:
+        UserError: several could be one split.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in unnamed:
+        if (name := _last_word(_stem(path))) is not None:
+            found.setdefault(name, []).append(path)
+    if not found:
+        return unnamed
+    rest = [path for path in unnamed if not any(path in paths for paths in found.values())]
+    for name, paths in found.items():
+        if len({_SHARD_NUMBER.sub("", _stem(path)) for path in paths}) > 1:
+            raise _several_could_be(name, paths, folder)
+        files[name] = paths
+    if rest and not any(name in found for name in _SPLIT_NAMES["train"]):
+        files["train"], rest = rest, []
+    for name, paths in files.items():
+        report(f"the split `{name}` of `{folder}` is {', '.join(f'`{path.name}`' for path in paths)}, by the name")
+    return rest
+
+
+def _last_word(stem: str) -> str | None:
+    """The split that a file's name ends with: `val` of `films_val`, and of `films-val-00000-of-00001`."""
+    known = {name for names in _SPLIT_NAMES.values() for name in names}
+    words = re.split(r"[-_. ]+", _SHARD_NUMBER.sub("", stem.lower()))
+    return words[-1] if words[-1] in known else None
+
+
+def _say_what_is_beside(
+    files: Mapping[str, Sequence[Path]], unnamed: Sequence[Path], folder: Path, report: Callable[[str], None]
+) -> None:
+    """Name files that nothing reads: those of no split, and of a second one for the same use, `dev` beside `valid`."""
+    used = {name: [one for one in names if files.get(one)] for name, names in _SPLIT_NAMES.items()}
+    unread = [path for found in used.values() for name in found[1:] for path in files[name]] + [*unnamed]
+    if unread:
+        shown = ", ".join(f"`{path.name}`" for path in unread[:8]) + (", ..." if unread[8:] else "")
+        report(f"not read, of the files in `{folder}`: {shown}")
 
 
 def _split_of(stem: str) -> tuple[str | None, bool]:

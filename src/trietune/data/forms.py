@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +14,9 @@ from trietune.data.loading import CheckStop, Loading, Progress, Report, Watch
 from trietune.data.preferences import AnswerForm
 from trietune.data.prompt_formats import make_prompt_format
 from trietune.data.reading import find_row_format, first_conversations, weighting_of
+from trietune.data.rows import Rows
 from trietune.data.sources import Sources
-from trietune.data.templates import PromptFormat, find_columns
+from trietune.data.templates import PromptFormat, find_columns, find_optional_names, find_text_in_braces
 from trietune.data.weights import COLUMN, Weighting
 
 if TYPE_CHECKING:
@@ -94,7 +95,24 @@ def open_to_train(
         report(f"columns of `{rows.name}` that nothing uses: {shown}")
     if row_format.kind == "templates" and not find_columns(row_format.prompt_template, row_format.template_columns):
         report("`prompt_template` names no column: all prompts are the same text")
+    if row_format.kind in ("templates", "answers") and settings.prompt_template is not None:
+        for line in _doubts_about(row_format, rows):
+            report(line)
     return reader.loading(settings, row_format, form, weighting, prompt_format, watch)
+
+
+def _doubts_about(row_format: RowFormat, rows: Rows) -> Iterator[str]:
+    """What of the user's templates may have been meant otherwise than it is read."""
+    first, known = rows.columns(), row_format.template_columns or ()
+    templates = {"prompt_template": row_format.prompt_template, "completion_template": row_format.completion_template}
+    for key, template in templates.items():
+        if texts := find_text_in_braces(template, {*first, *known}):
+            shown = ", ".join(f"`{{{text}}}`" for text in texts[:8]) + (", ..." if texts[8:] else "")
+            why = "stays text: it is not a column" if len(texts) == 1 else "stay text: they are not columns"
+            yield f"`{key}`: {shown} {why}"
+        for name in find_optional_names(template, {*first, *known}):
+            if name not in first:
+                yield f"`{key}`: the first row of `{rows.name}` has no `{name}`, which is empty where a row has none"
 
 
 def named(report: Callable[[str], None], source: str) -> Callable[[str], None]:

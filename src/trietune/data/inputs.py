@@ -10,14 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from trietune.data.files import FORMAT_OF_SUFFIX, detect_format, format_suffix, read_rows, readable
+from trietune.data.files import BETWEEN, FORMAT_OF_SUFFIX, detect_format, format_suffix, read_rows, readable
 from trietune.data.json_text import JsonDecoder, RepeatedKeyError
 from trietune.data.opening import AS_USUAL, BrokenRow, FileOptions, no_plain_file, read_lines
 from trietune.errors import UserError
 
 
 def read_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[object]:
-    """The inputs of a file: texts of lines, or rows. A file of another name is read as text.
+    """The inputs of `read_placed_inputs` without their places."""
+    return (given for _, given in read_placed_inputs(path, options))
+
+
+def read_placed_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[tuple[str, object]]:
+    """The inputs of a file, each with its place, `in.csv:7`: texts of lines, or rows.
+
+    A file of another name than those of data is read as text.
 
     Raises:
         UserError: it cannot be read, or a row of it cannot.
@@ -35,20 +42,26 @@ def read_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[object]
         yield from _read_file(path, options)
 
 
-def _read_file(path: Path, options: FileOptions) -> Iterator[Any]:
+def _read_file(path: Path, options: FileOptions) -> Iterator[tuple[str, object]]:
     is_text = format_suffix(path) not in FORMAT_OF_SUFFIX or detect_format(path) == "txt"
     if is_text and options.txt_unit == "line":
         found: Iterator[tuple[int, object]] = read_lines(path, options, with_blank=True)
     else:
         found = read_rows(path, options)
+    between = ":" if is_text else BETWEEN.get(detect_format(path), ":")
     for number, given in found:
         if isinstance(given, BrokenRow):
             raise UserError(f"{path}:{number}: {given.reason}", next_step="correct or remove this line")
-        yield given["text"] if is_text and isinstance(given, dict) else given
+        yield f"{path}{between}{number}", given["text"] if is_text and isinstance(given, dict) else given
 
 
 def read_piped(text: str) -> Iterator[object]:
-    """The inputs in text that came through a pipe.
+    """The inputs of `read_placed_pipe` without their places."""
+    return (given for _, given in read_placed_pipe(text))
+
+
+def read_placed_pipe(text: str) -> Iterator[tuple[str, object]]:
+    """The inputs in text that came through a pipe, each with its place, `stdin:7`.
 
     Raises:
         UserError: lines that begin as JSON are none.
@@ -61,10 +74,10 @@ def read_piped(text: str) -> Iterator[object]:
     decoder = JsonDecoder()
     for number, line in enumerate(lines, start=1):
         if not is_json:
-            yield line
+            yield f"stdin:{number}", line
         elif line.strip():
             try:
-                yield decoder.decode(line)
+                yield f"stdin:{number}", decoder.decode(line)
             except RepeatedKeyError as error:
                 raise UserError(f"stdin:{number} has a {error}", next_step="remove one of the two values") from error
             except (ValueError, RecursionError) as error:

@@ -110,6 +110,9 @@ def read_squad(path: Path, options: FileOptions) -> Iterator[NumberedRow]:
                     if (repeated := _repeated_in_question(qa)) is not None:
                         yield number, BrokenRow(_duplicate(repeated))
                         continue
+                    if (unclear := _unclear(qa)) is not None:
+                        yield number, BrokenRow(unclear)
+                        continue
                     answers = [] if qa.get("is_impossible") else [answer["text"] for answer in qa["answers"]]
                     row = {"context": context, "question": qa["question"], "answers": {"text": answers}}
                     yield number, row if qa.get("id") is None else {"id": str(qa["id"]), **row}
@@ -146,6 +149,14 @@ def _repeated_in_question(qa: object) -> str | None:
     answers = qa.get("answers") if isinstance(qa, dict) else None
     parts = [qa, *(answers if isinstance(answers, list) else ())]
     return next((part.repeated for part in parts if isinstance(part, RepeatedKeys)), None)
+
+
+def _unclear(qa: Any) -> str | None:
+    """Why it is not clear whether a question has an answer; None if it is. A text such as "false" would be true."""
+    is_impossible = qa.get("is_impossible")
+    if is_impossible in (None, True, False):
+        return None
+    return f"`is_impossible` is `{str(is_impossible)[:80]}`, neither true nor false"
 
 
 def _duplicate(key: str) -> str:

@@ -28,7 +28,7 @@ from trietune.data.read_row import LengthRules
 from trietune.data.rows import Rows
 from trietune.data.sources import Sources
 from trietune.data.templates import PromptFormat, find_columns, plain_fields, split_template
-from trietune.data.weights import Weighting
+from trietune.data.weights import COLUMN, Weighting, is_weight_text
 from trietune.errors import StopRequested, UserError
 from trietune.io.json_types import JsonObject
 
@@ -42,7 +42,7 @@ CheckStop = Callable[[], None]
 # `max_length: auto` where no model says how long a sequence may be.
 UNBOUNDED = 2**31 - 1
 # Which rows are accepted, and how: an entry of the cache that was made by other rules is not used.
-READING_VERSION = 4
+READING_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Loading:
             held_out=None if held_out is None else [HELD_OUT_SEED, int(held_out.sum()), is_training or is_rest],
             **({"is_rest": True} if is_rest else {}),
             limit=limit,
-            **({} if self.form is None else {"answers": asdict(self.form)}),
+            **({} if self.form is None else {"answers": _fields_of(self.form)}),
             **({} if weighting is None else {"weights": asdict(weighting)}),
         )
         entry = make_key(fingerprint=key, reading_version=READING_VERSION)
@@ -161,12 +161,21 @@ class Loading:
             "check_stop": self.check_stop,
             "progress": lambda done: self.progress(phase, done, total),
             "left_out": held_out if is_training else None,
+            "row_format": self.row_format,
+            "first_columns": rows.columns(),
         }
         placed = islice(placed, _last_row(held_out, limit))
         with CacheWriter(self.cache_folder, key) as writer:
             try:
                 if self.form is None:
-                    counts = tokenize_rows(placed, writer, row_format=self.row_format, weighting=weighting, **common)
+                    forbids = is_training and COLUMN not in rows.columns() and not is_weight_text(self.row_format)
+                    counts = tokenize_rows(
+                        placed,
+                        writer,
+                        weighting=weighting,
+                        forbids_weights=forbids,
+                        **common,
+                    )
                 else:
                     counts = tokenize_answers(placed, writer, form=self.form, **common)
             except StopRequested:
@@ -196,6 +205,13 @@ def _deciding_fields(words: RowFormat | PromptFormat) -> JsonObject:
     if all(split_template(one, columns) == split_template(one) for one in templates):
         return fields
     return {**fields, "template_columns": [find_columns(one, columns) for one in templates]}
+
+
+def _fields_of(form: AnswerForm) -> JsonObject:
+    """What of a form decides tokens; its columns stand in the row format where they do."""
+    fields = asdict(form)
+    del fields["template_columns"]
+    return fields
 
 
 def _last_row(held_out: np.ndarray | None, limit: int | None) -> int | None:
@@ -240,7 +256,7 @@ def _nothing_left(counts: SplitCounts, max_length: int) -> UserError:
         (
             counts.without_completion,
             "none of the {} can be learned from: their completions are empty",
-            "check `completion_template` and the columns of the file",
+            "check the column of what is to be learned: its name, the last message, or `completion_template`",
         ),
     )
     count, said, next_step = next((reason for reason in reasons if reason[0].number), reasons[-1])

@@ -58,6 +58,13 @@ def read_tools(value: object) -> str:
     return _as_json(value) if value else ""
 
 
+def is_conversation(value: object) -> bool:
+    """Whether a value is meant as messages: an object, a list of objects, or JSON text of one."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("[") and '"role"' in value
+    return isinstance(value, Mapping) or (isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping))
+
+
 def is_weight(value: object) -> bool:
     """Whether a value can multiply losses: any number that is finite."""
     # A whole number of JSON may be too large for a float; comparing the two is exact.
@@ -93,6 +100,9 @@ def _read_message(item: object, where: str) -> Message:
         raise TypeError(f'"function_call" of {where} is OpenAI\'s older form: write "tool_calls"')
     # Tables give every message all keys of all of them: what is null is not there.
     more = {key: value for key, value in item.items() if key not in _OWN_KEYS and value is not None}
+    if item["role"] != "assistant":
+        # Only answers are learned: what says otherwise is a key that nothing takes, and is counted as one.
+        more |= {key: item[key] for key in ("weight", *_SWITCHES) if item.get(key)}
     more = _with_tool_calls(more, where)
     content = _text_of(item.get("content"), where)
     if content is None:

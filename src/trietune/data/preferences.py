@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trietune.data.columns import WrongRow
+from trietune.data.columns import WrongRow, check_templates
 from trietune.data.examples import Example, Message
 from trietune.data.messages import read_messages, read_tools
-from trietune.data.templates import fill_template, find_columns, to_text
+from trietune.data.templates import fill_template, to_text
 from trietune.errors import UserError
 from trietune.io.json_types import JsonMapping
 
@@ -37,6 +37,7 @@ class AnswerForm:
         is_chat: whether answers are messages.
         prompt: a column, a template over columns, or the beginning of the answers themselves.
         prompt_template: the template.
+        template_columns: those that the template may name; None takes only identifiers.
         is_split: whether each answer of a pair is a row of its own, wanted or not.
     """
 
@@ -45,6 +46,7 @@ class AnswerForm:
     prompt: PromptKind
     prompt_template: str = ""
     is_split: bool = False
+    template_columns: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +69,14 @@ def choose_form(
     is_chat = _is_conversation(_first(first_row.get(answer)) if kind == "ranked" else first_row.get(answer))
     has_prompt = "prompt" in columns
     prompt: PromptKind = "column" if has_prompt else "implicit"
+    template_columns: tuple[str, ...] | None = None
     if prompt_template is not None:
         if is_chat:
             raise UserError(
                 f"`prompt_template` is set, and the answers of `{source}` are messages",
                 next_step="remove it: the chat template of the model puts messages into words",
             )
-        for name in find_columns(prompt_template):
-            if name not in columns:
-                raise UserError(
-                    f"`prompt_template` asks for the column `{name}`, which `{source}` does not have",
-                    where=f"its columns are {_names(columns)}",
-                    next_step=f"write `{{{{{name}}}}}` if it is plain text",
-                )
+        template_columns = check_templates({"prompt_template": prompt_template}, columns, source)
         prompt = "template"
     elif kind != "pairs" and not has_prompt:
         raise UserError(
@@ -96,6 +93,7 @@ def choose_form(
         prompt=prompt,
         prompt_template=prompt_template or "",
         is_split=kind == "pairs" and objective == "kto",
+        template_columns=template_columns,
     )
 
 
@@ -251,7 +249,7 @@ def _prompt_text(form: AnswerForm, row: JsonMapping) -> str:
     if form.prompt == "column":
         return _text(row, "prompt")
     try:
-        return fill_template(form.prompt_template, row)
+        return fill_template(form.prompt_template, row, form.template_columns)
     except KeyError as error:
         raise WrongRow(f"no column `{error.args[0]}`") from None
 

@@ -101,7 +101,7 @@ def _find_chat_template(settings: Settings, tokenizer: PreTrainedTokenizerFast, 
         if "{{" in own or "{%" in own:
             return str(own).removeprefix("\ufeff")
         try:
-            return expand(own).read_text("utf-8-sig")
+            text = expand(own).read_text("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"`chat_template: {own}` is not UTF-8 text (byte {error.start + 1})", next_step="save it as UTF-8"
@@ -112,6 +112,12 @@ def _find_chat_template(settings: Settings, tokenizer: PreTrainedTokenizerFast, 
                 where=str(error.strerror or error),
                 next_step="write the path of a .jinja file, or the template itself",
             ) from None
+        if not text.strip():
+            raise UserError(
+                f"`chat_template: {own}` is empty",
+                next_step="write a template into it, or remove the key: the tokenizer's own is taken then",
+            )
+        return text
     template = _own_template(tokenizer)
     if not template:
         raise UserError(

@@ -6,22 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trietune.data.chat import Segment
+from trietune.data.chat import Segment, is_answer
 from trietune.data.columns import (
     FORMS,
     REQUIRED_COLUMNS,
     RowFormat,
-    RowFormatKind,
     WrongRow,
     example_maker,
     find_form,
 )
 from trietune.data.encoder import Encoder
 from trietune.data.examples import IGNORED_LABEL, Example
+from trietune.data.known_forms import KNOWN_FORMS
 from trietune.data.opening import Row
-from trietune.data.taken import check_calls
-from trietune.data.templates import find_columns, find_half_character, find_optional, to_text
-from trietune.data.weights import row_weight
+from trietune.data.taken import check_answers
+from trietune.data.templates import find_columns, find_optional, to_text
+from trietune.data.weights import COLUMN, row_weight
+from trietune.io.half_characters import find_half_character
 
 Overlong = Literal["drop", "truncate_prompt", "error"]
 
@@ -95,25 +96,41 @@ def example_reader(
 
 def _check_form(row: Row, row_format: RowFormat) -> None:
     """The first row decides how all are read; one that would be read in another way may not pass in silence."""
-    if row_format.kind not in FORMS or row_format.message_columns != ("messages",):
+    if row_format.kind == "columns" and isinstance(row.get("label"), bool):
+        raise WrongRow(
+            "`label` says whether its completion is wanted, and `objective: sft` would learn it either way: "
+            "`objective: kto` learns from both"
+        )
+    known = _known_columns(row_format)
+    if (row_format.kind not in FORMS and not known) or row_format.message_columns != ("messages",):
         return
     own = find_form(row)
-    if own is not None and FORMS.index(own) < FORMS.index(row_format.kind):
+    if own is not None and (known or FORMS.index(own) < FORMS.index(row_format.kind)):
         raise WrongRow(
-            f"it has {_in_words(own)}, and the first row of the data {_in_words(row_format.kind)}: "
-            "put rows of one form into one file"
+            f"it has {_named(REQUIRED_COLUMNS[own])}, and the first row of the data "
+            f"{_named(known or REQUIRED_COLUMNS[row_format.kind])}: put rows of one form into one file"
         )
 
 
-def _in_words(kind: RowFormatKind) -> str:
-    return ", ".join(f"`{name}`" for name in REQUIRED_COLUMNS[kind])
+def _known_columns(row_format: RowFormat) -> tuple[str, ...]:
+    """The columns by which data was recognized that is read by the templates of a known form; empty for other data."""
+    templates = (row_format.prompt_template, row_format.completion_template)
+    forms = (one for one in KNOWN_FORMS if (one.prompt_template, one.completion_template) == templates)
+    return next((one.required for one in forms), ())
+
+
+def _named(columns: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in columns)
 
 
 def _read_conversation(example: Example, place: str, encoder: Encoder) -> ReadExample:
     said = encoder.said(example)
     _check_characters(example, said)
-    check_calls(example, said, encoder)
-    num_unlearnt = sum(message.weight == 0 for message in encoder.answers(example))
+    check_answers(example, said, encoder)
+    answers = [message for message in example.messages if message.role == "assistant"]
+    if encoder.prompt_format.is_turn_by_turn:
+        answers = answers[-1:]
+    num_unlearnt = sum(message.weight == 0 for message in answers)
     segments = encoder.learnt(example, said)
     return ReadExample(place, example, segments, None, has_empty_text=False, said=said, num_unlearnt=num_unlearnt)
 
@@ -137,10 +154,21 @@ def with_row_weights(to_example: Callable[[Row, str], list[ReadExample]]) -> Cal
     return read
 
 
+def without_row_weights(to_example: Callable[[Row, str], list[ReadExample]]) -> Callable[[Row, str], list[ReadExample]]:
+    """For data whose first row has no weight: another row's would be dropped."""
+
+    def read(row: Row, place: str) -> list[ReadExample]:
+        if row.get(COLUMN) is not None:
+            raise WrongRow(f"it has a `{COLUMN}`, and the first row of the data has none: give every row one, or none")
+        return to_example(row, place)
+
+    return read
+
+
 def _turns(example: Example) -> list[Example]:
     """Each answer of a conversation as an example that ends with it."""
     messages = example.messages
-    ends = [index + 1 for index, message in enumerate(messages) if message.role == "assistant"]
+    ends = [index + 1 for index, message in enumerate(messages) if is_answer(message, index)]
     return [
         replace(
             example,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from trietune.config.settings import Settings
 from trietune.data.columns import (
+    FORMS,
     REQUIRED_COLUMNS,
     RowFormat,
+    RowFormatKind,
     WrongRow,
     built_in_row_format,
     choose_row_format,
@@ -23,6 +25,7 @@ from trietune.data.columns import (
 )
 from trietune.data.examples import Example
 from trietune.data.files import detect_format
+from trietune.data.messages import is_conversation
 from trietune.data.opening import BrokenRow
 from trietune.data.preferences import AnswerForm, choose_form
 from trietune.data.rows import FileRows, Rows
@@ -84,6 +87,13 @@ def find_row_format(
     rows = sources.train
     columns = rows.columns()
     task_name = sources.task_name
+    place, row = next(rows.read(), ("", None))
+    if not columns:
+        raise UserError(
+            f"`{rows.name}` holds no rows" if row is None else f"no row of `{rows.name}` can be read",
+            where=None if row is None else f"{place}: {getattr(row, 'reason', 'no columns')}",
+            next_step="check that the file is the one that you mean",
+        )
     if trained_with is not None and trained_with.kind == "template":
         own_task = find_built_in(trained_with)
         if own_task and set(REQUIRED_COLUMNS[own_task]) <= set(columns):
@@ -92,13 +102,6 @@ def find_row_format(
             return row_format_of_adapter(trained_with, columns, rows.name), None
     if task_name and not sources.is_task_certain and not set(REQUIRED_COLUMNS[task_name]) <= set(columns):
         task_name = None
-    place, row = next(rows.read(), ("", None))
-    if not columns:
-        raise UserError(
-            f"`{rows.name}` holds no rows" if row is None else f"no row of `{rows.name}` can be read",
-            where=None if row is None else f"{place}: {getattr(row, 'reason', 'no columns')}",
-            next_step="check that the file is the one that you mean",
-        )
     if settings.learns_preferences:
         form = choose_form(
             columns,
@@ -107,7 +110,8 @@ def find_row_format(
             prompt_template=settings.prompt_template,
             source=rows.name,
         )
-        return RowFormat("answer_messages" if form.is_chat else "answers", settings.prompt_template or ""), form
+        kind: RowFormatKind = "answer_messages" if form.is_chat else "answers"
+        return RowFormat(kind, settings.prompt_template or "", template_columns=form.template_columns), form
     if task_name is None and settings.prompt_template is None and _is_in_squads_form(rows, row):
         task_name = "squad"
     row_format = choose_row_format(
@@ -118,9 +122,12 @@ def find_row_format(
         source=rows.name,
     )
     first = _first_row(rows)
-    if row_format.kind == "columns" and any(_is_conversation(first.get(name)) for name in ("prompt", "completion")):
+    own = find_form(first)
+    if row_format.kind in FORMS and own is not None and FORMS.index(own) > FORMS.index(row_format.kind):
+        row_format = built_in_row_format(own)  # the columns of another form are there and hold nothing
+    if row_format.kind == "columns" and any(is_conversation(first.get(name)) for name in ("prompt", "completion")):
         row_format = replace(built_in_row_format("messages"), message_columns=("prompt", "completion"))
-    if row_format.kind == "columns" and isinstance(_first_row(rows).get("label"), bool):
+    if row_format.kind == "columns" and isinstance(first.get("label"), bool):
         raise UserError(
             f"`label` of `{rows.name}` says which completions are wanted, and `objective: sft` would learn all of them",
             where=f"its columns are {', '.join(f'`{name}`' for name in columns)}",
@@ -137,12 +144,6 @@ def weighting_of(
     if COLUMN in sources.train.columns():
         report(f"the column `{COLUMN}` is not used: `objective: {settings.objective}` has no weights of examples")
     return None
-
-
-def _is_conversation(value: object) -> bool:
-    if isinstance(value, str):
-        return value.lstrip().startswith("[") and '"role"' in value
-    return isinstance(value, Mapping) or (isinstance(value, Sequence) and bool(value) and isinstance(value[0], Mapping))
 
 
 def _first_row(rows: Rows) -> JsonMapping:

@@ -80,10 +80,12 @@ class LeftByTemplate:
             return True
 
 
-def check_calls(example: Example, said: Sequence[Segment], encoder: Encoder) -> None:
-    """Raise `WrongRow` for an answer that only calls tools, where the template writes nothing of the call."""
+def check_answers(example: Example, said: Sequence[Segment], encoder: Encoder) -> None:
+    """Raise `WrongRow` for an answer, or a call of tools, of which the template writes nothing."""
     texts = (text for text, is_said in said if is_said)
     for message, text in zip(encoder.answers(example), texts, strict=True):
+        if message.content.strip() and message.weight and not text.strip():
+            raise WrongRow("the chat template writes nothing of an answer: it would be learned as an empty one")
         if not message.more or message.content.strip():
             continue
         calls = message.fields.get("tool_calls") or ()

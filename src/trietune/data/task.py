@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -90,7 +91,12 @@ def find_task(
     if choice == "auto":
         reason = _why_no_labels(seen) if is_tallied else f"more than {COMPLETIONS_TALLIED} values"
         if reason is not None:
-            if is_tallied and len(seen) <= train.kept / 2:
+            if train.completions and _why_no_labels(Counter(train.completions)) is None:
+                report(
+                    f"task: text, so only the loss is measured; the completions of `{train.source}` look like labels, "
+                    f"and with those of the validation data there are {reason}: check that they belong together"
+                )
+            elif is_tallied and len(seen) <= train.kept / 2:
                 report(
                     f"task: text, so only the loss is measured; completions repeat, but are not labels ({reason}): "
                     "`task: labels` measures accuracy, `task: answers` exact match and F1"
@@ -151,6 +157,12 @@ def _report_odd(
     spaced = [name for name in names if sum(text.strip() == name for text in seen) > 1]
     if spaced:
         report(f"labels that differ only in spaces at their ends count as one: {_some(spaced)}")
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names):
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    written = [name for group in alike.values() if len(group) > 1 for name in group]
+    if written:
+        report(f"labels that differ only in case or in how they are encoded are not the same: {_some(written)}")
     unlearnt = {text.strip() for text in seen} - {text.strip() for text in train.completions}
     if unlearnt:
         report(f"labels of the validation data that no training example has: {_some(sorted(unlearnt))}")

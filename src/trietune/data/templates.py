@@ -21,6 +21,7 @@ from typing import Literal
 from trietune.data.examples import Task
 from trietune.data.json_text import decode_json
 from trietune.errors import UserError
+from trietune.io.half_characters import find_half_character
 from trietune.io.json_types import JsonMapping, JsonObject
 
 SST2_PROMPT = "Review: {sentence}\nOutput:"
@@ -45,6 +46,8 @@ _MAYBE = re.compile(r"\{([^{}\r\n]+)\?\}")
 _BRACES = re.compile(r"\{\{([^{}\r\n]+)\}\}|\{([^{}\r\n]+)\}")
 # What is meant as a column, right or wrong: `Review Text`, and what Python's own templates allow behind a name.
 _NAME = re.compile(r"(?=.*\w)[\w \t-]+(![a-z])?(:[^\"']*)?")
+# What Python's own templates write for a part of a value: `{answers[0]}`, `{review.text}`.
+_PART = re.compile(r"(\.\w+|\[[^\[\]]*\])+(![a-z])?(:[^\"']*)?")
 # What adapters without `template_columns` were trained with: identifiers are columns, everything else is text.
 _IDENTIFIERS = re.compile(r"\{\{(\w+)\}\}|\{([A-Za-z_]\w*)\}")
 
@@ -122,6 +125,11 @@ class PromptFormat:
     def optional_columns(self) -> tuple[str, ...]:
         """Those of them that may be missing."""
         return find_optional(self.prompt_template, self.template_columns)
+
+    @property
+    def any_chat_template(self) -> str:
+        """The chat template that was trained with, by this data set or by another one; empty without conversations."""
+        return next((one.chat_template for one in (self, *self.others) if one.chat_template), "")
 
     def to_json(self) -> str:
         version = FORMAT_VERSION_OPTIONAL if self.optional_columns else FORMAT_VERSION
@@ -248,6 +256,25 @@ def find_unknown_names(template: str, columns: Collection[str]) -> tuple[str, ..
     return tuple(dict.fromkeys(name for name in names if name not in columns and _NAME.fullmatch(name)))
 
 
+def find_parts(template: str, columns: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """What stands in braces like a part of a column's value, with the column: `answers[0]`, `answers`."""
+    found: dict[str, str] = {}
+    for _, name in _BRACES.findall(template):
+        whole = [one for one in columns if name.startswith(one) and _PART.fullmatch(name, len(one))]
+        if whole and name not in columns:
+            found[name] = max(whole, key=len)
+    return tuple(found.items())
+
+
+def find_text_in_braces(template: str, columns: Collection[str]) -> tuple[str, ...]:
+    """What stands in braces and is not a column, a name or JSON: text, though it may have been meant otherwise."""
+    optional = find_optional_names(template, columns)
+    marks = {f"{mark}{name}{end}" for name in optional for mark, end in (("", "?"), ("#", ""), ("/", ""))}
+    found = [name for _, name in _BRACES.findall(template) if name]
+    found = [name for name in found if name not in columns and name not in marks and not set(name) & {'"', "'"}]
+    return tuple(dict.fromkeys([*found, *([""] if "{}" in template and '"' not in template else [])]))
+
+
 def literal_text(template: str, columns: Collection[str] | None = None) -> str:
     """What of a template is text of its own."""
     return "".join(text for text, is_column in split_template(template, columns) if not is_column)
@@ -293,13 +320,3 @@ def to_text(value: object, column: str) -> str:
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     raise TypeError(f"column `{column}` holds a {type(value).__name__}, and a text or number is needed")
-
-
-def find_half_character(*texts: str) -> str | None:
-    """The first half of a pair of UTF-16 in these texts, written `\\ud83d`; None if all can be written as UTF-8."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return f"\\u{ord(text[error.start]):04x}"
-    return None

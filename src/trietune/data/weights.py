@@ -43,11 +43,15 @@ class Weighting:
 
 def find_weighting(rows: Rows, row_format: RowFormat) -> Weighting | None:
     """Where these rows have weights; None if nowhere. A column that a template uses is text."""
-    templates = (row_format.prompt_template, row_format.completion_template)
-    used = {name for one in templates for name in find_columns(one, row_format.template_columns)}
-    has_column = COLUMN in rows.columns() and COLUMN not in used
+    has_column = COLUMN in rows.columns() and not is_weight_text(row_format)
     has_messages = row_format.kind == "messages" and _any_message_has_one(rows, row_format.message_columns)
     return Weighting(has_column, has_messages) if has_column or has_messages else None
+
+
+def is_weight_text(row_format: RowFormat) -> bool:
+    """Whether a template uses the column as text."""
+    templates = (row_format.prompt_template, row_format.completion_template)
+    return any(COLUMN in find_columns(one, row_format.template_columns) for one in templates)
 
 
 def row_weight(row: JsonMapping) -> float:

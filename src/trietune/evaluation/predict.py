@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trietune.data.columns import WrongRow
+from trietune.data.columns import WrongRow, conversation_to_ask
 from trietune.data.encoder import Encoder
 from trietune.data.examples import Example, Message
-from trietune.data.messages import read_messages, read_tools
-from trietune.data.templates import PromptFormat, fill_template, find_half_character
+from trietune.data.messages import read_tools
+from trietune.data.templates import PromptFormat, fill_template, to_text
 from trietune.errors import UserError
 from trietune.evaluation.generation import GenerationLimits, generate
 from trietune.evaluation.sampling import Sampling
@@ -30,6 +30,7 @@ from trietune.evaluation.scoring import (
     no_stop,
     sum_by_name,
 )
+from trietune.io.half_characters import find_half_character
 from trietune.io.json_types import JsonMapping
 from trietune.model.causal_lm import TrieModel
 from trietune.trie import Batching
@@ -164,23 +165,30 @@ def prompt_length(encoder: Encoder, messages: Sequence[Message]) -> int:
     return len(encode_prompt(encoder, _conversation(messages)))
 
 
-def make_examples(prompt_format: PromptFormat, inputs: Sequence[Input]) -> list[Example]:
+def make_examples(
+    prompt_format: PromptFormat, inputs: Sequence[Input], places: Sequence[str] | None = None
+) -> list[Example]:
     """The prompts of inputs that have no completion yet.
 
     A template with one column takes a text as that column, a chat as the user's turn; data without a template takes it
     as the whole prompt. A row is read by the names of its columns.
 
+    Args:
+        places: what each input is called in an error; None counts them.
+
     Raises:
         UserError: a text for a template with several columns, or a row that lacks a column.
     """
-    examples = [_make_example(prompt_format, value, f"input {number}") for number, value in enumerate(inputs, start=1)]
-    for number, example in enumerate(examples, start=1):
-        _check_text(example, f"input {number}")
+    names = [f"input {number}" for number in range(1, len(inputs) + 1)] if places is None else places
+    examples = [_make_example(prompt_format, value, name) for value, name in zip(inputs, names, strict=True)]
+    for example, name in zip(examples, names, strict=True):
+        _check_text(example, name)
     return examples
 
 
 def _check_text(example: Example, name: str) -> None:
-    if half := find_half_character(example.prompt, *(message.content for message in example.messages)):
+    parts = [part for message in example.messages for part in (message.role, message.content, message.more)]
+    if half := find_half_character(example.prompt, example.tools, *parts):
         raise UserError(
             f"{name} holds half a character, or a byte that is not UTF-8 ({half})",
             next_step="give the text as UTF-8; in JSON, both halves: \\ud83d\\ude00",
@@ -191,11 +199,12 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
     if prompt_format.kind == "chat":
         if isinstance(value, str):
             return _conversation([Message("user", value)])
-        if isinstance(value, Mapping) and "messages" in value:
-            try:
-                return _conversation(read_messages(value["messages"]), read_tools(value.get("tools")))
-            except TypeError as error:
-                raise UserError(f"{name} cannot be read: {error}", next_step=_ADVICE_MESSAGES) from None
+        try:
+            messages = conversation_to_ask(value) if isinstance(value, Mapping) else None
+            if messages is not None:
+                return _conversation(messages, read_tools(value.get("tools")))
+        except TypeError as error:
+            raise UserError(f"{name} cannot be read: {error}", next_step=_ADVICE_MESSAGES) from None
         raise UserError(f"{name} has no `messages`, and this adapter was trained on chats", next_step=_ADVICE_MESSAGES)
     columns = tuple(name for name in prompt_format.columns if name not in prompt_format.optional_columns)
     if isinstance(value, str):
@@ -213,7 +222,8 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
             next_step=f"give JSON: {_sample_row(columns or ('prompt',))}",
         )
     if not prompt_format.prompt_template:
-        columns = ("prompt",)
+        # Texts that are learned from their first token on stand in `text`.
+        columns = ("text",) if "text" in value and "prompt" not in value else ("prompt",)
     missing = [column for column in columns if column not in value]
     if missing:
         raise UserError(
@@ -223,14 +233,13 @@ def _make_example(prompt_format: PromptFormat, value: Input, name: str) -> Examp
         )
     try:
         template = prompt_format.prompt_template
-        prompt = fill_template(template, value, prompt_format.template_columns) if template else _prompt_of(value)
+        if template:
+            prompt = fill_template(template, value, prompt_format.template_columns)
+        else:
+            prompt = to_text(value[columns[0]], columns[0])
         return Example(id=name, prompt=prompt, completion="")
     except TypeError as error:
         raise UserError(f"{name} cannot be read: {error}", next_step="give text or a number there") from None
-
-
-def _prompt_of(row: JsonMapping) -> str:
-    return fill_template("{prompt}", row)
 
 
 _ADVICE_MESSAGES = 'give a text, or JSON such as {"messages": [{"role": "user", "content": "..."}]}'

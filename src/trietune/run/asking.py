@@ -111,23 +111,25 @@ def ask(
     max_new_tokens: int | None,
     check_stop: Callable[[], None],
     sampling: Sampling | None,
+    places: Sequence[str] | None = None,
 ) -> list[JsonObject]:
     """Answers of `opened` to `inputs`; see `trietune.run.opened.predict`."""
     used = opened.encoder()
     formats = _formats_of(used.prompt_format, inputs)
     answers: list[JsonObject] = [{} for _ in inputs]
     for prompt_format in dict.fromkeys(formats):
-        places = [at for at, one in enumerate(formats) if one == prompt_format]
+        own = [at for at, one in enumerate(formats) if one == prompt_format]
         encoder = used if prompt_format == used.prompt_format else opened.encoder(prompt_format)
         found = _ask(
             opened,
             encoder,
-            [inputs[at] for at in places],
+            [inputs[at] for at in own],
+            [f"input {at + 1}" if places is None else places[at] for at in own],
             max_new_tokens=max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
             check_stop=check_stop,
             sampling=sampling,
         )
-        for at, answer in zip(places, found, strict=True):
+        for at, answer in zip(own, found, strict=True):
             answers[at] = answer
     return answers
 
@@ -142,8 +144,16 @@ def _formats_of(prompt_format: PromptFormat, inputs: Sequence[str | JsonMapping]
     found = []
     for value in inputs:
         tried = [] if isinstance(value, str) else [prompt_format, *reversed(others.values())]
-        found.append(next((one for one in tried if _takes(one, value)), prompt_format))
+        # One without a template takes any text; another that names the row's columns fits better.
+        tried.sort(key=lambda one: _is_bare(one) and "prompt" not in value)
+        # Of a row that none takes, what is wrong is told in the words of the data set that has its columns.
+        named = [one for one in tried if one.columns and set(one.columns) <= set(value)]
+        found.append(next((one for one in tried if _takes(one, value)), named[0] if named else prompt_format))
     return found
+
+
+def _is_bare(prompt_format: PromptFormat) -> bool:
+    return prompt_format.kind != "chat" and not prompt_format.prompt_template
 
 
 def _takes(prompt_format: PromptFormat, value: str | JsonMapping) -> bool:
@@ -158,14 +168,14 @@ def _ask(
     opened: LoadedModel,
     encoder: Encoder,
     inputs: Sequence[str | JsonMapping],
+    places: Sequence[str],
     *,
     max_new_tokens: int,
     check_stop: Callable[[], None],
     sampling: Sampling | None,
 ) -> list[JsonObject]:
-    check_ids(
-        [encode_prompt(encoder, one) for one in make_examples(encoder.prompt_format, inputs)], opened.num_embeddings
-    )
+    examples = make_examples(encoder.prompt_format, inputs, places)
+    check_ids([encode_prompt(encoder, one) for one in examples], opened.num_embeddings)
     max_positions = opened.prove_for(longest_prompt(encoder, inputs) + max_new_tokens)
     if encoder.prompt_format.task.kind == "labels" and opened.settings.task in ("auto", "labels"):
         labels = predict_labels(

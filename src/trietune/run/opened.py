@@ -68,7 +68,7 @@ def evaluate(
         if not _names_data(opened, target, overrides):
             raise UserError(
                 f"`{target}` belongs to no run, so name the data to evaluate it on",
-                next_step=f"trietune evaluate {target} --dataset stanfordnlp/sst2   (a hub id, a file or a folder)",
+                next_step=f"trietune evaluate {target} --dataset FILE   (a file, a folder or a hub id)",
             )
         if split is None and not _overridden_data(overrides):
             split = "validation"
@@ -104,11 +104,16 @@ def predict(
     max_new_tokens: int | None = None,
     check_stop: Callable[[], None] = lambda: None,
     sampling: Sampling | None = None,
+    places: Sequence[str] | None = None,
 ) -> list[JsonObject]:
-    """What the model says to each input: `{"label", "probabilities"}` for a task with labels, else `{"text"}`."""
+    """What the model says to each input: `{"label", "probabilities"}` for a task with labels, else `{"text"}`.
+
+    Args:
+        places: what each input is called where it cannot be asked; None counts them.
+    """
     from trietune.run.asking import ask
 
-    return ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=check_stop, sampling=sampling)
+    return ask(opened, inputs, max_new_tokens=max_new_tokens, check_stop=check_stop, sampling=sampling, places=places)
 
 
 def open_model(target: str | Path, overrides: Sequence[str] | JsonMapping, tracker: Tracker) -> LoadedModel:

@@ -44,6 +44,20 @@ def _advising(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def _check_settings(given: object) -> None:
+    if not isinstance(given, config.Settings):
+        how = repr(str(given)) if isinstance(given, str | Path) else "overrides={...}"
+        raise UserError(
+            f"`trietune.train` takes settings, and was given a value of the type `{type(given).__name__}`",
+            next_step=f"trietune.train(trietune.load_config({how}))",
+        )
+
+
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise UserError(f"`{name}={value!r}` is not a whole number of 1 or more")
+
+
 @_advising
 def load_config(
     path: Path | str | None = None, overrides: Overrides = (), environ: Mapping[str, str] = os.environ
@@ -78,6 +92,7 @@ def train(settings: Settings, *, tracker: Tracker | None = None, allowed_changes
     """
     from trietune.run.train import train as run_training
 
+    _check_settings(settings)
     try:
         run = run_training(settings, tracker=tracker, allowed_changes=allowed_changes, in_python=True)
     except StopRequested as stop:
@@ -117,6 +132,8 @@ def evaluate(
     """
     from trietune.run.opened import evaluate as measure
 
+    if max_examples is not None:
+        _check_count("max_examples", max_examples)
     return measure(target, overrides=overrides, split=split, max_examples=max_examples, tracker=tracker, keep=keep)
 
 
@@ -148,6 +165,7 @@ def predict(
     from trietune.run.signals import StopSignals
     from trietune.tracking.tracker import Tracker as Quiet
 
+    _check_count("max_new_tokens", max_new_tokens)
     asked = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
     opened = open_model(target, overrides, Quiet())
     try:

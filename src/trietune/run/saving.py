@@ -247,7 +247,7 @@ class RunFiles:
             PROMPT_FILE: self._prompt_format(),
             CARD_FILE: describe_adapter(self.prepared, self.directory.name, before, after, encoder).encode(),
         }
-        if template := self.prepared.data.prompt_format.chat_template:
+        if template := self.prepared.data.prompt_format.any_chat_template:
             contents[CHAT_TEMPLATE] = template.encode()
         details = {**self.details(), "trained_steps": trained_steps}
         if is_stopped_early:

@@ -144,15 +144,18 @@ def export_adapter(
 def _chat_template_of(companions: Mapping[str, bytes], *, where: Path) -> dict[str, bytes]:
     """The chat template of training, for programs that know nothing of `prompt_format.json`; empty without one."""
     try:
-        template = strict_json.parse(companions["prompt_format.json"]).get("chat_template")
+        own = strict_json.parse(companions["prompt_format.json"])
+        # Of several data sets, only one may have had conversations.
+        templates = [one.get("chat_template") for one in (own, *own.get("others", ()))]
     except KeyError:
         return {}
-    except (strict_json.NotStrict, AttributeError) as error:
+    except (strict_json.NotStrict, AttributeError, TypeError) as error:
         raise UserError(
             f"`{where / 'prompt_format.json'}` is not what TrieTune writes beside an adapter: {error}",
             next_step="take the adapter folder again from the run that made it",
         ) from None
-    return {CHAT_FILE: template.encode()} if isinstance(template, str) and template else {}
+    template = next((one for one in templates if isinstance(one, str) and one), None)
+    return {} if template is None else {CHAT_FILE: template.encode()}
 
 
 def fold_scale(files: Mapping[str, bytes], *, where: str) -> dict[str, bytes]:
