@@ -5,15 +5,23 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from trietune.data.inputs import read_inputs, read_piped
+from trietune.data.inputs import read_inputs, read_pipe
 from trietune.data.opening import FileOptions
 from trietune.errors import UserError
+
+
+def given(placed: Iterable[tuple[str, Any]]) -> list[Any]:
+    """Inputs without their places."""
+    return [one for _, one in placed]
+
 
 ROWS = [{"q": "one"}, {"q": "two\u2028three"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -37,27 +45,27 @@ def test_rows_of_every_form_that_training_reads(name: str, content: bytes, tmp_p
     path.write_bytes(content)
     if name == "in.parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path)
-    assert [row["q"] for row in read_inputs(path)] == [row["q"] for row in ROWS]
+    assert [row["q"] for row in given(read_inputs(path))] == [row["q"] for row in ROWS]
 
 
 @pytest.mark.parametrize("name", ["in.txt", "in.md", "in"])
 def test_line_n_of_a_text_is_input_n(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes("\ufeffone\r\n\n \u2028x\n\n".encode())
-    assert list(read_inputs(path)) == ["one", "", " \u2028x", ""]
-    assert list(read_piped("\ufeffone\r\n\n \u2028x\n\n")) == ["one", "", " \u2028x", ""]
+    assert given(read_inputs(path)) == ["one", "", " \u2028x", ""]
+    assert given(read_pipe("\ufeffone\r\n\n \u2028x\n\n")) == ["one", "", " \u2028x", ""]
 
 
 def test_a_whole_file_is_one_input_where_the_settings_say_so(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("one\n\ntwo\n")
-    assert list(read_inputs(tmp_path / "in.txt", FileOptions(txt_unit="file"))) == ["one\n\ntwo\n"]
+    assert given(read_inputs(tmp_path / "in.txt", FileOptions(txt_unit="file"))) == ["one\n\ntwo\n"]
 
 
 def test_a_pipe_of_json_lines_is_rows() -> None:
-    assert list(read_piped("\n" + LINES)) == ROWS
-    assert list(read_piped("")) == []
+    assert given(read_pipe("\n" + LINES)) == ROWS
+    assert given(read_pipe("")) == []
     with pytest.raises(UserError, match="stdin:3 is not JSON"):
-        list(read_piped(LINES + "text\n"))
+        given(read_pipe(LINES + "text\n"))
 
 
 @pytest.mark.parametrize(
@@ -72,9 +80,9 @@ def test_a_pipe_of_json_lines_is_rows() -> None:
 def test_what_cannot_be_read_is_named_as_in_training(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=reason):
-        list(read_inputs(tmp_path / name))
+        given(read_inputs(tmp_path / name))
     with pytest.raises(UserError, match="no such file"):
-        list(read_inputs(tmp_path / "other.txt"))
+        given(read_inputs(tmp_path / "other.txt"))
 
 
 def test_a_packed_text_that_is_cut_or_damaged_is_named(tmp_path: Path) -> None:
@@ -86,7 +94,7 @@ def test_a_packed_text_that_is_cut_or_damaged_is_named(tmp_path: Path) -> None:
         with pytest.raises(error), gzip.open(path) as file:
             file.read()
         with pytest.raises(UserError, match=f"cannot read `{path}`") as refused:
-            list(read_inputs(path))
+            given(read_inputs(path))
         assert refused.value.exit_code == 2
 
 
@@ -96,4 +104,4 @@ def test_what_is_there_but_no_file_is_called_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     for name, kind in (("pipe", "is a pipe"), ("folder", "is a folder"), ("link", "is a link to `nowhere`")):
         with pytest.raises(UserError, match=kind):
-            list(read_inputs(tmp_path / name))
+            given(read_inputs(tmp_path / name))

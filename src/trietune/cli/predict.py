@@ -101,7 +101,7 @@ def _read_inputs(
 ) -> Iterator[tuple[str, Any]]:
     """Inputs with their places; a file is read as the run reads its own, unless `overrides` say otherwise."""
     from trietune.config import load_config
-    from trietune.data.inputs import read_placed_inputs, read_placed_pipe
+    from trietune.data.inputs import read_inputs, read_pipe
     from trietune.data.sources import file_options
     from trietune.io.places import expand
 
@@ -109,9 +109,9 @@ def _read_inputs(
         keys = ("file_encoding", "csv_separator", "txt_unit")
         own = [one for one in overrides if one.partition("=")[0].strip() in keys]
         config = expand(target) / "config.yaml"
-        yield from read_placed_inputs(path, file_options(load_config(config if config.is_file() else None, own)))
+        yield from read_inputs(path, file_options(load_config(config if config.is_file() else None, own)))
     elif path is not None or not (has_text or sys.stdin.isatty()):
-        yield from read_placed_pipe(sys.stdin.read())
+        yield from read_pipe(sys.stdin.read())
 
 
 def _answer_line(record: JsonMapping) -> str:

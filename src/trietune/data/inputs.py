@@ -16,12 +16,7 @@ from trietune.data.opening import AS_USUAL, BrokenRow, FileOptions, no_plain_fil
 from trietune.errors import UserError
 
 
-def read_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[object]:
-    """The inputs of `read_placed_inputs` without their places."""
-    return (given for _, given in read_placed_inputs(path, options))
-
-
-def read_placed_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[tuple[str, object]]:
+def read_inputs(path: Path, options: FileOptions = AS_USUAL) -> Iterator[tuple[str, object]]:
     """The inputs of a file, each with its place, `in.csv:7`: texts of lines, or rows.
 
     A file of another name than those of data is read as text.
@@ -51,16 +46,11 @@ def _read_file(path: Path, options: FileOptions) -> Iterator[tuple[str, object]]
     between = ":" if is_text else BETWEEN.get(detect_format(path), ":")
     for number, given in found:
         if isinstance(given, BrokenRow):
-            raise UserError(f"{path}:{number}: {given.reason}", next_step="correct or remove this line")
+            raise UserError(f"{path}{between}{number}: {given.reason}", next_step="correct or remove this line")
         yield f"{path}{between}{number}", given["text"] if is_text and isinstance(given, dict) else given
 
 
-def read_piped(text: str) -> Iterator[object]:
-    """The inputs of `read_placed_pipe` without their places."""
-    return (given for _, given in read_placed_pipe(text))
-
-
-def read_placed_pipe(text: str) -> Iterator[tuple[str, object]]:
+def read_pipe(text: str) -> Iterator[tuple[str, object]]:
     """The inputs in text that came through a pipe, each with its place, `stdin:7`.
 
     Raises:
