@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -201,3 +203,19 @@ def test_ray_is_started_again_where_the_machine_was_too_busy(errors: int, attemp
         with pytest.raises(UserError, match="Ray does not start on this machine: The current node timed out"):
             ray_cluster._start(ray, {"address": "local"})
     assert len(started) == attempts
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "127.0.0.1:99999"])
+def test_an_address_where_nobody_listens_is_named_without_asking_ray(address: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"no Ray cluster at `{address}`: ")):
+        ray_cluster._connect(None, {"address": address})
+
+
+def test_an_address_where_somebody_listens_is_handed_to_ray() -> None:
+    asked: list[str] = []
+    ray = SimpleNamespace(init=lambda address: asked.append(address))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        ray_cluster._connect(ray, {"address": address})
+    ray_cluster._connect(ray, {"address": "auto"})
+    assert asked == [address, "auto"]

@@ -6,6 +6,7 @@ Ray is an extra, imported where it is asked for.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ QUIET = {
 }
 OBJECT_STORE_BYTES = 128 * 2**20
 ATTEMPTS = 3
+REACHED_WITHIN_S = 10.0
 TOO_SLOW = ("timed out during startup", "Failed to connect to GCS", "may not be complete yet before the timeout")
 
 
@@ -67,14 +69,28 @@ def open_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterato
 
 
 def _connect(ray: Any, options: JsonObject) -> None:
+    address = str(options["address"])
     try:
+        _reach(address)
         ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"no Ray cluster at `{options['address']}`: {_told(error)}",
+            f"no Ray cluster at `{address}`: {_told(error)}",
             next_step="`ray status --address ADDR` tells whether one runs there; without `--address`, one of this "
             "machine is started for the run",
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Connect to `HOST:PORT` or `ray://HOST:PORT` once: where nobody listens, Ray 2.60 goes on trying without an end.
+
+    Raises:
+        OSError: nobody listens there, or there is no such host.
+        OverflowError: no port has this number.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED_WITHIN_S).close()
 
 
 def _start(ray: Any, options: JsonObject) -> None:
