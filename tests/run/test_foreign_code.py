@@ -158,6 +158,7 @@ def test_a_base_with_an_adapter_in_it_is_refused(
         {"attn_implementation": "paged|org/kernel"},
         {"use_kernels": True},
         {"per_layer_config": {"0": {"attn_implementation": "org/kernel"}}},
+        {"sub_configs": [{"a": 1}, {"attn_implementation": "org/kernel"}]},
     ],
 )
 def test_a_base_that_asks_for_kernels_is_refused(tmp_path: Path, tiny_model: Path, asked: dict[str, object]) -> None:

@@ -131,8 +131,9 @@ def _check_implementations(config: Mapping[str, Any], where: Path, path: str = "
                 where="TrieTune chooses by itself how a model attends (`attention`), and loads no kernels by name",
                 next_step=f"remove `{key}` from that file",
             )
-        if isinstance(value, dict):
-            _check_implementations(value, where, name)
+        for part in value if isinstance(value, list) else (value,):
+            if isinstance(part, dict):
+                _check_implementations(part, where, name)
 
 
 def _is_built_in(value: object) -> bool:
