@@ -40,6 +40,7 @@ def kill(processes: list[subprocess.Popen[str]]) -> None:
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait(LIMIT_S)
 
 
 class Told:
@@ -53,8 +54,13 @@ class Told:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.lines.append(line)
+        with self._process.stdout as said:
+            for line in said:
+                self.lines.append(line)
+
+    def end(self) -> None:
+        """Wait for the last line of a process that has ended."""
+        self._thread.join(LIMIT_S)
 
     def errors(self) -> list[str]:
         return [line for line in self.lines if line.startswith("error:")]
@@ -110,6 +116,8 @@ def test_a_cut_cable_is_said_on_both_ends_and_the_run_goes_on(
         left = [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
     finally:
         kill(processes)
+        for one in told:
+            one.end()
     with capfd.disabled():
         print(f"\na cut cable: said after {said} s, by machine")
         print("".join(line for one in told for line in one.errors()))
