@@ -36,6 +36,7 @@ class Pool:
 
     def run(self, count: int, job: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
         """What `job` returned on each of `count` ranks; raises what it raised on the first rank that failed."""
+        assert count <= len(self.connections), f"the pool has {len(self.connections)} processes"
         port = free_port()
         for number, connection in enumerate(self.connections[:count]):
             environment = {

@@ -42,6 +42,15 @@ def test_an_adapter_after_30_steps_is_that_of_one_process(pool: Pool, count: int
     assert all(one["losses"] == together[0]["losses"] for one in together)
 
 
+@pytest.mark.slow
+def test_an_adapter_of_eight_processes_is_that_of_one() -> None:
+    pool = Pool(8)
+    try:
+        check(pool, 8)
+    finally:
+        pool.close()
+
+
 @pytest.mark.parametrize("family", ["gemma2", pytest.param("gemma3", marks=pytest.mark.slow), "qwen3"])
 def test_families_train_alike(pool: Pool, family: str) -> None:
     check(pool, 3, family=family, num_steps=12)
