@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from load_rows import load_rows
 
-from trietune.data.load import load_data
 from trietune.data.loaded_data import Data
 from trietune.errors import UserError
 
@@ -20,24 +20,9 @@ Load = Callable[..., tuple[Data, list[str]]]
 
 
 @pytest.fixture
-def load(tokenizer: Any, make_settings: Any, tmp_path: Path) -> Load:
+def load(tokenizer: Any, tmp_path: Path) -> Load:
     """`load(rows)`: the data of these rows, and what was said about them."""
-
-    def read(rows: list[Any], **keys: Any) -> tuple[Data, list[str]]:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        lines: list[str] = []
-        data = load_data(
-            make_settings(train_file=str(path), **keys),
-            tokenizer,
-            cache_folder=tmp_path / "cache",
-            report=lines.append,
-            progress=lambda phase, done, total: None,
-            check_stop=lambda: None,
-        )
-        return data, lines
-
-    return read
+    return partial(load_rows, tokenizer=tokenizer, folder=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import tokenizer_families
+from load_rows import load_rows
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from trietune.config import load_config
 from trietune.data import least_tokens
 from trietune.data.encoder import Encoder
 from trietune.data.least_tokens import find_bound
-from trietune.data.load import load_data
 from trietune.errors import UserError
 
 WORDS = [
@@ -126,19 +125,7 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def load(tokenizer: Any, tmp_path: Path, rows: list[Any], **changes: Any) -> tuple[Any, list[str]]:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = {"train_file": str(file), "max_length": 400, **changes}
-    lines: list[str] = []
-    data = load_data(
-        load_config(overrides=overrides, environ={}),
-        tokenizer,
-        cache_folder=tmp_path / "cache",
-        report=lines.append,
-        progress=lambda phase, done, total: None,
-        check_stop=lambda: None,
-    )
-    return data, lines
+    return load_rows(rows, tokenizer, tmp_path, **{"max_length": 400, **changes})
 
 
 @pytest.mark.parametrize("overlong", ["drop", "truncate_prompt"])

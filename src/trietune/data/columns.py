@@ -119,9 +119,9 @@ def choose_row_format(
         missing = [name for name in REQUIRED_COLUMNS[task_name] if name not in columns]
         if missing:
             raise UserError(
-                f"{_names(missing)} missing in `{source}`, which is to be read as {_TASK_IN_WORDS[task_name]}",
-                where=f"its columns are {_names(columns)}",
-                next_step=f"rename its columns to {_names(REQUIRED_COLUMNS[task_name])}, or name no known data set in "
+                f"{quoted(missing)} missing in `{source}`, which is to be read as {_TASK_IN_WORDS[task_name]}",
+                where=f"its columns are {quoted(columns)}",
+                next_step=f"rename its columns to {quoted(REQUIRED_COLUMNS[task_name])}, or name no known data set in "
                 "`dataset_id` and write `prompt_template` and `completion_template`",
             )
         return built_in_row_format(task_name)
@@ -134,13 +134,13 @@ def choose_row_format(
         if all(column in columns for column in REQUIRED_COLUMNS[name]):
             raise UserError(
                 f"`{source}` has the columns of {looks_like}, and so has other data: it is not clear what to learn",
-                where=f"its columns are {_names(columns)}",
+                where=f"its columns are {quoted(columns)}",
                 next_step=_SAY_WHICH[name],
             )
     if {"chosen", "rejected"} <= set(columns) or {"prompt", "completions"} <= set(columns):
         raise UserError(
             f"`{source}` holds preferences, and `objective: sft` would learn one answer of each row",
-            where=f"its columns are {_names(columns)}",
+            where=f"its columns are {quoted(columns)}",
             next_step="objective: dpo     (or write templates over its columns, to learn one answer all the same)",
         )
     if (form := find_known_form(columns)) is not None:
@@ -149,7 +149,7 @@ def choose_row_format(
         return RowFormat("templates", form.prompt_template, form.completion_template, names)
     raise UserError(
         f"it is not clear what to learn from `{source}`",
-        where=f"its columns are {_names(columns)}",
+        where=f"its columns are {quoted(columns)}",
         next_step=_advice(columns),
     )
 
@@ -204,7 +204,7 @@ def _from_templates(columns: Sequence[str], prompt_template: str, completion_tem
     if not find_columns(completion_template, names):
         raise UserError(
             "`completion_template` names no column, so every example would have the same answer",
-            where=f"`{source}` has the columns {_names(columns)}",
+            where=f"`{source}` has the columns {quoted(columns)}",
             next_step='completion_template: " {column}"     (with the column that holds the answer)',
         )
     return RowFormat("templates", prompt_template, completion_template, names)
@@ -234,7 +234,7 @@ def check_templates(templates: Mapping[str, str], columns: Sequence[str], source
         for name in find_unknown_names(template, columns):
             raise UserError(
                 f"`{key}` asks for the column `{name}`, which `{source}` has not",
-                where=f"its columns are {_names(columns)}",
+                where=f"its columns are {quoted(columns)}",
                 next_step=_instead_of(name, columns),
             )
     text = "".join(templates.values())
@@ -269,9 +269,9 @@ def row_format_of_adapter(prompt_format: PromptFormat, columns: Sequence[str], s
     optional = {name for one in templates for name in find_optional(one, prompt_format.template_columns)}
     if missing := [name for name in dict.fromkeys(asked) if name not in columns and name not in optional]:
         raise UserError(
-            f"{_names(missing)} missing in `{source}`, which the templates of the adapter ask for",
-            where=f"its columns are {_names(columns)}",
-            next_step=f"rename columns of the data to {_names(missing)}",
+            f"{quoted(missing)} missing in `{source}`, which the templates of the adapter ask for",
+            where=f"its columns are {quoted(columns)}",
+            next_step=f"rename columns of the data to {quoted(missing)}",
         )
     return RowFormat("templates", *templates, template_columns=prompt_format.template_columns)
 
@@ -423,7 +423,7 @@ def _advice(columns: Sequence[str]) -> str:
         return "give each row `labels`, a list as long as its `input_ids`: the token to learn at each place, else -100"
     texts = [name for name in columns if name.lower() not in ("id", "idx", "index")]
     if odd := [name for name in texts if set(name) & set("{}\r\n")]:
-        return f"rename {_names(odd)}: a template cannot ask for a name that holds braces or line breaks"
+        return f"rename {quoted(odd)}: a template cannot ask for a name that holds braces or line breaks"
     if len(texts) >= 2:
         prompt = "".join(f"{name}: {{{name}}}\n" for name in texts[:-1])
         templates = (json.dumps(one, ensure_ascii=False) for one in (prompt, f"{{{texts[-1]}}}"))
@@ -436,7 +436,7 @@ def _advice(columns: Sequence[str]) -> str:
     )
 
 
-def _names(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 

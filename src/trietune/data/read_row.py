@@ -14,6 +14,7 @@ from trietune.data.columns import (
     WrongRow,
     example_maker,
     find_form,
+    quoted,
 )
 from trietune.data.encoder import Encoder
 from trietune.data.examples import IGNORED_LABEL, Example
@@ -107,8 +108,8 @@ def _check_form(row: Row, row_format: RowFormat) -> None:
     own = find_form(row)
     if own is not None and (known or FORMS.index(own) < FORMS.index(row_format.kind)):
         raise WrongRow(
-            f"it has {_named(REQUIRED_COLUMNS[own])}, and the first row of the data "
-            f"{_named(known or REQUIRED_COLUMNS[row_format.kind])}: put rows of one form into one file"
+            f"it has {quoted(REQUIRED_COLUMNS[own])}, and the first row of the data "
+            f"{quoted(known or REQUIRED_COLUMNS[row_format.kind])}: put rows of one form into one file"
         )
 
 
@@ -117,10 +118,6 @@ def _known_columns(row_format: RowFormat) -> tuple[str, ...]:
     templates = (row_format.prompt_template, row_format.completion_template)
     forms = (one for one in KNOWN_FORMS if (one.prompt_template, one.completion_template) == templates)
     return next((one.required for one in forms), ())
-
-
-def _named(columns: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in columns)
 
 
 def _read_conversation(example: Example, place: str, encoder: Encoder) -> ReadExample:

@@ -22,7 +22,5 @@ def first_line(error: BaseException) -> str:
 
 def lacks_threads(error: BaseException) -> bool:
     """Whether the system gave no further thread: a limit of processes or of memory, and nobody's mistake in a file."""
-    said = str(error)
-    return (
-        "can't start new thread" in said or "ThreadPoolBuildError" in said
-    )  # Python's words, and those of Rust's pool
+    # Python's words, and those of Rust's pool.
+    return any(words in str(error) for words in ("can't start new thread", "ThreadPoolBuildError"))

@@ -128,8 +128,7 @@ class Processes:
         deadline = None
         while any(child.poll() is None for child in self._children):
             time.sleep(POLL_S)
-            if first is None and (first := self._first_failed()) is not None:
-                first = self._cause(first)
+            first = first or self._failed()
             if self._must_leave and deadline is None:
                 deadline = time.monotonic() + GRACE_S
             if first is not None and deadline is None and self.stopped_by is None:
@@ -139,9 +138,7 @@ class Processes:
                     self.send(signal.SIGTERM)
             if deadline is not None and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
-        if first is None and (first := self._first_failed()) is not None:
-            first = self._cause(first)
-        return first
+        return first or self._failed()
 
     def send(self, number: signal.Signals) -> None:
         """A signal to all that are still there."""
@@ -165,6 +162,11 @@ class Processes:
 
     def _beginning(self) -> dict[str, str]:
         return {} if self.began is None else {BEGAN: repr(self.began)}
+
+    def _failed(self) -> Ended | None:
+        """The process that did not end well, if there is one."""
+        first = self._first_failed()
+        return None if first is None else self._cause(first)
 
     def _cause(self, first: Ended) -> Ended:
         """The process that failed by itself, if `first` only misses it: it may be slower to end than to be missed."""
