@@ -15,7 +15,8 @@
 set -euo pipefail
 
 config=${1:?name a YAML file: sbatch examples/cluster/slurm.sh sst2.yaml}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}
 
 srun torchrun \
     --nnodes "$SLURM_NNODES" \
