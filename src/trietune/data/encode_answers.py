@@ -12,9 +12,9 @@ from itertools import islice
 
 import numpy as np
 
+from trietune.chat.conversation import Segment
 from trietune.data.answers import flat_ranges
 from trietune.data.cache import CacheWriter
-from trietune.data.chat import Segment
 from trietune.data.columns import RowFormat, WrongRow
 from trietune.data.counts import Count, SplitCounts
 from trietune.data.encode_rows import ROWS_PER_BLOCK

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from trietune.data.chat import Segment, TemplateTooSlowError, is_answer, split_last_turn, split_turns
+from trietune.chat.conversation import Segment
+from trietune.data.chat import TemplateTooSlowError, is_answer, split_turns
 from trietune.data.columns import WrongRow
 from trietune.data.examples import IGNORED_LABEL, Example, Message
 from trietune.data.system_prompt import with_system_prompt
@@ -292,14 +293,14 @@ class Encoder:
         return answers[-1:] if self.prompt_format.is_turn_by_turn else answers
 
     def _turns(self, messages: Sequence[Message], tools: str = "", *, add_generation_prompt: bool) -> list[Segment]:
-        split = split_last_turn if self.prompt_format.is_turn_by_turn else split_turns
-        return split(
+        return split_turns(
             with_system_prompt(messages, self.prompt_format.system_prompt),
             tokenizer=self.tokenizer,
             chat_template=self.prompt_format.chat_template,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             check_stop=self.check_stop,
+            only_last=self.prompt_format.is_turn_by_turn,
         )
 
     def _tokenize(self, backend: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from trietune.data.chat import Segment
+from trietune.chat.conversation import Segment
 from trietune.data.encoder import Encoder
 from trietune.data.read_row import LengthRules
 

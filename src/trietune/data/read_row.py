@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trietune.data.chat import Segment, is_answer
+from trietune.chat.conversation import Segment
+from trietune.data.chat import is_answer
 from trietune.data.columns import (
     FORMS,
     REQUIRED_COLUMNS,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from trietune.data.chat import Segment
+from trietune.chat.conversation import Segment
 from trietune.data.columns import WrongRow
 from trietune.data.counts import Count
 from trietune.data.encoder import Encoder

@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, Template, nodes
 from jinja2.runtime import LoopContext
+from transformers.utils import chat_template_utils
 
+from trietune.chat.prefixes import Prefixes
 from trietune.io.json_types import JsonMapping
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 # Statements that run where they stand, once.
 _PLAIN = (nodes.Template, nodes.If, nodes.Scope, nodes.With)
@@ -34,67 +32,21 @@ class _DependsOnOthersError(BaseException):
     """The template asked for what every prefix answers in another way. No template catches it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """The text `text[:end] + after`, without a copy."""
-
-    text: str
-    end: int
-    after: str = ""
-
-    def __len__(self) -> int:
-        return self.end + len(self.after)
-
-    def __str__(self) -> str:
-        return self.text[: self.end] + self.after
-
-    def begins(self, other: Prefix, shared: int) -> bool:
-        """Whether `other` begins with this text, of which `text` begins with the same `shared` characters."""
-        if self.end <= min(shared, other.end):
-            until = self.end + len(self.after)
-            there = other.text[self.end : min(until, other.end)] + other.after[: max(until - other.end, 0)]
-            return there == self.after
-        return str(other).startswith(str(self))
-
-
-@dataclass(frozen=True, slots=True)
-class Prefixes:
-    """A rendered conversation with what its prefixes give.
-
-    Attributes:
-        text: of all messages.
-        ends: where the text of the first `k` messages ends, `after` not counted; None where that was not shown.
-        after: what follows the last message of every prefix.
-    """
-
-    text: str
-    ends: Sequence[int | None]
-    after: str
-
-    def first(self, number: int) -> Prefix | None:
-        """The text of the first `number` messages; None where it must be rendered."""
-        end = self.ends[number]
-        return None if end is None else Prefix(self.text, end, self.after)
-
-
-def render_once(
-    fields: Sequence[JsonMapping],
-    tools: list[Any] | None,
-    tokenizer: PreTrainedTokenizerFast,
-    template: str,
-    asks: bool,
-) -> Prefixes | None:
+def render_once(fields: Sequence[JsonMapping], variables: JsonMapping, source: str) -> Prefixes | None:
     """Messages rendered once; None where the template is not one whose prefixes can be told.
+
+    Args:
+        fields: what the template sees of each message.
+        variables: what else it sees, by name.
+        source: the template.
 
     Raises whatever the template raises.
     """
-    source = tokenizer.get_chat_template(template, tools)
     compiled, convert = _compile(source), _converter()
     if compiled is None or convert is None or not has_one_loop(compiled.environment, source):
         return None
     record = _Record(convert(list(fields)))
     pieces: list[str] = []
-    variables = {**tokenizer.special_tokens_map, "tools": tools, "documents": None, "add_generation_prompt": asks}
     try:
         for piece in compiled.root_render_func(compiled.new_context({**variables, "messages": _Recorded(record, 0)})):
             pieces.append(piece)
@@ -106,19 +58,6 @@ def render_once(
     text = "".join(pieces)
     ends = [end if is_shown else None for end, is_shown in zip(record.ends, record.is_shown, strict=True)]
     return Prefixes(text, ends, text[record.end :])
-
-
-def common_length(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        # What is before `low` is known to be alike.
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 @lru_cache(maxsize=16)
@@ -314,8 +253,6 @@ def _is_count(key: object) -> bool:
 
 def _compile(source: str) -> Template | None:
     """The template as transformers compiles it; None in a release that does it in another way."""
-    from transformers.utils import chat_template_utils
-
     make = getattr(chat_template_utils, "_compile_jinja_template", None)
     template = make(source) if make is not None else None
     return template if isinstance(template, Template) else None
@@ -323,8 +260,6 @@ def _compile(source: str) -> Template | None:
 
 def _converter() -> Any:
     """What transformers makes of messages before a template sees them."""
-    from transformers.utils import chat_template_utils
-
     to_plain = getattr(chat_template_utils, "_plain_template_data", None)
     with_aliases = getattr(chat_template_utils, "_alias_reasoning_fields", None)
     if to_plain is None or with_aliases is None:

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from tiny_model import write_tiny_model
-from trietune.data import chat, one_rendering
-from trietune.data.columns import WrongRow
-from trietune.data.encoder import load_tokenizer
-from trietune.data.examples import Message
+from trietune.chat import one_rendering, turns
+from trietune.chat.conversation import Conversation, RefusedError, RewrittenTurnError
+from trietune.chat.template import ChatTemplate
+from trietune.io.json_types import JsonObject
 
 ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 SHOWN = {
@@ -57,23 +56,22 @@ LOOKS_AHEAD = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(write_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-def conversation(turns: int, *, system: bool = False) -> tuple[Message, ...]:
+def conversation(num_turns: int, *, system: bool = False) -> list[JsonObject]:
     asked = [
-        (Message("user", f"q{n} " + "x" * (n % 5)), Message("assistant", f"a{n} " + " " * (n % 3)))
-        for n in range(turns)
+        (
+            {"role": "user", "content": f"q{n} " + "x" * (n % 5)},
+            {"role": "assistant", "content": f"a{n} " + " " * (n % 3)},
+        )
+        for n in range(num_turns)
     ]
-    return (*([Message("system", "s")] if system else []), *(one for pair in asked for one in pair))
+    return [*([{"role": "system", "content": "s"}] if system else []), *(one for pair in asked for one in pair)]
 
 
-def split(tokenizer: Any, template: str, messages: tuple[Message, ...], *, asks: bool = False) -> Any:
+def split(template: str, messages: list[JsonObject], *, asks: bool = False, **more: Any) -> Any:
+    are_answers = [one["role"] == "assistant" for one in messages]
     try:
-        return chat.split_turns(messages, tokenizer=tokenizer, chat_template=template, add_generation_prompt=asks)
-    except WrongRow as error:
+        return turns.cut_turns(Conversation(messages, are_answers, asks=asks), ChatTemplate(template, {}, **more))
+    except RefusedError as error:
         return type(error), str(error)
 
 
@@ -81,14 +79,14 @@ def split(tokenizer: Any, template: str, messages: tuple[Message, ...], *, asks:
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many turns were told by one rendering, a number a conversation."""
     found: list[int] = []
-    ask = chat._lengths_from_one_rendering
+    ask = turns._lengths_from_one_rendering
 
     def asked(*given: Any) -> Any:
         known = ask(*given)
         found.append(len(known))
         return known
 
-    monkeypatch.setattr(chat, "_lengths_from_one_rendering", asked)
+    monkeypatch.setattr(turns, "_lengths_from_one_rendering", asked)
     return found
 
 
@@ -96,15 +94,15 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("name", [*SHOWN, *NOT_SHOWN, "looks ahead"])
 def test_one_rendering_says_what_every_rendering_says(
-    tokenizer: Any, name: str, system: bool, asks: bool, shown: list[int], monkeypatch: pytest.MonkeyPatch
+    name: str, system: bool, asks: bool, shown: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = {**SHOWN, **NOT_SHOWN, "looks ahead": LOOKS_AHEAD}[name]
     messages = conversation(9, system=system)
     if asks:
         messages = messages[:-1]
-    at_once = split(tokenizer, template, messages, asks=asks)
-    monkeypatch.setattr(chat, "MOST_TURNS_RENDERED_EACH", 1_000)
-    assert at_once == split(tokenizer, template, messages, asks=asks)
+    at_once = split(template, messages, asks=asks)
+    monkeypatch.setattr(turns, "MOST_TURNS_RENDERED_EACH", 1_000)
+    assert at_once == split(template, messages, asks=asks)
     num_turns = 8 if asks else 9
     if name == "looks ahead":
         assert len(shown) == 1
@@ -113,44 +111,33 @@ def test_one_rendering_says_what_every_rendering_says(
         assert shown == [num_turns if name in SHOWN else 0]
 
 
-def test_4000_turns_are_rendered_a_few_times(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    render = tokenizer.apply_chat_template
-
-    def counted(messages: Any, **more: Any) -> Any:
-        calls.append(len(messages))
-        return render(messages, **more)
-
-    monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
-    segments = split(tokenizer, SHOWN["chatml"], conversation(2_000))
+def test_4000_turns_are_rendered_a_few_times() -> None:
+    calls: list[None] = []
+    segments = split(SHOWN["chatml"], conversation(2_000), tell=lambda: calls.append(None))
     assert len(segments) == 4_000
     assert segments[-2:] == [("\n<|user|>q1999 xxxx</s>\n<|assistant|>", False), ("a1999  </s>", True)]
-    assert len(calls) <= 4
+    assert len(calls) <= 5
 
 
-def test_a_rewritten_turn_of_a_long_conversation_is_named(tokenizer: Any, shown: list[int]) -> None:
+def test_a_rewritten_turn_of_a_long_conversation_is_named(shown: list[int]) -> None:
     rewrites = SHOWN["chatml"].replace("{% endfor %}", "{% endfor %}{{ '#' if not add_generation_prompt }}")
-    assert split(tokenizer, rewrites, conversation(9)) == (
-        chat.RewrittenTurnError,
+    assert split(rewrites, conversation(9)) == (
+        RewrittenTurnError,
         "the chat template rewrites message 2 once others follow",
     )
     assert shown == [1]  # the last, which nothing follows
 
 
-def test_another_release_of_transformers_renders_each(
-    tokenizer: Any, shown: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = split(tokenizer, SHOWN["chatml"], conversation(9))
+def test_another_release_of_transformers_renders_each(shown: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = split(SHOWN["chatml"], conversation(9))
     monkeypatch.setattr(one_rendering, "_converter", lambda: None)
-    assert split(tokenizer, SHOWN["chatml"], conversation(9)) == usual
+    assert split(SHOWN["chatml"], conversation(9)) == usual
     assert shown == [9, 0]
 
 
-def test_what_is_recorded_is_compared_with_what_is_rendered(
-    tokenizer: Any, shown: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = split(tokenizer, SHOWN["chatml"], conversation(9))
+def test_what_is_recorded_is_compared_with_what_is_rendered(shown: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = split(SHOWN["chatml"], conversation(9))
     other = lambda messages: [{**one, "content": one["content"] + "!"} for one in messages]  # noqa: E731
     monkeypatch.setattr(one_rendering, "_converter", lambda: other)
-    assert split(tokenizer, SHOWN["chatml"], conversation(9)) == usual
+    assert split(SHOWN["chatml"], conversation(9)) == usual
     assert shown == [9, 0]
