@@ -107,6 +107,12 @@ def test_a_model_that_sees_what_comes_is_no_causal_one(folder: Path) -> None:
     assert "it attends in both directions" in _error(folder)
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "text_config", "rope_scaling"])
+def test_null_is_as_good_as_no_key(folder: Path, key: str) -> None:
+    _change_config(folder, **{key: None})
+    assert type(_load(folder)).__name__ == "LlamaForCausalLM"
+
+
 def test_quantized_weights(folder: Path) -> None:
     _change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "are quantized (gptq)" in _error(folder)

@@ -337,6 +337,17 @@ def test_a_refused_resume_leaves_nothing_behind(settings: Settings) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("there", ["", "kept"])
+def test_a_refused_start_takes_the_outer_folders_that_it_made_with_it(settings: Settings, there: str) -> None:
+    outer = Path(str(settings["project_dir"])) / "outer"
+    if there:
+        (outer / there).mkdir(parents=True)
+    changes = {"project_dir": str(outer / "inner"), "resume_option": "path", "checkpoint_path": "nowhere"}
+    with pytest.raises(UserError, match="does not exist"):
+        start({**settings, **changes, "resume_from_checkpoint": True})
+    assert ([path.name for path in outer.iterdir()] if there else outer.exists()) == ([there] if there else False)
+
+
 def test_one_checkpoint_that_cannot_be_removed_does_not_keep_the_others(settings: Settings) -> None:
     folder = Path(str(settings["project_dir"])) / "run"
     stuck = folder / "checkpoints" / "step-00000001"

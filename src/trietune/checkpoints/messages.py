@@ -32,6 +32,12 @@ def removal_failed(error: OSError, path: Path | None = None) -> str:
     return f"an old checkpoint could not be removed:{name} {error.strerror or error}; the next save tries again"
 
 
+def remnant_stays(error: OSError, path: Path) -> str:
+    """One sentence: a checkpoint is removed, but the disk keeps a file of it."""
+    reason = error.strerror or error
+    return f"{path.name} is removed, but a file of it stays on the disk: {reason}; the next start tries again"
+
+
 def nothing_to_resume(folder: Path, traces: Sequence[str]) -> UserError:
     """No `step-*` at all."""
     if traces:

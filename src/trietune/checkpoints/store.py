@@ -290,9 +290,10 @@ class CheckpointStore:
                 try:
                     directory.remove_directory(path)
                 except OSError as error:
-                    failures.append(messages.removal_failed(error, path))
                     if os.path.lexists(path):
+                        failures.append(messages.removal_failed(error, path))
                         continue
+                    failures.append(messages.remnant_stays(error, path))
                 self._known_whole.discard(step)
                 removed.append(path)
         return failures

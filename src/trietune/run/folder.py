@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ OTHER_FILES = (CONFIG, ENVIRONMENT, ".run-id", "report.html", "wandb.json")
 
 @contextmanager
 def locked_folder(directory: Path) -> Iterator[RunLock]:
-    """The run's folder, made if need be, locked and tried; one that was made for nothing goes again."""
-    is_new = not os.path.lexists(directory)
+    """The run's folder, made if need be, locked and tried; what was made for nothing goes again, outer folders too."""
+    made = [place for place in (directory, *directory.parents) if not os.path.lexists(place)]
     make_folders(directory)
     with RunLock(directory) as lock:
         try:
@@ -32,15 +32,18 @@ def locked_folder(directory: Path) -> Iterator[RunLock]:
             check_folder(directory)
             yield lock
         except (UserError, StopRequested):
-            if is_new and lock.is_in_place():
-                _remove_if_empty(directory)
+            if made and lock.is_in_place():
+                _remove_if_empty(made)
             raise
 
 
-def _remove_if_empty(directory: Path) -> None:
+def _remove_if_empty(made: Sequence[Path]) -> None:
+    directory, *outer = made
     with contextlib.suppress(OSError):
         if {path.name for path in directory.iterdir()} <= {LOCK_NAME}:
             remove_tree(directory)
+            for place in outer:
+                place.rmdir()
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,8 +129,8 @@ def check_config(folder: ModelFolder) -> None:
             where="config.json: use_bidirectional_attention",
             next_step="choose one that generates text from left to right, such as Gemma, Llama, Qwen or Mistral",
         )
-    if "quantization_config" in raw:
-        asked = raw["quantization_config"]
+    asked = raw.get("quantization_config")
+    if asked is not None:
         method = asked.get("quant_method", "an unnamed method") if isinstance(asked, dict) else "an unnamed method"
         raise UserError(
             f"the weights of `{folder.name}` are quantized ({method}); TrieTune trains on plain weights",
@@ -138,7 +138,7 @@ def check_config(folder: ModelFolder) -> None:
         )
     if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or family in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
         return
-    if "auto_map" in raw:
+    if raw.get("auto_map"):
         raise UserError(
             f"`{folder.name}` needs Python code from its own folder, and TrieTune runs none that comes with weights",
             where=f"config.json: model_type `{family}`, auto_map",
