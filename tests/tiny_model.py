@@ -14,13 +14,14 @@ CHAT_TEMPLATE = (
 
 def write_tiny_model(folder: Path, whole: tuple[str, ...] = ()) -> Path:
     """A Llama of two layers; returns the folder. The texts in `whole` are one token each."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocabulary = {token: number for number, token in enumerate(["<eos>", "<bos>", "<unk>", *characters])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<eos>"

@@ -18,8 +18,8 @@ def family(request: pytest.FixtureRequest) -> Family:
     if request.param == "gemma-real":
         if not GEMMA_FOLDER.is_dir():
             pytest.skip("Gemma's tokenizer is not on this machine")
-        return Family("gemma-real", AutoTokenizer.from_pretrained(GEMMA_FOLDER), has_bos=True)
-    return Family(request.param, BUILDERS[request.param](), has_bos=request.param != "qwen")
+        return Family("gemma-real", AutoTokenizer.from_pretrained(GEMMA_FOLDER), adds_bos=True)
+    return Family(request.param, BUILDERS[request.param](), adds_bos=request.param in ("llama2", "gemma", "unigram"))
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def test_one_bos_eos_as_last_label_and_text_comes_back(family: Family, make_sett
     ids, labels = encode_one(encoder, example)
     bos, eos = family.tokenizer.bos_token_id, family.tokenizer.eos_token_id
 
-    assert (ids[0] == bos) is family.has_bos
+    assert (ids[0] == bos) is family.adds_bos
     assert bos not in ids[1:-1]
     assert ids[-1] == eos
     assert labels[-1] == eos
@@ -91,10 +91,11 @@ def test_prompts_that_were_rendered_elsewhere_get_no_second_bos_and_eos(family: 
     rendered = Example("2", bos + plain.prompt, plain.completion + eos)
     ids, _ = encode_one(encoder, rendered)
     assert ids.count(family.tokenizer.eos_token_id) == 1 + (bos == eos)
+    assert (ids[0] == family.tokenizer.bos_token_id) is (family.tokenizer.bos_token is not None)
     if "llama2" not in family.name and "unigram" not in family.name:
         # Those put their space before the BOS of the text, and before what follows it.
-        assert ids == encode_one(encoder, plain)[0]
-    assert (ids[0] == family.tokenizer.bos_token_id) is family.has_bos
+        own = [] if family.adds_bos or not bos else [family.tokenizer.bos_token_id]  # the text's, which is kept
+        assert ids == own + encode_one(encoder, plain)[0]
     assert family.tokenizer.bos_token_id not in ids[1:-1]
 
 
@@ -139,9 +140,9 @@ def test_every_assistant_turn_is_learnt_and_nothing_else(family: Family, make_se
     tokenizer = family.tokenizer
 
     assert ids[-1] == labels[-1] == tokenizer.eos_token_id
-    if family.has_bos and family.name not in ("smollm2", "llama2"):  # whose templates repeat BOS at each turn
+    if family.adds_bos and family.name != "llama2":  # whose template repeats BOS at each turn
         assert ids.count(tokenizer.bos_token_id) == 1
-    if family.has_bos:
+    if family.adds_bos:
         assert ids[0] == tokenizer.bos_token_id
         assert ids[1] != tokenizer.bos_token_id
     spans = label_spans(labels)
@@ -217,15 +218,21 @@ def test_a_template_that_rewrites_earlier_turns_is_learnt_turn_by_turn(tokenizer
     assert "<think></think>the answer" not in tokenizer.decode(ids)
 
 
-def test_a_tokenizer_that_declines_bos_gets_none(make_settings: Any) -> None:
+def test_a_text_begins_as_the_tokenizer_begins_it(make_settings: Any) -> None:
     tokenizer = gpt2()
+    hashed = hash_tokenizer(tokenizer)
+    assert encoder_for(tokenizer, make_settings).prompt_format.bos_id is None
+    tokenizer.init_kwargs["add_bos_token"] = True
     assert encoder_for(tokenizer, make_settings).prompt_format.bos_id == tokenizer.bos_token_id
+    assert hash_tokenizer(tokenizer) == hashed  # of adapters that were trained under the first rule
     tokenizer.init_kwargs["add_bos_token"] = False
     assert encoder_for(tokenizer, make_settings).prompt_format.bos_id is None
+    assert hash_tokenizer(tokenizer) != hashed
 
 
 def test_whoever_sets_the_beginning_decides_it(make_settings: Any) -> None:
     tokenizer = gpt2()
+    tokenizer.init_kwargs["add_bos_token"] = True
     assert make_prompt_format(make_settings(add_bos=False), tokenizer, RowFormat("columns")).bos_id is None
     tokenizer.init_kwargs["add_bos_token"] = False
     wanted = make_prompt_format(make_settings(add_bos=True), tokenizer, RowFormat("columns"))
@@ -327,9 +334,10 @@ def test_any_text_comes_back_and_its_prompt_is_asked_as_trained(
     ids, labels = encode_one(encoder, example)
     num_prompt = len(encoder.encode_prompt(example))
     assert encoder.encode_prompt(example) == ids[:num_prompt]
-    assert labels[num_prompt:] == ids[num_prompt:]
-    assert set(labels[:num_prompt]) == {IGNORED_LABEL}
-    assert encoder.prompt_format.bos_id not in ids[1:-1]
+    first = max(num_prompt, 1)  # nothing predicts the first token of all
+    assert labels[first:] == ids[first:]
+    assert set(labels[:first]) == {IGNORED_LABEL}
+    assert encoder.tokenizer.bos_token_id not in ids[1:-1]
     if prompt:
         assert encoder.decode_completion(ids[num_prompt:]) == completion
         assert ids[num_prompt:] == encoder.encode_completion(completion)

@@ -53,7 +53,7 @@ class Family:
 
     name: str
     tokenizer: Any
-    has_bos: bool
+    adds_bos: bool
 
 
 def llama2() -> Any:

@@ -207,9 +207,9 @@ class Settings(BaseModel):
     used."""
 
     add_bos: bool | Auto = "auto"
-    """Whether every sequence begins with the tokenizer's beginning-of-sequence token, once. `auto` puts it there if the
-    tokenizer has one and does not say `add_bos_token: false`. The adapter's `prompt_format.json` keeps what was done,
-    and `evaluate` and `predict` follow it; a chat template may write the token itself."""
+    """Whether every sequence begins with the tokenizer's beginning-of-sequence token, once. `auto` does what the
+    tokenizer does: Gemma's and Llama's add one, SmolLM2's does not. The adapter's `prompt_format.json` keeps what was
+    done, and `evaluate` and `predict` follow it; a chat template may write the token itself."""
 
     chat_system_prompt: str | None = None
     """System message that is put before conversations which have none, in training and in use. Without it, a system

@@ -78,7 +78,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, *, name: str) -> None:
 def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of everything about a tokenizer that decides ids: vocabulary, rules, special tokens, chat template."""
     backend = _plain_backend(tokenizer)
-    parts = [backend.to_str(), repr(sorted(tokenizer.special_tokens_map.items())), repr(find_bos_id(tokenizer))]
+    parts = [backend.to_str(), repr(sorted(tokenizer.special_tokens_map.items()))]
+    parts.append(repr(_bos_id_as_first_hashed(tokenizer)))
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() + b"\0")
@@ -89,7 +90,8 @@ def find_bos_id(tokenizer: PreTrainedTokenizerFast, add_bos: bool | Literal["aut
     """The id to begin every sequence with; None for none.
 
     Args:
-        add_bos: "auto" takes the tokenizer's, unless it has none or says that it wants none.
+        add_bos: "auto" follows the tokenizer's own habit, which is that of the model's own training. Why:
+            docs/decisions/0014-the-tokenizer-s-habit-decides-the-beginning.md.
 
     Raises:
         UserError: a beginning-of-sequence token is asked for, and the tokenizer has none.
@@ -102,11 +104,21 @@ def find_bos_id(tokenizer: PreTrainedTokenizerFast, add_bos: bool | Literal["aut
         )
     if bos_id is None or add_bos is False:
         return None
-    if add_bos is True:
-        return int(bos_id)
-    adds_it = bos_id in _plain_backend(tokenizer).encode("a").ids
+    is_wanted = add_bos is True or tokenizer.init_kwargs.get("add_bos_token") is True
+    return int(bos_id) if is_wanted or _adds_bos(tokenizer) else None
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    return tokenizer.bos_token_id in _plain_backend(tokenizer).encode("a").ids
+
+
+def _bos_id_as_first_hashed(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The beginning that `auto` meant when tokenizers were first hashed; the hashes of old adapters hold it."""
+    bos_id = tokenizer.bos_token_id
+    if bos_id is None:
+        return None
     declines_it = tokenizer.init_kwargs.get("add_bos_token") is False
-    return None if declines_it and not adds_it else int(bos_id)
+    return None if declines_it and not _adds_bos(tokenizer) else int(bos_id)
 
 
 def find_stop_ids(

@@ -67,7 +67,7 @@ class PromptFormat:
         chat_template: Jinja source of a `chat`.
         parses_special_tokens: whether the text of a special token, such as `<eos>`, becomes that token. Only where a
             template, or data that was rendered elsewhere, may mean it; a review that says `<eos>` stays text.
-        bos_id: put before every prompt, exactly once; None if the tokenizer has none or says that it wants none.
+        bos_id: put before every prompt, exactly once; None for none.
         eos_id: after every completion.
         stop_ids: generation ends at any of them.
         task: what a right answer is.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from trietune.data.answers import AnswerSets
@@ -33,6 +34,7 @@ from trietune.run.objective import Learning, make_objective, rows_of, rows_to_ra
 from trietune.run.opening import Machine, choose_attention, open_base, progress_of
 from trietune.run.plan import Plan, describe_defaults, num_steps_of, run_directory
 from trietune.run.prepared import Chosen, Prepared
+from trietune.run.resuming import begins_with_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +81,7 @@ def plan_run(
 
     kept = cache_folder() / "data"
     data = load_data(
-        settings,
+        _as_it_began(settings, run_directory(settings) if chosen is None else chosen.directory),
         tokenizer,
         cache_folder=kept,
         report=tracker.info,
@@ -193,6 +195,12 @@ def plan_run(
         data_lines=data.lines,
     )
     return Prepared(settings, plan, base, tokenizer, data, groups, learning, shape, work, num_sampled, start)
+
+
+def _as_it_began(settings: Settings, directory: Path) -> Settings:
+    """The settings to read data with, for a run that may go on."""
+    begins = begins_with_bos(directory) if settings.add_bos == "auto" and settings.resume_from_checkpoint else None
+    return settings if begins is None else settings.model_copy(update={"add_bos": begins})
 
 
 def _plan_learning(settings: Settings, data: Data, tokenizer: PreTrainedTokenizerFast) -> tuple[Learning, Data]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,10 +15,13 @@ from trietune.checkpoints.resume import (
     Difference,
     check_differences,
     compare,
+    compare_beginning,
     compare_warmup,
     table_lines,
 )
 from trietune.checkpoints.store import LoadedCheckpoint
+from trietune.data.templates import PromptFormat
+from trietune.errors import UserError
 from trietune.io import strict_json
 from trietune.io.directory import DamagedDirectory, verify_directory
 from trietune.io.json_types import JsonMapping, JsonObject
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from trietune.tracking.tracker import Tracker
 
 STATE_FILE, WEIGHTS_FILE, CARD_FILE = "trainer_state.json", "adapter_model.safetensors", "README.md"
+PROMPT_FILE = "prompt_format.json"
 # A longer or shorter plan is told apart by its steps; the key is the adapter's own.
 STEPS_KEYS = (
     "trained_steps", "num_epochs", "max_steps", "stopped_early", "early_stopping_patience", "early_stopping_threshold",
@@ -142,7 +147,7 @@ def find_checkpoint(record: Record, allowed_changes: frozenset[str]) -> LoadedCh
     # A key that is newer than the checkpoint was, in effect, at its default.
     saved = {**type(record.settings)().dump_public(), **loaded.details}
     differences = [
-        *compare(saved, record.details(), allowed_changes),
+        *_with_beginning(compare(saved, record.details(), allowed_changes), record, loaded, allowed_changes),
         *_schedule_differences(record, loaded, allowed_changes),
     ]
     check_differences(differences, loaded.path)
@@ -151,6 +156,29 @@ def find_checkpoint(record: Record, allowed_changes: frozenset[str]) -> LoadedCh
         for line in table_lines(differences):
             record.tracker.info(f"  {line}")
     return loaded
+
+
+def begins_with_bos(directory: Path) -> bool | None:
+    """Whether the texts of a run that is there began with a beginning-of-sequence token; None if nothing says it.
+
+    `add_bos: auto` has not been the same rule in all releases, and a run goes on as it began.
+    """
+    for folder in (*sorted((directory / "checkpoints").glob("step-*"), reverse=True), directory / "adapter"):
+        with contextlib.suppress(OSError, UserError):
+            return PromptFormat.from_json((folder / PROMPT_FILE).read_bytes()).bos_id is not None
+    return None
+
+
+def _with_beginning(
+    differences: Sequence[Difference], record: Record, loaded: LoadedCheckpoint, allowed_changes: frozenset[str]
+) -> list[Difference]:
+    """`differences` with what `add_bos` did in place of what it says."""
+    if PROMPT_FILE not in loaded.contents:
+        return list(differences)
+    then = PromptFormat.from_json(loaded.contents[PROMPT_FILE], where=str(loaded.path / PROMPT_FILE))
+    now = record.prepared.data.prompt_format
+    others = [one for one in differences if one.key != "add_bos"]
+    return [*others, *compare_beginning(then.bos_id is not None, now.bos_id is not None, allowed_changes)]
 
 
 def _schedule_differences(

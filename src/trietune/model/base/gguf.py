@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Part of the folder's name: a change of what is written here must not meet folders of an older version.
-_LAYOUT = "2"
+_LAYOUT = "3"
 _DIGESTS = "digests.json"
+# Byte-level vocabularies whose texts llama.cpp begins so where the file does not say it (llama-vocab.cpp, `load`).
+_BEGIN_WITH_BOS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"}
 _MAGIC = b"GGUF"
 _ALONE = "model.gguf"
 
@@ -149,6 +151,7 @@ def _convert(file: Path, folder: Path) -> None:
             next_step="use the model's safetensors instead: its hub id or a folder as `model_name`",
         ) from error
     _restore_pre_tokenizer(cast("PreTrainedTokenizerFast", tokenizer), str(metadata.get("tokenizer.ggml.pre", "")))
+    _restore_habit(cast("PreTrainedTokenizerFast", tokenizer), metadata)
     # A title that the file's author gave it; transformers would take it for a place to load from.
     vars(network.config).pop("_model_name_or_path", None)
     with redirect_stderr(io.StringIO()):
@@ -215,6 +218,14 @@ def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> Non
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
+
+
+def _restore_habit(tokenizer: PreTrainedTokenizerFast, metadata: Mapping[str, object]) -> None:
+    """Whether a text begins with the beginning-of-sequence token, which transformers' converter does not read."""
+    pre = str(metadata.get("tokenizer.ggml.pre", ""))
+    by_default = metadata.get("tokenizer.ggml.model") == "llama" or pre in _BEGIN_WITH_BOS
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", by_default) is True
+    tokenizer.init_kwargs["add_bos_token"] = adds_bos and tokenizer.bos_token is not None
 
 
 def _readme(file: Path, metadata: Mapping[str, object]) -> str:
