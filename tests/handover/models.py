@@ -110,7 +110,8 @@ def write_adapter(base: ModelFolder, folder: Path, *, is_chat: bool = False, noi
     for name, data in adapter_files(peft_model, base).items():
         (folder / name).write_bytes(data)
     tokenizer = load_tokenizer(base.path)
-    form = make_plain_format(tokenizer)
+    # Against the tokenizer's habit, as `add_bos: true` has it: what differs from it must be said and carried over.
+    form = replace(make_plain_format(tokenizer), bos_id=tokenizer.bos_token_id)
     if not is_chat:
         form = replace(form, kind="template", prompt_template="Review: {sentence}\nOutput:", chat_template="")
     (folder / "prompt_format.json").write_text(form.to_json())

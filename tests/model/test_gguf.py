@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trietune.checkpoints.resume import compare
+from trietune.data.encoder import find_bos_id
 from trietune.demo import DEMO_MODEL
 from trietune.errors import UserError
 from trietune.io.cache_folder import cache_folder
@@ -73,7 +74,14 @@ def write(network: LlamaForCausalLM, tmp_path: Path) -> Callable[..., Path]:
     return write_file
 
 
-def _write(network: LlamaForCausalLM, path: Path, kind: gguf.GGMLQuantizationType) -> None:
+def _write(
+    network: LlamaForCausalLM,
+    path: Path,
+    kind: gguf.GGMLQuantizationType,
+    *,
+    adds_bos: bool | None = False,
+    pre: str = "smollm",
+) -> None:
     """As llama.cpp's converter does it: its names, its order of the rotary halves, its tokenizer fields."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("A title that is no place")
@@ -89,7 +97,7 @@ def _write(network: LlamaForCausalLM, path: Path, kind: gguf.GGMLQuantizationTyp
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
     writer.add_token_merges(MERGES)
@@ -97,7 +105,8 @@ def _write(network: LlamaForCausalLM, path: Path, kind: gguf.GGMLQuantizationTyp
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
+    if adds_bos is not None:
+        writer.add_add_bos_token(adds_bos)
     writer.add_chat_template(CHAT_TEMPLATE)
     for name, parameter in network.state_dict().items():
         if name == "lm_head.weight":
@@ -176,6 +185,20 @@ def test_the_tokenizer_comes_along(write: Callable[..., Path]) -> None:
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (2, 1)
     assert tokenizer("the").input_ids[0] != 1, "the file says that no beginning-of-sequence token is put in front"
+
+
+@pytest.mark.parametrize(
+    ("said", "pre", "expected"),
+    [(False, "llama-bpe", False), (True, "smollm", True), (None, "smollm", False), (None, "llama-bpe", True)],
+)
+def test_texts_begin_as_the_file_says(
+    network: LlamaForCausalLM, tmp_path: Path, said: bool | None, pre: str, expected: bool
+) -> None:
+    _write(network, tmp_path / "m.gguf", gguf.GGMLQuantizationType.F32, adds_bos=said, pre=pre)
+    tokenizer = AutoTokenizer.from_pretrained(convert_gguf(tmp_path / "m.gguf").folder)
+    assert (tokenizer("a word")["input_ids"][0] == tokenizer.bos_token_id) is expected
+    assert find_bos_id(tokenizer) == (tokenizer.bos_token_id if expected else None)
+    assert tokenizer.decode(tokenizer("a word")["input_ids"], skip_special_tokens=True) == "a word"
 
 
 def test_digits_are_split_off_as_the_file_says(write: Callable[..., Path]) -> None:

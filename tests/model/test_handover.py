@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
 from handover.models import prompts, write_adapter, write_base
@@ -320,6 +321,25 @@ def test_a_modelfile_has_weights_template_and_stops(base: Any, adapter: Path, tm
         "PARAMETER temperature 0\n"
         'PARAMETER stop "</s>"\n'
     )
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_beginning_that_the_tokenizer_does_not_make_is_said(tmp_path: Path, began: bool) -> None:
+    """Both ways: training began texts with the token against the tokenizer's habit, or without it."""
+    base = write_base(tmp_path / "base", "llama")
+    adapter = write_adapter(base, tmp_path / "adapter")
+    file = adapter / "prompt_format.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**fields, "bos_id": fields["bos_id"] if began else None}))
+    told = _out(base, adapter, tmp_path / "unlike", "transformers").notes
+    tokenizer = Tokenizer.from_file(str(base.path / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", fields["bos_id"])]
+    )
+    tokenizer.save(str(base.path / "tokenizer.json"))
+    told_of_other = _out(base, adapter, tmp_path / "like", "transformers").notes
+    assert any("Every text began with `<s>`" in note for note in told) is began
+    assert any("No text began with `<s>`" in note for note in told_of_other) is not began
 
 
 def test_stops_are_quoted() -> None:

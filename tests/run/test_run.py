@@ -279,7 +279,7 @@ EFFECTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "prompt_template": (
         {}, {"prompt_template": "{sentence}?", "completion_template": " {label}"},
     ),
-    "add_bos": ({}, {"add_bos": False}),
+    "add_bos": ({}, {"add_bos": True}),
     "group_by_prefix": ({"group_by_prefix": False}, {"group_by_prefix": True}),
 }  # fmt: skip
 

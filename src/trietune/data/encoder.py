@@ -90,8 +90,8 @@ def find_bos_id(tokenizer: PreTrainedTokenizerFast, add_bos: bool | Literal["aut
     """The id to begin every sequence with; None for none.
 
     Args:
-        add_bos: "auto" follows the tokenizer's own habit, which is that of the model's own training. Why:
-            docs/decisions/0014-the-tokenizer-s-habit-decides-the-beginning.md.
+        add_bos: "auto" does what the tokenizer does, and so what the model was trained with; see
+            docs/decisions/0014-the-tokenizer-decides-the-beginning.md.
 
     Raises:
         UserError: a beginning-of-sequence token is asked for, and the tokenizer has none.

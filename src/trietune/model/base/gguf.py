@@ -222,10 +222,18 @@ def _restore_pre_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str) -> Non
 
 def _restore_habit(tokenizer: PreTrainedTokenizerFast, metadata: Mapping[str, object]) -> None:
     """Whether a text begins with the beginning-of-sequence token, which transformers' converter does not read."""
-    pre = str(metadata.get("tokenizer.ggml.pre", ""))
+    from tokenizers import processors
+
+    pre, bos = str(metadata.get("tokenizer.ggml.pre", "")), tokenizer.bos_token
     by_default = metadata.get("tokenizer.ggml.model") == "llama" or pre in _BEGIN_WITH_BOS
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", by_default) is True
-    tokenizer.init_kwargs["add_bos_token"] = adds_bos and tokenizer.bos_token is not None
+    is_wanted = metadata.get("tokenizer.ggml.add_bos_token", by_default) is True
+    if bos is None or is_wanted is (tokenizer.bos_token_id in tokenizer.backend_tokenizer.encode("a").ids):
+        return
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A" if is_wanted else "$A",
+        pair=f"{bos} $A {bos} $B:1" if is_wanted else "$A $B:1",
+        special_tokens=[(bos, tokenizer.bos_token_id)] if is_wanted else [],
+    )
 
 
 def _readme(file: Path, metadata: Mapping[str, object]) -> str:

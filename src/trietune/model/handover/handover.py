@@ -337,9 +337,17 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 def _bos_notes(tokenizer: Any, prompt_format: PromptFormat | None, job: _Job) -> list[str]:
     """In plain words, where a server would leave out the token that training began with."""
-    if prompt_format is None or prompt_format.bos_id is None or _adds_bos(tokenizer):
+    adds_bos = _adds_bos(tokenizer)
+    if prompt_format is None or (prompt_format.bos_id is not None) is adds_bos:
         return []
-    token = tokenizer.convert_ids_to_tokens(prompt_format.bos_id)
+    token = tokenizer.convert_ids_to_tokens(tokenizer.bos_token_id)
+    if adds_bos:
+        if job.vocabulary is not None:
+            return [f"No text began with `{token}` in training; this file keeps llama.cpp from adding it."]
+        return [
+            f"No text began with `{token}` in training, and this tokenizer adds it: "
+            "ask it for none (`add_special_tokens=False`). With it, some answers differ."
+        ]
     if job.vocabulary is not None:
         return [f"Every text began with `{token}` in training; this file makes llama.cpp add it, so do not write it."]
     return [
