@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,9 @@ from trietune.errors import UserError
 HOLDER = """
 import sys, time
 from pathlib import Path
+if "--as-on-nfs" in sys.argv:
+    from checkpoints.test_lock import lock_no_folders
+    lock_no_folders()
 from trietune.checkpoints.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
@@ -24,9 +30,24 @@ with RunLock(Path(sys.argv[1])):
 """
 
 
-def start_holder(folder: Path) -> subprocess.Popen[str]:
+def lock_no_folders() -> None:
+    """NFS locks what is open for writing, and no folder is."""
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(descriptor, operation)
+
+    fcntl.flock = flock
+
+
+def start_holder(folder: Path, *more: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), "--token=hunter2"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, str(folder), "--token=hunter2", *more],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -45,6 +66,20 @@ def test_the_second_writer_is_told_who_the_first_is_until_it_is_killed(tmp_path:
         process.communicate()
     with RunLock(tmp_path):
         assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_where_no_folder_can_be_locked_the_file_has_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)  # put back at the end
+    lock_no_folders()
+    process = start_holder(tmp_path, "--as-on-nfs")
+    try:
+        with pytest.raises(UserError, match="another process is writing to"), RunLock(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
     with RunLock(tmp_path):
         pass
 

@@ -110,6 +110,11 @@ MUTATIONS = [
         ("tests/checkpoints/test_lock.py",),
     ),
     Mutation(
+        "the folder not locked", "checkpoints/lock.py",
+        "            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "            pass\n",
+        ("tests/checkpoints/test_lock.py",),
+    ),
+    Mutation(
         "the lock file opened through links", "io/files.py",
         "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW", "os.O_RDWR | os.O_CREAT | os.O_CLOEXEC",
         ("tests/checkpoints/test_lock.py",),
