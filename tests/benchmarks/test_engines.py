@@ -127,7 +127,11 @@ def test_batches_are_whole_groups_and_too_long_examples_are_counted(tmp_path: Pa
     sequences, num_too_long = workloads.tokenize(tokenizer, [("ab", "c"), ("abcdefgh", "ij")], max_length=8)
     assert num_too_long == 1
     ids, labels = sequences.row(0)
-    assert [label for label in labels if label >= 0] == ids[-2:] == [*tokenizer("c")["input_ids"], 0]
+    assert (
+        [label for label in labels if label >= 0]
+        == ids[-2:]
+        == [*tokenizer("c", add_special_tokens=False)["input_ids"], 0]
+    )
     assert ids[0] == tokenizer.bos_token_id
 
 

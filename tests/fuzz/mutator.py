@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 # What stands where something else belongs, by kind; each has broken a reader somewhere.
@@ -132,23 +133,27 @@ class Mutator:
     def choice(self, items: list[Any]) -> Any:
         return self.draw.choice(items)
 
+    def _odd(self) -> Any:
+        # A copy: what is changed in one input must not be in the next, nor end within itself.
+        return deepcopy(self.draw.choice(ODD_VALUES))
+
     def _changed(self, value: Any) -> Any:
         spots = list(_spots(value))
         if not spots:
-            return self.draw.choice(ODD_VALUES)
+            return self._odd()
         holder, key = self.draw.choice(spots)
         action: Callable[[], object] = self.draw.choice(
             [
-                lambda: holder.__setitem__(key, self.draw.choice(ODD_VALUES)),
-                lambda: holder.__setitem__(key, self.draw.choice(ODD_VALUES)),
+                lambda: holder.__setitem__(key, self._odd()),
+                lambda: holder.__setitem__(key, self._odd()),
                 lambda: holder.__setitem__(key, [holder[key]]),
                 lambda: holder.__setitem__(key, {"a": holder[key]}),
                 lambda: holder.__delitem__(key),
                 lambda: self._swap(spots, holder, key),
                 lambda: (
-                    holder.__setitem__(str(self.draw.choice(ODD_VALUES)), holder[key])
+                    holder.__setitem__(str(self._odd()), holder[key])
                     if isinstance(holder, dict)
-                    else holder.insert(key, self.draw.choice(ODD_VALUES))
+                    else holder.insert(key, self._odd())
                 ),
             ]
         )
