@@ -95,6 +95,11 @@ def test_a_template_that_took_too_long_is_not_waited_for_as_long_again(
             split(tokenizer, ENDLESS[0] + " ")
 
 
+def test_half_a_character_that_a_template_writes_is_a_wrong_row(tokenizer: Any) -> None:
+    with pytest.raises(WrongRow, match=r"writes half a character \(\\ud83d\)"):
+        split(tokenizer, SAYS + "{{ '\\ud83d' }}")
+
+
 def test_many_renderings_may_take_longer_than_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of forty turns each is rendered, since each asks for their number; all take longer than one may."""
     monkeypatch.setattr(process, "SECONDS_OF_A_TEMPLATE", 2.5)

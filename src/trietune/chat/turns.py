@@ -23,6 +23,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from trietune.chat.conversation import Conversation, RefusedError, RewrittenTurnError, Segment
 from trietune.chat.prefixes import Prefix, Prefixes, common_length
 from trietune.chat.template import ChatTemplate
+from trietune.io.half_characters import find_half_character
 
 # Characters beyond a hundred times what it was given; tool descriptions of the longest templates have ten thousand.
 MOST_OF_A_TEMPLATE = 1_000_000
@@ -136,6 +137,8 @@ class _Renderer:
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
             line = f" (line {error.lineno} of the template)" if isinstance(error, TemplateSyntaxError) else ""
             raise RefusedError(f"the chat template refuses it: {kind}{str(error)[:500]}{line}") from None
+        if half := find_half_character(text):
+            raise RefusedError(f"the chat template writes half a character ({half})")
         given = self._tools_size + sum(self._sizes[:number])
         if len(text) > MOST_OF_A_TEMPLATE + 100 * given:
             raise RefusedError(f"the chat template makes {len(text):,} characters of {given:,}")

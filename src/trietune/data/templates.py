@@ -101,7 +101,10 @@ class PromptFormat:
 
     def _check_kinds(self) -> None:
         """Raise ValueError for a value of another kind than `to_json` writes."""
-        texts = (self.prompt_template, self.completion_template, self.chat_template, self.tokenizer_hash, self.source)
+        texts = (
+            self.prompt_template, self.completion_template, self.chat_template, self.system_prompt, self.tokenizer_hash,
+            self.source,
+        )  # fmt: skip
         names = (*self.task.labels, *self.task.label_names, *(self.template_columns or ()))
         flags = (self.parses_special_tokens, self.is_turn_by_turn)
         ids = (self.eos_id, *self.stop_ids, *(() if self.bos_id is None else (self.bos_id,)))
