@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from slow_cases import slow_but
 from tiny_model import write_tiny_model
 from trietune.chat import process
 from trietune.config import load_config
@@ -68,7 +69,7 @@ def test_an_endless_template_is_a_wrong_row(tokenizer: Any, template: str, monke
         split(tokenizer, template)
 
 
-@pytest.mark.parametrize("template", ONE_OPERATION)
+@pytest.mark.parametrize("template", slow_but(ONE_OPERATION, ONE_OPERATION[0], ONE_OPERATION[2]))
 def test_what_nothing_interrupts_is_left(tokenizer: Any, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "SECONDS_OF_A_TEMPLATE", 1.5)
     began = time.monotonic()
@@ -77,7 +78,7 @@ def test_what_nothing_interrupts_is_left(tokenizer: Any, template: str, monkeypa
     assert time.monotonic() - began < 60  # they take hours
 
 
-@pytest.mark.parametrize("template", ALL_MEMORY)
+@pytest.mark.parametrize("template", slow_but(ALL_MEMORY, ALL_MEMORY[1], ALL_MEMORY[3]))
 def test_memory_that_a_template_takes_is_not_taken_from_the_machine(tokenizer: Any, template: str) -> None:
     split(tokenizer, SAYS)
     with pytest.raises(WrongRow, match=r"more than 4 GB of memory|OverflowError"):

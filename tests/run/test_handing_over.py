@@ -139,7 +139,7 @@ def test_a_run_keeps_the_picture_of_its_first_batch_and_every_prediction(finishe
     assert batch["num_distinct"] == sum(end - begin for _, _, begin, end, _, _ in batch["segments"])
     root = batch["segments"][0]
     assert root[:3] == [0, 8, 0]
-    assert root[4].startswith("<s>Review:")
+    assert root[4].startswith("Review:")
     first = json.loads((finished / "batches.jsonl").read_text().splitlines()[0])
     assert set(batch["ids"]) == set(first["ids"])
     said = [json.loads(line) for line in (finished / "predictions.jsonl").read_text().splitlines()]

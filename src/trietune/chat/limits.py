@@ -2,7 +2,7 @@
 
 # Of one rendering: templates of a hundred lines take milliseconds.
 SECONDS_OF_A_TEMPLATE = 20.0
-# Of the process, with its libraries: half a gigabyte is enough for a conversation of a hundred megabytes.
+# Beside the libraries: half a gigabyte is enough for a conversation of a hundred megabytes.
 MOST_MEMORY = 4 << 30
 # A process that nobody asks any more ends by itself.
 SECONDS_UNASKED = 60.0

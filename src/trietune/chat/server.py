@@ -9,6 +9,7 @@ import selectors
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import IO
 
 from trietune.chat.conversation import Conversation, RefusedError, RewrittenTurnError
@@ -65,7 +66,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     # What a library prints must not be taken for an answer.
     os.dup2(2, 1)
-    _limit(resource.RLIMIT_AS, MOST_MEMORY)
+    _limit(resource.RLIMIT_AS, _mapped() + MOST_MEMORY)
     server = _Server(answers)
     server.write({"is_ready": True})
     with selectors.DefaultSelector() as selector:
@@ -76,6 +77,14 @@ def serve() -> None:
 
 def _refusal(reason: str, *, is_rewritten: bool = False) -> JsonObject:
     return {"refused": reason, "is_rewritten": is_rewritten}
+
+
+def _mapped() -> int:
+    """Bytes of addresses that the libraries have taken, whether or not there is memory behind them."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def _limit_time() -> None:
