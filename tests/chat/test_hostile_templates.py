@@ -104,7 +104,7 @@ def test_half_a_character_that_a_template_writes_is_a_wrong_row(tokenizer: Any) 
 def test_many_renderings_may_take_longer_than_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of forty turns each is rendered, since each asks for their number; all take longer than one may."""
     monkeypatch.setattr(process, "SECONDS_OF_A_TEMPLATE", 2.5)
-    slow = "{% set n = messages | length %}{% for a in range(99) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+    slow = "{% set n = messages | length %}{% for a in range(150) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
     began = time.monotonic()
     segments = split_messages(tokenizer, SAYS + slow, TURN * 40)
     assert len(segments) == 80
