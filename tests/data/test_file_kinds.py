@@ -49,9 +49,9 @@ def write_stream(path: Path) -> None:
         ("a.json", json.dumps({"train": ROWS})),
         ("a.jsonl", json.dumps(ROWS)),
         ("a.jsonl", json.dumps(ROWS, indent=1)),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("a.csv.gz", gzip.compress(CSV.encode())),
-        ("a.jsonl", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
+        ("a.jsonl", gzip.compress(LINES.encode(), mtime=0)),
         ("a.csv", b"\xef\xbb\xbf" + CSV.encode()),
         ("a.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
         ("a.feather", write_feather),
@@ -200,7 +200,7 @@ def test_a_downloaded_data_set_has_the_configurations_of_its_readme(tmp_path: Pa
 
 def test_one_inner_folder_with_splits_is_the_data_set(tmp_path: Path) -> None:
     (tmp_path / "plain_text").mkdir()
-    (tmp_path / "plain_text" / "train.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "plain_text" / "train.jsonl.gz").write_bytes(gzip.compress(LINES.encode(), mtime=0))
     (tmp_path / "LICENSE.txt").write_text("all yours")
     assert split_rows(tmp_path) == {"train": ROWS}
 

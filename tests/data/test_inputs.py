@@ -34,7 +34,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
         ("in.ndjson", LINES.encode()),
         ("in.json", json.dumps(ROWS).encode()),
         ("in.json", json.dumps({"data": ROWS}).encode()),
-        ("in.jsonl.gz", gzip.compress(LINES.encode())),
+        ("in.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("in.csv", b"\xef\xbb\xbf" + 'q\none\n"two\u2028three"\n'.encode()),
         ("in.tsv", "q\tx\none\t1\ntwo\u2028three\t1\n".encode()),
         ("in.parquet", b""),

@@ -134,7 +134,7 @@ FORMS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "parquet": ("a.parquet", lambda path: pq.write_table(pa.Table.from_pylist(PAIRS), path), ()),
     "arrow": ("a.arrow", lambda path: write_arrow(path), ()),
     "save_to_disk": ("saved", lambda path: save_to_disk(path), ()),
-    "gz": ("a.jsonl.gz", write(gzip.compress(lines(PAIRS))), ()),
+    "gz": ("a.jsonl.gz", write(gzip.compress(lines(PAIRS), mtime=0)), ()),
     "folder of splits": (
         "splits", many(train_dot_jsonl=lines(PAIRS), validation_dot_jsonl=lines(PAIRS[:2])), ()
     ),
