@@ -81,7 +81,8 @@ def test_what_nothing_interrupts_is_left(tokenizer: Any, template: str, monkeypa
 @pytest.mark.parametrize("template", slow_but(ALL_MEMORY, ALL_MEMORY[1], ALL_MEMORY[3]))
 def test_memory_that_a_template_takes_is_not_taken_from_the_machine(tokenizer: Any, template: str) -> None:
     split(tokenizer, SAYS)
-    with pytest.raises(WrongRow, match=r"more than 4 GB of memory|OverflowError"):
+    # A machine that has to make room first may need longer for two gigabytes than a template is given.
+    with pytest.raises(WrongRow, match=r"more than 2 GB of memory|OverflowError|not come to an end"):
         split(tokenizer, template)
     assert split(tokenizer, SAYS) == [("a:", False), ("b", True)]
 
@@ -145,6 +146,8 @@ def test_the_process_ends_with_the_one_that_asks(tmp_path: Path) -> None:
         asking.kill()
     [cpu] = [line.split() for line in used.splitlines() if line.startswith("Max cpu time")]
     assert 60 <= int(cpu[3]) < 90
+    [addresses] = [line.split() for line in used.splitlines() if line.startswith("Max address space")]
+    assert 2 << 30 < int(addresses[3]) < 20 << 30
     os.kill(pid, signal.SIGXCPU)  # what the system does when that is used up
     deadline = time.monotonic() + 20
     while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
