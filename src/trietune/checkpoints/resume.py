@@ -154,14 +154,6 @@ def compare_warmup(before: int | None, now: int, step: int, allowed: Collection[
     return [Difference(WARMUP_IN_EFFECT, f"{before} steps", f"{now} steps", verdict, effect)]
 
 
-def compare_beginning(before: bool, now: bool, allowed: Collection[str] = ()) -> list[Difference]:
-    """Whether sequences begin as they did: with a beginning-of-sequence token, or without one."""
-    if before is now:
-        return []
-    verdict: Literal["allowed", "refuse"] = "allowed" if "add_bos" in allowed else "refuse"
-    return [Difference("add_bos", str(before), str(now), verdict, "training differs from here on")]
-
-
 def check_differences(differences: Sequence[Difference], checkpoint: Path) -> None:
     """Raise `UserError` (exit code 6) with a table when any difference refuses; nothing was changed by then."""
     refused = [item for item in differences if item.verdict == "refuse"]

@@ -105,10 +105,11 @@ def find_bos_id(tokenizer: PreTrainedTokenizerFast, add_bos: bool | Literal["aut
     if bos_id is None or add_bos is False:
         return None
     is_wanted = add_bos is True or tokenizer.init_kwargs.get("add_bos_token") is True
-    return int(bos_id) if is_wanted or _adds_bos(tokenizer) else None
+    return int(bos_id) if is_wanted or adds_bos(tokenizer) else None
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer puts its beginning-of-sequence token before a text by itself."""
     return tokenizer.bos_token_id in _plain_backend(tokenizer).encode("a").ids
 
 
@@ -118,7 +119,7 @@ def _bos_id_as_first_hashed(tokenizer: PreTrainedTokenizerFast) -> int | None:
     if bos_id is None:
         return None
     declines_it = tokenizer.init_kwargs.get("add_bos_token") is False
-    return None if declines_it and not _adds_bos(tokenizer) else int(bos_id)
+    return None if declines_it and not adds_bos(tokenizer) else int(bos_id)
 
 
 def find_stop_ids(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +15,6 @@ from trietune.checkpoints.resume import (
     Difference,
     check_differences,
     compare,
-    compare_beginning,
     compare_warmup,
     table_lines,
 )
@@ -146,8 +145,13 @@ def find_checkpoint(record: Record, allowed_changes: frozenset[str]) -> LoadedCh
         record.tracker.warn(note)
     # A key that is newer than the checkpoint was, in effect, at its default.
     saved = {**type(record.settings)().dump_public(), **loaded.details}
+    current = record.details()
+    if PROMPT_FILE in loaded.contents:  # what `add_bos` did, in place of what it says
+        then = PromptFormat.from_json(loaded.contents[PROMPT_FILE], where=str(loaded.path / PROMPT_FILE))
+        saved["add_bos"] = str(then.bos_id is not None)
+        current = {**current, "add_bos": str(record.prepared.data.prompt_format.bos_id is not None)}
     differences = [
-        *_with_beginning(compare(saved, record.details(), allowed_changes), record, loaded, allowed_changes),
+        *compare(saved, current, allowed_changes),
         *_schedule_differences(record, loaded, allowed_changes),
     ]
     check_differences(differences, loaded.path)
@@ -167,18 +171,6 @@ def begins_with_bos(directory: Path) -> bool | None:
         with contextlib.suppress(OSError, UserError):
             return PromptFormat.from_json((folder / PROMPT_FILE).read_bytes()).bos_id is not None
     return None
-
-
-def _with_beginning(
-    differences: Sequence[Difference], record: Record, loaded: LoadedCheckpoint, allowed_changes: frozenset[str]
-) -> list[Difference]:
-    """`differences` with what `add_bos` did in place of what it says."""
-    if PROMPT_FILE not in loaded.contents:
-        return list(differences)
-    then = PromptFormat.from_json(loaded.contents[PROMPT_FILE], where=str(loaded.path / PROMPT_FILE))
-    now = record.prepared.data.prompt_format
-    others = [one for one in differences if one.key != "add_bos"]
-    return [*others, *compare_beginning(then.bos_id is not None, now.bos_id is not None, allowed_changes)]
 
 
 def _schedule_differences(

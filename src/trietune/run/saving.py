@@ -39,6 +39,7 @@ from trietune.model.adapter.push import push_folder
 from trietune.model.adapter.tensors import bytes_to_tensors, tensors_to_content
 from trietune.run import environment, resuming
 from trietune.run.adapter_card import describe_adapter
+from trietune.run.resuming import CARD_FILE, PROMPT_FILE, STATE_FILE
 from trietune.tracking import events
 from trietune.tracking.jsonl import LINE_FILES
 from trietune.training.state import optimizer_tensors, restore_optimizer
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
     from trietune.evaluation.evaluate import Evaluation
     from trietune.run.prepared import Prepared
     from trietune.tracking.tracker import Tracker
-
-STATE_FILE, PROMPT_FILE, CARD_FILE = "trainer_state.json", "prompt_format.json", "README.md"
 
 
 class RunFiles:

@@ -24,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
+from trietune.data.encoder import adds_bos
 from trietune.errors import StopRequested, UserError
 from trietune.io.cache_folder import cache_folder, mark_used
 from trietune.io.causes import first_line
@@ -227,7 +228,7 @@ def _restore_habit(tokenizer: PreTrainedTokenizerFast, metadata: Mapping[str, ob
     pre, bos = str(metadata.get("tokenizer.ggml.pre", "")), tokenizer.bos_token
     by_default = metadata.get("tokenizer.ggml.model") == "llama" or pre in _BEGIN_WITH_BOS
     is_wanted = metadata.get("tokenizer.ggml.add_bos_token", by_default) is True
-    if bos is None or is_wanted is (tokenizer.bos_token_id in tokenizer.backend_tokenizer.encode("a").ids):
+    if bos is None or is_wanted is adds_bos(tokenizer):
         return
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A" if is_wanted else "$A",

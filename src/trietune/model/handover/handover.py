@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trietune.data.encoder import load_tokenizer, make_encoder
+from trietune.data.encoder import adds_bos, load_tokenizer, make_encoder
 from trietune.data.examples import Message
 from trietune.data.templates import PromptFormat
 from trietune.errors import UserError
@@ -326,22 +326,18 @@ def _vocabulary(
         eos_id=tokenizer.eos_token_id,
         stop_ids=prompt_format.stop_ids if prompt_format is not None else (tokenizer.eos_token_id,),
         # What training put before every text, the file puts there too, whatever the tokenizer's own habit is.
-        adds_bos=prompt_format.bos_id is not None if prompt_format is not None else _adds_bos(tokenizer),
+        adds_bos=prompt_format.bos_id is not None if prompt_format is not None else adds_bos(tokenizer),
         chat_template=template,
     )
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer.backend_tokenizer.encode("a").ids
-
-
 def _bos_notes(tokenizer: Any, prompt_format: PromptFormat | None, job: _Job) -> list[str]:
-    """In plain words, where a server would leave out the token that training began with."""
-    adds_bos = _adds_bos(tokenizer)
-    if prompt_format is None or (prompt_format.bos_id is not None) is adds_bos:
+    """In plain words, where a server would begin a text in another way than training did."""
+    is_added = adds_bos(tokenizer)
+    if prompt_format is None or (prompt_format.bos_id is not None) is is_added:
         return []
     token = tokenizer.convert_ids_to_tokens(tokenizer.bos_token_id)
-    if adds_bos:
+    if is_added:
         if job.vocabulary is not None:
             return [f"No text began with `{token}` in training; this file keeps llama.cpp from adding it."]
         return [
